@@ -1,0 +1,120 @@
+"""The one file that knows ctypes: loads the native libraries and calls them on tensors.
+
+A library that is missing or of another format version is left aside with one log line, and its `…_available` answers
+False; a status other than OK becomes an exception that names the shapes.
+"""
+
+import ctypes
+import logging
+import pathlib
+
+import torch
+
+from . import layout
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_STATUS = {
+    1: "the shape is not supported (group sizes are multiples of 8 up to 256)",
+    2: "the element type is not supported (float32, float16 and bfloat16 are)",
+    3: "a tensor has no memory",
+    4: "the CUDA launch failed",
+    5: "this kernel does not cover the shape",
+}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows4", "rows2", "rows1", "in_features", "group_size")]
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = [
+        ("shape", _Shape),
+        ("codes", ctypes.c_void_p),
+        ("row_order", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("scale_steps", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("scale_type", ctypes.c_int32),
+    ]
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    path = pathlib.Path(__file__).with_name(f"lib{name}.so")
+    if not path.exists():
+        logger.info("lowra: %s was not built; the PyTorch reference is used in its place", path.name)
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("lowra: %s cannot be loaded (%s); the PyTorch reference is used in its place", path.name, error)
+        return None
+    if library.lowra_format_version() != layout.FORMAT_VERSION:
+        logger.warning("lowra: %s is of another format version; rebuild with `make build`", path.name)
+        return None
+    return library
+
+
+_cpu = _load("bitsandbytes_lowra_cpu")
+
+
+def cpu_available() -> bool:
+    return _cpu is not None
+
+
+def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_size: int) -> _Shape:
+    return _Shape(rows_4bit, rows_2bit, rows - rows_4bit - rows_2bit, in_features, group_size)
+
+
+def packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size) -> _Packed:
+    return _Packed(
+        shape_of(row_order.numel(), rows_4bit, rows_2bit, in_features, group_size),
+        codes.data_ptr(),
+        row_order.data_ptr(),
+        scales.data_ptr(),
+        None if scale_steps is None else scale_steps.data_ptr(),
+        levels.data_ptr(),
+        _TYPES[scales.dtype],
+    )
+
+
+def check(status: int, what: str, shape: _Shape) -> None:
+    if status != 0:
+        raise RuntimeError(
+            f"lowra: {what} of a weight [{shape.rows4 + shape.rows2 + shape.rows1}, {shape.in_features}] with "
+            f"{shape.rows4}/{shape.rows2}/{shape.rows1} rows of 4/2/1 bits and group size {shape.group_size} failed: "
+            f"{_STATUS.get(status, f'status {status}')}"
+        )
+
+
+def cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+    """`reference.quantize` on the CPU library."""
+    rows, in_features = weight.shape
+    shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
+    codes = torch.empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
+    absmax = torch.empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
+    weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
+    status = _cpu.lowra_cpu_quantize(
+        ctypes.byref(shape),
+        ctypes.c_void_p(weight.data_ptr()),
+        _TYPES[weight.dtype],
+        ctypes.c_void_p(row_order.data_ptr()),
+        ctypes.c_void_p(thresholds.data_ptr()),
+        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_void_p(absmax.data_ptr()),
+        torch.get_num_threads(),
+    )
+    check(status, "quantisation", shape)
+    return codes, absmax
+
+
+def cpu_dequantize(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+    """`reference.dequantize` on the CPU library."""
+    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    out = torch.empty(row_order.numel(), in_features, dtype=dtype)
+    status = _cpu.lowra_cpu_dequantize(
+        ctypes.byref(packed), ctypes.c_void_p(out.data_ptr()), _TYPES[dtype], torch.get_num_threads()
+    )
+    check(status, "dequantisation", packed.shape)
+    return out

@@ -1,0 +1,171 @@
+"""Ops `bitsandbytes::lowra_*`: schema, checks, fake kernel, PyTorch reference, CPU kernel and autograd.
+
+The packed tensors of one weight travel as separate arguments (an op cannot take a class); `LowRALinear` holds them.
+"""
+
+import torch
+
+from . import layout, native, reference
+
+_PACKED = (
+    "Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels, {bias}"
+    "int rows_4bit, int rows_2bit, {in_features}int group_size"
+)
+
+torch.library.define(
+    "bitsandbytes::lowra_quantize",
+    "(Tensor weight, Tensor row_order, Tensor thresholds, int rows_4bit, int rows_2bit, int group_size)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "bitsandbytes::lowra_dequantize",
+    f"({_PACKED.format(bias='', in_features='int in_features, ')}, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "bitsandbytes::lowra_linear",
+    f"(Tensor x, {_PACKED.format(bias='Tensor? bias, ', in_features='')}) -> Tensor",
+)
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+    torch._check(weight.dim() == 2, lambda: f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+    torch._check(weight.dtype in _FLOATS, lambda: f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    rows = weight.shape[0]
+    _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size)
+    expected = layout.thresholds_size(rows, rows_4bit, rows_2bit)
+    torch._check(
+        thresholds.dtype == torch.float32 and thresholds.numel() == expected,
+        lambda: f"thresholds must be {expected} float32 values, got {thresholds.numel()} of {thresholds.dtype}",
+    )
+
+
+def _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size):
+    torch._check(
+        row_order.dtype == torch.int32 and row_order.numel() == rows,
+        lambda: f"row_order must be int32 [{rows}], got {row_order.dtype} {tuple(row_order.shape)}",
+    )
+    torch._check(
+        rows_4bit >= 0 and rows_2bit >= 0 and rows_4bit + rows_2bit <= rows,
+        lambda: f"{rows_4bit} 4-bit and {rows_2bit} 2-bit rows do not fit into {rows} rows",
+    )
+    torch._check(
+        group_size % 8 == 0 and 8 <= group_size <= 256,
+        lambda: f"group_size must be a multiple of 8 from 8 to 256, got {group_size}",
+    )
+
+
+def _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size):
+    rows = row_order.numel()
+    _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size)
+    size = layout.codes_size(rows, rows_4bit, rows_2bit, in_features)
+    torch._check(
+        codes.dtype == torch.uint8 and codes.numel() == size,
+        lambda: f"codes must be {size} bytes (uint8) for in_features={in_features}, got {codes.numel()} {codes.dtype}",
+    )
+    groups = layout.group_count(in_features, group_size)
+    torch._check(
+        scales.numel() == rows * groups,
+        lambda: f"scales must be [{rows}, {groups}], got {tuple(scales.shape)}",
+    )
+    if scales.dtype == torch.uint8:
+        blocks = layout.scale_step_count(rows, in_features, group_size)
+        torch._check(
+            scale_steps is not None and scale_steps.dtype == torch.float32 and scale_steps.numel() == blocks,
+            lambda: f"8-bit scales need scale_steps float32 [{blocks}]",
+        )
+    else:
+        torch._check(
+            scales.dtype in (torch.float32, torch.float16) and scale_steps is None,
+            lambda: f"scales must be float32, float16 or (with scale_steps) uint8, got {scales.dtype}",
+        )
+    entries = layout.levels_size(rows, rows_4bit, rows_2bit)
+    torch._check(
+        levels.dtype == torch.float16 and levels.numel() == entries,
+        lambda: f"levels must be {entries} float16 values, got {levels.numel()} of {levels.dtype}",
+    )
+
+
+@torch.library.register_fake("bitsandbytes::lowra_quantize")
+def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+    _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+    rows, in_features = weight.shape
+    size = layout.codes_size(rows, rows_4bit, rows_2bit, in_features)
+    groups = layout.group_count(in_features, group_size)
+    return (
+        weight.new_empty(size, dtype=torch.uint8),
+        weight.new_empty(rows, groups, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("bitsandbytes::lowra_dequantize")
+def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+    _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    torch._check(dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    return codes.new_empty(row_order.numel(), in_features, dtype=dtype)
+
+
+@torch.library.register_fake("bitsandbytes::lowra_linear")
+def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
+    _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size)
+    return x.new_empty(*x.shape[:-1], row_order.numel())
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_quantize", None)
+def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+    _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+    return reference.quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
+def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+    packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    _check_packed(*packed)
+    return reference.dequantize(*packed, dtype)
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_linear", None)
+def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
+    weight = torch.ops.bitsandbytes.lowra_dequantize(
+        codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size, x.dtype
+    )
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+if native.cpu_available():
+
+    @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cpu")
+    def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+        _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+        return native.cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
+    def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+        _check_packed(*packed)
+        return native.cpu_dequantize(*packed, dtype)
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = inputs
+    # Packed tensors only: a dense weight kept for backward would undo the saving.
+    ctx.save_for_backward(codes, row_order, scales, scale_steps, levels)
+    ctx.arguments = (rows_4bit, rows_2bit, x.shape[-1], group_size)
+    ctx.needs_bias = bias is not None and bias.requires_grad
+
+
+def _linear_backward(ctx, grad):
+    codes, row_order, scales, scale_steps, levels = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.bitsandbytes.lowra_dequantize(
+            codes, row_order, scales, scale_steps, levels, *ctx.arguments, grad.dtype
+        )
+        grad_x = grad @ weight
+    if ctx.needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("bitsandbytes::lowra_linear", _linear_backward, setup_context=_linear_setup_context)

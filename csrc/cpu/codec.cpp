@@ -1,0 +1,138 @@
+// CPU codec: walks the rows of a packed weight on several threads; the work on one row is in rows.inl.
+
+#include "lowra.h"
+#include "cpu/rows.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Below this many weights per thread the start of a thread costs more than its work.
+constexpr int64_t kWeightsPerThread = 1 << 16;
+constexpr int64_t kRowsPerTurn = 8;
+
+const row_kernels &kernels() {
+#if defined(__x86_64__)
+  static const row_kernels &best =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+          ? rows_avx512
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? rows_avx2
+                                                                         : rows_generic;
+  return best;
+#else
+  return rows_generic;
+#endif
+}
+
+// Where packed row i begins in the codes and in a per-row table of 2^bits + extra entries.
+struct row_place {
+  int bits;
+  int64_t code_offset, table_offset;
+};
+
+row_place place_of(const lowra_shape &shape, int64_t row, int extra) {
+  const int64_t bytes4 = lowra_row_bytes(shape.in_features, 4), bytes2 = lowra_row_bytes(shape.in_features, 2);
+  if (row < shape.rows4) return {4, row * bytes4, row * (16 + extra)};
+  const int64_t codes4 = shape.rows4 * bytes4, table4 = shape.rows4 * (16 + extra);
+  row -= shape.rows4;
+  if (row < shape.rows2) return {2, codes4 + row * bytes2, table4 + row * (4 + extra)};
+  row -= shape.rows2;
+  return {1, codes4 + shape.rows2 * bytes2 + row * lowra_row_bytes(shape.in_features, 1),
+          table4 + shape.rows2 * (4 + extra) + row * (2 + extra)};
+}
+
+template <class Work>
+void for_each_row(const lowra_shape &shape, int32_t threads, Work work) {
+  const int64_t rows = shape.rows4 + shape.rows2 + shape.rows1;
+  const int64_t useful = rows * shape.in_features / kWeightsPerThread;
+  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
+  std::atomic<int64_t> next{0};
+  auto turn = [&] {
+    for (;;) {
+      const int64_t first = next.fetch_add(kRowsPerTurn);
+      if (first >= rows) return;
+      for (int64_t row = first; row < std::min(first + kRowsPerTurn, rows); ++row) work(row);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < count; ++i) others.emplace_back(turn);
+  turn();
+  for (auto &other : others) other.join();
+}
+
+bool bad_shape(const lowra_shape &s) {
+  return s.rows4 < 0 || s.rows2 < 0 || s.rows1 < 0 || s.in_features <= 0 || s.group_size <= 0 ||
+         s.group_size % 8 != 0 || s.group_size > LOWRA_MAX_GROUP_SIZE;
+}
+
+void load_scales(const lowra_packed &p, int64_t first, int64_t count, float *out) {
+  if (p.scale_type == LOWRA_FLOAT32) {
+    std::memcpy(out, static_cast<const float *>(p.scales) + first, sizeof(float) * count);
+  } else if (p.scale_type == LOWRA_UINT8) {
+    const uint8_t *root = static_cast<const uint8_t *>(p.scales);
+    for (int64_t i = 0; i < count; ++i) {
+      const float c = root[first + i];
+      out[i] = c * c * p.scale_steps[(first + i) / LOWRA_SCALE_BLOCK];
+    }
+  } else {
+    const uint16_t *half = static_cast<const uint16_t *>(p.scales);
+    for (int64_t i = 0; i < count; ++i) {
+      // float16 scales are few; the compiler's own conversion is quick enough here.
+      _Float16 value;
+      std::memcpy(&value, half + first + i, 2);
+      out[i] = static_cast<float>(value);
+    }
+  }
+}
+
+}  // namespace
+
+int lowra_format_version(void) { return LOWRA_FORMAT_VERSION; }
+
+int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type, const int32_t *row_order,
+                       const float *thresholds, uint8_t *codes, float *absmax, int32_t threads) {
+  if (bad_shape(*shape)) return LOWRA_BAD_SHAPE;
+  if (weight_type < LOWRA_FLOAT32 || weight_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  const int64_t rows = shape->rows4 + shape->rows2 + shape->rows1;
+  if (rows == 0) return LOWRA_OK;
+  if (!weight || !row_order || !thresholds || !codes || !absmax) return LOWRA_NULL_POINTER;
+  const int64_t element = weight_type == LOWRA_FLOAT32 ? 4 : 2;
+  const int64_t groups = (shape->in_features + shape->group_size - 1) / shape->group_size;
+  const quantize_row_fn quantize_row = kernels().quantize;
+  for_each_row(*shape, threads, [&](int64_t row) {
+    const row_place place = place_of(*shape, row, -1);
+    const uint8_t *source = static_cast<const uint8_t *>(weight) + row_order[row] * shape->in_features * element;
+    quantize_row(source, weight_type, shape->in_features, shape->group_size, place.bits,
+                 thresholds + place.table_offset, codes + place.code_offset, absmax + row * groups);
+  });
+  return LOWRA_OK;
+}
+
+int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads) {
+  const lowra_shape &shape = packed->shape;
+  if (bad_shape(shape)) return LOWRA_BAD_SHAPE;
+  if (out_type < LOWRA_FLOAT32 || out_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  const int32_t scale_type = packed->scale_type;
+  if (scale_type != LOWRA_FLOAT32 && scale_type != LOWRA_FLOAT16 && scale_type != LOWRA_UINT8) return LOWRA_BAD_TYPE;
+  const int64_t rows = shape.rows4 + shape.rows2 + shape.rows1;
+  if (rows == 0) return LOWRA_OK;
+  if (!packed->codes || !packed->row_order || !packed->scales || !packed->levels || !out) return LOWRA_NULL_POINTER;
+  if (scale_type == LOWRA_UINT8 && !packed->scale_steps) return LOWRA_NULL_POINTER;
+  const int64_t element = out_type == LOWRA_FLOAT32 ? 4 : 2;
+  const int64_t groups = (shape.in_features + shape.group_size - 1) / shape.group_size;
+  const dequantize_row_fn dequantize_row = kernels().dequantize;
+  for_each_row(shape, threads, [&](int64_t row) {
+    thread_local std::vector<float> scales;
+    scales.resize(static_cast<size_t>(groups));
+    load_scales(*packed, row * groups, groups, scales.data());
+    const row_place place = place_of(shape, row, 0);
+    uint8_t *target = static_cast<uint8_t *>(out) + packed->row_order[row] * shape.in_features * element;
+    dequantize_row(packed->codes + place.code_offset, shape.in_features, shape.group_size, place.bits, scales.data(),
+                   packed->levels + place.table_offset, target, out_type);
+  });
+  return LOWRA_OK;
+}

@@ -1,0 +1,91 @@
+// The packed format and the C interface of lowra's native libraries.
+//
+// This header is the one place where the bit order stands (README.md repeats it byte by byte for readers).
+//
+// A linear weight W [out_features N, in_features K] is stored row by row ("a row" = one output channel):
+//   rows are sorted by precision, first all 4-bit rows, then 2-bit, then 1-bit, each class in the order of W;
+//   the codes of a row lie contiguously, code k of a b-bit row in bits [(k * b) % 8, (k * b) % 8 + b) of byte k * b / 8,
+//   lowest bits first; every row starts on a multiple of LOWRA_ROW_ALIGNMENT bytes, the padding is zero.
+// Beside the codes, all in packed row order:
+//   scales [N, groups], groups = ceil(K / group_size): the absmax of each group, as float32, float16, or one byte c
+//     that stands for c * c * step, where step is float32 and shared by LOWRA_SCALE_BLOCK consecutive scales;
+//   levels float16: 16 for each 4-bit row, then 4 for each 2-bit row, then 2 for each 1-bit row, ascending.
+// The value of a weight is float32(level[code]) * scale, rounded once to the output type.
+#ifndef LOWRA_H
+#define LOWRA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LOWRA_FORMAT_VERSION 1
+#define LOWRA_ROW_ALIGNMENT 16  // bytes: one vector load of a GPU thread never crosses into the next row
+#define LOWRA_SCALE_BLOCK 256   // scales that share one float32 step
+#define LOWRA_MAX_GROUP_SIZE 256
+
+enum lowra_status {
+  LOWRA_OK = 0,
+  LOWRA_BAD_SHAPE = 1,   // negative counts, a group size that is not a multiple of 8 or above the maximum
+  LOWRA_BAD_TYPE = 2,    // an element or scale type that is not listed below
+  LOWRA_NULL_POINTER = 3,
+  LOWRA_CUDA_ERROR = 4,  // a launch failed; lowra_cuda_error() has the runtime's words
+  LOWRA_UNSUPPORTED = 5, // a shape this kernel does not cover; the caller takes the reference
+};
+
+enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
+
+// Shape of one packed weight. rows of each precision, in packed order: [0, rows4), [rows4, rows4 + rows2), the rest 1-bit.
+typedef struct lowra_shape {
+  int64_t rows4, rows2, rows1;
+  int64_t in_features;  // K
+  int64_t group_size;
+} lowra_shape;
+
+// Everything a product or a dequantisation reads. Pointers are to the memory of the library's device.
+typedef struct lowra_packed {
+  lowra_shape shape;
+  const uint8_t *codes;        // rows padded as described above
+  const int32_t *row_order;    // [N] packed row -> row of W
+  const void *scales;          // [N, groups] of scale_type
+  const float *scale_steps;    // [ceil(N * groups / 256)], only for LOWRA_UINT8
+  const uint16_t *levels;      // float16 bits
+  int32_t scale_type;          // LOWRA_FLOAT32, LOWRA_FLOAT16 or LOWRA_UINT8
+} lowra_packed;
+
+static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
+  int64_t bytes = (in_features * bits + 7) / 8;
+  return (bytes + LOWRA_ROW_ALIGNMENT - 1) / LOWRA_ROW_ALIGNMENT * LOWRA_ROW_ALIGNMENT;
+}
+
+#ifdef __cplusplus
+static_assert(sizeof(lowra_shape) == 40, "lowra_shape is mirrored by ctypes in native.py");
+static_assert(sizeof(lowra_packed) == 88, "lowra_packed is mirrored by ctypes in native.py");
+static_assert(LOWRA_ROW_ALIGNMENT % 16 == 0, "kernels load 16 bytes at once");
+static_assert(LOWRA_SCALE_BLOCK == 256, "the checkpoint format fixes the block of double-quantised scales");
+static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");
+#endif
+
+#if defined(_WIN32)
+#define LOWRA_API __declspec(dllexport)
+#else
+#define LOWRA_API __attribute__((visibility("default")))
+#endif
+
+LOWRA_API int lowra_format_version(void);
+
+// codes and absmax of `weight` [N, K]; row i of the packed order is row row_order[i] of `weight`. thresholds (float32)
+// in packed order: 15 for each 4-bit row, 3 for each 2-bit row, 1 for each 1-bit row. A code is the number of thresholds
+// t with t * absmax < w. absmax is float32 [N, groups] in packed order.
+LOWRA_API int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type,
+                                 const int32_t *row_order, const float *thresholds, uint8_t *codes, float *absmax,
+                                 int32_t threads);
+
+// out [N, K] of out_type, rows in the order of W.
+LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
