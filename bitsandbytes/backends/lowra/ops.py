@@ -5,7 +5,7 @@ The packed tensors of one weight travel as separate arguments (an op cannot take
 
 import torch
 
-from . import layout, native, reference
+from . import layout, lloyd, native, reference
 
 _PACKED = (
     "Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels, {bias}"
@@ -24,6 +24,12 @@ torch.library.define(
 torch.library.define(
     "bitsandbytes::lowra_linear",
     f"(Tensor x, {_PACKED.format(bias='Tensor? bias, ', in_features='')}) -> Tensor",
+)
+
+torch.library.define(
+    "bitsandbytes::lowra_lloyd_max",
+    "(Tensor weight, Tensor initial_levels, Tensor initial_thresholds, Tensor? column_weights, int group_size,"
+    " int iterations, bool squared) -> (Tensor, Tensor, Tensor)",
 )
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,6 +90,38 @@ def _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows
     torch._check(
         levels.dtype == torch.float16 and levels.numel() == entries,
         lambda: f"levels must be {entries} float16 values, got {levels.numel()} of {levels.dtype}",
+    )
+
+
+def _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size):
+    torch._check(weight.dim() == 2, lambda: f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
+    torch._check(weight.dtype in _FLOATS, lambda: f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    torch._check(
+        initial_levels.numel() == 22 and initial_thresholds.numel() == 19,
+        lambda: f"22 levels and 19 thresholds start the search, got {initial_levels.numel()} and "
+        f"{initial_thresholds.numel()}",
+    )
+    torch._check(
+        column_weights is None or column_weights.numel() == weight.shape[1],
+        lambda: f"column_weights must be [{weight.shape[1]}], got {tuple(column_weights.shape)}",
+    )
+    torch._check(
+        group_size % 8 == 0 and 8 <= group_size <= 256,
+        lambda: f"group_size must be a multiple of 8 from 8 to 256, got {group_size}",
+    )
+
+
+@torch.library.register_fake("bitsandbytes::lowra_lloyd_max")
+def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+    _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
+    return tuple(weight.new_empty(weight.shape[0], width, dtype=torch.float32) for width in (22, 19, 3))
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", None)
+def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+    _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
+    return lloyd.lloyd_max(
+        weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared
     )
 
 
