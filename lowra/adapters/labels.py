@@ -1,0 +1,176 @@
+"""Labels of packed adapters: what an adapter is, what base it belongs to, and when it must not be loaded.
+
+A label is a record, not a signature: the hash shows that bytes have changed since packing, by accident or by a careless
+edit. Someone who can rewrite the adapter can rewrite its label too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import warnings
+
+import torch
+from torch import nn
+
+from lowra.adapters.storage import PackedAdapter
+
+LABEL_FORMAT = 1
+SAMPLE = 4096  # numbers of each parameter that go into a fingerprint
+# Parts of parameter names that belong to adapters, not to the base.
+_ADAPTER_PARTS = {"modules_to_save", "trainable_tokens_delta", "trainable_tokens_original"}
+
+
+class LabelError(ValueError):
+    """A packed adapter must not be loaded; the message gives every reason."""
+
+
+def _quantization_config(model: nn.Module) -> dict:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return {}
+    return dict(config) if isinstance(config, dict) else dict(config.to_dict())
+
+
+def _method_name(quantization: dict) -> str:
+    method = quantization.get("quant_method", "")
+    return str(getattr(method, "value", method))
+
+
+def _base_name(name: str) -> str | None:
+    """Name of a parameter in the model before PEFT wrapped it; None if PEFT brought the parameter."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    if any(part.startswith("lora_") or part in _ADAPTER_PARTS for part in parts):
+        return None
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a base model, the same before and after PEFT wraps it.
+
+    A base quantised by lowra carries its own in `config.quantization_config`. For any other base it is the sha256
+    over name, shape, type and up to 4096 evenly spaced numbers of every parameter that is not an adapter's, in order
+    of name. The type counts: the same checkpoint loaded in another precision is another base, since its outputs
+    differ.
+
+    Raises:
+        ValueError: parameters are on the meta device and have no bytes.
+    """
+    quantization = _quantization_config(model)
+    if _method_name(quantization) == "lowra" and quantization.get("fingerprint"):
+        return str(quantization["fingerprint"])
+    named = {base: p for name, p in model.named_parameters() if (base := _base_name(name)) is not None}
+    hasher = hashlib.sha256()
+    for name in sorted(named):
+        weight = named[name].detach()
+        if weight.is_meta:
+            raise ValueError(f"Parameter {name} is on the meta device; expected loaded weights. Load the model first.")
+        flat = weight.reshape(-1)
+        count = min(SAMPLE, flat.numel())
+        places = torch.arange(count, device=flat.device) * flat.numel() // max(1, count)
+        hasher.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        hasher.update(flat[places].contiguous().view(torch.uint8).cpu().numpy())
+    return hasher.hexdigest()
+
+
+def base_quantization(model: nn.Module) -> str:
+    """How the base is stored, in words: "lowra 2.0 bits", "bitsandbytes", or the type of its weights."""
+    quantization = _quantization_config(model)
+    if not quantization:
+        return f"none ({str(next(model.parameters()).dtype).removeprefix('torch.')})"
+    words = [_method_name(quantization)]
+    bits = next((quantization[key] for key in ("budget", "bits") if quantization.get(key) is not None), None)
+    if bits is not None:
+        words.append(f"{bits} bits")
+    return " ".join(words)
+
+
+def parse_retirement(date: str) -> str:
+    """Check a date of retirement, YYYY-MM-DD; raise ValueError otherwise."""
+    try:
+        return datetime.date.fromisoformat(date).isoformat()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Retirement date {date!r} is no date; expected YYYY-MM-DD, such as 2027-12-31.") from error
+
+
+def make_label(
+    packed: PackedAdapter,
+    *,
+    base_name: str | None = None,
+    base: nn.Module | None = None,
+    task: str | None = None,
+    training_data: str | None = None,
+    evaluation: dict[str, str] | None = None,
+    licence: str | None = None,
+    retire: str | None = None,
+) -> dict:
+    """Label of a packed adapter; fields not given are recorded as null, and a null fingerprint fits no base."""
+    return {
+        "format": LABEL_FORMAT,
+        "base": {
+            "name": base_name,
+            "fingerprint": None if base is None else base_fingerprint(base),
+            "quantization": None if base is None else base_quantization(base),
+        },
+        "task": task,
+        "training_data": training_data,
+        "evaluation": evaluation or {},
+        "licence": licence,
+        "retire": None if retire is None else parse_retirement(retire),
+        "method": packed.method,
+        "average_bits": packed.average_bits,
+        "parameters": packed.parameters,
+    }
+
+
+def bytes_problem(packed: PackedAdapter) -> str | None:
+    """Why the bytes are not those that were packed; None if they are."""
+    recorded, found = packed.label.get("sha256"), packed.sha256
+    if recorded == found:
+        return None
+    return f"its bytes have changed: the label says sha256 {str(recorded)[:16]}, the tensors give {found[:16]}"
+
+
+def retirement_problem(label: dict, today: datetime.date | None = None) -> str | None:
+    """Why the date forbids loading; None if it does not. The day of retirement itself is the last good one, in UTC."""
+    retire = label.get("retire")
+    if retire is None:
+        return None
+    today = today or datetime.datetime.now(datetime.timezone.utc).date()
+    if today <= datetime.date.fromisoformat(parse_retirement(retire)):
+        return None
+    return f"it was retired on {retire} and today is {today}"
+
+
+def base_problem(label: dict, fingerprint: str) -> str | None:
+    """Why the adapter does not belong on the base with this fingerprint; None if it does."""
+    base = label.get("base") or {}
+    if base.get("fingerprint") == fingerprint:
+        return None
+    if base.get("fingerprint") is None:
+        return "its label names no base fingerprint, so nothing says that it belongs on this base"
+    return (
+        f"it was trained on another base: {base.get('name')}, {base.get('quantization')}, fingerprint "
+        f"{str(base['fingerprint'])[:16]}; this base has {fingerprint[:16]}"
+    )
+
+
+def check_label(packed: PackedAdapter, fingerprint: str, source: str, force: bool = False) -> None:
+    """Refuse an adapter for another base, past its retirement or with changed bytes.
+
+    Args:
+        fingerprint: of the base it is to be loaded on, from `base_fingerprint`.
+        source: what the message calls the adapter.
+        force: load all the same, with a warning that gives the reasons.
+
+    Raises:
+        LabelError: with every reason found.
+    """
+    problems = [bytes_problem(packed), retirement_problem(packed.label), base_problem(packed.label, fingerprint)]
+    reasons = [problem for problem in problems if problem]
+    if not reasons:
+        return
+    message = f"Adapter {source} must not be loaded: {'; '.join(reasons)}."
+    if not force:
+        raise LabelError(f"{message} Use an adapter made for this base, or load it all the same with force=True.")
+    warnings.warn(f"Forced. {message}", stacklevel=3)

@@ -1,0 +1,236 @@
+"""Many packed adapters on one base: held packed, decoded when used, served in mixed batches through PEFT.
+
+Every adapter stays in memory as its packed tensors. To be used it is decoded into a PEFT adapter of the same name,
+and at most `cache_size` of these exist at a time; the one unused for longest makes room. Nothing is ever written
+back, so an adapter that leaves the cache is only dropped. Adding, switching or removing one adapter does not touch
+the others.
+
+PEFT keeps one module per adapter and layer, so its `adapter_names=` batches work as they are: the rows of a batch that
+name the same adapter go through its factors together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
+from torch import nn
+
+from lowra.adapters.labels import base_fingerprint, check_label
+from lowra.adapters.storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
+
+BASE = "__base__"  # PEFT's name for rows of a batch that use no adapter
+
+
+def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
+    """Decode a packed adapter into a PEFT adapter of this name, without checks of its label.
+
+    Args:
+        model: the base model, which gets wrapped, or a PeftModel, which gets one adapter more. An adapter that is
+        active
+            stays active.
+
+    Raises:
+        ValueError: the adapter has factors for layers that the model does not have, or of another shape.
+    """
+    config = PeftConfig.from_peft_type(**copy.deepcopy(packed.config))
+    config.inference_mode = True
+    # The weights are about to be replaced; LoftQ, PiSSA and others would start by changing the base.
+    config.init_lora_weights = True
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, low_cpu_mem_usage=True)
+    else:
+        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        model = wrapper(model, config, adapter_name=name, low_cpu_mem_usage=True)
+    try:
+        result = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
+    except RuntimeError as error:
+        model.delete_adapter(name)
+        raise ValueError(
+            f"Adapter {name} does not fit the model ({error}); expected the base it was trained on: "
+            f"{packed.label.get('base')}."
+        ) from error
+    absent = [key for key in result.missing_keys if "lora_" in key and f".{name}." in f"{key}."]
+    if result.unexpected_keys or absent:
+        model.delete_adapter(name)
+        raise ValueError(
+            f"Adapter {name} does not fit the model: {(list(result.unexpected_keys) + absent)[0]} is in only one of "
+            f"the two; expected the base it was trained on: {packed.label.get('base')}."
+        )
+    device = next(model.parameters()).device
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in f"{parameter_name}." and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    return model
+
+
+def load_packed(model: nn.Module, folder: str | Path, adapter_name: str = "default", force: bool = False) -> PeftModel:
+    """Load one packed adapter into a model, its label checked; the counterpart of `PeftModel.from_pretrained`.
+
+    Args:
+        model: the base model or a PeftModel on it.
+        folder: what `lowra adapter quantize` wrote.
+        force: load in spite of the label, with a warning.
+
+    Raises:
+        LabelError: another base, past retirement, or changed bytes. ValueError, FileNotFoundError: unreadable.
+    """
+    packed = read_packed(folder)
+    check_label(packed, base_fingerprint(model), str(folder), force)
+    model = attach(model, packed, adapter_name)
+    model.set_adapter(adapter_name, inference_mode=True)
+    return model
+
+
+class AdapterLibrary:
+    """Packed adapters by name on one base model.
+
+    Args:
+        base: the base model, without adapters; the library wraps it with PEFT when the first adapter is used.
+        cache_size: adapters decoded at a time, and so the most that one batch can mix.
+
+    A batch of rows for different adapters:
+
+        library.prepare(["law", "news", "law"])
+        library.model(**batch, adapter_names=["law", "news", "law"])
+    """
+
+    def __init__(self, base: nn.Module, cache_size: int = 4):
+        if isinstance(base, PeftModel):
+            raise ValueError("AdapterLibrary got a PeftModel; expected the base model. Pass model.unload().")
+        if cache_size < 1:
+            raise ValueError(f"cache_size is {cache_size}; expected at least 1.")
+        self.model: nn.Module = base
+        self.cache_size = cache_size
+        self.fingerprint = base_fingerprint(base)
+        self._packed: dict[str, PackedAdapter] = {}
+        self._shared: dict[str, SharedBasis] = {}  # by the folder the basis lies in
+        self._decoded: OrderedDict[str, None] = OrderedDict()  # least recently used first
+        self._active: str | None = None  # what `switch` chose; it keeps its place in the cache
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._packed
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._packed)
+
+    @property
+    def decoded(self) -> list[str]:
+        """Adapters that are decoded at present, least recently used first."""
+        return list(self._decoded)
+
+    def add(self, name: str, folder: str | Path, force: bool = False) -> None:
+        """Take a packed adapter into the library; it stays packed.
+
+        Args:
+            name: what batches call it; no dots, since PEFT makes module names of it.
+            force: take it in spite of its label, with a warning.
+
+        Raises:
+            LabelError: another base, past retirement, or changed bytes. ValueError, FileNotFoundError: unreadable, or a
+            name that is taken or unusable.
+        """
+        if name in self._packed:
+            raise ValueError(f"The library already has an adapter {name!r}; remove it first, or give another name.")
+        if not name or "." in name or name == BASE:
+            raise ValueError(
+                f"Adapter name {name!r} cannot be used; expected one without dots, not empty, not {BASE!r}."
+            )
+        above = str(Path(folder).resolve().parent)
+        packed = read_packed(folder, self._shared.get(above))
+        check_label(packed, self.fingerprint, str(folder), force)
+        if packed.shared:
+            self._shared[above] = packed.shared
+        self._packed[name] = packed
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; the others, decoded or not, stay as they are."""
+        self._require(name)
+        if name == self._active:
+            self._active = None
+        if name in self._decoded:
+            self._drop(name)
+        packed = self._packed.pop(name)
+        if packed.shared and not any(other.shared is packed.shared for other in self._packed.values()):
+            self._shared = {above: basis for above, basis in self._shared.items() if basis is not packed.shared}
+
+    def label(self, name: str) -> dict:
+        """The label of an adapter."""
+        self._require(name)
+        return self._packed[name].label
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Decode every adapter that a batch names, "__base__" apart, so that `self.model(..., adapter_names=names)`
+        works.
+
+        Raises:
+            ValueError: an unknown name, or more different adapters than the cache holds beside the active one.
+        """
+        wanted = [name for name in dict.fromkeys(names) if name != BASE]
+        for name in wanted:
+            self._require(name)
+        # Were the active adapter to leave, a batch without names would silently go through another one.
+        staying = set(wanted) | ({self._active} if self._active else set())
+        if len(staying) > self.cache_size:
+            raise ValueError(
+                f"The batch names {len(wanted)} different adapters, the active one is {self._active!r}, and the cache "
+                f"holds {self.cache_size}; split the batch, or make the library with a larger cache_size."
+            )
+        for name in wanted:
+            if name in self._decoded:
+                self._decoded.move_to_end(name)
+                continue
+            # The newcomer comes before the oldest goes: a PeftModel without any adapter is no model.
+            self.model = attach(self.model, self._packed[name], name)
+            self._decoded[name] = None
+            if len(self._decoded) > self.cache_size:
+                self._drop(next(old for old in self._decoded if old not in staying))
+        self.model.eval()
+
+    def switch(self, name: str) -> None:
+        """Make one adapter the active one, for batches that name none; it stays decoded until another is."""
+        self._require(name)
+        self._active = None
+        self.prepare([name])
+        self.model.set_adapter(name, inference_mode=True)
+        self._active = name
+
+    def memory(self) -> dict[str, float]:
+        """Bytes held: packed adapters, bases they share, decoded copies, and what all would take in float16."""
+        adapters = self._packed.values()
+        parameters = sum(packed.parameters for packed in adapters)
+        packed_bytes = sum(packed.tensor_bytes for packed in adapters)
+        shared_bytes = sum(tensor_bytes(basis.tensors) for basis in self._shared.values())
+        decoded = {f".{name}." for name in self._decoded}
+        decoded_bytes = sum(
+            parameter.numel() * parameter.element_size()
+            for name, parameter in self.model.named_parameters()
+            if "lora_" in name and any(mark in f"{name}." for mark in decoded)
+        )
+        return {
+            "adapters": len(self),
+            "packed_bytes": packed_bytes,
+            "shared_bytes": shared_bytes,
+            "decoded_adapters": len(self._decoded),
+            "decoded_bytes": decoded_bytes,
+            "float16_bytes": 2 * parameters,
+            "average_bits": 8 * (packed_bytes + shared_bytes) / parameters if parameters else 0.0,
+        }
+
+    def _require(self, name: str) -> None:
+        if name not in self._packed:
+            held = ", ".join(sorted(self._packed)[:10]) or "none"
+            raise ValueError(f"The library has no adapter {name!r} among its {len(self)}: {held}.")
+
+    def _drop(self, name: str) -> None:
+        if name in self.model.active_adapters and len(self._decoded) > 1:
+            self.model.set_adapter(next(other for other in self._decoded if other != name), inference_mode=True)
+        self.model.delete_adapter(name)
+        del self._decoded[name]

@@ -1,0 +1,182 @@
+"""Read a trained PEFT LoRA folder, and refuse what cannot be quantised before anything is written.
+
+Only safetensors and JSON are read. An adapter saved as adapter_model.bin is a pickle, which can run code, and is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# (suffix of A, suffix of B) as PEFT writes them: linear and convolution layers, embeddings.
+_FACTOR_SUFFIXES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+
+# Fields of LoraConfig that change what the factors mean; with one of them set the layer is no longer x A^T B^T.
+_UNSUPPORTED_FIELDS = {
+    "use_dora": "DoRA rescales the merged weight",
+    "use_qalora": "QALoRA pools the input of A",
+    "use_bdlora": "BD-LoRA factors are block diagonal",
+    "kasa_config": "KaSA scales the rank dimension by learned values",
+    "monteclora_config": "MonteCLoRA adds sampled parts",
+    "arrow_config": "Arrow routes between adapters by their SVD",
+    "target_parameters": "factors of fused expert parameters hold many experts in one matrix",
+}
+
+
+@dataclass
+class LoraFactors:
+    """One LoRA layer: B [m, r] and A [r, n] float32, so that the update is scaling * B A."""
+
+    name: str  # PEFT's name of the layer, as in the keys of the adapter file
+    suffixes: tuple[str, str]  # what PEFT appends to the name for A and for B
+    b: torch.Tensor
+    a: torch.Tensor
+
+    @property
+    def parameters(self) -> int:
+        return self.b.numel() + self.a.numel()
+
+
+@dataclass
+class LoraAdapter:
+    """A trained adapter: its PEFT configuration, its layers, and tensors that stay as they are (biases, saved
+    modules).
+    """
+
+    config: dict
+    layers: list[LoraFactors]
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, what was expected and what came.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected {what}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); expected {what}. Copy the file again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected {what}, a JSON object.")
+    return content
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file into memory: (tensors by name, metadata).
+
+    Raises:
+        FileNotFoundError, ValueError: missing, cut short or not safetensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected {what}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # A copy, so that nothing keeps the file mapped: a file replaced in place would change under the reader.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); expected {what}. The file was cut short or is of another "
+            f"kind ({path.stat().st_size} bytes): copy or download it again."
+        ) from error
+
+
+def _check_config(folder: Path, config: dict) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has peft_type {kind!r}; expected 'LORA'. Only LoRA adapters are products of two "
+            "low-rank factors; keep this adapter in its own format."
+        )
+    for option, reason in _UNSUPPORTED_FIELDS.items():
+        if config.get(option):
+            raise ValueError(
+                f"{folder / CONFIG_FILE} sets {option}; expected a plain LoRA. {reason}, so quantising its factors "
+                f"would change more than their precision. Train without {option}, or keep the adapter as it is."
+            )
+
+
+def _check_factor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"Tensor {name} of {path} has shape {list(tensor.shape)}; expected a matrix. Convolution adapters are not "
+            "supported, and an empty factor means that sharded weights were not gathered before saving."
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"Tensor {name} of {path} has dtype {tensor.dtype}; expected floating point. The adapter is already "
+            "quantised, or is no LoRA: give the folder that training wrote."
+        )
+    broken = int((~torch.isfinite(tensor)).sum())
+    if broken:
+        raise ValueError(
+            f"Tensor {name} of {path} has {broken} NaN or infinite values of {tensor.numel()}; expected finite "
+            "numbers. Training has diverged: take an earlier checkpoint, or train with a lower learning rate."
+        )
+
+
+def read_adapter(folder: str | Path) -> LoraAdapter:
+    """Read a PEFT LoRA folder.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing. ValueError: not a plain LoRA, a cut file,
+        unpaired factors, NaN or infinite values; the message names the tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder; expected a trained PEFT LoRA adapter with {CONFIG_FILE} and {WEIGHTS_FILE}."
+        )
+    config = read_json(folder / CONFIG_FILE, "the configuration of a PEFT adapter")
+    _check_config(folder, config)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin, a pickle, which can run code when read; expected {WEIGHTS_FILE}. Load "
+            "it where you trust it and save it again with save_pretrained(..., safe_serialization=True)."
+        )
+    tensors, _ = read_tensors(path, "the weights of a PEFT LoRA adapter")
+
+    layers = []
+    for suffixes in _FACTOR_SUFFIXES:
+        suffix_a, suffix_b = suffixes
+        for key in sorted(name for name in tensors if name.endswith(suffix_a)):
+            layer = key.removesuffix(suffix_a)
+            if layer + suffix_b not in tensors:
+                raise ValueError(f"{path} has {key} and no {layer + suffix_b}; expected both factors. Save it again.")
+            a, b = tensors.pop(key), tensors.pop(layer + suffix_b)
+            _check_factor(path, key, a)
+            _check_factor(path, layer + suffix_b, b)
+            if a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"Layer {layer} of {path} has A {list(a.shape)} and B {list(b.shape)}; expected A [r, n] and "
+                    "B [m, r] of one rank r. The two files come from different adapters or were edited."
+                )
+            layers.append(LoraFactors(layer, suffixes, b.to(torch.float32), a.to(torch.float32)))
+    strays = [name for name in tensors if ".lora_" in name and not name.endswith(".lora_B.bias")]
+    if strays:
+        raise ValueError(
+            f"{path} holds {strays[0]}, which is no factor of a plain LoRA; expected pairs of lora_A and lora_B. "
+            "The adapter is of a variant that is not supported; keep it in its own format."
+        )
+    if not layers:
+        raise ValueError(
+            f"{path} holds no pair of lora_A and lora_B among its {len(tensors)} tensors; expected a LoRA adapter."
+        )
+    layers.sort(key=lambda layer: layer.name)
+    return LoraAdapter(config, layers, tensors, folder)

@@ -1,0 +1,309 @@
+"""`lowra adapter`: quantise trained LoRA adapters and read the labels of packed ones."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from lowra.adapters.binary_baselines import quantize_billm, quantize_pbllm
+from lowra.adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
+from lowra.adapters.joint import check_alike, quantize_joint
+from lowra.adapters.labels import bytes_problem, make_label, parse_retirement, retirement_problem
+from lowra.adapters.loraquant import (
+    SPLITS,
+    LoraQuantSettings,
+    check_bits,
+    quantize_bin,
+    quantize_loraquant,
+    quantize_rtn,
+)
+from lowra.adapters.source import LoraAdapter, read_adapter
+from lowra.adapters.storage import (
+    PACKED_FILE,
+    PackedAdapter,
+    read_packed,
+    refuse_existing,
+    tensor_bytes,
+    write_packed,
+    write_shared,
+    written_beside,
+)
+
+METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
+_TAKES_BITS = ("loraquant", "rtn", "gptq")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `adapter` with its actions; each sets `run`, a function of the parsed arguments that returns a JSON-able
+    dict.
+    """
+    adapter = subparsers.add_parser("adapter", help="quantise LoRA adapters below two bits, and inspect packed ones")
+    actions = adapter.add_subparsers(dest="action", required=True)
+    _add_quantize(actions)
+    inspect = actions.add_parser("inspect", help="show the label of a packed adapter and whether it still holds")
+    inspect.add_argument("adapter", type=Path, help="folder written by `lowra adapter quantize`")
+    inspect.set_defaults(run=run_inspect)
+
+
+def _add_quantize(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser(
+        "quantize",
+        help="quantise a trained PEFT LoRA adapter and pack it",
+        description="Quantise a trained PEFT LoRA adapter by LoraQuant or one of its baselines, and write it packed.",
+    )
+    parser.add_argument("adapters", metavar="ADAPTER", type=Path, nargs="+", help="PEFT folder (jd-diagonal: several)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the packed adapter")
+    # Checked by hand, so that an unknown method gets the same kind of message as any other bad input.
+    parser.add_argument("--method", default="loraquant", help=f"one of {', '.join(METHODS)} (default loraquant)")
+    parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
+    parser.add_argument("--base", type=Path, help="base model; default: the one the adapter names, if it is a folder")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text for the Hessians of gptq")
+
+    own = parser.add_argument_group("loraquant")
+    own.add_argument("--ratio", type=float, help="share of variance in the part at --bits (default 0.9)")
+    own.add_argument(
+        "--static-h", type=int, metavar="H", help="components at --bits in each layer, in place of --ratio"
+    )
+    own.add_argument("--split", choices=SPLITS, help="how components are ranked (default svd; others need --static-h)")
+    own.add_argument("--no-refine", action="store_true", help="skip straight-through refinement")
+    own.add_argument("--no-binary", action="store_true", help="drop the 1-bit part")
+
+    label = parser.add_argument_group("label")
+    label.add_argument("--task", help="what the adapter is for")
+    label.add_argument("--training-data", help="what it was trained on")
+    label.add_argument("--evaluation", action="append", default=[], metavar="NAME=RESULT", help="a result; repeatable")
+    label.add_argument("--licence", help="licence of the adapter")
+    label.add_argument("--retire", metavar="YYYY-MM-DD", help="last day on which it may be loaded")
+    parser.set_defaults(run=run_quantize)
+
+
+def run_quantize(args: argparse.Namespace) -> dict:
+    """Quantise, label and write; everything that can be refused is refused before anything is written.
+
+    Raises:
+        ValueError, FileNotFoundError: bad options or input, with what was expected, what came and what to do.
+    """
+    settings = _check_options(args)
+    evaluation = _parse_evaluation(args.evaluation)
+    if args.retire is not None:
+        parse_retirement(args.retire)
+    refuse_existing(args.output)
+    adapters = [read_adapter(folder) for folder in args.adapters]
+    if args.method == "jd-diagonal":
+        check_alike(adapters)
+        if len({folder.resolve().name for folder in args.adapters}) < len(adapters):
+            raise ValueError("Two of the adapter folders have the same name, which names their output; rename one.")
+    base_path = _base_path(args, adapters[0])
+    if args.method == "gptq" and base_path is None:
+        raise ValueError(
+            f"gptq needs the base model for calibration, and {adapters[0].config.get('base_model_name_or_path')!r} is "
+            "no folder here; give --base."
+        )
+    base = None if base_path is None else _load_base(base_path)
+    if base is None:
+        print(
+            f"warning: the base {adapters[0].config.get('base_model_name_or_path')!r} is no folder here, so the label "
+            "records no fingerprint and loading will ask for force; give --base to record it.",
+            file=sys.stderr,
+        )
+
+    start = time.perf_counter()
+    if args.method == "gptq":
+        packed = [_run_gptq(args, settings.bits, adapters[0], base, base_path)]
+    else:
+        packed = _run_method(args.method, settings, adapters)
+    seconds = time.perf_counter() - start
+
+    for one in packed:
+        one.label = make_label(
+            one,
+            base_name=str(base_path or adapters[0].config.get("base_model_name_or_path") or "") or None,
+            base=base,
+            task=args.task,
+            training_data=args.training_data,
+            evaluation=evaluation,
+            licence=args.licence,
+            retire=args.retire,
+        )
+    _write(args, packed)
+    return _report(args, packed, seconds)
+
+
+def _check_options(args: argparse.Namespace) -> LoraQuantSettings:
+    """Settings from the options; options that the method does not have are refused rather than ignored."""
+    if args.method not in METHODS:
+        raise ValueError(f"Unknown method {args.method!r}; expected one of {', '.join(METHODS)}.")
+    if len(args.adapters) > 1 and args.method != "jd-diagonal":
+        raise ValueError(
+            f"Method {args.method} takes one adapter; came {len(args.adapters)}. Call it once for each, or use "
+            "--method jd-diagonal to share factors between them."
+        )
+    given = {
+        "--bits": args.bits is not None and args.method not in _TAKES_BITS,
+        "--calibration": args.calibration is not None and args.method != "gptq",
+        "--ratio": args.ratio is not None,
+        "--static-h": args.static_h is not None,
+        "--split": args.split is not None,
+        "--no-refine": args.no_refine,
+        "--no-binary": args.no_binary,
+    }
+    own = ("--ratio", "--static-h", "--split", "--no-refine", "--no-binary")
+    if args.method == "loraquant":
+        given |= dict.fromkeys(own, False)
+    foreign = [option for option, is_set in given.items() if is_set]
+    if foreign:
+        raise ValueError(f"Method {args.method} has no option {foreign[0]}; leave it out, or choose another --method.")
+    if args.ratio is not None and args.static_h is not None:
+        raise ValueError("--ratio and --static-h exclude one another: both choose how many components are important.")
+    if args.method == "gptq" and args.calibration is None:
+        raise ValueError("gptq needs calibration text; give --calibration FILE, UTF-8 text of the adapter's kind.")
+    bits = 2 if args.bits is None else args.bits
+    check_bits(bits)
+    return LoraQuantSettings(
+        bits=bits,
+        ratio=0.9 if args.ratio is None else args.ratio,
+        split=args.split or "svd",
+        refine=not args.no_refine,
+        binary=not args.no_binary,
+        static_h=args.static_h,
+    )
+
+
+def _parse_evaluation(pairs: list[str]) -> dict[str, str]:
+    results = {}
+    for pair in pairs:
+        name, equals, result = pair.partition("=")
+        if not (name and equals and result):
+            raise ValueError(f"--evaluation got {pair!r}; expected NAME=RESULT, such as perplexity=23.4.")
+        results[name] = result
+    return results
+
+
+def _base_path(args: argparse.Namespace, adapter: LoraAdapter) -> Path | None:
+    """Folder of the base: --base, or what the adapter names if that is a folder here."""
+    if args.base is not None:
+        if not (args.base / "config.json").is_file():
+            raise FileNotFoundError(f"{args.base} has no config.json; expected the folder of a base model.")
+        return args.base
+    named = adapter.config.get("base_model_name_or_path")
+    return Path(named) if named and (Path(named) / "config.json").is_file() else None
+
+
+def _load_base(path: Path) -> nn.Module:
+    """The base model in the type of its checkpoint, in the class that its configuration names."""
+    names = AutoConfig.from_pretrained(path).architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(f"{path / 'config.json'} names the architectures {names}; expected one that Transformers has.")
+    return model_class.from_pretrained(path, dtype="auto")
+
+
+def _run_gptq(args, bits: int, adapter: LoraAdapter, base: nn.Module, base_path: Path) -> PackedAdapter:
+    blocks = calibration_blocks(args.calibration, AutoTokenizer.from_pretrained(base_path))
+    model = PeftModel.from_pretrained(base, args.adapters[0])
+    names = [layer.name for layer in adapter.layers]
+    hessians = input_hessians(model, blocks, names, progress=True)
+    return quantize_gptq(adapter, hessians, bits, progress=True)
+
+
+def _run_method(method: str, settings: LoraQuantSettings, adapters: list[LoraAdapter]) -> list[PackedAdapter]:
+    if method == "jd-diagonal":
+        return quantize_joint(adapters, progress=True)
+    if method == "loraquant":
+        return [quantize_loraquant(adapters[0], settings, progress=True)]
+    if method == "rtn":
+        return [quantize_rtn(adapters[0], settings.bits)]
+    return [{"bin": quantize_bin, "pbllm": quantize_pbllm, "billm": quantize_billm}[method](adapters[0])]
+
+
+def _write(args: argparse.Namespace, packed: list[PackedAdapter]) -> None:
+    with written_beside(args.output) as folder:
+        if packed[0].shared is None:
+            write_packed(folder, packed[0])
+            return
+        write_shared(folder, packed[0].shared)
+        for source, one in zip(args.adapters, packed, strict=True):
+            inner = folder / source.resolve().name
+            os.mkdir(inner)
+            write_packed(inner, one)
+
+
+def _report(args: argparse.Namespace, packed: list[PackedAdapter], seconds: float) -> dict:
+    stored = sum(one.tensor_bytes for one in packed)
+    stored += tensor_bytes(packed[0].shared.tensors) if packed[0].shared else 0
+    parameters = sum(one.parameters for one in packed)
+    result = {
+        "output": str(args.output),
+        "method": packed[0].method,
+        "adapters": len(packed),
+        "layers": len(packed[0].layers),
+        "parameters": parameters,
+        "tensor_bytes": stored,
+        "file_bytes": sum(file.stat().st_size for file in args.output.rglob("*.safetensors")),
+        "average_bits": 8 * stored / parameters,
+        "base_fingerprint": packed[0].label["base"]["fingerprint"],
+        "sha256": [one.label["sha256"] for one in packed],
+        "seconds": round(seconds, 2),
+    }
+    print(
+        f"{result['method']}: {parameters:,} parameters in {stored:,} bytes, {result['average_bits']:.3f} bits each "
+        f"(float16: {2 * parameters:,} bytes), in {seconds:.1f} s"
+    )
+    if any(layer.important for layer in packed[0].layers):
+        print(f"components at {packed[0].bits} bits per layer: {_important_counts(packed[0])}")
+    print(f"written to {args.output}")
+    return result
+
+
+def _important_counts(packed: PackedAdapter) -> str:
+    """Such as "4 of 16 in 12 layers, 5 of 16 in 44 layers"."""
+    counts = Counter((layer.important, layer.rank) for layer in packed.layers)
+    return ", ".join(f"{h} of {rank} in {number} layers" for (h, rank), number in sorted(counts.items()))
+
+
+def run_inspect(args: argparse.Namespace) -> dict:
+    """Show the label of a packed adapter, whether its bytes are those packed and whether it is past retirement.
+
+    Raises:
+        ValueError, FileNotFoundError: no packed adapter, or one that cannot be read.
+    """
+    packed = read_packed(args.adapter)
+    label = packed.label
+    problems = [problem for problem in (bytes_problem(packed), retirement_problem(label)) if problem]
+    base = label.get("base") or {}
+    rows = {
+        "method": packed.method,
+        "average bits": f"{packed.average_bits:.3f}",
+        "parameters": f"{packed.parameters:,} in {len(packed.layers)} layers",
+        "file": f"{(args.adapter / PACKED_FILE).stat().st_size:,} bytes",
+        "base": base.get("name"),
+        "base fingerprint": base.get("fingerprint"),
+        "base quantisation": base.get("quantization"),
+        "task": label.get("task"),
+        "training data": label.get("training_data"),
+        "evaluation": ", ".join(f"{name} {result}" for name, result in (label.get("evaluation") or {}).items()) or None,
+        "licence": label.get("licence"),
+        "retires after": label.get("retire"),
+        "sha256": label.get("sha256"),
+        "state": f"must not be loaded: {'; '.join(problems)}" if problems else "bytes as packed, not retired",
+    }
+    for name, value in rows.items():
+        print(f"{name:<18} {'not recorded' if value is None else value}")
+    return {
+        "label": label,
+        "method": packed.method,
+        "average_bits": packed.average_bits,
+        "parameters": packed.parameters,
+        "tensor_bytes": packed.tensor_bytes,
+        "layers": {layer.name: layer.important for layer in packed.layers},
+        "problems": problems,
+    }
