@@ -85,6 +85,51 @@ LOWRA_API int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, i
 // out [N, K] of out_type, rows in the order of W.
 LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads);
 
+// The CUDA library. Every pointer but the shape structs is to memory of the current device; `stream` is a cudaStream_t.
+// No call synchronises or allocates. Rows of a weight with group sizes that a kernel does not cover answer
+// LOWRA_UNSUPPORTED before anything is launched; the caller then takes the PyTorch reference.
+
+// As lowra_cpu_quantize. Group sizes 8, 16, 32, 64, 128 and 256.
+LOWRA_API int lowra_cuda_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type,
+                                  const int32_t *row_order, const float *thresholds, uint8_t *codes, float *absmax,
+                                  void *stream);
+
+// 8-bit scales of absmax [count]: scales [count] and scale_steps [ceil(count / 256)].
+LOWRA_API int lowra_cuda_encode_scales(const float *absmax, int64_t count, uint8_t *scales, float *scale_steps,
+                                       void *stream);
+
+// As lowra_cpu_dequantize. Every shape. With row_order = 0, 1, 2, ... the rows come out in packed order.
+LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, void *out, int32_t out_type, void *stream);
+
+// out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type` (float16 or
+// bfloat16). tokens 1..64, group sizes 32, 64, 128 and 256, K a multiple of 32.
+LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
+                                 int32_t type, void *stream);
+
+// Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],
+// thresholds [rows, 19], errors [rows, 3]. A row must fit into the shared memory of a block (K <= 55,000 on an H200).
+LOWRA_API int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, int64_t in_features,
+                                   int64_t group_size, const float *initial_levels, const float *initial_thresholds,
+                                   const float *column_weights, int32_t iterations, int32_t squared, float *levels,
+                                   float *thresholds, float *errors, void *stream);
+
+// What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR.
+LOWRA_API const char *lowra_cuda_error(void);
+
+// Weighted Lloyd-Max of every row of `weight` [rows, in_features] at 4, 2 and 1 bits (lloyd.py is the specification).
+typedef struct lowra_lloyd {
+  const float *initial_levels;      // [22]: 16, 4 and 2
+  const float *initial_thresholds;  // [19]: 15, 3 and 1
+  const float *column_weights;      // [in_features] or null
+  int64_t rows, in_features, group_size;
+  int32_t iterations;
+  int32_t squared;                  // weight of a group in the search: absmax squared, or absmax
+} lowra_lloyd;
+
+// levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.
+LOWRA_API int lowra_cpu_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
+                                  float *thresholds, float *errors, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,1 +1,20 @@
-"""lowra: LoRA fine-tuning of large language models on base weights of 1 to 2 bits."""
+"""lowra: LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
+
+Importing it registers the quantisation method "lowra" with Transformers and PEFT:
+
+    import lowra
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)
+"""
+
+__version__ = "0.1.0"
+
+import bitsandbytes  # noqa: F401 - loads the backend that defines the ops
+
+from . import integrations
+from .config import LowRAConfig
+from .linear import LowRALinear
+from .pipeline import AdapterRecipe, quantize_checkpoint
+
+__all__ = ["AdapterRecipe", "LowRAConfig", "LowRALinear", "integrations", "quantize_checkpoint"]

@@ -2,18 +2,15 @@
 
 #include "lowra.h"
 #include "cpu/rows.h"
+#include "cpu/threads.h"
 
-#include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 namespace {
 
 // Below this many weights per thread the start of a thread costs more than its work.
 constexpr int64_t kWeightsPerThread = 1 << 16;
-constexpr int64_t kRowsPerTurn = 8;
 
 const row_kernels &kernels() {
 #if defined(__x86_64__)
@@ -43,25 +40,6 @@ row_place place_of(const lowra_shape &shape, int64_t row, int extra) {
   row -= shape.rows2;
   return {1, codes4 + shape.rows2 * bytes2 + row * lowra_row_bytes(shape.in_features, 1),
           table4 + shape.rows2 * (4 + extra) + row * (2 + extra)};
-}
-
-template <class Work>
-void for_each_row(const lowra_shape &shape, int32_t threads, Work work) {
-  const int64_t rows = shape.rows4 + shape.rows2 + shape.rows1;
-  const int64_t useful = rows * shape.in_features / kWeightsPerThread;
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
-  std::atomic<int64_t> next{0};
-  auto turn = [&] {
-    for (;;) {
-      const int64_t first = next.fetch_add(kRowsPerTurn);
-      if (first >= rows) return;
-      for (int64_t row = first; row < std::min(first + kRowsPerTurn, rows); ++row) work(row);
-    }
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < count; ++i) others.emplace_back(turn);
-  turn();
-  for (auto &other : others) other.join();
 }
 
 bool bad_shape(const lowra_shape &s) {
@@ -103,11 +81,13 @@ int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t wei
   const int64_t element = weight_type == LOWRA_FLOAT32 ? 4 : 2;
   const int64_t groups = (shape->in_features + shape->group_size - 1) / shape->group_size;
   const quantize_row_fn quantize_row = kernels().quantize;
-  for_each_row(*shape, threads, [&](int64_t row) {
-    const row_place place = place_of(*shape, row, -1);
-    const uint8_t *source = static_cast<const uint8_t *>(weight) + row_order[row] * shape->in_features * element;
-    quantize_row(source, weight_type, shape->in_features, shape->group_size, place.bits,
-                 thresholds + place.table_offset, codes + place.code_offset, absmax + row * groups);
+  for_each_row(rows, rows * shape->in_features, kWeightsPerThread, threads, [&] {
+    return [&](int64_t row) {
+      const row_place place = place_of(*shape, row, -1);
+      const uint8_t *source = static_cast<const uint8_t *>(weight) + row_order[row] * shape->in_features * element;
+      quantize_row(source, weight_type, shape->in_features, shape->group_size, place.bits,
+                   thresholds + place.table_offset, codes + place.code_offset, absmax + row * groups);
+    };
   });
   return LOWRA_OK;
 }
@@ -125,14 +105,14 @@ int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type
   const int64_t element = out_type == LOWRA_FLOAT32 ? 4 : 2;
   const int64_t groups = (shape.in_features + shape.group_size - 1) / shape.group_size;
   const dequantize_row_fn dequantize_row = kernels().dequantize;
-  for_each_row(shape, threads, [&](int64_t row) {
-    thread_local std::vector<float> scales;
-    scales.resize(static_cast<size_t>(groups));
-    load_scales(*packed, row * groups, groups, scales.data());
-    const row_place place = place_of(shape, row, 0);
-    uint8_t *target = static_cast<uint8_t *>(out) + packed->row_order[row] * shape.in_features * element;
-    dequantize_row(packed->codes + place.code_offset, shape.in_features, shape.group_size, place.bits, scales.data(),
-                   packed->levels + place.table_offset, target, out_type);
+  for_each_row(rows, rows * shape.in_features, kWeightsPerThread, threads, [&] {
+    return [&, scales = std::vector<float>(static_cast<size_t>(groups))](int64_t row) mutable {
+      load_scales(*packed, row * groups, groups, scales.data());
+      const row_place place = place_of(shape, row, 0);
+      uint8_t *target = static_cast<uint8_t *>(out) + packed->row_order[row] * shape.in_features * element;
+      dequantize_row(packed->codes + place.code_offset, shape.in_features, shape.group_size, place.bits, scales.data(),
+                     packed->levels + place.table_offset, target, out_type);
+    };
   });
   return LOWRA_OK;
 }

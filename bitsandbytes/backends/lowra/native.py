@@ -40,6 +40,19 @@ class _Packed(ctypes.Structure):
     ]
 
 
+class _Lloyd(ctypes.Structure):
+    _fields_ = [
+        ("initial_levels", ctypes.c_void_p),
+        ("initial_thresholds", ctypes.c_void_p),
+        ("column_weights", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("iterations", ctypes.c_int32),
+        ("squared", ctypes.c_int32),
+    ]
+
+
 def _load(name: str) -> ctypes.CDLL | None:
     path = pathlib.Path(__file__).with_name(f"lib{name}.so")
     if not path.exists():
@@ -118,3 +131,32 @@ def cpu_dequantize(codes, row_order, scales, scale_steps, levels, rows_4bit, row
     )
     check(status, "dequantisation", packed.shape)
     return out
+
+
+def cpu_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+    """`lloyd.lloyd_max` on the CPU library."""
+    rows, in_features = weight.shape
+    weight = weight.contiguous()
+    tables = [initial_levels.float().contiguous(), initial_thresholds.float().contiguous()]
+    if column_weights is not None:
+        tables.append(column_weights.float().contiguous())
+    search = _Lloyd(
+        tables[0].data_ptr(),
+        tables[1].data_ptr(),
+        None if column_weights is None else tables[2].data_ptr(),
+        rows,
+        in_features,
+        group_size,
+        iterations,
+        squared,
+    )
+    found = [torch.empty(rows, width, dtype=torch.float32) for width in (22, 19, 3)]
+    status = _cpu.lowra_cpu_lloyd_max(
+        ctypes.byref(search),
+        ctypes.c_void_p(weight.data_ptr()),
+        _TYPES[weight.dtype],
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in found),
+        torch.get_num_threads(),
+    )
+    check(status, "the Lloyd-Max search", shape_of(rows, 0, 0, in_features, group_size))
+    return tuple(found)

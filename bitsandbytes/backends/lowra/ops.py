@@ -184,6 +184,13 @@ if native.cpu_available():
         _check_packed(*packed)
         return native.cpu_dequantize(*packed, dtype)
 
+    @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
+    def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+        _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
+        return native.cpu_lloyd_max(
+            weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared
+        )
+
 
 def _linear_setup_context(ctx, inputs, output):
     x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = inputs

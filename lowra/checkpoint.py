@@ -1,0 +1,159 @@
+"""Dense checkpoints read tensor by tensor, under the names the model will know them by. Only safetensors are read."""
+
+import copy
+import json
+import pathlib
+from collections.abc import Iterator
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_folder(model: str) -> pathlib.Path:
+    """A local folder as it is, or the snapshot of a hub name.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name the hub knows.
+    """
+    folder = pathlib.Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise FileNotFoundError(f"{model} is not a folder with a model in it.")
+    try:
+        return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS))
+    except Exception as error:
+        raise FileNotFoundError(f"{model} is neither a local folder nor could it be had from the hub: {error}") from error
+
+
+def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The weight files of a checkpoint, in the order of its index where it has one.
+
+    Raises:
+        FileNotFoundError: no safetensors files, or one that the index names is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).exists():
+            others = sorted(path.name for path in folder.glob("*.bin"))
+            raise FileNotFoundError(
+                f"{folder} has no {name}"
+                + (f" (pickled files such as {others[0]} are not read: convert them to safetensors)." if others else ".")
+            )
+    return [folder / name for name in names]
+
+
+def empty_model(folder: pathlib.Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint on "meta": shapes and names, no weights."""
+    config = AutoConfig.from_pretrained(folder)
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            with torch.device("meta"):
+                return getattr(transformers, name)._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    raise ValueError(
+        f"{folder / 'config.json'} names the architectures {config.architectures}, none of which Transformers "
+        f"{transformers.__version__} has."
+    )
+
+
+class DenseCheckpoint:
+    """The tensors of a dense checkpoint under model names, one at a time.
+
+    Transformers' own renamings and conversions (merged experts, old prefixes) are applied, lazily, so that memory holds
+    what one conversion needs.
+    """
+
+    def __init__(self, files: list[pathlib.Path], model: PreTrainedModel):
+        """Reads headers only.
+
+        Raises:
+            ValueError: a file is cut short, or tensors the model needs are missing.
+        """
+        self.model = model
+        self._expected = model.state_dict()
+        self._mappings: dict[str, WeightRenaming | WeightConverter] = {}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        provided = set()
+        for key, reader in sorted(_tensors(files), key=lambda item: dot_natural_key(item[0])):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, self._expected)
+            if name not in self._expected and key in self._expected:
+                name, pattern = key, None
+            if name not in self._expected:
+                continue  # rotary caches and the like that the model does not keep
+            if pattern is None:
+                mapping = self._mappings.setdefault(name, WeightRenaming(key, name))
+                pattern = key
+                provided.add(name)
+            else:
+                mapping = self._mappings.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+                first, *others = mapping.target_patterns
+                provided.update([name, *(name.replace(first, other) for other in others)])
+            mapping.add_tensor(name, key, pattern, reader)
+        missing = set(self._expected) - provided - set(getattr(model, "all_tied_weights_keys", {}))
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} tensor(s) that {type(model).__name__} needs: "
+                f"{', '.join(sorted(missing)[:5])}{', …' if len(missing) > 5 else ''}. Download it again or check that "
+                "config.json belongs to it."
+            )
+
+    def names(self) -> list[str]:
+        """One name per conversion, in natural order; `load` may give several tensors for one."""
+        return list(self._mappings)
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one conversion by model name, on the CPU.
+
+        Raises:
+            ValueError: a tensor has another shape than the model's.
+        """
+        # convert() consumes what it collected, and the planning pass and the writing pass both need it
+        loaded = copy.copy(self._mappings[name])
+        object.__setattr__(loaded, "collected_tensors", dict(loaded.collected_tensors))
+        tensors = loaded.convert(name, model=self.model, config=self.model.config)
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in tensors.items()}
+        for key, tensor in tensors.items():
+            if key in self._expected and tensor.shape != self._expected[key].shape:
+                raise ValueError(
+                    f"Tensor {key} has shape {list(tensor.shape)}, but {type(self.model).__name__} of this config.json "
+                    f"expects {list(self._expected[key].shape)}."
+                )
+        return tensors
+
+
+def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, "_Reader"]]:
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as content:
+                keys = list(content.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}): it is cut short or damaged. Download it again."
+            ) from error
+        for key in keys:
+            yield key, _Reader(path, key)
+
+
+class _Reader:
+    """Loads one tensor when called; the file is opened anew, so no mapping keeps its pages alive."""
+
+    def __init__(self, path: pathlib.Path, key: str):
+        self.path, self.key = path, key
+
+    def __call__(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as content:
+            return content.get_tensor(self.key)

@@ -1,0 +1,115 @@
+"""The one configuration of a quantisation: what the user asks for, and what was reached."""
+
+import dataclasses
+import difflib
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+FORMAT_VERSION = 1
+PRECISIONS = (1, 2, 4)
+
+_CHOICES = {
+    "budget": ("nominal", "true"),
+    "scales": ("double_quant", "float16", "float32"),
+    "codebook": ("learned", "normal_float"),
+    "block_weight": ("absmax_squared", "absmax"),
+    "thresholds": ("channel", "matrix"),
+    "assigner": ("exact", "two_level", "layer_order"),
+    "sensitivity": ("layer", "none"),
+}
+
+
+@dataclasses.dataclass(repr=False)
+class LowRAConfig(QuantizationConfigMixin):
+    """How to quantise a model to a bit budget.
+
+    Attributes:
+        bits: budget in bits per quantised parameter, from the smallest to the largest of `menu`.
+        menu: precisions a channel may get, a subset of (1, 2, 4). The paper leaves out 1 for LLaMA at 2.0 bits and above.
+        budget: "nominal" counts codes alone, as the paper does; "true" counts everything stored (codes, padding, group
+            scales, mappings, precisions).
+        group_size: consecutive weights of a channel that share a scale; a multiple of 8 up to 256.
+        scales: storage of the group scales: "double_quant" (8 bits and a float32 per 256), "float16" or "float32".
+        codebook: "learned" (weighted Lloyd-Max per channel) or "normal_float" (NF4, NF2; no 1-bit form).
+        iterations: limit of the Lloyd-Max iterations; it stops earlier where the error no longer falls. The paper: 2.
+        block_weight: weight of a group in the search: "absmax_squared" (the true squared error) or "absmax" (the text of
+            section 5).
+        thresholds: one set per "channel", or per "matrix" (averaged, levels refitted; section 5's remark on stability).
+        assigner: "exact", "two_level" (the paper's integer programs) or "layer_order" (4 bits for the first layers, 2
+            for the rest, as LoftQ and QLoRA below 4 bits do).
+        sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix) or "none" (the
+            paper's plain squared error).
+        modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
+
+    The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
+    and `true_bits` per quantised parameter, `error` (sum of squared differences over the sum of squares), `base` (name
+    or path of the original) and `fingerprint` (of the base's weights).
+    """
+
+    quant_method: str = "lowra"  # how Transformers finds this class
+    bits: float = 2.0
+    menu: tuple[int, ...] = PRECISIONS
+    budget: str = "nominal"
+    group_size: int = 64
+    scales: str = "double_quant"
+    codebook: str = "learned"
+    iterations: int = 20
+    block_weight: str = "absmax_squared"
+    thresholds: str = "channel"
+    assigner: str = "exact"
+    sensitivity: str = "layer"
+    modules_to_not_convert: list[str] | None = None
+    format_version: int = FORMAT_VERSION
+    nominal_bits: float | None = None
+    true_bits: float | None = None
+    error: float | None = None
+    base: str | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self):
+        self.menu = tuple(sorted(int(bits) for bits in self.menu))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if not self.menu or not set(self.menu) <= set(PRECISIONS):
+            raise ValueError(f"menu must be a non-empty subset of {PRECISIONS}; got {self.menu}.")
+        if self.codebook == "normal_float":
+            self.menu = tuple(bits for bits in self.menu if bits > 1)  # there is no 1-bit NormalFloat
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has packed format {self.format_version}, this lowra reads format {FORMAT_VERSION}. "
+                "Install the version of lowra that wrote it, or quantise the base again."
+            )
+        if self.group_size % 8 or not 8 <= self.group_size <= 256:
+            raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
+        if self.iterations < 0:
+            raise ValueError(f"iterations must not be negative; got {self.iterations}.")
+        if self.budget == "nominal" and not self.menu[0] <= self.bits <= self.menu[-1]:
+            raise ValueError(
+                f"A budget of {self.bits} nominal bits cannot be met with channels of {_words(self.menu)} bits: give "
+                f"bits from {self.menu[0]} to {self.menu[-1]}"
+                + (", or codebook=learned for budgets below 2." if self.codebook == "normal_float" else ".")
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """From a dictionary of the attributes above (config.json, YAML). An unknown key is refused by name."""
+        check_keys(config_dict, [field.name for field in dataclasses.fields(cls)], "LowRAConfig")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "menu": list(self.menu)}
+
+
+def check_keys(given, known, what: str) -> None:
+    """Raises ValueError for keys that are not known, naming the nearest one that is."""
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known keys: {', '.join(sorted(known))}."
+            raise ValueError(f"{what} has no key {key!r}.{hint}")
+
+
+def _words(values) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,1 @@
+"""lowra inside PEFT."""

@@ -1,0 +1,220 @@
+"""The quantisation method "lowra" of Transformers: quantise while loading, load packed, save.
+
+`from_pretrained(path, quantization_config=LowRAConfig(bits=1.5))` plans over the checkpoint's shards first (tables and
+precisions of all matrices, one tensor in memory at a time) and then packs each weight as it is loaded. A packed
+checkpoint loads by copying its tensors.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..checkpoint import DenseCheckpoint
+from ..config import LowRAConfig
+from ..linear import LowRALinear
+from ..pipeline import learn
+from ..planning import Plan, Planner
+from ..quantize import TENSOR_NAMES, quantize_matrix
+from ..targets import Target, find_targets, replace_module
+
+
+@register_quantizer("lowra")
+class LowRAHfQuantizer(HfQuantizer):
+    """Replaces the linear layers of the blocks by `LowRALinear`, empty for a packed checkpoint, planned for a dense one."""
+
+    requires_calibration = False
+    quantization_config: LowRAConfig
+
+    def __init__(self, quantization_config: LowRAConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self._targets: dict[str, Target] = {}
+        self._plan: Plan | None = None
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "Quantising while loading cannot offload to disk: write a packed checkpoint first with "
+                "`lowra quantize MODEL --output DIR` and load that."
+            )
+
+    @property
+    def quantized_element_size(self) -> float:
+        return self.quantization_config.bits / 8
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
+        self._targets = find_targets(model, self.quantization_config.modules_to_not_convert)
+        files = [pathlib.Path(path) for path in checkpoint_files or []]
+        if not files or not all(path.suffix == ".safetensors" for path in files):
+            raise ValueError("lowra reads safetensors checkpoints only; this one has none.")
+        # Transformers is under torch.device("meta") here; the plan needs real memory.
+        with torch.device("cpu"):
+            if self.pre_quantized:
+                shapes = _packed_tensors_on_meta(files, self._targets)
+            else:
+                self._plan_model(model, files)
+        for name, target in self._targets.items():
+            dense = model.get_submodule(target.name)
+            if self.pre_quantized:
+                packed = shapes[target.name]
+            else:
+                # one element each: their sizes are known to the loader through the plan's own convert step
+                packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
+            bias = None if dense.bias is None else dense.bias.detach()
+            module = LowRALinear(
+                target.in_features, target.out_features, self.quantization_config.group_size, packed, bias
+            )
+            replace_module(model, target.name, module)
+
+    def _plan_model(self, model, files):
+        planner = Planner(self.quantization_config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        learn(planner, DenseCheckpoint(files, model), self._targets, device, progress=True)
+        self._plan = planner.assign()
+
+    def _stored_names(self) -> list[str]:
+        return [n for n in TENSOR_NAMES if n != "scale_steps" or self.quantization_config.scales == "double_quant"]
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
+        return not self.pre_quantized and param_name in self._targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        stored = parameters = 0
+        for target in self._targets.values():
+            module = model.get_submodule(target.name)
+            for name in TENSOR_NAMES:
+                if getattr(module, name) is not None:
+                    getattr(module, name).requires_grad_(False)  # the loader turns gradients on for float tensors
+            if module.row_bits.device.type != "meta":
+                module.prepare()
+            stored += 0 if self._plan is None else module.packed.stored_bits
+            parameters += target.out_features * target.in_features
+        if self._plan is not None:
+            config = self.quantization_config
+            config.nominal_bits = round(self._plan.assignment.bits_used / parameters, 6)
+            if config.budget == "true":
+                nominal = sum(int(b.sum()) * self._targets[n].in_features for n, b in self._plan.row_bits.items())
+                config.nominal_bits = round(nominal / parameters, 6)
+            config.true_bits = round(stored / parameters, 6)
+            config.error = self._plan.error
+            config.fingerprint = self._plan.fingerprint
+            config.base = str(model.config.name_or_path)
+            self._plan = None
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LowRALinear):
+                replace_module(model, name, dense_linear(module, dtype or model.config.dtype))
+        return model
+
+
+def dense_linear(module: LowRALinear, dtype: torch.dtype) -> torch.nn.Linear:
+    """A plain linear layer with the dequantised weight."""
+    with torch.device("meta"):
+        dense = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    if module.bias is not None:
+        dense.bias = torch.nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return dense
+
+
+class _Pack(ConversionOps):
+    """Packs one dense weight by the plan while it is loaded."""
+
+    def __init__(self, quantizer: LowRAHfQuantizer):
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], full_layer_name=None, missing_keys=None, model=None, **kwargs):
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        plan, target = self.quantizer._plan, self.quantizer._targets[full_layer_name]
+        packed = quantize_matrix(
+            target.as_matrix(weight),
+            plan.codebooks.pop(full_layer_name),
+            plan.row_bits[full_layer_name],
+            self.quantizer.quantization_config,
+        )
+        tensors = {f"{target.name}.{name}": tensor for name, tensor in packed.tensors().items()}
+        module = model.get_submodule(target.name)
+        for name, tensor in packed.tensors().items():
+            # set_param_for_module compares shapes for every tensor but the weight itself
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        if missing_keys is not None:
+            missing_keys.difference_update(tensors)
+        return tensors
+
+
+def _packed_tensors_on_meta(files: list[pathlib.Path], targets: dict[str, Target]) -> dict[str, dict[str, torch.Tensor]]:
+    """Shapes of the packed tensors of every target, from the headers of the shards.
+
+    Raises:
+        ValueError: a file is cut short, or a target's tensors are missing.
+    """
+    dtypes = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
+    names = {target.name for target in targets.values()}
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as content:
+                for key in content.keys():
+                    module, _, leaf = key.rpartition(".")
+                    # the model may be known by its base's names in the file, and the other way round
+                    match = next((m for m in (module, module.partition(".")[2]) if m in names), None)
+                    if match is None:
+                        match = next((n for n in names if n.partition(".")[2] == module), None)
+                    if match is not None and leaf in TENSOR_NAMES:
+                        header = content.get_slice(key)
+                        dtype = dtypes[header.get_dtype()]
+                        found[match][leaf] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): it is cut short or damaged.") from error
+    for name, tensors in found.items():
+        absent = {"weight", "row_bits", "scales", "levels"} - set(tensors)
+        if absent:
+            raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {name}.")
+    return found
+
+
+register_quantization_config("lowra")(LowRAConfig)
+
+
+def _accept_load_in_lowra() -> None:
+    """Lets `from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)` through; Transformers refuses unknown keywords."""
+    original = PreTrainedModel.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs):
+        if load_in_lowra:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError("Give either load_in_lowra=True or quantization_config, not both.")
+            kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
+        elif lowra_bits is not None:
+            raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
+        return original(cls, *args, **kwargs)
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+_accept_load_in_lowra()

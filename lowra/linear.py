@@ -1,0 +1,106 @@
+"""`LowRALinear`: a linear layer whose frozen weight lies in packed bits. To PEFT it is an `nn.Linear`."""
+
+import torch
+from bitsandbytes.backends.lowra import layout
+from torch import nn
+
+from .quantize import TENSOR_NAMES, PackedWeight
+
+_FLOAT_TENSORS = ("scales", "scale_steps", "levels")
+
+
+class LowRALinear(nn.Linear):
+    """y = x W^T + bias with W [N, K] in packed format 1 (csrc/lowra.h).
+
+    All packed tensors are frozen parameters: DDP would send buffers at every step, and FSDP2 shards parameters. Forward
+    and backward run through the op `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
+
+    Attributes:
+        weight, row_bits, scales, scale_steps, levels: see `PackedWeight`; `scale_steps` only for 8-bit scales.
+        bias: [N] or None.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, group_size: int, packed: dict[str, torch.Tensor], bias=None
+    ):
+        """Takes the packed tensors as they are (on "meta" too, where they only carry shapes)."""
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        for name in TENSOR_NAMES:
+            tensor = packed.get(name)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._rows: tuple[int, int] | None = None
+        self._row_order: dict[torch.device, torch.Tensor] = {}
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
+        return cls(packed.in_features, packed.row_bits.numel(), packed.group_size, packed.tensors(), bias)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight, sharing this module's tensors."""
+        tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
+        return PackedWeight(**tensors, in_features=self.in_features, group_size=self.group_size)
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - the name under which PEFT looks for a quantised weight
+        return self.weight
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense weight [N, K], detached."""
+        return torch.ops.bitsandbytes.lowra_dequantize(
+            self.weight, *self._layout(), *self._decoding(), *self._rows, self.in_features, self.group_size, dtype
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.ops.bitsandbytes.lowra_linear(
+            x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
+        )
+
+    def prepare(self) -> None:
+        """Counts the rows of each precision and builds the row order. Done once; the only step that waits for a GPU."""
+        row_bits = self.row_bits.detach().cpu()
+        self._rows = int((row_bits == 4).sum()), int((row_bits == 2).sum())
+        order = layout.row_order(row_bits)
+        self._row_order = {order.device: order}
+        self._layout()
+
+    def _layout(self) -> tuple[torch.Tensor]:
+        if self._rows is None:
+            self.prepare()
+        device = self.weight.device
+        if device not in self._row_order:
+            # Offloading hooks move parameters between devices under our feet; the order follows on demand.
+            self._row_order[device] = next(iter(self._row_order.values())).to(device)
+        return (self._row_order[device],)
+
+    def _decoding(self) -> tuple[torch.Tensor | None, ...]:
+        # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
+        levels = self.levels if self.levels.dtype == torch.float16 else self.levels.to(torch.float16)
+        return self.scales, self.scale_steps, levels
+
+    def _apply(self, fn, recurse=True):
+        """Moves the packed tensors but never casts them: `model.to(torch.bfloat16)` must not touch scales or levels."""
+        dtypes = {name: getattr(self, name).dtype for name in _FLOAT_TENSORS if getattr(self, name) is not None}
+        for name in dtypes:
+            self._parameters[name] = nn.Parameter(self._parameters[name].data.view(torch.uint8), requires_grad=False)
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            self._parameters[name] = nn.Parameter(self._parameters[name].data.view(dtype), requires_grad=False)
+        self._row_order = {device: order for device, order in self._row_order.items() if device.type == "cpu"}
+        return self
+
+    def extra_repr(self) -> str:
+        rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, packed{rows}"
+
+    def _row_counts(self) -> str:
+        four, two = self._rows
+        return f"{four}/{two}/{self.out_features - four - two}"

@@ -1,0 +1,304 @@
+"""From a dense checkpoint to a packed one, tensor by tensor: learn -> assign -> quantise and initialise -> write.
+
+Memory holds one tensor (and the tables of all). Every finished tensor is on disk at once, in `OUTPUT.partial`; a killed
+run that is started again with the same arguments goes on where it stopped, and `OUTPUT` appears complete or not at all.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from . import __version__, card
+from .atomic import save_json, save_tensors, save_text
+from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from .config import LowRAConfig
+from .loftq import METHODS, initialize
+from .planning import Plan, Planner
+from .quantize import quantize_matrix
+from .targets import Target, find_targets
+
+SHARD_BYTES = 4 << 30
+ADAPTER_FOLDER = "initial_adapter"
+_COMPANIONS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens*", "generation_config.json", "*.jinja")
+
+
+@dataclasses.dataclass
+class AdapterRecipe:
+    """The adapter to write beside the checkpoint.
+
+    Attributes:
+        rank: r.
+        alpha: LoRA's alpha; None means alpha = r, the paper's choice.
+        method: "loftq", "pissa" or "lora".
+        steps: LoftQ's alternating steps.
+        dropout: recorded for training.
+    """
+
+    rank: int
+    alpha: float | None = None
+    method: str = "loftq"
+    steps: int = 5
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.alpha = float(self.rank if self.alpha is None else self.alpha)
+        if self.method not in METHODS:
+            raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        if self.rank < 1:
+            raise ValueError(f"A rank is at least 1; got {self.rank}.")
+
+
+def quantize_checkpoint(
+    model: str,
+    output: str | pathlib.Path,
+    config: LowRAConfig,
+    adapter: AdapterRecipe | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict:
+    """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
+
+    Args:
+        model: local folder or hub name of a checkpoint in safetensors.
+        output: folder to create.
+        config: recipe and budget.
+        adapter: the adapter for `output/initial_adapter`, or None.
+        device: where the arithmetic runs; a GPU if there is one.
+        progress: show progress bars.
+
+    Returns:
+        the report that is also written to `output/lowra_report.json`: bits, bytes, error, bound, seconds of each stage.
+
+    Raises:
+        FileNotFoundError, ValueError: input that cannot be used; nothing has been written to `output` then.
+    """
+    output = pathlib.Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty: give another --output, or remove it first.")
+    folder = resolve_folder(model)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    files = safetensors_files(folder)
+    skeleton = empty_model(folder)
+    if getattr(skeleton.config, "quantization_config", None):
+        raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
+    targets = find_targets(skeleton, config.modules_to_not_convert)
+    if adapter is not None:
+        limit = min(min(t.out_features, t.in_features) for t in targets.values())
+        if adapter.rank > limit:
+            raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
+    source = DenseCheckpoint(files, skeleton)
+    work = _open_work_folder(output, files, config, adapter)
+
+    seconds = {}
+    clock = time.perf_counter()
+    planner = Planner(config, work / "learned")
+    learn(planner, source, targets, device, progress)
+    seconds["learn"] = time.perf_counter() - clock
+    plan = planner.assign()
+    seconds["assign"] = plan.assignment.seconds
+
+    clock = time.perf_counter()
+    pieces = _write_pieces(source, targets, plan, config, adapter, work, device, progress)
+    seconds["quantise and initialise" if adapter else "quantise"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    report = _assemble(work, folder, model, skeleton, targets, plan, pieces, config, adapter)
+    seconds["write"] = time.perf_counter() - clock
+    report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
+    save_json(report, work / "final" / "lowra_report.json")
+    if output.exists():
+        output.rmdir()
+    (work / "final").rename(output)
+    shutil.rmtree(work)
+    return report
+
+
+def learn(
+    planner: Planner,
+    source: DenseCheckpoint,
+    targets: dict[str, Target],
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Feeds every target of a checkpoint to the planner, in the order of the checkpoint."""
+    for name in _bar([n for n in source.names() if n in targets], "learning", progress):
+        target = targets[name]
+        if not planner.resume(name, target):
+            planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))
+
+
+def _open_work_folder(output, files, config, adapter) -> pathlib.Path:
+    """`OUTPUT.partial`, emptied unless it was begun with the same source and recipe."""
+    work = output.with_name(output.name + ".partial")
+    recipe = {
+        "version": __version__,
+        "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "config": config.to_dict(),
+        "adapter": dataclasses.asdict(adapter) if adapter else None,
+    }
+    begun = work / "recipe.json"
+    if begun.exists() and json.loads(begun.read_text()) != recipe:
+        shutil.rmtree(work)
+    save_json(recipe, begun)
+    shutil.rmtree(work / "final", ignore_errors=True)
+    return work
+
+
+def _write_pieces(source, targets, plan: Plan, config, adapter, work, device, progress) -> list[str]:
+    """One file per conversion of the source, and one per adapted matrix; finished ones are kept from an earlier run."""
+    names = source.names()
+    tied = set(getattr(source.model, "all_tied_weights_keys", {}))
+    for name in _bar(names, "quantising", progress):
+        piece = work / "pieces" / f"{name}.safetensors"
+        if piece.exists():
+            continue
+        tensors = source.load(name)
+        if name not in targets:
+            kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
+            save_tensors(kept, piece)
+            continue
+        target = targets[name]
+        weight = target.as_matrix(tensors[name]).to(device)
+        codebook, row_bits = plan.codebooks[name].to(device), plan.row_bits[name].to(device)
+
+        def pack(matrix, codebook=codebook, row_bits=row_bits):
+            return quantize_matrix(matrix, codebook, row_bits, config)
+
+        if adapter is None:
+            packed = pack(weight)
+        else:
+            packed, factors = initialize(
+                weight.float(), pack, adapter.rank, adapter.alpha, adapter.method, adapter.steps
+            )
+            prefix = f"base_model.model.{target.name}"
+            save_tensors(
+                {
+                    f"{prefix}.lora_A.weight": factors.lora_A.cpu(),
+                    f"{prefix}.lora_B.weight": factors.lora_B.cpu(),
+                },
+                work / "adapter" / f"{name}.safetensors",
+            )
+        save_tensors({f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}, piece)
+    return names
+
+
+def _assemble(work, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
+    final = work / "final"
+    pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
+    total = _write_shards(pieces, final)
+    packed_keys = {f"{target.name}." for target in targets.values()}
+    sizes = _stored_bits(pieces, packed_keys)
+    parameters = sum(t.out_features * t.in_features for t in targets.values())
+    nominal = sum(int(plan.row_bits[name].sum()) * targets[name].in_features for name in targets) / parameters
+    reached = dataclasses.replace(
+        config,
+        nominal_bits=round(nominal, 6),
+        true_bits=round(sizes / parameters, 6),
+        error=plan.error,
+        base=str(model),
+        fingerprint=plan.fingerprint,
+    )
+    skeleton.config.quantization_config = reached
+    skeleton.config.architectures = [type(skeleton).__name__]
+    skeleton.config.save_pretrained(final)
+    for pattern in _COMPANIONS:
+        for path in folder.glob(pattern):
+            shutil.copy2(path, final / path.name)
+    if adapter is not None:
+        _write_adapter(work, final / ADAPTER_FOLDER, model, targets, adapter)
+    report = {
+        "model": str(model),
+        "bits": config.bits,
+        "nominal_bits": reached.nominal_bits,
+        "true_bits": reached.true_bits,
+        "quantised_parameters": parameters,
+        "packed_bytes": sizes // 8,
+        "checkpoint_bytes": total,
+        "error": plan.error,
+        "assigner": {
+            "solver": plan.assignment.solver,
+            "error": plan.assignment.error,
+            "bound": plan.assignment.bound,
+            "gap": plan.assignment.gap,
+            "bits_used": plan.assignment.bits_used,
+            "budget": plan.assignment.budget,
+            "channels": len(plan.assignment.row_bits),
+        },
+    }
+    save_text(card.model_card(reached, report, adapter), final / "README.md")
+    return report
+
+
+def _write_adapter(work, folder, model, targets, adapter) -> None:
+    tensors = {}
+    for path in sorted((work / "adapter").glob("*.safetensors")):
+        tensors.update(_read(path))
+    save_tensors(tensors, folder / "adapter_model.safetensors")
+    save_json(
+        {
+            "peft_type": "LORA",
+            "base_model_name_or_path": str(model),
+            "r": adapter.rank,
+            "lora_alpha": adapter.alpha,
+            "lora_dropout": adapter.dropout,
+            "target_modules": sorted(target.name for target in targets.values()),
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": False,
+        },
+        folder / "adapter_config.json",
+    )
+
+
+def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path) -> int:
+    """Gathers the pieces into shards of at most `SHARD_BYTES`, with an index where there are several."""
+    shards: list[list[pathlib.Path]] = [[]]
+    size = total = 0
+    for piece in pieces:
+        length = piece.stat().st_size
+        if size and size + length > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += length
+        total += length
+    weight_map = {}
+    for number, members in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for piece in members:
+            tensors.update(_read(piece))
+        save_tensors(tensors, final / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+    if len(shards) > 1:
+        save_json(
+            {"metadata": {"total_size": total}, "weight_map": weight_map}, final / "model.safetensors.index.json"
+        )
+    return sum(path.stat().st_size for path in final.glob("*.safetensors"))
+
+
+def _read(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as content:
+        return {key: content.get_tensor(key) for key in content.keys()}
+
+
+def _stored_bits(pieces: Iterable[pathlib.Path], prefixes: set[str]) -> int:
+    """Bits of the packed tensors, everything but biases counted."""
+    total = 0
+    for piece in pieces:
+        for key, tensor in _read(piece).items():
+            prefix, _, leaf = key.rpartition(".")
+            if f"{prefix}." in prefixes and leaf != "bias":
+                total += 8 * tensor.numel() * tensor.element_size()
+    return total
+
+
+def _bar(names: list[str], what: str, progress: bool) -> Iterator[str]:
+    return tqdm(names, desc=what, unit="tensor", disable=not progress)

@@ -1,0 +1,134 @@
+"""The plan of a model: what the learner found for every matrix, and the precision the assigner gives each channel."""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from .assigner import ASSIGNERS, Assignment, Problem
+from .atomic import save_tensors
+from .codebook import PRECISIONS, Codebook
+from .config import LowRAConfig
+from .learner import learn_codebook
+from .quantize import stored_bits
+from .targets import Target
+
+_FINGERPRINT_SAMPLES = 4096
+
+
+@dataclasses.dataclass
+class Plan:
+    """Codebook and precision of every matrix, by the name of its weight.
+
+    Attributes:
+        codebooks: tables of each matrix, on the CPU.
+        row_bits: uint8 [N] of each matrix.
+        assignment: the assigner's report over all channels.
+        error: sum of squared differences over the sum of squares, over all matrices.
+        fingerprint: of the base's weights.
+    """
+
+    codebooks: dict[str, Codebook]
+    row_bits: dict[str, torch.Tensor]
+    assignment: Assignment
+    error: float
+    fingerprint: str
+
+
+class Planner:
+    """Collects one matrix at a time, then assigns precisions over all of them."""
+
+    def __init__(self, config: LowRAConfig, store: pathlib.Path | None = None):
+        """
+        Args:
+            config: recipe and budget.
+            store: folder that keeps finished matrices, so that a killed run resumes; None keeps nothing.
+        """
+        self.config = config
+        self.store = store
+        self._targets: dict[str, Target] = {}
+        self._codebooks: dict[str, Codebook] = {}
+        self._energy: dict[str, float] = {}
+        self._samples: dict[str, str] = {}
+
+    def add(self, name: str, target: Target, weight: torch.Tensor) -> None:
+        """Learns the tables of one matrix [N, K], on the device it is on.
+
+        Raises:
+            ValueError: NaN or Inf in the weight, named.
+        """
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ValueError(
+                f"Tensor {name} holds {bad} NaN or Inf value(s) of {weight.numel()}; the checkpoint is damaged."
+            )
+        codebook = learn_codebook(weight, self.config)
+        energy = float(weight.float().square().sum(dtype=torch.float64))
+        record = {
+            "levels": codebook.levels.cpu(),
+            "thresholds": codebook.thresholds.cpu(),
+            "errors": codebook.errors.cpu(),
+            "energy": torch.tensor([energy], dtype=torch.float64),
+            "sample": torch.frombuffer(bytearray(_sample(name, weight)), dtype=torch.uint8),
+        }
+        if self.store is not None:
+            save_tensors(record, self.store / f"{name}.safetensors")
+        self._keep(name, target, record)
+
+    def resume(self, name: str, target: Target) -> bool:
+        """Takes a matrix from the store; False where it has not been learned yet."""
+        if self.store is None or not (self.store / f"{name}.safetensors").exists():
+            return False
+        self._keep(name, target, load_file(self.store / f"{name}.safetensors"))
+        return True
+
+    def _keep(self, name, target, record):
+        self._targets[name] = target
+        self._codebooks[name] = Codebook(record["levels"], record["thresholds"], record["errors"])
+        self._energy[name] = float(record["energy"])
+        self._samples[name] = bytes(record["sample"].tolist()).hex()
+
+    def assign(self) -> Plan:
+        """Spends the budget over all channels collected.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        assignment = ASSIGNERS[self.config.assigner](self._problem())
+        counts = [self._targets[name].out_features for name in self._codebooks]
+        parts = torch.from_numpy(assignment.row_bits).split(counts)
+        row_bits = {name: part.clone() for name, part in zip(self._codebooks, parts, strict=True)}
+        left = sum(float(book.error_at(row_bits[name]).sum()) for name, book in self._codebooks.items())
+        error = left / max(sum(self._energy.values()), np.finfo(float).tiny)
+        digest = hashlib.sha256(repr(sorted(self._samples.items())).encode()).hexdigest()
+        return Plan(self._codebooks, row_bits, assignment, error, digest)
+
+    def _problem(self) -> Problem:
+        errors, sizes, costs = [], [], []
+        for name, book in self._codebooks.items():
+            target = self._targets[name]
+            # relative to the matrix: plain squared error starves whole layers of small norm
+            weight = 1.0 / max(self._energy[name], 1e-300) if self.config.sensitivity == "layer" else 1.0
+            errors.append(book.errors.double().numpy() * weight)
+            sizes.append(np.full(target.out_features, target.in_features, dtype=np.int64))
+            costs.append(np.tile(self._channel_costs(target), (target.out_features, 1)))
+        sizes = np.concatenate(sizes)
+        budget = int(self.config.bits * int(sizes.sum()) + 1e-6)
+        return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
+
+    def _channel_costs(self, target: Target) -> np.ndarray:
+        if self.config.budget == "nominal":
+            return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
+        shape = (target.out_features, target.in_features)
+        return np.array([np.ceil(stored_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
+
+
+def _sample(name: str, weight: torch.Tensor) -> bytes:
+    """Digest of evenly spread elements of a weight: changes with the base, costs nothing."""
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+    values = flat[::step][:_FINGERPRINT_SAMPLES].float().cpu().contiguous()
+    return hashlib.sha256(f"{name} {list(weight.shape)}".encode() + values.numpy().tobytes()).digest()
