@@ -17,13 +17,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowra.adapters import (
+    AdapterLibrary,
+    LoraAdapter,
+    LoraQuantSettings,
+    PackedAdapter,
+    quantize_loraquant,
+    read_adapter,
+)
+from lowra.adapters.binary_baselines import quantize_billm, quantize_pbllm
+from lowra.adapters.gptq import input_hessians, quantize_gptq
+from lowra.adapters.joint import quantize_joint
+from lowra.adapters.labels import make_label
+from lowra.adapters.library import attach
+from lowra.adapters.loraquant import quantize_bin, quantize_rtn
+from lowra.adapters.storage import write_packed, written_beside
 
 BLOCK = 256  # tokens in a block, in training and in evaluation
 TASKS = {  # folder, ending and field of each task's data
@@ -102,19 +125,238 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"{task}: perplexity {before:.2f} without the adapter, {after:.2f} with it ({len(blocks)} blocks)")
 
 
+# Rows of the main table (Table 1): name in the table, and how to quantise.
+MAIN = {
+    "BIN": quantize_bin,
+    "RTN (1 bit)": lambda adapter: quantize_rtn(adapter, 1),
+    "RTN (2 bits)": lambda adapter: quantize_rtn(adapter, 2),
+    "PB-LLM": quantize_pbllm,
+    "BiLLM": quantize_billm,
+    "LoraQuant (2@0.8)": lambda adapter: quantize_loraquant(adapter, LoraQuantSettings(2, 0.8)),
+    "LoraQuant (2@0.9)": lambda adapter: quantize_loraquant(adapter, LoraQuantSettings(2, 0.9)),
+    "LoraQuant (3@0.8)": lambda adapter: quantize_loraquant(adapter, LoraQuantSettings(3, 0.8)),
+    "LoraQuant (3@0.9)": lambda adapter: quantize_loraquant(adapter, LoraQuantSettings(3, 0.9)),
+}
+RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95)
+STATIC = (1, 2, 4, 6, 8)
+
+
+def ablations() -> dict[str, dict[str, LoraQuantSettings]]:
+    """Curves of Figures 2 to 4: for each figure, settings by "curve at point"."""
+    figures: dict[str, dict[str, LoraQuantSettings]] = {
+        "split (Figure 2)": {},
+        "parts (Figure 3)": {},
+        "h (Figure 4)": {},
+    }
+    for h in STATIC:
+        for split in ("svd", "norm", "random"):
+            figures["split (Figure 2)"][f"{split} at h={h}"] = LoraQuantSettings(2, split=split, static_h=h)
+        figures["h (Figure 4)"][f"static at h={h}"] = LoraQuantSettings(2, static_h=h)
+    for ratio in RATIOS:
+        whole = LoraQuantSettings(2, ratio)
+        figures["parts (Figure 3)"][f"whole at {ratio}"] = whole
+        figures["parts (Figure 3)"][f"not refined at {ratio}"] = replace(whole, refine=False)
+        figures["parts (Figure 3)"][f"no 1-bit part at {ratio}"] = replace(whole, binary=False)
+        figures["h (Figure 4)"][f"dynamic at {ratio}"] = whole
+    return figures
+
+
+def product_error(adapter: LoraAdapter, packed: PackedAdapter) -> float:
+    """sum |B A - B^ A^|_F^2 over sum |B A|_F^2, all layers."""
+    state, wrong, whole = packed.dequantize(), 0.0, 0.0
+    for layer in adapter.layers:
+        a, b = state[layer.name + layer.suffixes[0]], state[layer.name + layer.suffixes[1]]
+        pair = torch.cat([layer.b, -b], dim=1), torch.cat([layer.a, a])
+        wrong += ((pair[0].mT @ pair[0]) * (pair[1] @ pair[1].mT)).sum().item()
+        whole += ((layer.b.mT @ layer.b) * (layer.a @ layer.a.mT)).sum().item()
+    return wrong / whole
+
+
+class Scorer:
+    """Quantised adapters of one task, scored on its validation blocks."""
+
+    def __init__(self, args: argparse.Namespace, task: str):
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        self.task, self.base_path, self.folder = task, args.base, args.work / task
+        self.blocks = read_blocks(args.data, task, "validation", tokenizer)[: args.blocks]
+        self.calibration = read_blocks(args.data, task, "train", tokenizer)[:64]
+        self.adapter = read_adapter(self.folder)
+
+    def reference(self) -> list[dict]:
+        base = load_base(self.base_path)
+        rows = [{"task": self.task, "method": "no adapter", "bits": 0.0, "perplexity": perplexity(base, self.blocks)}]
+        model = PeftModel.from_pretrained(base, self.folder)
+        return rows + [
+            {"task": self.task, "method": "float16", "bits": 16.0, "perplexity": perplexity(model, self.blocks)}
+        ]
+
+    def row(self, name: str, packed: PackedAdapter, seconds: float) -> dict:
+        model = attach(load_base(self.base_path), packed, "packed")
+        row = {
+            "task": self.task,
+            "method": name,
+            "bits": packed.average_bits,
+            "perplexity": perplexity(model, self.blocks),
+            "error": product_error(self.adapter, packed),
+            "seconds": seconds,
+        }
+        print(
+            f"{self.task:9} {name:24} {row['bits']:6.3f} bits  perplexity {row['perplexity']:8.2f}  error {row['error']:.3f}"
+        )
+        return row
+
+    def quantized(self, name: str, quantize) -> dict:
+        start = time.perf_counter()
+        packed = quantize(self.adapter)
+        return self.row(name, packed, time.perf_counter() - start)
+
+    def gptq(self) -> dict:
+        start = time.perf_counter()
+        model = PeftModel.from_pretrained(load_base(self.base_path), self.folder)
+        hessians = input_hessians(model, self.calibration, [layer.name for layer in self.adapter.layers])
+        packed = quantize_gptq(self.adapter, hessians, 2)
+        return self.row("GPTQ (2 bits)", packed, time.perf_counter() - start)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    scorers = {task: Scorer(args, task) for task in TASKS}
+    start = time.perf_counter()
+    joint = quantize_joint([scorer.adapter for scorer in scorers.values()])
+    joint_seconds = (time.perf_counter() - start) / len(joint)
+    main_rows = []
+    for scorer, packed in zip(scorers.values(), joint, strict=True):
+        main_rows += scorer.reference()
+        main_rows += [scorer.quantized(name, quantize) for name, quantize in MAIN.items()]
+        main_rows += [scorer.gptq(), scorer.row("JD-Diagonal", packed, joint_seconds)]
+    figures = {}
+    scorer = scorers["wikitext"]
+    for figure, settings in ablations().items():
+        print(figure)
+        figures[figure] = [
+            scorer.quantized(name, lambda adapter, chosen=chosen: quantize_loraquant(adapter, chosen))
+            for name, chosen in settings.items()
+        ]
+    (args.work / "compare.json").write_text(json.dumps({"main": main_rows, "figures": figures}, indent=1))
+    draw(main_rows, figures, args.picture)
+    print_tables(main_rows)
+
+
+def print_tables(rows: list[dict]) -> None:
+    """The main table as Markdown: a method a line, its bits averaged over tasks, as Table 1 has them."""
+    by_method: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["task"]] = row
+    print("| method | AvgBits | " + " | ".join(TASKS) + " | mean log perplexity | error of B A |")
+    print("|---|---|" + "---|" * (len(TASKS) + 2))
+    for method, found in sorted(by_method.items(), key=lambda item: sum(row["bits"] for row in item[1].values())):
+        values = [found[task] for task in TASKS]
+        bits = sum(row["bits"] for row in values) / len(values)
+        mean = sum(math.log(row["perplexity"]) for row in values) / len(values)
+        error = sum(row.get("error", 0.0) for row in values) / len(values)
+        shown = " | ".join(f"{row['perplexity']:.2f}" for row in values)
+        print(f"| {method} | {bits:.2f} | {shown} | {mean:.3f} | {error:.3f} |")
+
+
+def draw(rows: list[dict], figures: dict[str, list[dict]], path: Path) -> None:
+    """Perplexity on WikiText-2 against AvgBits: all methods, and the three ablations."""
+    figure, axes = plt.subplots(1, 1 + len(figures), figsize=(19, 4.6), layout="constrained")
+    wiki = [row for row in rows if row["task"] == "wikitext" and 0 < row["bits"] < 16]
+    float16 = next(row["perplexity"] for row in rows if row["task"] == "wikitext" and row["bits"] == 16)
+    for row in wiki:
+        own = row["method"].startswith("LoraQuant")
+        axes[0].scatter(row["bits"], row["perplexity"], color="tab:red" if own else "tab:grey", zorder=3)
+        axes[0].annotate(
+            row["method"], (row["bits"], row["perplexity"]), textcoords="offset points", xytext=(4, 4), fontsize=7
+        )
+    axes[0].set_title("methods (Table 1)")
+    for axis, (title, points) in zip(axes[1:], figures.items(), strict=True):
+        curves: dict[str, list[dict]] = {}
+        for point in points:
+            curves.setdefault(point["method"].split(" at ")[0], []).append(point)
+        for name, curve in curves.items():
+            axis.plot(
+                [p["bits"] for p in curve], [p["perplexity"] for p in curve], marker="o", markersize=4, label=name
+            )
+        axis.set_title(title)
+        axis.legend()
+    for axis in axes:
+        axis.axhline(float16, color="black", linewidth=0.8, linestyle=":")
+        axis.set_yscale("log")
+        axis.set_xlabel("AvgBits (everything stored)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity, WikiText-2 validation")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, in bytes (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_library(args: argparse.Namespace) -> None:
+    """Hold --count packed adapters at once, then the same number in float16, and measure the process."""
+    store = args.work / "library"
+    base = load_base(args.base)
+    for index in tqdm(range(args.count), desc="pack"):
+        folder = store / f"user{index}"
+        if folder.exists():
+            continue
+        # Different users, same training: a trained adapter with a twentieth of noise. Values do not change the memory.
+        adapter = read_adapter(args.work / list(TASKS)[index % len(TASKS)])
+        generator = torch.Generator().manual_seed(index)
+        for layer in adapter.layers:
+            for side in (layer.b, layer.a):
+                side += 0.05 * side.std() * torch.randn(side.shape, generator=generator)
+        packed = quantize_loraquant(adapter, LoraQuantSettings(refine=False))
+        packed.label = make_label(packed, base_name=str(args.base), base=base, task="library measurement")
+        with written_beside(folder) as partial:
+            write_packed(partial, packed)
+
+    library = AdapterLibrary(base, cache_size=4)
+    before, start = resident_bytes(), time.perf_counter()
+    for index in tqdm(range(args.count), desc="add"):
+        library.add(f"user{index}", store / f"user{index}")
+    seconds, packed_resident = time.perf_counter() - start, resident_bytes() - before
+    report = library.memory() | {"resident_bytes": packed_resident, "add_ms": 1000 * seconds / args.count}
+
+    names = [f"user{index}" for index in (0, 1, 2, 0)]
+    start = time.perf_counter()
+    library.prepare(names)
+    report["decode_ms"] = 1000 * (time.perf_counter() - start) / len(set(names))
+    ids = torch.randint(10, 8000, (len(names), 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mixed = library.model(input_ids=ids, adapter_names=names).logits
+        library.switch("user1")
+        alone = library.model(input_ids=ids[1:2]).logits
+    report["mixed_batch_difference"] = (mixed[1:2] - alone).abs().max().item()
+
+    before = resident_bytes()
+    held = []
+    for index in tqdm(range(args.count), desc="float16"):
+        tensors = load_file(args.work / list(TASKS)[index % len(TASKS)] / "adapter_model.safetensors")
+        held.append({name: tensor.to(torch.float16) for name, tensor in tensors.items()})
+    report["float16_resident_bytes"] = resident_bytes() - before
+    (args.work / "library.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "compare", "library"])
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="where adapters and tables go")
+    parser.add_argument("--data", type=Path, help="not needed by library")
+    parser.add_argument("--work", type=Path, required=True, help="where adapters and measurements go")
+    parser.add_argument("--picture", type=Path, default=Path("docs/adapters.png"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--blocks", type=int, default=64, help="validation blocks that are scored")
+    parser.add_argument("--blocks", type=int, default=128, help="validation blocks that are scored, at most")
+    parser.add_argument("--count", type=int, default=500, help="adapters in the library")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"train": run_train}[args.stage](args)
+    {"train": run_train, "compare": run_compare, "library": run_library}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def factor_state(layer: LayerLayout, codes: LayerCodes) -> dict[str, torch.Tenso
     missing = layer.rank - layer.stored
     if missing:
         b, a = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (b, a))
+    a = a.contiguous()
     if layer.embedding:
         return {f"{layer.name}.lora_embedding_A": a, f"{layer.name}.lora_embedding_B": b.mT.contiguous()}
     return {f"{layer.name}.lora_A.weight": a, f"{layer.name}.lora_B.weight": b.mT.contiguous()}
