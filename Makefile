@@ -1,0 +1,34 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.10+ and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc bitsandbytes lowra -type f -not -name '*.pyc')
+
+.PHONY: demo test lint build clean
+
+demo: $(VENV)/.built
+	$(BIN)/lowra demo --output demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+build: $(VENV)/.built
+
+# torch first and by its pinned version: left to another package, pip would pull a build of several GB. Then a plain
+# install with a persistent build folder; an editable one would hide upstream's bitsandbytes.
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.24" ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)
+	$(BIN)/pip install -q . --no-deps --no-build-isolation
+	touch $@
+
+clean:
+	rm -rf build demo runs $(VENV)

@@ -1,0 +1,7 @@
+"""`python -m lowra`."""
+
+import sys
+
+from .commands import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""The command `lowra`: one module per subcommand, each with `add_parser(subparsers)`."""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+
+from .. import __version__
+from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize
+
+_COMMANDS = (quantize, finetune, evaluate, generate, inspect, compare, adapter, demo)
+
+_DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
+
+The usual way, from a checkpoint that is too large for your GPU to an adapter trained on it:
+
+  lowra quantize MODEL --bits 2 --rank 16 --output small
+  lowra finetune configs/wikitext2.yaml model=small output=runs/mine
+  lowra evaluate small --adapter runs/mine/adapter --data text.txt
+  lowra generate small --adapter runs/mine/adapter --prompt "Once upon a time"
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one subcommand. Exit status 0, or 2 where the input cannot be used (one message, no traceback)."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    try:
+        result = args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lowra: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lowra: interrupted; finished parts are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowra", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"lowra {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        _add_json(subparser)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in nested:
+        for subparser in action.choices.values():
+            _add_json(subparser)
+    if not nested:
+        parser.add_argument("--json", action="store_true", help="print one machine-readable object as the last line")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

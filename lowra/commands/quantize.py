@@ -1,0 +1,84 @@
+"""`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
+
+import argparse
+import pathlib
+
+from ..config import LowRAConfig
+from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="pack a checkpoint into 1 to 4 bits per weight and prepare an adapter",
+        description="Packs the linear layers of a checkpoint into a bit budget. Every output channel gets 1, 2 or 4 bits "
+        "and its own levels. With --rank, an adapter fitted to what was lost is written to OUTPUT/initial_adapter "
+        "(train it with `lowra finetune`). A run that was killed goes on when started again with the same arguments.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="local folder or hub name of a checkpoint in safetensors, 16 or 32 bits")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
+    parser.add_argument("--bits", type=float, default=2.0, help="budget in bits per quantised weight, from 1 to 4")
+    parser.add_argument("--rank", type=int, help="rank of the adapter; without it no adapter is written")
+    parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the rank)")
+    parser.add_argument("--init", default="loftq", help="how the adapter starts: loftq, pissa or lora")
+    parser.add_argument("--loftq-steps", type=int, default=5, help="alternating steps of LoftQ")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
+    recipe.add_argument("--sensitivity", default="layer", help="weight of a channel's error: layer or none")
+    recipe.add_argument("--assigner", default="exact", help="exact, two_level (the paper's programs) or layer_order")
+    recipe.add_argument("--scales", default="double_quant", help="group scales: double_quant, float16 or float32")
+    recipe.add_argument("--budget", default="nominal", help="nominal counts codes alone, true counts all that is stored")
+    recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
+    recipe.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")
+    recipe.add_argument("--iterations", type=int, default=20, help="limit of the Lloyd-Max iterations (the paper: 2)")
+    recipe.add_argument("--block-weight", default="absmax_squared", help="absmax_squared or absmax (the paper's text)")
+    recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
+    recipe.add_argument(
+        "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args) -> dict:
+    """Quantises and prints what came out."""
+    config = LowRAConfig(
+        bits=args.bits,
+        menu=_menu(args.menu),
+        budget=args.budget,
+        group_size=args.group_size,
+        scales=args.scales,
+        codebook=args.codebook,
+        iterations=args.iterations,
+        block_weight=args.block_weight,
+        thresholds=args.thresholds,
+        assigner=args.assigner,
+        sensitivity=args.sensitivity,
+        modules_to_not_convert=args.keep_dense,
+    )
+    adapter = None
+    if args.rank is not None:
+        adapter = AdapterRecipe(args.rank, args.alpha, args.init, args.loftq_steps)
+    report = quantize_checkpoint(args.model, args.output, config, adapter, args.device)
+    parameters, assigner = report["quantised_parameters"], report["assigner"]
+    print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")
+    print(
+        f"  everything stored: {report['true_bits']:.4f} bits per weight, {report['packed_bytes'] / 2**20:.1f} MiB "
+        f"(bf16: {parameters * 2 / 2**20:.1f} MiB)"
+    )
+    print(
+        f"  assigner: {assigner['solver']}, {assigner['channels']:,} channels, "
+        f"{assigner['gap']:.1e} above the relaxed bound"
+    )
+    print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
+    if adapter is not None:
+        print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
+    return {"output": str(args.output), **report}
+
+
+def _menu(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--menu takes precisions separated by commas, such as 1,2,4; got {text!r}.") from None

@@ -1,0 +1,223 @@
+"""The main job: a dense checkpoint to packed weights and an adapter, whatever happens on the way."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
+from lowra.pipeline import ADAPTER_FOLDER
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("packed") / "llama"
+    report = quantize_checkpoint(
+        str(tiny_llama), output, LowRAConfig(bits=1.5), AdapterRecipe(4), device="cpu", progress=False
+    )
+    return output, report
+
+
+def test_budget_is_met_and_everything_stored_is_counted(packed):
+    output, report = packed
+    assert 1.4 < report["nominal_bits"] <= 1.5
+    tensors = load_file(output / "model.safetensors")
+    names = ("weight", "row_bits", "scales", "scale_steps", "levels")
+    modules = {key.rpartition(".")[0] for key in tensors if key.endswith(".row_bits")}
+    stored = sum(tensors[f"{module}.{name}"].nbytes for module in modules for name in names)
+    assert report["packed_bytes"] == stored
+    assert report["true_bits"] == pytest.approx(8 * stored / report["quantised_parameters"], abs=1e-5)
+    assert len(modules) == 14
+
+
+def test_base_and_adapter_together_are_nearer_to_the_original(packed, tiny_llama):
+    output, _ = packed
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output), output / ADAPTER_FOLDER)
+    for name, module in original.named_modules():
+        if ".layers." in name and isinstance(module, torch.nn.Linear):
+            lora = model.base_model.model.get_submodule(name)
+            low_rank = lora.lora_B["default"].weight @ lora.lora_A["default"].weight * lora.scaling["default"]
+            left = module.weight.float() - lora.base_layer.dequantize()
+            assert (left - low_rank).norm() < left.norm()
+
+
+def test_reload_is_bit_exact(packed, tmp_path):
+    output, _ = packed
+    tokens = AutoTokenizer.from_pretrained(output)("The city was", return_tensors="pt")
+    first = AutoModelForCausalLM.from_pretrained(output)
+    first.save_pretrained(tmp_path / "again")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(first(**tokens).logits, second(**tokens).logits)
+    assert second.config.quantization_config.true_bits == first.config.quantization_config.true_bits
+
+
+def test_quantising_while_loading_gives_the_same_weights(tiny_llama, tmp_path):
+    output = tmp_path / "packed"
+    report = quantize_checkpoint(str(tiny_llama), output, LowRAConfig(bits=1.5), device="cpu", progress=False)
+    written = AutoModelForCausalLM.from_pretrained(output)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, load_in_lowra=True, lowra_bits=1.5)
+    for name, parameter in written.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    config = loaded.config.quantization_config
+    assert (config.true_bits, config.nominal_bits) == (report["true_bits"], report["nominal_bits"])
+    assert config.fingerprint == written.config.quantization_config.fingerprint
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj, LowRALinear)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tiny_llama, packed, tmp_path, monkeypatch):
+    output = tmp_path / "resumed"
+    arguments = (str(tiny_llama), output, LowRAConfig(bits=1.5), AdapterRecipe(4), "cpu", False)
+    calls = []
+    original = pipeline.quantize_matrix
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(pipeline, "quantize_matrix", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(*arguments)
+    assert not output.exists()
+    monkeypatch.setattr(pipeline, "quantize_matrix", original)
+    learned = []
+    monkeypatch.setattr(pipeline.Planner, "add", lambda *args: learned.append(args))
+    quantize_checkpoint(*arguments)
+    assert not learned, "finished matrices were learned again"
+    assert not output.with_name("resumed.partial").exists()
+    for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
+        ours, theirs = load_file(output / file), load_file(packed[0] / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("scales", ["float32", "float16", "double_quant"])
+@pytest.mark.parametrize("change", [{}, {"assigner": "two_level"}, {"budget": "true", "bits": 3.0}])
+def test_recipes(tiny_llama, tmp_path, scales, change):
+    config = LowRAConfig(**{"bits": 2.5, "scales": scales, **change})
+    report = quantize_checkpoint(str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False)
+    reached = report["true_bits"] if config.budget == "true" else report["nominal_bits"]
+    assert config.bits - 0.2 < reached <= config.bits
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def _copy(source, target, change):
+    """Copies a checkpoint with its tensors changed."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+def _poison(value):
+    def change(tensors):
+        tensors[NAME][3, 5] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_poison(float("nan")), f"Tensor {NAME} holds 1 NaN or Inf"),
+        (_poison(float("inf")), f"Tensor {NAME} holds 1 NaN or Inf"),
+        (lambda tensors: tensors.pop(NAME), f"lacks 1 tensor.*{NAME}"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:8].contiguous()}), f"Tensor {NAME} has shape"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name(tiny_llama, tmp_path, change, message):
+    damaged = _copy(tiny_llama, tmp_path / "damaged", change)
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(str(damaged), tmp_path / "out", LowRAConfig(), device="cpu", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_file_is_refused(tiny_llama, tmp_path):
+    damaged = _copy(tiny_llama, tmp_path / "damaged", lambda tensors: None)
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        quantize_checkpoint(str(damaged), tmp_path / "out", LowRAConfig(), device="cpu", progress=False)
+    assert list(tmp_path.iterdir()) == [damaged]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0.9}, "from 1 to 4"),
+        ({"bits": 4.5}, "from 1 to 4"),
+        ({"bits": 1.5, "codebook": "normal_float"}, "learned for budgets below 2"),
+        ({"bits": 2.0, "menu": (1, 3)}, "subset"),
+        ({"bits": 2.0, "scales": "int8"}, "double_quant"),
+        ({"format_version": 9}, "format 9"),
+    ],
+)
+def test_impossible_recipes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LowRAConfig(**arguments)
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(ValueError, match="group_sise.*Did you mean 'group_size'"):
+        LowRAConfig.from_dict({"bits": 2, "group_sise": 64})
+
+
+def test_true_budget_below_what_is_stored_is_refused(tiny_llama, tmp_path):
+    config = LowRAConfig(bits=1.1, budget="true")
+    with pytest.raises(ValueError, match="below the smallest precision"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False)
+
+
+def test_quantised_input_and_used_output_are_refused(packed, tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_checkpoint(str(packed[0]), tmp_path / "out", LowRAConfig(), device="cpu", progress=False)
+    with pytest.raises(ValueError, match="not empty"):
+        quantize_checkpoint(str(tiny_llama), packed[0], LowRAConfig(), device="cpu", progress=False)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        quantize_checkpoint(str(tmp_path / "no" / "model"), tmp_path / "out", LowRAConfig())
+    with pytest.raises(ValueError, match="at most 32"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(), AdapterRecipe(40), device="cpu")
+
+
+def test_load_in_lowra_is_not_given_twice(tiny_llama):
+    with pytest.raises(ValueError, match="not both"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, load_in_lowra=True, quantization_config=LowRAConfig())
+    with pytest.raises(ValueError, match="no effect"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, lowra_bits=2.0)
+
+
+def test_what_is_written_says_what_it_is(packed):
+    output, report = packed
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "lowra" and config["format_version"] == 1
+    assert len(config["fingerprint"]) == 64
+    fields = {field.name for field in dataclasses.fields(LowRAConfig)}
+    assert set(config) == fields
+    card = (output / "README.md").read_text()
+    assert "import lowra" in card and f"{report['true_bits']:.4f}" in card
+    with safe_open(output / "model.safetensors", framework="pt") as content:
+        assert content.metadata()["format"] == "pt"
+
+
+def test_base_30m_meets_the_projects_own_bounds(base_30m, tmp_path):
+    report = quantize_checkpoint(
+        str(base_30m), tmp_path / "out", LowRAConfig(bits=1.5), AdapterRecipe(8), device="cpu", progress=False
+    )
+    assert report["true_bits"] <= report["nominal_bits"] + 0.35
+    assert report["assigner"]["bits_used"] <= report["assigner"]["budget"]
+    assert report["assigner"]["gap"] < 1e-4
