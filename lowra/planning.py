@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from .assigner import ASSIGNERS, Assignment, Problem
+from .assigner import Assignment, Problem, assign
 from .atomic import save_tensors
 from .codebook import PRECISIONS, Codebook
 from .config import LowRAConfig
@@ -97,7 +97,7 @@ class Planner:
         Raises:
             ValueError: the budget cannot be met.
         """
-        assignment = ASSIGNERS[self.config.assigner](self._problem())
+        assignment = assign(self._problem(), self.config.assigner)
         counts = [self._targets[name].out_features for name in self._codebooks]
         parts = torch.from_numpy(assignment.row_bits).split(counts)
         row_bits = {name: part.clone() for name, part in zip(self._codebooks, parts, strict=True)}
