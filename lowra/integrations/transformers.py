@@ -64,8 +64,10 @@ class LowRAHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 packed = shapes[target.name]
             else:
-                # one element each: their sizes are known to the loader through the plan's own convert step
+                # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds, and
+                # the device map counts quantized_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
+                packed["weight"] = dense.weight.detach()
             bias = None if dense.bias is None else dense.bias.detach()
             module = LowRALinear(
                 target.in_features, target.out_features, self.quantization_config.group_size, packed, bias
