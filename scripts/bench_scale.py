@@ -1,0 +1,151 @@
+"""Quantising a checkpoint of LLaMA-2-7B's shape from end to end: seconds of each stage, memory of host and GPU, loading.
+
+    python scripts/bench_scale.py --folder /path/with/40GB --layers 32 --rank 64 --bits 1.5
+
+The weights are random (every channel with a standard deviation of its own), so that nothing needs to be downloaded; the
+times do not depend on their values, the bits of the channels do. Prints one JSON object last.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import threading
+import time
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lowra
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
+_LAYERS_PER_SHARD = 4
+
+
+def write_checkpoint(folder: pathlib.Path, layers: int, device: str) -> int:
+    """A bfloat16 checkpoint with LLaMA-2-7B's tensors in shards; returns its bytes."""
+    folder.mkdir(parents=True)
+    LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def matrix(rows, columns):
+        spread = torch.exp(0.3 * torch.randn(rows, 1, generator=generator, device=device)) * 0.02
+        return (torch.randn(rows, columns, generator=generator, device=device) * spread).bfloat16().cpu()
+
+    shards, weight_map, total = [], {}, 0
+    shards.append({"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)})
+    shards[0]["lm_head.weight"] = matrix(VOCABULARY, HIDDEN)
+    names = [f"model-{i:05d}.safetensors" for i in range(1 + (layers + _LAYERS_PER_SHARD - 1) // _LAYERS_PER_SHARD)]
+    for number, name in enumerate(names):
+        tensors = shards[0] if number == 0 else {}
+        first = (number - 1) * _LAYERS_PER_SHARD
+        for layer in range(first, min(first + _LAYERS_PER_SHARD, layers)) if number else ():
+            prefix = f"model.layers.{layer}"
+            for projection in "qkvo":
+                tensors[f"{prefix}.self_attn.{projection}_proj.weight"] = matrix(HIDDEN, HIDDEN)
+            for projection, (rows, columns) in {
+                "gate": (INTERMEDIATE, HIDDEN),
+                "up": (INTERMEDIATE, HIDDEN),
+                "down": (HIDDEN, INTERMEDIATE),
+            }.items():
+                tensors[f"{prefix}.mlp.{projection}_proj.weight"] = matrix(rows, columns)
+            for norm in ("input", "post_attention"):
+                tensors[f"{prefix}.{norm}_layernorm.weight"] = torch.ones(HIDDEN)
+        tensors = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += (folder / name).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+class PeakMemory:
+    """Largest resident memory of this process while the block runs, without pages of files."""
+
+    def __enter__(self):
+        self.peak, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._stop.wait(0.05):
+            status = pathlib.Path("/proc/self/status").read_text()
+            anonymous = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+            self.peak = max(self.peak, anonymous * 1024)
+
+
+def timed_load(folder: pathlib.Path, device: str) -> dict:
+    """Seconds and GPU memory of `from_pretrained`, second time (files in the page cache)."""
+    for _ in range(2):
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        del model
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"seconds": round(seconds, 2), "bytes": size, "GB/s": round(size / seconds / 1e9, 2), "gpu_bytes": held}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--bits", type=float, default=1.5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep", action="store_true", help="leave the packed checkpoint for other benchmarks")
+    args = parser.parse_args()
+    dense, packed = args.folder / "dense", args.folder / "packed"
+    start = time.perf_counter()
+    size = write_checkpoint(dense, args.layers, args.device)
+    print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        report = lowra.quantize_checkpoint(
+            str(dense), packed, lowra.LowRAConfig(bits=args.bits), lowra.AdapterRecipe(args.rank), args.device
+        )
+    result = {
+        "layers": args.layers,
+        "rank": args.rank,
+        "seconds": round(time.perf_counter() - start, 1),
+        "host_peak_anonymous_bytes": memory.peak,
+        "host_max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else 0,
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
+        "largest_shard": max(path.stat().st_size for path in dense.glob("*.safetensors")),
+        "report": report,
+        "load_packed": timed_load(packed, args.device),
+        "load_dense": timed_load(dense, args.device),
+    }
+    shutil.rmtree(dense)
+    if not args.keep:
+        shutil.rmtree(packed)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
