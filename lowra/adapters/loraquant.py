@@ -74,7 +74,7 @@ class _Components:
     important: int
 
 
-def _decompose(layers: list[LoraFactors], settings: LoraQuantSettings) -> list[_Components]:
+def _decompose(layers: list[LoraFactors], settings: LoraQuantSettings, device: str) -> list[_Components]:
     """Components of every layer, most important first; layers of one shape share the SVD calls."""
     if settings.split != "svd":
         generator = torch.Generator().manual_seed(0)
@@ -82,14 +82,16 @@ def _decompose(layers: list[LoraFactors], settings: LoraQuantSettings) -> list[_
         for layer in layers:
             order = importance_order(layer.b.mT, layer.a, settings.split, generator)
             important = min(settings.static_h, len(order))
-            result.append(_Components(layer, layer.b.mT[order], layer.a[order], important))
+            b, a = layer.b.mT[order].to(device), layer.a[order].to(device)
+            result.append(_Components(layer, b, a, important))
         return result
     by_shape = defaultdict(list)
     for layer in layers:
         by_shape[(layer.b.shape, layer.a.shape)].append(layer)
     found = {}
     for group in by_shape.values():
-        b, a, singular = svd_components(torch.stack([x.b for x in group]), torch.stack([x.a for x in group]))
+        b, a = torch.stack([x.b for x in group]).to(device), torch.stack([x.a for x in group]).to(device)
+        b, a, singular = svd_components(b, a)
         for index, layer in enumerate(group):
             if settings.static_h is None:
                 important = explained_count(singular[index], settings.ratio)
@@ -139,25 +141,28 @@ def layout(factors: LoraFactors, stored: int, important: int) -> LayerLayout:
 
 
 def simulate_loraquant(
-    adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False
+    adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False, device: str = "cpu"
 ) -> list[tuple[LayerLayout, SplitCodes]]:
     """Quantise all layers without packing: codes whose `rows()` are the simulated factors.
 
     Args:
         progress: show a progress bar over the components being refined.
+        device: "cpu" or "cuda", where components are made and refined; codes are made on the processor.
     """
-    components = _decompose(adapter.layers, settings)
+    components = _decompose(adapter.layers, settings, device)
     if not settings.binary:
         for layer in components:
             layer.b, layer.a = layer.b[: layer.important], layer.a[: layer.important]
     if settings.refine:
         _refine_all(components, settings.bits, progress)
-    return [encode(layer.factors, layer.b, layer.a, layer.important, settings.bits) for layer in components]
+    return [encode(layer.factors, layer.b.cpu(), layer.a.cpu(), layer.important, settings.bits) for layer in components]
 
 
-def quantize_loraquant(adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False) -> PackedAdapter:
-    """Quantise and pack an adapter by LoraQuant."""
-    coded = simulate_loraquant(adapter, settings, progress)
+def quantize_loraquant(
+    adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False, device: str = "cpu"
+) -> PackedAdapter:
+    """Quantise and pack an adapter by LoraQuant; arguments as in `simulate_loraquant`."""
+    coded = simulate_loraquant(adapter, settings, progress, device)
     return pack(adapter, settings.description, "split", settings.bits, coded)
 
 

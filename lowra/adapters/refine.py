@@ -17,7 +17,8 @@ For sign codes the start is already the global minimum: whatever q is, the best 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -25,8 +26,9 @@ import torch
 STEPS = 100  # "converges within one hundred gradient steps"
 PATIENCE = 10  # steps without a better component in the whole batch after which the batch is done
 STEP_SIZE = 0.015  # first step; falls to zero linearly. 2 bits: error 0.25 of |b a^T|^2, against 0.57 at the start
-# A batch of components small enough for its state to stay in the cache of one core; larger ones only move memory.
-BATCH_NUMBERS = 1 << 18
+# Numbers in a batch of components. On a processor its state should stay in the cache of one core; a GPU wants few
+# launches, and 2^25 numbers with their state take about a gigabyte.
+BATCH_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 class Quantizer(Protocol):
@@ -63,13 +65,28 @@ def refine(
         (b~, a~), of the shapes of b and a. The quantised outer product of each returned component is at least as near
         to b a^T as that of the component it started from, since the best step is kept and the start counts as a step.
     """
-    size = max(1, BATCH_NUMBERS // max(1, b.shape[1] + a.shape[1]))
+    size = max(1, BATCH_NUMBERS[b.device.type] // max(1, b.shape[1] + a.shape[1]))
     best_b, best_a = torch.empty_like(b), torch.empty_like(a)
-    for first in range(0, len(b), size):
-        batch = slice(first, first + size)
-        best_b[batch], best_a[batch] = _refine_batch(b[batch], a[batch], quantizer)
-        on_batch(len(b[batch]))
+    with _one_thread():
+        for first in range(0, len(b), size):
+            batch = slice(first, first + size)
+            best_b[batch], best_a[batch] = _refine_batch(b[batch], a[batch], quantizer)
+            on_batch(len(b[batch]))
     return best_b, best_a
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: operations of this size meet at a barrier every few microseconds.
+
+    Where another process holds a core, the barriers took the shapes of a 7B adapter from 15 to 276 seconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

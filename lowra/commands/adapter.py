@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
 import transformers
 from peft import PeftModel
 from torch import nn
@@ -219,7 +220,8 @@ def _run_method(method: str, settings: LoraQuantSettings, adapters: list[LoraAda
     if method == "jd-diagonal":
         return quantize_joint(adapters, progress=True)
     if method == "loraquant":
-        return [quantize_loraquant(adapters[0], settings, progress=True)]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return [quantize_loraquant(adapters[0], settings, progress=True, device=device)]
     if method == "rtn":
         return [quantize_rtn(adapters[0], settings.bits)]
     return [{"bin": quantize_bin, "pbllm": quantize_pbllm, "billm": quantize_billm}[method](adapters[0])]
