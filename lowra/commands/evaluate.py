@@ -1,0 +1,65 @@
+"""`lowra evaluate`: perplexity and next-token accuracy of a model on a text file, or ROUGE of an encoder-decoder."""
+
+import argparse
+import pathlib
+
+import peft
+import torch
+import transformers
+
+from ..checkpoint import empty_model, resolve_folder
+from ..training.data import Collator, load_tokenizer, read_json_lines, read_text, text_blocks
+from ..training.evaluation import language_model_metrics
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure perplexity and next-token accuracy on text",
+        description="Measure perplexity (exp of the mean loss over blocks of text) and next-token accuracy of a "
+        "packed or dense model, with or without an adapter.",
+        epilog="example: lowra evaluate runs/first/base --adapter runs/first/adapter --data validation.txt",
+    )
+    parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed or dense model")
+    parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of a PEFT adapter")
+    parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or .jsonl with a field `text`")
+    parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
+    parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """
+    Raises:
+        FileNotFoundError, ValueError: model, adapter or data that cannot be used.
+    """
+    if args.block_size < 2 or args.batch_size < 1:
+        raise ValueError("--block-size must be at least 2 and --batch-size at least 1.")
+    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{args.adapter} is no PEFT adapter: it has no adapter_config.json.")
+    folder = resolve_folder(args.model)
+    skeleton = empty_model(folder)
+    if skeleton.config.is_encoder_decoder:
+        raise ValueError(
+            f"{args.model} is an encoder-decoder, which has no perplexity on running text; `lowra finetune` with "
+            "task=summarization measures its summaries."
+        )
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit is not None and args.block_size > limit:
+        raise ValueError(f"--block-size is {args.block_size}, but {args.model} has {limit} positions.")
+    tokenizer = load_tokenizer(folder)
+    if args.data.endswith((".json", ".jsonl")):
+        rows = [row["text"] for row in read_json_lines(args.data, ["text"])]
+    else:
+        rows = read_text(args.data)
+    blocks = text_blocks(rows, tokenizer, args.block_size)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = getattr(transformers, type(skeleton).__name__).from_pretrained(folder, dtype="auto").to(device)
+    if args.adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, args.adapter)
+    metrics = language_model_metrics(model, blocks, Collator(tokenizer), args.batch_size)
+    print(f"perplexity {metrics['perplexity']:.4f}")
+    print(f"accuracy   {metrics['accuracy']:.4f}")
+    print(f"on {metrics['tokens']:,} tokens in {len(blocks)} blocks of {args.block_size}")
+    return {"model": args.model, "adapter": args.adapter and str(args.adapter), "data": args.data, **metrics}

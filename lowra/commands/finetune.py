@@ -1,0 +1,41 @@
+"""`lowra finetune`: one fine-tuning run from a recipe."""
+
+import argparse
+
+from ..training.finetune import finetune
+from ..training.recipe import load_recipe
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "finetune",
+        help="quantise a model (where it is not yet) and fine-tune an adapter on it",
+        description="Run the recipe of a YAML file: quantise the base by the chosen method, fine-tune the adapter, and "
+        "write adapter, loss curve and metrics to the recipe's output folder.",
+        epilog="example: lowra finetune configs/llama2-7b-wikitext2.yaml model=PATH bits=1.75 output=runs/first",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """
+    Raises:
+        FileNotFoundError, ValueError: recipe, model or data that cannot be used.
+    """
+    recipe = load_recipe(args.config, args.overrides)
+    result = finetune(recipe)
+    print(f"{recipe.method}: {result['nominal_bits']:g} nominal bits, {result['true_bits']:.3f} true bits per weight")
+    print(f"{result['steps']} steps in {result['train_seconds']:.1f} s on {result['device']}")
+    for key, after in result["tuned"].items():
+        before = result["untuned"].get(key)
+        print(f"{key:<12} {_number(before):>12} -> {_number(after)}")
+    print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
+    return result
+
+
+def _number(value) -> str:
+    if value is None:
+        return "diverged"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

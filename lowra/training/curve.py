@@ -1,0 +1,60 @@
+"""The loss curve of a run: a bar while it runs, JSON and a picture afterwards."""
+
+import math
+import pathlib
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from ..atomic import save_json
+
+
+class LossBar(TrainerCallback):
+    """One progress bar with the last loss, in place of a line for each logged step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
+    """`curve.json` and `curve.png` in the folder.
+
+    Args:
+        curve: the Trainer's log entries with `step` and `loss` (training) or `eval_loss`.
+    """
+    import matplotlib  # not needed before a run has something to draw
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    save_json(finite(curve), folder / "curve.json")
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=120)
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curve.png")
+    pyplot.close(figure)
+
+
+def finite(content):
+    """The same structure with NaN and Inf as None, which JSON cannot express otherwise."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,127 @@
+"""Metrics: perplexity and next-token accuracy of a language model, ROUGE of generated summaries."""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .data import IGNORED
+
+
+@torch.no_grad()
+def language_model_metrics(
+    model: nn.Module,
+    examples: list[dict],
+    collate: Callable,
+    batch_size: int,
+    bf16: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Perplexity = exp(mean loss) over all predicted tokens, and the share of them that the argmax predicts.
+
+    Args:
+        model: causal language model on its device.
+        examples: `input_ids` and `labels`; labels of -100 are not predicted.
+        collate: examples to padded tensors [B, T].
+        batch_size: sequences at a time.
+        bf16: run under bfloat16 autocast, as training does; the loss is float32 in any case.
+
+    Returns:
+        loss, perplexity, accuracy, tokens.
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    right = torch.zeros((), dtype=torch.long, device=device)
+    tokens = 0
+    with _evaluating(model), autocast(device, bf16):
+        for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False, disable=not progress):
+            batch = collate(examples[start : start + batch_size])
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+            labels = batch.pop("labels").to(device)
+            logits = model(**{key: tensor.to(device) for key, tensor in batch.items()}).logits
+            # one sequence at a time: float32 logits of a whole batch would be the largest tensor of the run
+            for sequence, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
+                loss += nn.functional.cross_entropy(
+                    sequence.float(), target, ignore_index=IGNORED, reduction="sum"
+                ).double()
+                right += ((sequence.argmax(-1) == target) & (target != IGNORED)).sum()
+    mean = loss.item() / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "accuracy": right.item() / tokens,
+        "tokens": tokens,
+    }
+
+
+@torch.no_grad()
+def summary_metrics(
+    model: nn.Module,
+    examples: list[dict],
+    references: list[str],
+    tokenizer,
+    collate: Callable,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int | None = None,
+    bf16: bool = False,
+    progress: bool = True,
+) -> dict:
+    """ROUGE of generated summaries against their references, in percent.
+
+    Returns:
+        rouge1, rouge2, rougeL, rougeLsum, and mean_length in generated tokens.
+    """
+    device = next(model.parameters()).device
+    summaries, length = [], 0
+    beams = {} if num_beams is None else {"num_beams": num_beams}
+    with _evaluating(model), autocast(device, bf16):
+        for start in tqdm(range(0, len(examples), batch_size), desc="generating", leave=False, disable=not progress):
+            batch = collate(examples[start : start + batch_size])
+            batch.pop("labels")
+            inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, **beams)
+            length += int((generated != tokenizer.pad_token_id).sum())
+            summaries += tokenizer.batch_decode(generated, skip_special_tokens=True)
+    return {**rouge(summaries, references), "mean_length": length / len(summaries)}
+
+
+def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """Mean F-measures in percent, with Porter stemming: ROUGE-1, -2, -L, and -Lsum over sentences on separate lines.
+
+    Sentences end at a full stop, question or exclamation mark before a blank; the usual scripts split with NLTK's
+    trained splitter, which has to be downloaded.
+    """
+    from rouge_score import rouge_scorer  # brings NLTK with it; language models do without
+
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    totals = dict.fromkeys(kinds, 0.0)
+    for prediction, reference in zip(predictions, references, strict=True):
+        scores = scorer.score(_sentences(reference), _sentences(prediction))
+        for kind in kinds:
+            totals[kind] += scores[kind].fmeasure
+    return {kind: 100 * total / len(predictions) for kind, total in totals.items()}
+
+
+def autocast(device: torch.device, bf16: bool):
+    """bfloat16 autocast on the device, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def _sentences(text: str) -> str:
+    return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

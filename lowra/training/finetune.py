@@ -1,0 +1,193 @@
+"""One fine-tuning run: base -> initial adapter -> Transformers' Trainer -> adapter, loss curve and metrics.
+
+OUTPUT/base         packed base with its initial adapter; absent for dense bases and for models packed already
+OUTPUT/checkpoints  of the Trainer, from which a run resumes
+OUTPUT/adapter      the trained PEFT adapter
+OUTPUT/curve.json, curve.png, metrics.json
+"""
+
+import pathlib
+import time
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..atomic import save_json
+from .curve import LossBar, finite, save_curve
+from .data import TaskData, load_data
+from .evaluation import language_model_metrics, summary_metrics
+from .methods import Base, attach_adapter, check_method, load_base, prepare_base
+from .recipe import Recipe
+
+
+def finetune(recipe: Recipe, progress: bool = True) -> dict:
+    """Runs a recipe from the model to the metrics.
+
+    Returns:
+        the content of `OUTPUT/metrics.json`: bits, untuned and tuned metrics, loss curve, seconds, peak bytes, paths.
+
+    Raises:
+        FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
+    """
+    check_method(recipe)
+    output = pathlib.Path(recipe.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not recipe.resume:
+        raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
+    data = load_data(recipe, progress)
+    arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several
+    with arguments.main_process_first(desc="quantising the base"):
+        base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
+    result, model = train(recipe, base, data, arguments, progress=progress)
+    result["adapter"] = str(output / "adapter")
+    if arguments.process_index == 0:
+        # the adapter belongs to the packed base: with the dense one it would add the error it makes up for
+        model.peft_config["default"].base_model_name_or_path = str(base.folder)
+        model.save_pretrained(output / "adapter")
+        save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
+        save_json(result, output / "metrics.json")
+    return result
+
+
+def train(
+    recipe: Recipe,
+    base: Base,
+    data: TaskData,
+    arguments: TrainingArguments,
+    untuned: dict | None = None,
+    progress: bool = True,
+) -> tuple[dict, PeftModel]:
+    """Trains an adapter on a prepared base, and measures it before (unless `untuned` is given) and after.
+
+    Returns:
+        the metrics, and the model with its trained adapter.
+    """
+    main = arguments.process_index == 0
+    set_seed(recipe.seed)
+    if arguments.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(arguments.device)
+    model = attach_adapter(load_base(base, recipe, arguments.device), base, recipe)
+    model.get_base_model().config.use_cache = recipe.task == "summarization"
+    if recipe.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    if untuned is None:
+        untuned = measure(model, recipe, data, progress and main)
+    trainer = _trainer(model, recipe, data, arguments, progress and main)
+    checkpoint = get_last_checkpoint(arguments.output_dir) if recipe.resume and _exists(arguments.output_dir) else None
+    started = time.perf_counter()
+    state = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
+    tuned = measure(model, recipe, data, progress and main)
+    result = finite(
+        {
+            "recipe": recipe.to_dict(),
+            "method": recipe.method,
+            "bits": recipe.bits,
+            "nominal_bits": base.nominal_bits,
+            "true_bits": base.true_bits,
+            "untuned": untuned,
+            "tuned": tuned,
+            "train_loss": state.training_loss,
+            "curve": curve,
+            "steps": trainer.state.global_step,
+            "train_seconds": round(seconds, 3),
+            "peak_bytes": peak,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "device": str(arguments.device),
+            "base": str(base.folder),
+        }
+    )
+    return result, model
+
+
+def measure(model, recipe: Recipe, data: TaskData, progress: bool = True) -> dict:
+    """The task's metrics on the validation data."""
+    if recipe.task == "summarization":
+        return summary_metrics(
+            model,
+            data.validation,
+            data.references,
+            data.tokenizer,
+            data.collate,
+            recipe.eval_batch_size,
+            recipe.target_length,
+            recipe.num_beams,
+            recipe.bf16,
+            progress,
+        )
+    return language_model_metrics(model, data.validation, data.collate, recipe.eval_batch_size, recipe.bf16, progress)
+
+
+def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArguments:
+    """The recipe in Transformers' terms."""
+    kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
+    evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
+    return kind(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        per_device_eval_batch_size=recipe.eval_batch_size,
+        max_steps=recipe.max_steps or -1,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.scheduler,
+        # a share below 1 and a number of steps from 1 on
+        warmup_steps=recipe.warmup_ratio if recipe.warmup_ratio < 1 else recipe.max_steps or 0,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU is refused without it
+        seed=recipe.seed,
+        eval_strategy=evaluation,
+        eval_steps=recipe.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # a run that diverges has to show it
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[name.strip() for name in recipe.report_to.split(",")],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_timeout=4 * 3600,  # the other processes wait while the first one quantises
+    )
+
+
+def _trainer(model, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
+    kind = Seq2SeqTrainer if recipe.task == "summarization" else Trainer
+    trainer = kind(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=data.collate,
+        processing_class=data.tokenizer,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if progress:
+        trainer.add_callback(LossBar())
+    return trainer
+
+
+def _exists(folder: str) -> bool:
+    return pathlib.Path(folder).is_dir()

@@ -1,0 +1,134 @@
+"""A grid of runs: methods x bits x seeds in one process, one table and one picture. Finished cells are not redone.
+
+OUTPUT/bases/KEY        packed bases with their initial adapters, one for each quantisation, shared by seeds
+OUTPUT/cells/NAME.json  result of each cell
+OUTPUT/table.md, table.json, comparison.png
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import tempfile
+import time
+
+from ..atomic import save_json, save_text
+from .data import load_data
+from .finetune import train, training_arguments
+from .methods import METHODS, check_method, prepare_base, supports
+from .recipe import Recipe
+from .report import draw, markdown, summarize
+
+_BASE_FIELDS = ("model", "method", "bits", "rank", "alpha", "dropout", "init_steps", "quantization", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        label: method with its overrides, such as "lowra:quantization.sensitivity=none".
+        recipe: complete.
+    """
+
+    label: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """A file name for the cell."""
+        safe = re.sub(r"[^A-Za-z0-9.]+", "_", self.label).strip("_")
+        bits = "" if self.recipe.method == "lora16" else f"-{self.recipe.bits:g}bit"
+        return f"{safe}{bits}-seed{self.recipe.seed}"
+
+    @property
+    def base_key(self) -> str:
+        """Names what the base depends on."""
+        content = {name: getattr(self.recipe, name) for name in _BASE_FIELDS}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.recipe.method}-{self.recipe.bits:g}bit-{digest}"
+
+
+def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list[int]) -> list[Cell]:
+    """The cells of a grid, those left out that a method has no form for (2-bit methods below 2, say).
+
+    Args:
+        recipe: of everything the grid does not vary.
+        methods: names, with overrides of any field behind colons: "lowra:quantization.sensitivity=none:rank=16".
+
+    Raises:
+        ValueError: an unknown method or key, or no cell at all.
+    """
+    cells = []
+    for label in methods:
+        method, *overrides = label.split(":")
+        if method not in METHODS:
+            raise ValueError(f"There is no method {method!r}; the methods are {', '.join(METHODS)}.")
+        for budget in [16.0] if method == "lora16" else bits:
+            if not supports(method, budget):
+                continue
+            for seed in seeds:
+                given = [f"method={method}", f"bits={budget}", f"seed={seed}", *overrides]
+                cell = Cell(label, recipe.changed(given))
+                check_method(cell.recipe)
+                cells.append(cell)
+    if not cells:
+        raise ValueError(f"None of the methods {', '.join(methods)} has a form at {', '.join(map(str, bits))} bits.")
+    return cells
+
+
+def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True) -> dict:
+    """Runs what is not there yet, then writes table and picture.
+
+    Data is read once, each base is quantised once, and untuned metrics are taken once for each base.
+
+    Returns:
+        {"rows": the table, "cells": number of cells, "run": number of them run now, paths}.
+    """
+    results = {cell.name: _finished(cell, output) for cell in cells}
+    missing = [cell for cell in cells if results[cell.name] is None]
+    data = load_data(recipe, progress) if missing else None
+    untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if results[cell.name] is not None}
+    for number, cell in enumerate(missing, start=1):
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(cell.recipe, pathlib.Path(scratch) / "checkpoints")
+            base = prepare_base(cell.recipe, output / "bases" / cell.base_key, arguments.device, progress)
+            ready = time.perf_counter()
+            result, _ = train(cell.recipe, base, data, arguments, untuned.get(cell.base_key), progress)
+        result["label"] = cell.label
+        result["prepare_seconds"] = round(ready - started, 3)
+        result["seconds"] = round(time.perf_counter() - started, 3)
+        untuned[cell.base_key] = result["untuned"]
+        save_json(result, output / "cells" / f"{cell.name}.json")
+        results[cell.name] = result
+        print(f"[{number}/{len(missing)}] {cell.name}: {_headline(result)}, {result['seconds']:.1f} s", flush=True)
+    rows = summarize([results[cell.name] for cell in cells])
+    save_json(rows, output / "table.json")
+    save_text(markdown(rows), output / "table.md")
+    draw(rows, output / "comparison.png")
+    return {
+        "rows": rows,
+        "cells": len(cells),
+        "run": len(missing),
+        "table": str(output / "table.md"),
+        "picture": str(output / "comparison.png"),
+    }
+
+
+def _finished(cell: Cell, output: pathlib.Path) -> dict | None:
+    """The result of an earlier run of the same recipe; paths apart, which may differ between machines."""
+    path = output / "cells" / f"{cell.name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
+    ours, theirs = ({k: v for k, v in r.items() if k not in paths} for r in (cell.recipe.to_dict(), result["recipe"]))
+    return result if ours == theirs else None
+
+
+def _headline(result: dict) -> str:
+    key = "perplexity" if "perplexity" in result["tuned"] else "rouge1"
+    before, after = (result[stage].get(key) for stage in ("untuned", "tuned"))
+    return f"{key} {'-' if before is None else f'{before:.2f}'} -> {'-' if after is None else f'{after:.2f}'}"

@@ -1,0 +1,191 @@
+"""The methods of the paper as presets over one pipeline with real packed bits, and the model each one trains.
+
+qlora, loftq and pissa keep NormalFloat tables and reach budgets below 4 bits by layer order, as section 7.2 and LoftQ
+describe; assigner_only adds the exact assigner to LoftQ (appendix B); lowra learns the tables as well. lora16 trains on
+the dense base. hqq is the one baseline whose formats are not ours (it has 3 bits): its base is dequantised into dense
+weights and its bits are counted, see `hqq.py`.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import peft
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from ..checkpoint import empty_model, resolve_folder, safetensors_files
+from ..config import LowRAConfig, check_keys
+from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+from ..targets import find_targets
+from . import hqq
+from .recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A preset.
+
+    Attributes:
+        quantization: options of LowRAConfig, or None where the base is not packed by us.
+        init: of the adapter: "loftq", "pissa" or "lora".
+        least, most: budgets it can be given, in nominal bits.
+    """
+
+    quantization: dict | None
+    init: str
+    least: float = 1.0
+    most: float = 4.0
+
+
+_REACHED = ("nominal_bits", "true_bits", "error", "base", "fingerprint")  # of LowRAConfig: filled in, not asked for
+_LAYER_ORDER = {"codebook": "normal_float", "assigner": "layer_order"}
+
+METHODS = {
+    "lora16": Method(None, "lora"),
+    "qlora": Method(_LAYER_ORDER, "lora", least=2.0),
+    "loftq": Method(_LAYER_ORDER, "loftq", least=2.0),
+    "pissa": Method(_LAYER_ORDER, "pissa", least=2.0),
+    "assigner_only": Method({"codebook": "normal_float", "assigner": "exact"}, "loftq", least=2.0),
+    "lowra": Method({"codebook": "learned", "assigner": "exact"}, "loftq"),
+    "hqq": Method(None, "lora"),
+}
+
+
+@dataclasses.dataclass
+class Base:
+    """A base and its initial adapter, ready to be trained as often as wanted.
+
+    Attributes:
+        folder: checkpoint to load, packed or dense.
+        nominal_bits, true_bits: per quantised parameter; 16 or 32 for the dense base.
+        adapter: folder of the initial PEFT adapter, or None where PEFT's own start is used.
+        hqq_bits: bits that hqq gives every linear weight after loading, or None.
+    """
+
+    folder: pathlib.Path
+    nominal_bits: float
+    true_bits: float
+    adapter: pathlib.Path | None = None
+    hqq_bits: int | None = None
+
+
+def supports(method: str, bits: float) -> bool:
+    """Whether the method has this budget; hqq has whole bits only, lora16 has none (16)."""
+    if method == "lora16":
+        return True
+    preset = METHODS[method]
+    return preset.least <= bits <= preset.most and (method != "hqq" or float(bits).is_integer())
+
+
+def check_method(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: unknown method, a budget the method does not have, options that make no sense.
+    """
+    if recipe.method not in METHODS:
+        check_keys([recipe.method], list(METHODS), "The list of methods")
+    if not supports(recipe.method, recipe.bits):
+        preset = METHODS[recipe.method]
+        whole = "whole numbers " if recipe.method == "hqq" else ""
+        raise ValueError(
+            f"{recipe.method} has no form at {recipe.bits} bits: give {whole}from {preset.least:g} to {preset.most:g}"
+            + (", or method=lowra for fewer." if preset.least > 1 else ".")
+        )
+    if METHODS[recipe.method].quantization is None and recipe.quantization:
+        raise ValueError(f"{recipe.method} does not use quantization options; got {', '.join(recipe.quantization)}.")
+    quantization_config(recipe)
+
+
+def quantization_config(recipe: Recipe) -> LowRAConfig | None:
+    """The configuration of the packed base; None for lora16 and hqq."""
+    preset = METHODS[recipe.method].quantization
+    if preset is None:
+        return None
+    return LowRAConfig.from_dict({"bits": recipe.bits, **preset, **recipe.quantization})
+
+
+def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, progress: bool = True) -> Base:
+    """Quantises the model into `folder` unless it is there already, or takes a packed model as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: a model that cannot be used; `folder` has not been created then.
+    """
+    source = resolve_folder(recipe.model)
+    config = AutoConfig.from_pretrained(source)
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        return _packed_base(source, packed, recipe)
+    if METHODS[recipe.method].quantization is None:
+        safetensors_files(source)
+        dense = 16 if recipe.bf16 else 32
+        if recipe.method == "lora16":
+            return Base(source, dense, dense)
+        bits = int(recipe.bits)
+        return Base(source, bits, hqq.true_bits(bits), hqq_bits=bits)
+    quantization = quantization_config(recipe)
+    adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
+    if not (folder / "config.json").exists():
+        quantize_checkpoint(str(source), folder, quantization, adapter, device, progress)
+    reached = json.loads((folder / "config.json").read_text())["quantization_config"]
+    _check_same(folder, reached, quantization, adapter)
+    return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
+
+
+def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapter: AdapterRecipe) -> None:
+    """
+    Raises:
+        ValueError: the base in `folder`, from an earlier run, was made by another recipe.
+    """
+    stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in _REACHED}
+    pairs["rank"] = (stored["r"], adapter.rank)
+    pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
+    for name, (was, asked) in pairs.items():
+        if was != asked:
+            raise ValueError(f"{folder} was made with {name}={was}, the recipe now asks for {asked}: use a new output.")
+
+
+def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
+    packed = packed if isinstance(packed, dict) else packed.to_dict()
+    if packed.get("quant_method") != "lowra":
+        raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
+    adapter = source / ADAPTER_FOLDER
+    if adapter.exists():
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        if rank != recipe.rank:
+            raise ValueError(f"{adapter} has rank {rank}, the recipe asks for {recipe.rank}: give rank={rank}.")
+    return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
+
+
+def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedModel:
+    """The base model on the device, in the compute type of the recipe."""
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    architecture = type(empty_model(base.folder)).__name__
+    model = getattr(transformers, architecture).from_pretrained(base.folder, dtype=dtype).to(device)
+    if base.hqq_bits is not None:
+        hqq.quantize_model(model, base.hqq_bits)
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.PeftModel:
+    """The model with its trainable adapter at the start of training, on the same linear layers for every method."""
+    if base.adapter is not None:
+        return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True)
+    names = [name.removesuffix(".weight") for name in _adapted(model)]
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=names,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _adapted(model: PreTrainedModel) -> list[str]:
+    if getattr(model, "quantization_method", None) == "lowra":
+        from ..linear import LowRALinear
+
+        return [name for name, module in model.named_modules() if isinstance(module, LowRALinear)]
+    return list(find_targets(model, None))
