@@ -67,8 +67,8 @@ class Assignment:
 
     @property
     def gap(self) -> float:
-        """Error above the bound, relative to the bound."""
-        return (self.error - self.bound) / self.bound if self.bound > 0 else 0.0
+        """Error above the bound, relative to the bound; never negative (both are sums with rounding of their own)."""
+        return max(0.0, (self.error - self.bound) / self.bound) if self.bound > 0 else 0.0
 
 
 def measure(problem: Problem, choice: np.ndarray) -> tuple[float, int]:
