@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 2048
 CONTEXT = 256
-_BATCH = 8
-_STEPS = 320
+_BATCH = 12
+_STEPS = 400
 _PEAK_LR = 4e-3
 
 
