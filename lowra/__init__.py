@@ -14,7 +14,16 @@ import bitsandbytes  # noqa: F401 - loads the backend that defines the ops
 
 from . import integrations
 from .config import LowRAConfig
+from .integrations.peft import merge_into_dense, prepare_for_training
 from .linear import LowRALinear
 from .pipeline import AdapterRecipe, quantize_checkpoint
 
-__all__ = ["AdapterRecipe", "LowRAConfig", "LowRALinear", "integrations", "quantize_checkpoint"]
+__all__ = [
+    "AdapterRecipe",
+    "LowRAConfig",
+    "LowRALinear",
+    "integrations",
+    "merge_into_dense",
+    "prepare_for_training",
+    "quantize_checkpoint",
+]

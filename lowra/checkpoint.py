@@ -1,8 +1,10 @@
 """Dense checkpoints read tensor by tensor, under the names the model will know them by. Only safetensors are read."""
 
 import copy
+import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -83,33 +85,12 @@ class DenseCheckpoint:
         self.model = model
         self._expected = model.state_dict()
         self._mappings: dict[str, WeightRenaming | WeightConverter] = {}
-        transforms = get_model_conversion_mapping(model)
-        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        provided = set()
-        for key, reader in sorted(_tensors(files), key=lambda item: dot_natural_key(item[0])):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, self._expected)
-            if name not in self._expected and key in self._expected:
-                name, pattern = key, None
-            if name not in self._expected:
+        for match in match_tensors(files, model):
+            if match.name is None:
                 continue  # rotary caches and the like that the model does not keep
-            if pattern is None:
-                mapping = self._mappings.setdefault(name, WeightRenaming(key, name))
-                pattern = key
-                provided.add(name)
-            else:
-                mapping = self._mappings.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-                first, *others = mapping.target_patterns
-                provided.update([name, *(name.replace(first, other) for other in others)])
-            mapping.add_tensor(name, key, pattern, reader)
-        missing = set(self._expected) - provided - set(getattr(model, "all_tied_weights_keys", {}))
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} tensor(s) that {type(model).__name__} needs: "
-                f"{', '.join(sorted(missing)[:5])}{', …' if len(missing) > 5 else ''}. Download it again or check that "
-                "config.json belongs to it."
-            )
+            made_by = WeightRenaming(match.key, match.name) if match.converter is None else match.converter
+            mapping = self._mappings.setdefault(match.name, copy.deepcopy(made_by))
+            mapping.add_tensor(match.name, match.key, match.pattern, match.reader)
 
     def names(self) -> list[str]:
         """One name per conversion, in natural order; `load` may give several tensors for one."""
@@ -133,6 +114,84 @@ class DenseCheckpoint:
                     f"expects {list(self._expected[key].shape)}."
                 )
         return tensors
+
+
+@dataclasses.dataclass
+class TensorMatch:
+    """One tensor of a checkpoint and its place in a model.
+
+    Attributes:
+        key: its name in the file.
+        name: of the model's tensor that it becomes or is converted into; None where the model has no place for it.
+        pattern: what `key` matched in `converter`, or `key` itself.
+        converter: Transformers' conversion, for tensors that are merged or split while loading.
+        reader: loads the tensor.
+    """
+
+    key: str
+    name: str | None
+    pattern: str
+    converter: WeightConverter | None
+    reader: "_Reader"
+
+
+def match_tensors(files: list[pathlib.Path], model: PreTrainedModel) -> list[TensorMatch]:
+    """Places every tensor of a checkpoint in the model, by Transformers' own renamings; reads headers only.
+
+    Raises:
+        ValueError: a file is cut short, or tensors that the model needs are missing.
+    """
+    expected = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    matches, provided = [], set()
+    for key, reader in sorted(_tensors(files), key=lambda item: dot_natural_key(item[0])):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = key, None
+        if name not in expected:
+            matches.append(TensorMatch(key, None, key, None, reader))
+            continue
+        provided.add(name)
+        converter = None if pattern is None else by_pattern[pattern]
+        if converter is not None:
+            first, *others = converter.target_patterns
+            provided.update(name.replace(first, other) for other in others)
+        matches.append(TensorMatch(key, name, pattern or key, converter, reader))
+    missing = set(expected) - provided - set(getattr(model, "all_tied_weights_keys", {}))
+    if missing:
+        raise ValueError(
+            f"The checkpoint lacks {_listed(missing)} that {type(model).__name__} needs. Download it again or check that "
+            "config.json belongs to it."
+        )
+    return matches
+
+
+def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel) -> None:
+    """Holds the tensors of a packed checkpoint against its model, whose layers are packed already (on "meta").
+
+    Transformers itself fills a missing tensor with random numbers and leaves an unknown one out, with a warning.
+
+    Raises:
+        ValueError: a tensor that the model needs is missing, or one has no place in it.
+    """
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"]))
+    unknown = [
+        match.key for match in match_tensors(files, model) if match.name is None and not ignored.search(match.key)
+    ]
+    if unknown:
+        raise ValueError(
+            f"The packed checkpoint holds {_listed(unknown)} that {type(model).__name__} has no place for: files of two "
+            "checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again with `lowra quantize`."
+        )
+
+
+def _listed(names) -> str:
+    """Such as "2 tensor(s): a, b"."""
+    names = sorted(names)
+    return f"{len(names)} tensor(s): {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, "_Reader"]]:

@@ -18,16 +18,24 @@ class LowRALinear(nn.Linear):
     Attributes:
         weight, row_bits, scales, scale_steps, levels: see `PackedWeight`; `scale_steps` only for 8-bit scales.
         bias: [N] or None.
+        compute_dtype: of the dense layer in whose place this one stands; what a merge writes. Follows `model.to(dtype)`.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, group_size: int, packed: dict[str, torch.Tensor], bias=None
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        packed: dict[str, torch.Tensor],
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype = torch.float32,
     ):
         """Takes the packed tensors as they are (on "meta" too, where they only carry shapes)."""
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
+        self.compute_dtype = compute_dtype
         for name in TENSOR_NAMES:
             tensor = packed.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
@@ -92,6 +100,7 @@ class LowRALinear(nn.Linear):
         for name in dtypes:
             self._parameters[name] = nn.Parameter(self._parameters[name].data.view(torch.uint8), requires_grad=False)
         super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name, dtype in dtypes.items():
             self._parameters[name] = nn.Parameter(self._parameters[name].data.view(dtype), requires_grad=False)
         self._row_order = {device: order for device, order in self._row_order.items() if device.type == "cpu"}

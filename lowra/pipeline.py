@@ -26,6 +26,7 @@ from .targets import Target, find_targets
 
 SHARD_BYTES = 4 << 30
 ADAPTER_FOLDER = "initial_adapter"
+BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began
 _COMPANIONS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens*", "generation_config.json", "*.jinja")
 
 
@@ -109,7 +110,7 @@ def quantize_checkpoint(
     seconds["quantise and initialise" if adapter else "quantise"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    report = _assemble(work, folder, model, skeleton, targets, plan, pieces, config, adapter)
+    report = _assemble(work, output, folder, model, skeleton, targets, plan, pieces, config, adapter)
     seconds["write"] = time.perf_counter() - clock
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     save_json(report, work / "final" / "lowra_report.json")
@@ -189,7 +190,7 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, work, device, pr
     return names
 
 
-def _assemble(work, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
+def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
     final = work / "final"
     pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
     total = _write_shards(pieces, final)
@@ -212,7 +213,7 @@ def _assemble(work, folder, model, skeleton, targets, plan: Plan, names, config,
         for path in folder.glob(pattern):
             shutil.copy2(path, final / path.name)
     if adapter is not None:
-        _write_adapter(work, final / ADAPTER_FOLDER, model, targets, adapter)
+        _write_adapter(work, final / ADAPTER_FOLDER, output, targets, adapter, reached)
     report = {
         "model": str(model),
         "bits": config.bits,
@@ -236,7 +237,7 @@ def _assemble(work, folder, model, skeleton, targets, plan: Plan, names, config,
     return report
 
 
-def _write_adapter(work, folder, model, targets, adapter) -> None:
+def _write_adapter(work, folder, base, targets, adapter, config) -> None:
     tensors = {}
     for path in sorted((work / "adapter").glob("*.safetensors")):
         tensors.update(_read(path))
@@ -244,7 +245,7 @@ def _write_adapter(work, folder, model, targets, adapter) -> None:
     save_json(
         {
             "peft_type": "LORA",
-            "base_model_name_or_path": str(model),
+            "base_model_name_or_path": str(base),
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "lora_dropout": adapter.dropout,
@@ -255,6 +256,8 @@ def _write_adapter(work, folder, model, targets, adapter) -> None:
         },
         folder / "adapter_config.json",
     )
+    record = {"base": config.base, "nominal_bits": config.nominal_bits, "init": adapter.method}
+    save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)
 
 
 def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path) -> int:

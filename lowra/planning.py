@@ -72,7 +72,7 @@ class Planner:
             "thresholds": codebook.thresholds.cpu(),
             "errors": codebook.errors.cpu(),
             "energy": torch.tensor([energy], dtype=torch.float64),
-            "sample": torch.frombuffer(bytearray(_sample(name, weight)), dtype=torch.uint8),
+            "sample": torch.frombuffer(bytearray.fromhex(weight_digest(name, weight)), dtype=torch.uint8),
         }
         if self.store is not None:
             save_tensors(record, self.store / f"{name}.safetensors")
@@ -103,8 +103,7 @@ class Planner:
         row_bits = {name: part.clone() for name, part in zip(self._codebooks, parts, strict=True)}
         left = sum(float(book.error_at(row_bits[name]).sum()) for name, book in self._codebooks.items())
         error = left / max(sum(self._energy.values()), np.finfo(float).tiny)
-        digest = hashlib.sha256(repr(sorted(self._samples.items())).encode()).hexdigest()
-        return Plan(self._codebooks, row_bits, assignment, error, digest)
+        return Plan(self._codebooks, row_bits, assignment, error, fingerprint_of(self._samples))
 
     def _problem(self) -> Problem:
         errors, sizes, costs = [], [], []
@@ -126,9 +125,14 @@ class Planner:
         return np.array([np.ceil(stored_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
 
 
-def _sample(name: str, weight: torch.Tensor) -> bytes:
-    """Digest of evenly spread elements of a weight: changes with the base, costs nothing."""
+def weight_digest(name: str, weight: torch.Tensor) -> str:
+    """Digest, in hex, of evenly spread elements of a weight [N, K]: changes with the base, costs nothing."""
     flat = weight.reshape(-1)
     step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
     values = flat[::step][:_FINGERPRINT_SAMPLES].float().cpu().contiguous()
-    return hashlib.sha256(f"{name} {list(weight.shape)}".encode() + values.numpy().tobytes()).digest()
+    return hashlib.sha256(f"{name} {list(weight.shape)}".encode() + values.numpy().tobytes()).hexdigest()
+
+
+def fingerprint_of(digests: dict[str, str]) -> str:
+    """Fingerprint of a base from the digests of its quantised weights by name."""
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()

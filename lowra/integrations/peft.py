@@ -1,1 +1,246 @@
-"""lowra inside PEFT."""
+"""lowra inside PEFT: a LoRA layer that can merge, training preparation, merging into dense weights, and the record that
+ties an adapter to its base.
+
+PEFT takes `LowRALinear` for an `nn.Linear`, so every adapter method trains on it. `merge`, however, would add to the
+packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merges into a dequantised layer instead.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ..atomic import save_json
+from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..linear import LowRALinear
+from ..pipeline import BASE_RECORD
+from ..planning import fingerprint_of, weight_digest
+from ..targets import find_targets, replace_module
+from .transformers import dense_linear
+
+_NEEDS_ORIGINAL = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
+
+
+class LowRALoraLinear(LoraLinear):
+    """PEFT's LoRA layer over `LowRALinear`.
+
+    `merge` puts a dense layer with the dequantised weight in the place of the packed one and adds to that in float32;
+    `unmerge` puts the packed layer back, bit for bit.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs):
+        config.fan_in_fan_out = False  # GPT-2's Conv1D is [out, in] once packed
+        self._packed: list[LowRALinear] = []  # in a list, so that it is no submodule while a dense one stands in
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
+        init = config.init_lora_weights
+        if isinstance(init, str) and init.lower().startswith(_NEEDS_ORIGINAL):
+            raise ValueError(
+                f"init_lora_weights={init!r} needs the original weights, and a packed model does not hold them. Write the "
+                "initial adapter with the packed checkpoint (`lowra quantize MODEL --rank R --init loftq|pissa`) and load "
+                "it with PeftModel.from_pretrained(model, 'DIR/initial_adapter', is_trainable=True)."
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into a dense copy of the base. See PEFT for the arguments."""
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        if not self._packed:
+            self.stand_in()
+        self.base_layer.float()
+        super().merge(safe_merge, adapter_names)
+        self.base_layer.to(self._packed[0].compute_dtype)
+
+    def stand_in(self, weight: torch.Tensor | None = None) -> None:
+        """Puts a dense layer in the place of the packed one: its dequantised weight, or the weight [N, K] given."""
+        self._packed.append(self.base_layer)
+        self.base_layer = dense_linear(self.base_layer, torch.float32, weight)
+
+    def unmerge(self) -> None:
+        """Puts the packed layer back."""
+        if self._packed:
+            device = self.base_layer.weight.device
+            self.base_layer = self._packed.pop().to(device)
+        self.merged_adapters.clear()
+
+
+def prepare_for_training(
+    model: PreTrainedModel, gradient_checkpointing: bool = True, float32_norms_and_head: bool = False
+) -> PreTrainedModel:
+    """Freezes a packed model and makes it ready for adapters; our counterpart of `prepare_model_for_kbit_training`.
+
+    Packed tensors are left as they are. Unlike PEFT's function it keeps norms and head in the model's dtype unless asked,
+    because LoRA needs no float32 there and a head in float32 costs more than the packed weights of several layers.
+
+    Args:
+        model: before `get_peft_model`.
+        gradient_checkpointing: recompute the blocks in backward; turns the generation cache off.
+        float32_norms_and_head: hold norms, the output head and what is tied to it in float32.
+    """
+    model.requires_grad_(False)
+    if float32_norms_and_head:
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if module is head or type(module).__name__.endswith("Norm"):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.float()
+    model.enable_input_require_grads()
+    if gradient_checkpointing:
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def merge_into_dense(
+    model: PeftModel, original: str | pathlib.Path | None = None, initial: str | pathlib.Path | None = None
+) -> PreTrainedModel:
+    """Merges the active adapters and leaves a plain dense model whose config.json has no `quantization_config`.
+
+    Args:
+        model: adapters on a packed base; taken apart by this.
+        original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name of
+            the 16-bit base merges into that instead.
+        initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ or PiSSA:
+            their start makes up for the quantisation and is taken off again, so that only the training is merged.
+
+    Raises:
+        ValueError: no packed base; `original` is another model; an adapter that began as LoftQ or PiSSA is to be merged
+            into the original without its start.
+    """
+    base = model.get_base_model()
+    quantizer = getattr(base, "hf_quantizer", None)
+    if not any(isinstance(module, LowRALinear) for module in base.modules()) or quantizer is None:
+        raise ValueError("There is no packed base below this adapter: use its merge_and_unload().")
+    if original is None and initial is not None:
+        raise ValueError("`initial` is only taken off the original weights: give `original` too, or leave both out.")
+    if original is not None:
+        for name in model.active_adapters:
+            start = _records(model).get(name, {}).get("init")
+            if start in ("loftq", "pissa") and initial is None:
+                raise ValueError(
+                    f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not belong on the "
+                    "original weights. Give initial='DIR/initial_adapter' to take its start off, or merge into the "
+                    "dequantised base (original=None)."
+                )
+        _put_original_below(model, original, initial)
+    merged = model.merge_and_unload()
+    return quantizer.dequantize(merged)
+
+
+def _put_original_below(model: PeftModel, original, initial) -> None:
+    """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
+    folder = resolve_folder(str(original))
+    skeleton = empty_model(folder)
+    targets = find_targets(skeleton, model.get_base_model().config.quantization_config.modules_to_not_convert)
+    source = DenseCheckpoint(safetensors_files(folder), skeleton)
+    digests = {name: weight_digest(name, target.as_matrix(source.load(name)[name])) for name, target in targets.items()}
+    _check_fingerprint(fingerprint_of(digests), model, f"The original {original}", "Give the folder it was packed from.")
+    active, temporary = list(model.active_adapters), "lowra_initial"
+    if initial is not None:
+        model.load_adapter(initial, temporary)
+        model.base_model.set_adapter(active)
+    base = model.get_base_model()
+    for name, target in targets.items():
+        layer = base.get_submodule(target.name)
+        weight = target.as_matrix(source.load(name)[name]).float()
+        if isinstance(layer, LowRALinear):
+            replace_module(base, target.name, dense_linear(layer, layer.compute_dtype, weight.to(layer.weight.device)))
+            continue
+        weight = weight.to(layer.base_layer.weight.device)
+        if initial is not None and temporary in layer.lora_A:
+            weight = weight - layer.get_delta_weight(temporary).float()
+        layer.stand_in(weight)
+    if initial is not None:
+        model.delete_adapter(temporary)
+
+
+def _fingerprint(model: nn.Module) -> str | None:
+    """Of the base below a model; None where it is not packed."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return getattr(config, "fingerprint", None)
+
+
+def _check_fingerprint(found: str | None, model: PeftModel, what: str, remedy: str) -> None:
+    expected = _fingerprint(model.get_base_model())
+    if found and expected and found != expected:
+        raise ValueError(
+            f"{what} belongs to another base: its fingerprint is {found[:16]}…, this model was packed from "
+            f"{model.get_base_model().config.quantization_config.base} with fingerprint {expected[:16]}…. {remedy}"
+        )
+
+
+def _records(model: PeftModel) -> dict[str, dict]:
+    """What is known of the start of each loaded adapter: the content of its `lowra_base.json`."""
+    return model.__dict__.setdefault("_lowra_records", {})
+
+
+def _register_layer() -> None:
+    """Puts `LowRALoraLinear` into every LoraConfig; PEFT does not save custom layers, so a reload must find it too."""
+    original = LoraConfig.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self):
+        original(self)
+        self._register_custom_module({LowRALinear: LowRALoraLinear})
+
+    LoraConfig.__post_init__ = __post_init__
+
+
+def _record_base() -> None:
+    """Lets adapters carry the fingerprint of their base, in `lowra_base.json` (adapter_config.json takes no new keys)."""
+    save, load = PeftModel.save_pretrained, PeftModel.load_adapter
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        save(self, save_directory, *args, **kwargs)
+        fingerprint = _fingerprint(self.get_base_model())
+        if fingerprint is None or not kwargs.get("is_main_process", True):
+            return
+        config = self.get_base_model().config.quantization_config
+        for name in kwargs.get("selected_adapters") or list(self.peft_config):
+            folder = pathlib.Path(save_directory) / ("" if name == "default" else name)
+            record = {"base": config.base, "nominal_bits": config.nominal_bits, **_records(self).get(name, {})}
+            save_json({**record, "fingerprint": fingerprint}, folder / BASE_RECORD)
+
+    @functools.wraps(load)
+    def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
+        record = _read_record(model_id, kwargs.get("subfolder"))
+        if not any_base:
+            _check_fingerprint(
+                record.get("fingerprint"), self, f"The adapter {model_id}", "Load its own base, or pass any_base=True."
+            )
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+        _records(self)[adapter_name] = record
+        return result
+
+    PeftModel.save_pretrained, PeftModel.load_adapter = save_pretrained, load_adapter
+
+
+def _read_record(model_id, subfolder: str | None) -> dict:
+    """The record of a local or hub adapter; empty where it has none."""
+    with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
+        path = cached_file(
+            str(model_id),
+            BASE_RECORD,
+            subfolder=subfolder or "",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            return json.loads(pathlib.Path(path).read_text())
+    return {}
+
+
+_register_layer()
+_record_base()

@@ -6,17 +6,22 @@ checkpoint loads by copying its tensors.
 """
 
 import functools
+import os
 import pathlib
+import types
 from typing import Any
 
 import torch
+from bitsandbytes.backends.lowra import layout
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import DenseCheckpoint
+from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
 from ..linear import LowRALinear
 from ..pipeline import learn
@@ -38,6 +43,11 @@ class LowRAHfQuantizer(HfQuantizer):
         self._plan: Plan | None = None
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and os.environ.get("FSDP_VERSION", "1") == "1":
+            raise ValueError(
+                "FSDP1 flattens weights into one floating-point tensor and cannot hold packed integers: use FSDP2 "
+                "(`fsdp_version: 2` in accelerate's configuration)."
+            )
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "Quantising while loading cannot offload to disk: write a packed checkpoint first with "
@@ -70,9 +80,21 @@ class LowRAHfQuantizer(HfQuantizer):
                 packed["weight"] = dense.weight.detach()
             bias = None if dense.bias is None else dense.bias.detach()
             module = LowRALinear(
-                target.in_features, target.out_features, self.quantization_config.group_size, packed, bias
+                target.in_features,
+                target.out_features,
+                self.quantization_config.group_size,
+                packed,
+                bias,
+                dense.weight.dtype,
             )
+            # Layers left on disk never meet the loader, and Transformers would draw random numbers into their bytes.
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = self.pre_quantized
             replace_module(model, target.name, module)
+        _mend_casts_to_weight_dtype(model)
+        # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
+        if self.pre_quantized and type(model).__name__ in (model.config.architectures or []):
+            check_packed_names(files, model)
 
     def _plan_model(self, model, files):
         planner = Planner(self.quantization_config)
@@ -97,6 +119,7 @@ class LowRAHfQuantizer(HfQuantizer):
                 if getattr(module, name) is not None:
                     getattr(module, name).requires_grad_(False)  # the loader turns gradients on for float tensors
             if module.row_bits.device.type != "meta":
+                _check_sizes(target.name, module)
                 module.prepare()
             stored += 0 if self._plan is None else module.packed.stored_bits
             parameters += target.out_features * target.in_features
@@ -116,6 +139,18 @@ class LowRAHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel):
+        # PEFT's merge_and_unload leaves dense layers behind; a quantization_config beside them could not be loaded.
+        modules = dict(model.named_modules())
+        dense = [target.name for target in self._targets.values() if _is_dense(modules, target.name)]
+        if dense:
+            raise ValueError(
+                f"{len(dense)} of {len(self._targets)} packed layers became dense (first: {dense[0]}), so this model is no "
+                "packed checkpoint any more. Merge with lowra.merge_into_dense(peft_model), which makes a clean dense "
+                "model of it, and save that."
+            )
+        return None, {}
+
     @property
     def is_trainable(self) -> bool:
         return True
@@ -125,20 +160,82 @@ class LowRAHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
+        for target in self._targets.values():
+            module = model.get_submodule(target.name)
             if isinstance(module, LowRALinear):
-                replace_module(model, name, dense_linear(module, dtype or model.config.dtype))
+                module = dense_linear(module, dtype or model.config.dtype)
+            if target.transposed:  # the model's class, and so its checkpoints, have a Conv1D here
+                module = _conv1d(module)
+            replace_module(model, target.name, module)
+        for module in model.modules():
+            if _casts_to_weight_dtype(module):
+                module.__dict__.pop("forward", None)
         return model
 
 
-def dense_linear(module: LowRALinear, dtype: torch.dtype) -> torch.nn.Linear:
-    """A plain linear layer with the dequantised weight."""
+def _is_dense(modules: dict[str, nn.Module], name: str) -> bool:
+    module = modules.get(f"{name}.base_layer", modules.get(name))
+    return isinstance(module, nn.Linear) and not isinstance(module, LowRALinear)
+
+
+def dense_linear(module: LowRALinear, dtype: torch.dtype, weight: torch.Tensor | None = None) -> nn.Linear:
+    """A plain linear layer with the dequantised weight, or with a weight [N, K] that is given."""
     with torch.device("meta"):
-        dense = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    weight = module.dequantize(dtype) if weight is None else weight.to(dtype)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
     if module.bias is not None:
-        dense.bias = torch.nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return dense
+
+
+def _conv1d(linear: nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+    conv.bias = linear.bias
+    return conv
+
+
+def _check_sizes(name: str, module: LowRALinear) -> None:
+    """Raises ValueError where the loaded tensors of a layer do not fit one another."""
+    bits, groups = module.row_bits, layout.group_count(module.in_features, module.group_size)
+    if not torch.isin(bits, torch.tensor(layout.PRECISIONS, dtype=bits.dtype, device=bits.device)).all():
+        raise ValueError(f"{name}.row_bits holds other values than 1, 2 and 4: the packed checkpoint is damaged.")
+    rows = module.out_features, int((bits == 4).sum()), int((bits == 2).sum())
+    sizes = {
+        "weight": layout.codes_size(*rows, module.in_features),
+        "scales": module.out_features * groups,
+        "levels": layout.levels_size(*rows),
+    }
+    if module.scale_steps is not None:
+        sizes["scale_steps"] = layout.scale_step_count(module.out_features, module.in_features, module.group_size)
+    for tensor, size in sizes.items():
+        if getattr(module, tensor).numel() != size:
+            raise ValueError(
+                f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits and "
+                f"groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
+            )
+
+
+def _mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
+    """T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes."""
+    for module in model.modules():
+        if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
+            module.forward = types.MethodType(_feed_forward_without_cast, module)
+
+
+def _casts_to_weight_dtype(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("DenseActDense", "DenseGatedActDense")) and hasattr(module, "wo")
+
+
+def _feed_forward_without_cast(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`T5DenseActDense.forward` and `T5DenseGatedActDense.forward` in the dtype of the input."""
+    if hasattr(self, "wi_0"):
+        hidden_states = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+    else:
+        hidden_states = self.act(self.wi(hidden_states))
+    return self.wo(self.dropout(hidden_states))
 
 
 class _Pack(ConversionOps):
@@ -162,7 +259,7 @@ class _Pack(ConversionOps):
         module = model.get_submodule(target.name)
         for name, tensor in packed.tensors().items():
             # set_param_for_module compares shapes for every tensor but the weight itself
-            setattr(module, name, torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+            setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
         if missing_keys is not None:
             missing_keys.difference_update(tensors)
         return tensors
@@ -172,10 +269,11 @@ def _packed_tensors_on_meta(files: list[pathlib.Path], targets: dict[str, Target
     """Shapes of the packed tensors of every target, from the headers of the shards.
 
     Raises:
-        ValueError: a file is cut short, or a target's tensors are missing.
+        ValueError: a file is cut short, or a target's tensors are missing or of another size.
     """
     dtypes = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
-    names = {target.name for target in targets.values()}
+    out_features = {target.name: target.out_features for target in targets.values()}
+    names = set(out_features)
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     for path in files:
         try:
@@ -193,9 +291,17 @@ def _packed_tensors_on_meta(files: list[pathlib.Path], targets: dict[str, Target
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): it is cut short or damaged.") from error
     for name, tensors in found.items():
-        absent = {"weight", "row_bits", "scales", "levels"} - set(tensors)
+        needed = {"weight", "row_bits", "scales", "levels"}
+        if "scales" in tensors and tensors["scales"].dtype == torch.uint8:
+            needed.add("scale_steps")
+        absent = needed - set(tensors)
         if absent:
             raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {name}.")
+        rows = tensors["row_bits"].numel()
+        if rows != out_features[name]:
+            raise ValueError(
+                f"{name}.row_bits has {rows} channels, but the layer of this config.json has {out_features[name]}."
+            )
     return found
 
 

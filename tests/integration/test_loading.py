@@ -1,0 +1,187 @@
+"""Shards, device maps, layers kept dense, other heads, and packed checkpoints that must be refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from small_models import logits_of, make_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import lowra
+
+TARGET = "model.layers.1.mlp.up_proj"
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def test_sharded_files(dense_llama, packed_llama, tmp_path):
+    packed = load(packed_llama)
+    packed.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(load(tmp_path / "packed")), logits_of(packed))
+
+    load(dense_llama).save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    config = lowra.LowRAConfig(bits=1.5)
+    whole = lowra.quantize_checkpoint(str(dense_llama), tmp_path / "one", config, progress=False)
+    shards = lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "many", config, progress=False)
+    assert whole["error"] == shards["error"]
+    assert torch.equal(logits_of(load(tmp_path / "one")), logits_of(load(tmp_path / "many")))
+    loaded = load(tmp_path / "dense", load_in_lowra=True, lowra_bits=1.5)
+    assert torch.equal(logits_of(loaded), logits_of(load(tmp_path / "one")))
+
+
+@pytest.mark.parametrize("source", ["packed", "dense"])
+def test_device_map_auto(packed_llama, dense_llama, source):
+    options = {"device_map": "auto"}
+    if source == "dense":
+        model = load(dense_llama, load_in_lowra=True, lowra_bits=1.5, **options)
+        plain = load(dense_llama, load_in_lowra=True, lowra_bits=1.5)
+    else:
+        model, plain = load(packed_llama, **options), load(packed_llama)
+    assert torch.equal(logits_of(model).cpu(), logits_of(plain))
+
+
+def test_disk_offload_of_a_packed_checkpoint(packed_llama, tmp_path):
+    """The offloading hooks that move CPU weights to a GPU, with the disk in the place of the CPU."""
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    model = load(packed_llama, device_map=device_map, offload_folder=tmp_path)
+    assert model.get_submodule(TARGET).weight.device.type == "meta"
+    assert torch.equal(logits_of(model), logits_of(load(packed_llama)))
+
+
+def test_quantising_while_loading_cannot_offload_to_disk(dense_llama, tmp_path):
+    with pytest.raises(ValueError, match="lowra quantize"):
+        load(dense_llama, load_in_lowra=True, device_map={"": "disk"}, offload_folder=tmp_path)
+
+
+def test_modules_to_not_convert(dense_llama, tmp_path):
+    config = lowra.LowRAConfig(bits=1.5, modules_to_not_convert=["down_proj", "layers.0.self_attn"])
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "packed", config, progress=False)
+    model = load(tmp_path / "packed")
+    packed = [name for name, module in model.named_modules() if isinstance(module, lowra.LowRALinear)]
+    assert len(packed) == 14 - 2 - 4
+    assert not any("down_proj" in name or "layers.0.self_attn" in name for name in packed)
+    dense = load(dense_llama)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+    assert torch.equal(logits_of(load(dense_llama, quantization_config=config)), logits_of(model))
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    make_model("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", lowra.LowRAConfig(), progress=False)
+    assert "lm_head.weight" not in load_file(tmp_path / "packed" / "model.safetensors")
+    model = load(tmp_path / "packed")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_other_heads_on_a_packed_checkpoint(packed_llama):
+    """A new head, or none at all: what the checkpoint lacks or has too much then is no damage."""
+    bare = AutoModel.from_pretrained(packed_llama).eval()
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = load(packed_llama).model(tokens).last_hidden_state
+        assert torch.equal(bare(tokens).last_hidden_state, expected)
+    classifier = AutoModelForSequenceClassification.from_pretrained(packed_llama, num_labels=3)
+    assert isinstance(classifier.model.layers[0].mlp.up_proj, lowra.LowRALinear)
+    assert isinstance(classifier.score, torch.nn.Linear)
+
+
+def test_static_cache_generates_the_same(packed_llama):
+    model = load(packed_llama)
+    prompt = torch.arange(3, 9)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(prompt, **options)
+    static = model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
+    assert plain.shape[1] > prompt.shape[1] and torch.equal(plain, static)
+
+
+def damaged(folder, target, change):
+    """A copy of a packed checkpoint with its tensors changed in place."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("initial_adapter"))
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def cut(tensors, name, count):
+    tensors[name] = tensors[name][:count].clone()
+
+
+REFUSED = {
+    "packed tensor missing": (lambda t: t.pop(f"{TARGET}.levels"), f"lacks levels of {TARGET}"),
+    "scale steps missing": (lambda t: t.pop(f"{TARGET}.scale_steps"), f"lacks scale_steps of {TARGET}"),
+    "norm missing": (lambda t: t.pop("model.norm.weight"), r"lacks 1 tensor\(s\): model.norm.weight"),
+    "unknown tensor": (lambda t: t.update({"model.extra": torch.zeros(2)}), r"holds 1 tensor\(s\): model.extra"),
+    "channels missing": (lambda t: cut(t, f"{TARGET}.row_bits", 100), f"{TARGET}.row_bits has 100 channels"),
+    "codes cut short": (lambda t: cut(t, f"{TARGET}.weight", 64), f"{TARGET}.weight has 64 elements where"),
+    "scales cut short": (lambda t: cut(t, f"{TARGET}.scales", 64), f"{TARGET}.scales has 64 elements where"),
+    "impossible precision": (lambda t: t[f"{TARGET}.row_bits"].fill_(3), f"{TARGET}.row_bits holds other values"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_damaged_packed_checkpoints_are_refused(packed_llama, tmp_path, case):
+    change, message = REFUSED[case]
+    folder = damaged(packed_llama, tmp_path / "damaged", change)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_packed_file_cut_short_is_refused(packed_llama, tmp_path):
+    folder = damaged(packed_llama, tmp_path / "damaged", lambda tensors: None)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "packed format 2, this lowra reads format 1"),
+        ({"bitz": 3}, "no key 'bitz'. Did you mean 'bits'"),
+        ({"modules_to_not_convert": ["up_proj"]}, "holds 8 tensor|lacks"),
+        ({"group_size": 32}, "has .* elements where"),
+    ],
+)
+def test_changed_configs_are_refused(packed_llama, tmp_path, change, message):
+    folder = damaged(packed_llama, tmp_path / "changed", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_pickled_checkpoints_are_refused(dense_llama, tmp_path):
+    shutil.copy(dense_llama / "config.json", tmp_path)
+    torch.save(load(dense_llama).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        load(tmp_path, load_in_lowra=True)
+    with pytest.raises(FileNotFoundError, match="pickled"):
+        lowra.quantize_checkpoint(str(tmp_path), tmp_path / "out", lowra.LowRAConfig(), progress=False)
+
+
+def test_packed_checkpoints_are_not_quantised_again(packed_llama, tmp_path):
+    with pytest.raises(ValueError, match="quantised already"):
+        lowra.quantize_checkpoint(str(packed_llama), tmp_path / "twice", lowra.LowRAConfig(), progress=False)
+
+
+def test_transformers_offers_the_class_of_the_config(packed_llama):
+    assert isinstance(transformers.AutoConfig.from_pretrained(packed_llama).quantization_config, dict)
+    assert isinstance(load(packed_llama).config.quantization_config, lowra.LowRAConfig)
