@@ -53,6 +53,18 @@ class _Lloyd(ctypes.Structure):
     ]
 
 
+# Arguments of the CUDA functions: addresses travel as plain integers, which ctypes converts by these types.
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_CUDA_SIGNATURES = {
+    "lowra_cuda_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _P],
+    "lowra_cuda_encode_scales": [_P, _L, _P, _P, _P],
+    "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), _P, _I, _P],
+    "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
+    "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
+}
+_UNSUPPORTED = 5
+
+
 def _load(name: str) -> ctypes.CDLL | None:
     path = pathlib.Path(__file__).with_name(f"lib{name}.so")
     if not path.exists():
@@ -69,11 +81,27 @@ def _load(name: str) -> ctypes.CDLL | None:
     return library
 
 
+def _load_cuda() -> ctypes.CDLL | None:
+    if torch.version.cuda is None:
+        return None
+    library = _load(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
+    if library is not None:
+        library.lowra_cuda_error.restype = ctypes.c_char_p
+        for name, types in _CUDA_SIGNATURES.items():
+            getattr(library, name).argtypes = types
+    return library
+
+
 _cpu = _load("bitsandbytes_lowra_cpu")
+_cuda = _load_cuda()
 
 
 def cpu_available() -> bool:
     return _cpu is not None
+
+
+def cuda_available() -> bool:
+    return _cuda is not None
 
 
 def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_size: int) -> _Shape:
@@ -94,10 +122,11 @@ def packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bi
 
 def check(status: int, what: str, shape: _Shape) -> None:
     if status != 0:
+        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status == 4 else ""
         raise RuntimeError(
             f"lowra: {what} of a weight [{shape.rows4 + shape.rows2 + shape.rows1}, {shape.in_features}] with "
             f"{shape.rows4}/{shape.rows2}/{shape.rows1} rows of 4/2/1 bits and group size {shape.group_size} failed: "
-            f"{_STATUS.get(status, f'status {status}')}"
+            f"{_STATUS.get(status, f'status {status}')}{detail}"
         )
 
 
@@ -160,3 +189,128 @@ def cpu_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, gr
     )
     check(status, "the Lloyd-Max search", shape_of(rows, 0, 0, in_features, group_size))
     return tuple(found)
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    """The current stream of the tensor's device, on which the kernels run."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index)
+
+
+def _call_cuda(name: str, device: torch.device, *arguments) -> int:
+    """Calls a function of the CUDA library with `device` current; switching costs time and is rarely needed."""
+    if torch.cuda.current_device() == device.index:
+        return getattr(_cuda, name)(*arguments)
+    with torch.cuda.device(device):
+        return getattr(_cuda, name)(*arguments)
+
+
+def cuda_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+    """`reference.quantize` on the CUDA library; None where it does not cover the group size."""
+    rows, in_features = weight.shape
+    shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
+    codes = weight.new_empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
+    absmax = weight.new_empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
+    weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
+    status = _call_cuda(
+        "lowra_cuda_quantize",
+        weight.device,
+        ctypes.byref(shape),
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        row_order.data_ptr(),
+        thresholds.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        _stream(weight),
+    )
+    if status == _UNSUPPORTED:
+        return None
+    check(status, "quantisation", shape)
+    return codes, absmax
+
+
+def cuda_encode_scales(absmax):
+    """`reference.encode_scales` on the CUDA library."""
+    absmax = absmax.contiguous()
+    count = absmax.numel()
+    blocks = (count + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
+    scales = torch.empty_like(absmax, dtype=torch.uint8)
+    steps = absmax.new_empty(blocks)
+    status = _call_cuda(
+        "lowra_cuda_encode_scales",
+        absmax.device,
+        absmax.data_ptr(),
+        count,
+        scales.data_ptr(),
+        steps.data_ptr(),
+        _stream(absmax),
+    )
+    check(status, "encoding of scales", shape_of(1, 0, 0, count, 8))
+    return scales, steps
+
+
+def cuda_dequantize(
+    codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype
+):
+    """`reference.dequantize` on the CUDA library."""
+    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    out = codes.new_empty(row_order.numel(), in_features, dtype=dtype)
+    status = _call_cuda(
+        "lowra_cuda_dequantize", codes.device, ctypes.byref(packed), out.data_ptr(), _TYPES[dtype], _stream(codes)
+    )
+    check(status, "dequantisation", packed.shape)
+    return out
+
+
+def cuda_product(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
+    """`reference.linear` for at most 64 tokens on the CUDA library; None where it does not cover the shape."""
+    in_features = x.shape[-1]
+    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], row_order.numel())
+    status = _call_cuda(
+        "lowra_cuda_product",
+        x.device,
+        ctypes.byref(packed),
+        x.data_ptr(),
+        x.numel() // in_features,
+        None if bias is None else bias.contiguous().data_ptr(),
+        out.data_ptr(),
+        _TYPES[x.dtype],
+        _stream(x),
+    )
+    if status == _UNSUPPORTED:
+        return None
+    check(status, "product", packed.shape)
+    return out
+
+
+def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+    """`lloyd.lloyd_max` on the CUDA library; None where a row does not fit into shared memory."""
+    rows, in_features = weight.shape
+    shape = shape_of(rows, rows, 0, in_features, group_size)
+    weight = weight.contiguous()
+    initial_levels, initial_thresholds = initial_levels.float().contiguous(), initial_thresholds.float().contiguous()
+    if column_weights is not None:
+        column_weights = column_weights.float().contiguous()
+    out = tuple(weight.new_empty(rows, width, dtype=torch.float32) for width in (22, 19, 3))
+    status = _call_cuda(
+        "lowra_cuda_lloyd_max",
+        weight.device,
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        rows,
+        in_features,
+        group_size,
+        initial_levels.data_ptr(),
+        initial_thresholds.data_ptr(),
+        None if column_weights is None else column_weights.data_ptr(),
+        iterations,
+        squared,
+        *(tensor.data_ptr() for tensor in out),
+        _stream(weight),
+    )
+    if status == _UNSUPPORTED:
+        return None
+    check(status, "Lloyd-Max", shape)
+    return out

@@ -26,6 +26,7 @@ torch.library.define(
     f"(Tensor x, {_PACKED.format(bias='Tensor? bias, ', in_features='')}) -> Tensor",
 )
 
+torch.library.define("bitsandbytes::lowra_encode_scales", "(Tensor absmax) -> (Tensor, Tensor)")
 torch.library.define(
     "bitsandbytes::lowra_lloyd_max",
     "(Tensor weight, Tensor initial_levels, Tensor initial_thresholds, Tensor? column_weights, int group_size,"
@@ -33,6 +34,10 @@ torch.library.define(
 )
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Products on CUDA with at most this many tokens decode the weight inside the product (docs/kernels.md has the measurement).
+_FUSED_TOKENS = 64
+_FUSED_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
@@ -98,8 +103,10 @@ def _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights,
     torch._check(weight.dtype in _FLOATS, lambda: f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
     torch._check(
         initial_levels.numel() == 22 and initial_thresholds.numel() == 19,
-        lambda: f"22 levels and 19 thresholds start the search, got {initial_levels.numel()} and "
-        f"{initial_thresholds.numel()}",
+        lambda: (
+            f"22 levels and 19 thresholds start the search, got {initial_levels.numel()} and "
+            f"{initial_thresholds.numel()}"
+        ),
     )
     torch._check(
         column_weights is None or column_weights.numel() == weight.shape[1],
@@ -120,9 +127,20 @@ def _(weight, initial_levels, initial_thresholds, column_weights, group_size, it
 @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", None)
 def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
     _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
-    return lloyd.lloyd_max(
-        weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared
-    )
+    return lloyd.lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared)
+
+
+@torch.library.register_fake("bitsandbytes::lowra_encode_scales")
+def _(absmax):
+    torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+    blocks = (absmax.numel() + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(blocks)
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_encode_scales", None)
+def _(absmax):
+    torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+    return reference.encode_scales(absmax)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_quantize")
@@ -190,6 +208,47 @@ if native.cpu_available():
         return native.cpu_lloyd_max(
             weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared
         )
+
+
+if native.cuda_available():
+
+    @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cuda")
+    def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+        arguments = (weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+        _check_quantize(*arguments)
+        return native.cuda_quantize(*arguments) or reference.quantize(*arguments)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", "cuda")
+    def _(absmax):
+        torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+        return native.cuda_encode_scales(absmax)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
+    def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+        _check_packed(*packed)
+        return native.cuda_dequantize(*packed, dtype)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
+    def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
+        in_features = x.shape[-1]
+        tokens = x.numel() // in_features
+        if 0 < tokens <= _FUSED_TOKENS and x.dtype in _FUSED_TYPES:
+            _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+            out = native.cuda_product(
+                x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size
+            )
+            if out is not None:
+                return out
+        weight = torch.ops.bitsandbytes.lowra_dequantize(
+            codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, x.dtype
+        )
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
+    def _(*arguments):
+        _check_lloyd_max(*arguments[:5])
+        return native.cuda_lloyd_max(*arguments) or lloyd.lloyd_max(*arguments)
 
 
 def _linear_setup_context(ctx, inputs, output):

@@ -1,0 +1,158 @@
+// Dequantise: dense [N, K] in the order of W from packed rows. Reference: reference.dequantize.
+//
+// A warp takes 1024 neighbouring weights of one row, a lane 8 of them at a time, four times over with all loads issued
+// first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. Putting rows back into the
+// order of W costs nothing, since a row is contiguous on both sides.
+#include "common.cuh"
+
+namespace lowra {
+namespace {
+
+constexpr int kWarps = 8;   // warps of a block, each on its own row
+constexpr int kChunks = 4;  // chunks of 8 weights that a lane has in flight
+constexpr int kSpan = 32 * kChunks;
+
+// Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by one.
+template <class Out>
+__device__ __forceinline__ void store_chunk(Out *row, int first, int in_features, bool vector,
+                                            const uint32_t (&words)[2 * sizeof(Out)]) {
+  constexpr int kWords = 2 * sizeof(Out);
+  if (vector && first + 8 <= in_features) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      *reinterpret_cast<uint4 *>(row + first + i * 4 / sizeof(Out)) =
+          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  } else {
+    const Out *value = reinterpret_cast<const Out *>(words);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (first + i < in_features) row[first + i] = value[i];
+    }
+  }
+}
+
+// The 8 codes of a chunk lie in BITS bytes.
+template <int BITS>
+__device__ __forceinline__ uint32_t load_codes(const uint8_t *codes, int chunk) {
+  if constexpr (BITS == 4) return __ldg(reinterpret_cast<const uint32_t *>(codes) + chunk);
+  if constexpr (BITS == 2) return __ldg(reinterpret_cast<const uint16_t *>(codes) + chunk);
+  return __ldg(codes + chunk);
+}
+
+// 8 weights of one chunk as words of the output. `level`: the row's levels, one register each for 1 and 2 bits; with 4
+// bits lane i of each half-warp holds level i, and a shuffle looks one up (all 32 lanes must be here).
+template <int BITS, class Out>
+__device__ __forceinline__ void decode_chunk(uint32_t codes, const float (&level)[4], float scale,
+                                             uint32_t (&words)[2 * sizeof(Out)]) {
+  if constexpr (BITS == 4 || sizeof(Out) == 4) {
+    float value[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t code = (codes >> (BITS * i)) & ((1 << BITS) - 1);
+      if constexpr (BITS == 4) value[i] = __shfl_sync(0xffffffffu, level[0], code, 16) * scale;
+      if constexpr (BITS == 2) {
+        value[i] = (code & 2 ? (code & 1 ? level[3] : level[2]) : (code & 1 ? level[1] : level[0])) * scale;
+      }
+      if constexpr (BITS == 1) value[i] = (code ? level[1] : level[0]) * scale;
+    }
+    if constexpr (sizeof(Out) == 4) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(value[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack<Out>(value[2 * i], value[2 * i + 1]);
+    }
+  } else {
+    // Scale and round the levels, not the weights: bytes 2c and 2c + 1 of (low, high) are the value of code c.
+    const uint32_t low = pack<Out>(level[0] * scale, level[1] * scale);
+    const uint32_t high = BITS == 2 ? pack<Out>(level[2] * scale, level[3] * scale) : 0u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t first = (codes >> (2 * BITS * i)) & ((1 << BITS) - 1);
+      const uint32_t second = (codes >> (2 * BITS * i + BITS)) & ((1 << BITS) - 1);
+      words[i] = permute(low, high, first * 0x22 + second * 0x2200 + 0x1010);
+    }
+  }
+}
+
+struct dense_shape {
+  int in_features, groups;
+  small_divisor chunks_per_group;
+  bool vector;  // rows of the output start on multiples of 16 bytes
+};
+
+template <int BITS, class Out>
+__device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, size_t first_scale,
+                                                const dense_shape &shape, Out *row) {
+  const int first = blockIdx.x * kSpan + threadIdx.x;
+  const uint8_t *codes = p.codes + place.code_offset;
+  uint32_t code[kChunks];
+  float scale[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int chunk = first + 32 * c;
+    const bool inside = chunk * 8 < shape.in_features;
+    code[c] = inside ? load_codes<BITS>(codes, chunk) : 0u;
+    scale[c] = inside ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f;
+  }
+  const uint16_t *levels = p.levels + place.table_offset;
+  float level[4];
+  if constexpr (BITS == 4) level[0] = half_bits_to_float(__ldg(levels + threadIdx.x % 16));
+  if constexpr (BITS < 4) {
+#pragma unroll
+    for (int i = 0; i < 1 << BITS; ++i) level[i] = half_bits_to_float(__ldg(levels + i));
+  }
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    uint32_t words[2 * sizeof(Out)];
+    decode_chunk<BITS, Out>(code[c], level, scale[c], words);
+    store_chunk<Out>(row, (first + 32 * c) * 8, shape.in_features, shape.vector, words);
+  }
+}
+
+template <class Out>
+__global__ void __launch_bounds__(32 * kWarps)
+    dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, Out *out) {
+  const int row = blockIdx.y * kWarps + threadIdx.y;
+  if (row >= layout.rows()) return;
+  const row_place place = place_of<0>(layout, row);
+  Out *target = out + (size_t)__ldg(p.row_order + row) * shape.in_features;
+  const size_t first_scale = (size_t)row * shape.groups;
+  if (place.bits == 1) {
+    dequantize_span<1>(p, place, first_scale, shape, target);
+  } else if (place.bits == 2) {
+    dequantize_span<2>(p, place, first_scale, shape, target);
+  } else {
+    dequantize_span<4>(p, place, first_scale, shape, target);
+  }
+}
+
+template <class Out>
+int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
+  const lowra_shape &s = p.shape;
+  const rows_layout layout = layout_of(s);
+  const int chunks = (int)((s.in_features + 7) / 8);
+  const dense_shape shape = {(int)s.in_features, (int)((s.in_features + s.group_size - 1) / s.group_size),
+                             divisor_of((uint32_t)s.group_size / 8),
+                             aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
+  const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
+  dequantize_kernel<Out><<<grid, block, 0, stream>>>(p, layout, shape, static_cast<Out *>(out));
+  return launched();
+}
+
+}  // namespace
+}  // namespace lowra
+
+int lowra_cuda_dequantize(const lowra_packed *packed, void *out, int32_t out_type, void *stream) {
+  using namespace lowra;
+  const int status = check_packed(*packed);
+  if (row_count(packed->shape) == 0 && status != LOWRA_BAD_SHAPE) return LOWRA_OK;
+  if (status != LOWRA_OK) return status;
+  if (out_type < LOWRA_FLOAT32 || out_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (!out) return LOWRA_NULL_POINTER;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (out_type == LOWRA_FLOAT32) return dequantize<float>(*packed, out, on);
+  if (out_type == LOWRA_FLOAT16) return dequantize<fp16>(*packed, out, on);
+  return dequantize<bf16>(*packed, out, on);
+}

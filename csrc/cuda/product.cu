@@ -1,0 +1,31 @@
+// Checks the arguments of a fused product and picks its kernel.
+#include <stdlib.h>
+
+#include "product.cuh"
+
+int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
+                       int32_t type, void *stream) {
+  using namespace lowra;
+  const lowra_shape &s = packed->shape;
+  if (bad_shape(s) || tokens < 0) return LOWRA_BAD_SHAPE;
+  if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (row_count(s) == 0 || tokens == 0) return LOWRA_OK;
+  if (const int status = check_packed(*packed)) return status;
+  if (!x || !out) return LOWRA_NULL_POINTER;
+  const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
+  if (tokens > 64 || s.group_size < kStep || !power_of_two || s.in_features % kStep != 0 || !aligned16(x) ||
+      !aligned16(packed->codes) || reinterpret_cast<uintptr_t>(packed->levels) % 4 != 0) {
+    return LOWRA_UNSUPPORTED;
+  }
+  product q = {};
+  q.packed = *packed;
+  q.layout = layout_of(s);
+  q.x = x, q.bias = bias, q.out = out;
+  q.tokens = (int)tokens, q.in_features = (int)s.in_features;
+  q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
+  q.group_shift = __builtin_ctz((unsigned)s.group_size);
+  const char *forced = getenv("LOWRA_SMALL_TOKENS");  // TEMPORARY: tuning
+  const int small = forced ? atoi(forced) : 4;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  return tokens <= small ? product_small(q, type, on) : product_tensor(q, type, on);
+}

@@ -1,0 +1,72 @@
+"""lowra_linear: forward and backward against float64 products of the reference's weights, on both kernels and fallback."""
+
+import pytest
+import torch
+from bitsandbytes.backends.lowra import reference
+from cases import packed_case
+
+OPS = torch.ops.bitsandbytes
+SHAPES = [
+    (0, 0, 16, 512, 64),
+    (16, 0, 0, 128, 64),
+    (0, 16, 0, 256, 64),
+    (3, 5, 7, 224, 64),
+    (20, 40, 300, 1056, 32),
+    (17, 130, 33, 3008, 128),
+    (9, 3, 150, 5504, 64),
+    (2, 2, 2, 96, 24),
+    (3, 3, 3, 1004, 64),
+]
+
+
+def close(out, x, weight, bias):
+    """Sums are float32 in some order, then rounded once to the type of x."""
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    unit = torch.finfo(out.dtype).eps
+    bound = unit * exact.abs() + 1e-6 * size + torch.finfo(out.dtype).smallest_normal
+    assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_equals_the_exact_product(device, shape, tokens, dtype):
+    *mix, in_features, group_size = shape
+    scales = [torch.float32, torch.float16, torch.uint8][(tokens + in_features) % 3]
+    case = packed_case(*mix, in_features, group_size, scales=scales, seed=tokens)
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, in_features, generator=random).to(dtype)
+    bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
+    weight = reference.dequantize(*case.dequantize_arguments(dtype))
+    moved = None if bias is None else bias.to(device)
+    out = OPS.lowra_linear(*case.to(device).linear_arguments(x.to(device), moved))
+    assert out.dtype == dtype and out.shape == (tokens, sum(mix))
+    close(out.cpu(), x, weight, bias)
+
+
+def test_leading_dimensions_and_unaligned_x(device):
+    case = packed_case(8, 8, 16, 256).to(device)
+    x = torch.randn(2, 3, 257, device=device).bfloat16()[..., 1:]
+    out = OPS.lowra_linear(*case.linear_arguments(x))
+    flat = OPS.lowra_linear(*case.linear_arguments(x.reshape(6, 256).clone()))
+    assert out.shape == (2, 3, 32) and torch.equal(out.view(6, 32), flat)
+    row = torch.randn(257, device=device).bfloat16()[1:]  # contiguous, yet not on a multiple of 16 bytes
+    assert torch.equal(
+        OPS.lowra_linear(*case.linear_arguments(row)), OPS.lowra_linear(*case.linear_arguments(row.clone()))
+    )
+    assert OPS.lowra_linear(*case.linear_arguments(x[:0])).shape == (0, 3, 32)
+
+
+@pytest.mark.parametrize("tokens", [4, 80])
+def test_backward_multiplies_by_the_dequantised_weight(device, tokens):
+    case = packed_case(5, 9, 18, 320)
+    weight = reference.dequantize(*case.dequantize_arguments(torch.float32))
+    x = torch.randn(tokens, 320, generator=torch.Generator().manual_seed(0))
+    bias, grad = torch.zeros(32), torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1))
+    on_x, on_bias = (tensor.to(device).requires_grad_() for tensor in (x, bias))
+    OPS.lowra_linear(*case.to(device).linear_arguments(on_x, on_bias)).backward(grad.to(device))
+    torch.testing.assert_close(on_x.grad.cpu(), grad @ weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(on_bias.grad.cpu(), grad.sum(dim=0), rtol=1e-4, atol=1e-4)
