@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -74,15 +75,36 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def base_quantization(model: nn.Module) -> str:
-    """How the base is stored, in words: "lowra 2.0 bits", "bitsandbytes", or the type of its weights."""
+    """How the base is stored, in words that differ wherever two bases of the same weights differ.
+
+    Such as "lowra 2.0 bits, 2.2506 stored, learned codebook, layer sensitivity", "bitsandbytes" or "none (bfloat16)".
+    """
     quantization = _quantization_config(model)
     if not quantization:
         return f"none ({str(next(model.parameters()).dtype).removeprefix('torch.')})"
-    words = [_method_name(quantization)]
-    bits = next((quantization[key] for key in ("budget", "bits") if quantization.get(key) is not None), None)
-    if bits is not None:
-        words.append(f"{bits} bits")
-    return " ".join(words)
+    method = _method_name(quantization)
+    if method != "lowra":
+        return method
+    words = [f"lowra {quantization.get('bits')} bits"]
+    if quantization.get("true_bits") is not None:
+        words.append(f"{quantization['true_bits']:.4f} stored")
+    words += [f"{quantization[key]} {key}" for key in ("codebook", "sensitivity") if quantization.get(key)]
+    return ", ".join(words)
+
+
+class BaseIdentity(NamedTuple):
+    """What tells one base from another.
+
+    The fingerprint that a base quantised by lowra carries is that of the weights it was made from, so the same model at
+    2 and at 1.5 bits has one fingerprint, and only the quantisation tells the two apart.
+    """
+
+    fingerprint: str
+    quantization: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BaseIdentity:
+        return cls(base_fingerprint(model), base_quantization(model))
 
 
 def parse_retirement(date: str) -> str:
@@ -142,31 +164,32 @@ def retirement_problem(label: dict, today: datetime.date | None = None) -> str |
     return f"it was retired on {retire} and today is {today}"
 
 
-def base_problem(label: dict, fingerprint: str) -> str | None:
-    """Why the adapter does not belong on the base with this fingerprint; None if it does."""
-    base = label.get("base") or {}
-    if base.get("fingerprint") == fingerprint:
-        return None
-    if base.get("fingerprint") is None:
+def base_problem(label: dict, base: BaseIdentity) -> str | None:
+    """Why the adapter does not belong on this base; None if it does."""
+    recorded = label.get("base") or {}
+    fingerprint, quantization = recorded.get("fingerprint"), recorded.get("quantization")
+    if fingerprint is None:
         return "its label names no base fingerprint, so nothing says that it belongs on this base"
+    if (fingerprint, quantization) == base:
+        return None
     return (
-        f"it was trained on another base: {base.get('name')}, {base.get('quantization')}, fingerprint "
-        f"{str(base['fingerprint'])[:16]}; this base has {fingerprint[:16]}"
+        f"it was trained on another base: {recorded.get('name')}, {quantization}, fingerprint {str(fingerprint)[:16]}; "
+        f"this base is {base.quantization}, fingerprint {base.fingerprint[:16]}"
     )
 
 
-def check_label(packed: PackedAdapter, fingerprint: str, source: str, force: bool = False) -> None:
+def check_label(packed: PackedAdapter, base: BaseIdentity, source: str, force: bool = False) -> None:
     """Refuse an adapter for another base, past its retirement or with changed bytes.
 
     Args:
-        fingerprint: of the base it is to be loaded on, from `base_fingerprint`.
+        base: what it is to be loaded on.
         source: what the message calls the adapter.
         force: load all the same, with a warning that gives the reasons.
 
     Raises:
         LabelError: with every reason found.
     """
-    problems = [bytes_problem(packed), retirement_problem(packed.label), base_problem(packed.label, fingerprint)]
+    problems = [bytes_problem(packed), retirement_problem(packed.label), base_problem(packed.label, base)]
     reasons = [problem for problem in problems if problem]
     if not reasons:
         return

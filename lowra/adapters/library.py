@@ -19,7 +19,7 @@ from pathlib import Path
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import nn
 
-from lowra.adapters.labels import base_fingerprint, check_label
+from lowra.adapters.labels import BaseIdentity, check_label
 from lowra.adapters.storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
 BASE = "__base__"  # PEFT's name for rows of a batch that use no adapter
@@ -79,7 +79,7 @@ def load_packed(model: nn.Module, folder: str | Path, adapter_name: str = "defau
         LabelError: another base, past retirement, or changed bytes. ValueError, FileNotFoundError: unreadable.
     """
     packed = read_packed(folder)
-    check_label(packed, base_fingerprint(model), str(folder), force)
+    check_label(packed, BaseIdentity.of(model), str(folder), force)
     model = attach(model, packed, adapter_name)
     model.set_adapter(adapter_name, inference_mode=True)
     return model
@@ -105,7 +105,7 @@ class AdapterLibrary:
             raise ValueError(f"cache_size is {cache_size}; expected at least 1.")
         self.model: nn.Module = base
         self.cache_size = cache_size
-        self.fingerprint = base_fingerprint(base)
+        self.base = BaseIdentity.of(base)
         self._packed: dict[str, PackedAdapter] = {}
         self._shared: dict[str, SharedBasis] = {}  # by the folder the basis lies in
         self._decoded: OrderedDict[str, None] = OrderedDict()  # least recently used first
@@ -145,7 +145,7 @@ class AdapterLibrary:
             )
         above = str(Path(folder).resolve().parent)
         packed = read_packed(folder, self._shared.get(above))
-        check_label(packed, self.fingerprint, str(folder), force)
+        check_label(packed, self.base, str(folder), force)
         if packed.shared:
             self._shared[above] = packed.shared
         self._packed[name] = packed

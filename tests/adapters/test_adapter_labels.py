@@ -44,9 +44,10 @@ def test_fingerprint_tells_bases_apart(base):
 
 
 def test_quantised_base_gives_its_own_fingerprint(base):
-    base.config.quantization_config = {"quant_method": "lowra", "fingerprint": "f" * 64, "budget": 2.0}
+    recipe = {"quant_method": "lowra", "fingerprint": "f" * 64, "bits": 2.0, "true_bits": 2.25, "codebook": "learned"}
+    base.config.quantization_config = recipe
     assert base_fingerprint(base) == "f" * 64
-    assert base_quantization(base) == "lowra 2.0 bits"
+    assert base_quantization(base) == "lowra 2.0 bits, 2.2500 stored, learned codebook"
     base.config.quantization_config = {"quant_method": "other", "fingerprint": "f" * 64}
     assert base_fingerprint(base) != "f" * 64
 
@@ -88,6 +89,18 @@ def test_other_base_is_refused_and_can_be_forced(packed_folder):
         load_packed(other, packed_folder)
     with pytest.warns(UserWarning, match="another base"):
         load_packed(other, packed_folder, force=True)
+
+
+def test_same_weights_at_other_bits_are_another_base(adapter_folder, base, tmp_path):
+    recipe = {"quant_method": "lowra", "fingerprint": "f" * 64, "bits": 2.0}
+    base.config.quantization_config = recipe
+    packed = quantize_loraquant(read_adapter(adapter_folder), LoraQuantSettings(refine=False))
+    folder = store(packed, base, tmp_path / "packed")
+    load_packed(base, folder)
+    other = make_base()
+    other.config.quantization_config = recipe | {"bits": 1.5}
+    with pytest.raises(LabelError, match="lowra 2.0 bits.*this base is lowra 1.5 bits"):
+        load_packed(other, folder)
 
 
 def test_unknown_base_is_refused(packed_folder, base):
