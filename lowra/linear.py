@@ -18,7 +18,8 @@ class LowRALinear(nn.Linear):
     Attributes:
         weight, row_bits, scales, scale_steps, levels: see `PackedWeight`; `scale_steps` only for 8-bit scales.
         bias: [N] or None.
-        compute_dtype: of the dense layer in whose place this one stands; what a merge writes. Follows `model.to(dtype)`.
+        compute_dtype: of the dense layer in whose place this one stands, and of what a merge writes; follows
+            `model.to(dtype)`.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class LowRALinear(nn.Linear):
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
-        return cls(packed.in_features, packed.row_bits.numel(), packed.group_size, packed.tensors(), bias)
+        module = cls(packed.in_features, packed.row_bits.numel(), packed.group_size, packed.tensors(), bias)
+        module.prepare()
+        return module
 
     @property
     def packed(self) -> PackedWeight:
@@ -104,6 +107,8 @@ class LowRALinear(nn.Linear):
         for name, dtype in dtypes.items():
             self._parameters[name] = nn.Parameter(self._parameters[name].data.view(dtype), requires_grad=False)
         self._row_order = {device: order for device, order in self._row_order.items() if device.type == "cpu"}
+        if self._row_order and self.weight.device.type != "meta":
+            self._layout()  # now, so that a compiled forward finds it
         return self
 
     def extra_repr(self) -> str:

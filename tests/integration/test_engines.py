@@ -1,0 +1,103 @@
+"""Packed models under the engines people train and generate with: Trainer, torch.compile, static cache, FSDP2."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import lowra
+
+PROMPT = torch.arange(3, 9)[None]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_layer_computes_the_same_in_one_graph(packed_llama, backend):
+    layer = load(packed_llama).model.layers[0].mlp.up_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = []
+    for run in (layer, compiled):
+        y = run(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y, grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_layer_built_by_hand_compiles_too(packed_llama):
+    packed = load(packed_llama).model.layers[0].mlp.up_proj.packed
+    layer = lowra.LowRALinear.from_packed(packed)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, layer.in_features)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_compiled_model_with_adapter_gives_the_same_gradients(packed_llama):
+    model = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    compiled = torch.compile(model, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(run(input_ids=PROMPT, labels=PROMPT).loss, trained) for run in (model, compiled)
+    ]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_generation_with_static_cache_and_compiled_forward(packed_llama):
+    model = load(packed_llama)
+    plain = model.generate(PROMPT, **GREEDY)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    static = model.generate(PROMPT, cache_implementation="static", disable_compile=True, **GREEDY)
+    assert torch.equal(plain, static)
+
+
+def test_autocast_computes_in_its_own_type(packed_llama):
+    model = load(packed_llama)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.model.layers[0].mlp.up_proj(torch.ones(1, 64)).dtype == torch.bfloat16
+        assert torch.isfinite(model(PROMPT).logits).all()
+
+
+def test_trainer(packed_llama, tmp_path):
+    model = lowra.prepare_for_training(load(packed_llama))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    row = {"input_ids": PROMPT[0], "labels": PROMPT[0]}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_steps=2
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[row] * 4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert (tmp_path / "checkpoint-2" / "lowra_base.json").exists()
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
+    worker = pathlib.Path(__file__).with_name("sharded_worker.py")
+    command = [sys.executable, str(worker), str(packed_llama), str(tmp_path / "rendezvous")]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+def test_fsdp1_is_refused(packed_llama, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="use FSDP2"):
+        load(packed_llama)
