@@ -7,9 +7,9 @@ import sys
 import warnings
 
 from .. import __version__
-from . import adapter, compare, demo, evaluate, finetune, generate, quantize
+from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize
 
-_COMMANDS = (quantize, finetune, evaluate, generate, compare, adapter, demo)
+_COMMANDS = (quantize, finetune, evaluate, generate, inspect, compare, adapter, demo)
 
 _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
 

@@ -165,18 +165,18 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
         model.delete_adapter(temporary)
 
 
-def _fingerprint(model: nn.Module) -> str | None:
-    """Of the base below a model; None where it is not packed."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return getattr(config, "fingerprint", None)
+def _packing(model: PeftModel, name: str):
+    """`fingerprint` or another attribute of the packed base's LowRAConfig; None where the base is not packed."""
+    config = getattr(getattr(model.get_base_model(), "config", None), "quantization_config", None)
+    return getattr(config, name, None)
 
 
 def _check_fingerprint(found: str | None, model: PeftModel, what: str, remedy: str) -> None:
-    expected = _fingerprint(model.get_base_model())
+    expected = _packing(model, "fingerprint")
     if found and expected and found != expected:
         raise ValueError(
             f"{what} belongs to another base: its fingerprint is {found[:16]}…, this model was packed from "
-            f"{model.get_base_model().config.quantization_config.base} with fingerprint {expected[:16]}…. {remedy}"
+            f"{_packing(model, 'base')} with fingerprint {expected[:16]}…. {remedy}"
         )
 
 
@@ -204,22 +204,25 @@ def _record_base() -> None:
     @functools.wraps(save)
     def save_pretrained(self, save_directory, *args, **kwargs):
         save(self, save_directory, *args, **kwargs)
-        fingerprint = _fingerprint(self.get_base_model())
-        if fingerprint is None or not kwargs.get("is_main_process", True):
+        if _packing(self, "fingerprint") is None or not kwargs.get("is_main_process", True):
             return
-        config = self.get_base_model().config.quantization_config
+        packing = {name: _packing(self, name) for name in ("base", "nominal_bits", "fingerprint")}
         for name in kwargs.get("selected_adapters") or list(self.peft_config):
             folder = pathlib.Path(save_directory) / ("" if name == "default" else name)
-            record = {"base": config.base, "nominal_bits": config.nominal_bits, **_records(self).get(name, {})}
-            save_json({**record, "fingerprint": fingerprint}, folder / BASE_RECORD)
+            save_json({**_records(self).get(name, {}), **packing}, folder / BASE_RECORD)
 
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
         record = _read_record(model_id, kwargs.get("subfolder"))
         if not any_base:
-            _check_fingerprint(
-                record.get("fingerprint"), self, f"The adapter {model_id}", "Load its own base, or pass any_base=True."
-            )
+            remedy = "Load its own base, or pass any_base=True."
+            _check_fingerprint(record.get("fingerprint"), self, f"The adapter {model_id}", remedy)
+            bits, packed = record.get("nominal_bits"), _packing(self, "nominal_bits")
+            if bits and packed and bits != packed:
+                raise ValueError(
+                    f"The adapter {model_id} was trained on the same base at {bits:.4f} nominal bits, this model has {packed:.4f}: "
+                    f"an adapter also makes up for the errors of its own packing. {remedy}"
+                )
         result = load(self, model_id, adapter_name, *args, **kwargs)
         _records(self)[adapter_name] = record
         return result

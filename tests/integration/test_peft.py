@@ -220,6 +220,12 @@ def test_adapters_of_another_base_are_refused(packed_llama, other_llama, tmp_pat
     assert torch.isfinite(logits_of(forced)).all()
 
 
+def test_adapters_of_the_same_base_at_other_bits_are_refused(packed_llama, dense_llama):
+    other = load(dense_llama, load_in_lowra=True, lowra_bits=2.0)
+    with pytest.raises(ValueError, match="at 1.4999 nominal bits, this model has"):
+        PeftModel.from_pretrained(other, packed_llama / "initial_adapter")
+
+
 def test_the_record_of_the_start_survives_training(packed_llama, tmp_path):
     model = PeftModel.from_pretrained(load(packed_llama), packed_llama / "initial_adapter", is_trainable=True)
     model.save_pretrained(tmp_path / "adapter")

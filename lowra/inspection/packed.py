@@ -1,0 +1,141 @@
+"""A packed checkpoint read layer by layer, and what each layer holds."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import torch
+from bitsandbytes.backends.lowra import layout
+from safetensors import safe_open
+
+from ..checkpoint import empty_model, resolve_folder, safetensors_files
+from ..config import LowRAConfig
+from ..pipeline import ADAPTER_FOLDER
+from ..quantize import TENSOR_NAMES, PackedWeight
+from ..targets import Target, find_targets
+
+NF4_BITS = 4.127  # QLoRA: 4-bit codes, 8-bit scales per 64 weights, a float32 per 256 scales
+
+
+@dataclasses.dataclass
+class LayerContent:
+    """What one packed layer stores.
+
+    Attributes:
+        name: of the module.
+        kind: the name without block numbers, such as "self_attn.q_proj".
+        block: number of the transformer block.
+        out_features, in_features: N and K.
+        channels: channels at 4, 2 and 1 bits.
+        code_bytes: bytes of the codes at 4, 2 and 1 bits, padding included.
+        scale_bytes: group scales and their steps.
+        table_bytes: levels and the precision of each channel.
+    """
+
+    name: str
+    kind: str
+    block: int
+    out_features: int
+    in_features: int
+    channels: dict[int, int]
+    code_bytes: dict[int, int]
+    scale_bytes: int
+    table_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.code_bytes.values()) + self.scale_bytes + self.table_bytes
+
+    @property
+    def nominal_bits(self) -> float:
+        return sum(bits * count for bits, count in self.channels.items()) / self.out_features
+
+    @property
+    def true_bits(self) -> float:
+        return 8 * self.stored_bytes / self.parameters
+
+
+class PackedFolder:
+    """A packed checkpoint on disk; holds one layer in memory at a time."""
+
+    def __init__(self, model: str):
+        """Reads headers and configs.
+
+        Raises:
+            FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra.
+        """
+        self.folder = resolve_folder(model)
+        if not (self.folder / "config.json").is_file():
+            raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
+        described = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
+        if described.get("quant_method") != "lowra":
+            method = described.get("quant_method", "not quantised")
+            raise ValueError(f"{self.folder} is not packed by lowra ({method}); write one with `lowra quantize {model}`.")
+        self.config = LowRAConfig.from_dict(described)
+        self.targets = find_targets(empty_model(self.folder), self.config.modules_to_not_convert)
+        self._files: dict[str, pathlib.Path] = {}
+        self.total_bytes = 0
+        for path in safetensors_files(self.folder):
+            self.total_bytes += path.stat().st_size
+            with safe_open(path, framework="pt") as content:
+                self._files.update(dict.fromkeys(content.keys(), path))
+        missing = [t.name for t in self.targets.values() if f"{t.name}.row_bits" not in self._files]
+        if missing:
+            raise ValueError(f"The packed checkpoint lacks the packed tensors of {missing[0]}.")
+
+    def weight(self, target: Target) -> PackedWeight:
+        """The packed weight of one layer."""
+        tensors = dict.fromkeys(TENSOR_NAMES)
+        for name in TENSOR_NAMES:
+            key = f"{target.name}.{name}"
+            if key in self._files:
+                with safe_open(self._files[key], framework="pt") as content:
+                    tensors[name] = content.get_tensor(key)
+        return PackedWeight(**tensors, in_features=target.in_features, group_size=self.config.group_size)
+
+    def contents(self) -> Iterator[LayerContent]:
+        """Every layer in model order."""
+        for target in self.targets.values():
+            yield describe(target, self.weight(target))
+
+    def adapter_rank(self) -> int | None:
+        """Rank of the initial adapter written with the checkpoint."""
+        path = self.folder / ADAPTER_FOLDER / "adapter_config.json"
+        return json.loads(path.read_text())["r"] if path.is_file() else None
+
+
+def describe(target: Target, packed: PackedWeight) -> LayerContent:
+    """Counts what one packed weight stores."""
+    channels = {bits: int((packed.row_bits == bits).sum()) for bits in layout.PRECISIONS}
+    return LayerContent(
+        name=target.name,
+        kind=kind_of(target.name),
+        block=block_of(target.name),
+        out_features=target.out_features,
+        in_features=target.in_features,
+        channels=channels,
+        code_bytes={bits: count * layout.row_bytes(target.in_features, bits) for bits, count in channels.items()},
+        scale_bytes=_bytes(packed.scales) + (0 if packed.scale_steps is None else _bytes(packed.scale_steps)),
+        table_bytes=_bytes(packed.levels) + _bytes(packed.row_bits),
+    )
+
+
+def kind_of(name: str) -> str:
+    """The part of a module's name after its block number; encoder and decoder are told apart."""
+    side = next((f"{part} " for part in ("encoder", "decoder") if f"{part}." in f"{name}."), "")
+    return side + re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+
+
+def block_of(name: str) -> int:
+    """Number of the transformer block that a module belongs to."""
+    return int(re.search(r"\.(\d+)\.", name).group(1))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

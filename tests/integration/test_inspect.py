@@ -1,0 +1,105 @@
+"""`lowra inspect`: its numbers add up to the files, and its pictures are drawn."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import make_model
+
+import lowra
+from lowra.commands import main
+from lowra.inspection.errors import Original, channel_errors
+from lowra.inspection.memory import footprints
+from lowra.inspection.packed import PackedFolder, block_of, kind_of
+
+
+def inspect(capsys, *arguments) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_totals_are_those_of_the_files(packed_llama, capsys):
+    result = inspect(capsys, packed_llama)
+    report = json.loads((packed_llama / "lowra_report.json").read_text())
+    assert result["packed_bytes"] == report["packed_bytes"]
+    assert result["quantised_parameters"] == report["quantised_parameters"]
+    assert result["nominal_bits"] == pytest.approx(report["nominal_bits"], abs=1e-6)
+    assert result["true_bits"] == pytest.approx(report["true_bits"], abs=1e-6)
+    parts = sum(result["code_bytes"].values()) + result["scale_bytes"] + result["table_bytes"]
+    assert parts == result["packed_bytes"] == sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in load_file(packed_llama / "model.safetensors").items()
+        if ".layers." in name and "norm" not in name
+    )
+    assert sum(kind["parameters"] for kind in result["kinds"]) == result["quantised_parameters"]
+    assert sum(kind["layers"] for kind in result["kinds"]) == len(result["layers"]) == 14
+
+
+def test_tables_name_every_kind_and_every_layer(packed_llama, capsys):
+    assert main(["inspect", str(packed_llama), "--layers"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("mlp.up_proj", "model.layers.1.self_attn.q_proj", "as NF4", "as bf16", "nominal", "true", "estimated"):
+        assert expected in shown
+
+
+def test_errors_are_those_of_the_weights(packed_llama, dense_llama):
+    packed = PackedFolder(str(packed_llama))
+    errors = channel_errors(packed, Original(str(dense_llama), packed))
+    name = "model.layers.0.mlp.down_proj"
+    mine = next(error for error in errors if error.name == name)
+    weight = load_file(dense_llama / "model.safetensors")[f"{name}.weight"]
+    base = packed.weight(packed.targets[f"{name}.weight"]).dequantize()
+    energy = weight.square().sum(dim=1)
+    torch.testing.assert_close(mine.base, (weight - base).square().sum(dim=1) / energy)
+    factors = load_file(packed_llama / "initial_adapter" / "adapter_model.safetensors")
+    update = factors[f"base_model.model.{name}.lora_B.weight"] @ factors[f"base_model.model.{name}.lora_A.weight"]
+    torch.testing.assert_close(mine.adapted, (weight - base - update).square().sum(dim=1) / energy)
+
+
+def test_whole_bits_in_the_memory_estimate_are_what_would_be_stored(dense_llama, tmp_path):
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "two", lowra.LowRAConfig(bits=2, menu=(2,)), progress=False)
+    packed = PackedFolder(str(tmp_path / "two"))
+    bars = footprints(list(packed.contents()), 0, 4, training=False)
+    assert bars[2].parts == bars[3].parts
+    assert bars[2].total < bars[1].total < bars[0].total
+
+
+def test_pictures(packed_llama, dense_llama, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    result = inspect(capsys, packed_llama, "--original", dense_llama, "--plot", folder)
+    names = {"bits.png", "channels.png", "memory.png", "blocks.png", "errors.png"}
+    assert {path.name for path in folder.iterdir()} == names and len(result["pictures"]) == 5
+    assert all(path.stat().st_size > 10_000 for path in folder.iterdir())
+    result = inspect(capsys, packed_llama, "--plot", tmp_path / "all.pdf")
+    assert result["pictures"] == [str(tmp_path / "all.pdf")]
+    assert (tmp_path / "all.pdf").read_bytes().startswith(b"%PDF")
+    result = inspect(capsys, packed_llama, "--plot", tmp_path / "small.png")
+    assert (tmp_path / "small-bits.png").exists() and len(result["pictures"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "block"),
+    [
+        ("model.layers.11.self_attn.q_proj", "self_attn.q_proj", 11),
+        ("transformer.h.0.mlp.c_fc", "mlp.c_fc", 0),
+        ("model.decoder.layers.2.encoder_attn.k_proj", "decoder encoder_attn.k_proj", 2),
+        ("encoder.block.3.layer.1.DenseReluDense.wi", "encoder layer.1.DenseReluDense.wi", 3),
+    ],
+)
+def test_kinds_and_blocks(name, kind, block):
+    assert (kind_of(name), block_of(name)) == (kind, block)
+
+
+def test_misuse_is_refused(packed_llama, dense_llama, tmp_path, capsys):
+    make_model("LlamaForCausalLM", seed=9).save_pretrained(tmp_path / "other")
+    cases = [
+        ([dense_llama], "is not packed by lowra"),
+        ([tmp_path / "nowhere"], "not a folder"),
+        ([packed_llama, "--original", packed_llama], "quantised itself"),
+        ([packed_llama, "--original", tmp_path / "other"], "fingerprint"),
+        ([packed_llama, "--plot", tmp_path / "small.txt"], ".png, .svg or .pdf"),
+    ]
+    for arguments, message in cases:
+        assert main(["inspect", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
