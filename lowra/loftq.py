@@ -89,7 +89,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
         basis = _orthonormal(matrix.T @ _orthonormal(matrix @ basis))
     basis = _orthonormal(_orthonormal(matrix @ basis))  # twice: the first leaves errors of the squared condition number
     small = basis.T @ matrix  # [width, K]
-    values, vectors = torch.linalg.eigh((small @ small.T).double())
+    values, vectors = _eigenvectors(small @ small.T)
     values, vectors = values.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank].to(matrix)
     root = values.to(matrix).pow(0.25)  # of the singular values, whose squares these are
     left = (basis @ vectors) * root
@@ -99,11 +99,19 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
 
 def _orthonormal(tall: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns; directions lost in rounding come out as zero."""
-    gram = (tall.T @ tall).double()
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = _eigenvectors(tall.T @ tall)
     kept = values > values[-1] * 1e-12
     scale = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), torch.zeros_like(values))
     return tall @ (vectors * scale).to(tall)
+
+
+def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending eigenvalues and vectors in double precision, on the device of `gram` but computed on the CPU.
+
+    A Gram matrix here is at most some hundred wide, where a GPU's solver takes several times as long as the CPU's.
+    """
+    values, vectors = torch.linalg.eigh(gram.double().cpu())
+    return values.to(gram.device), vectors.to(gram.device)
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> LowRank:
