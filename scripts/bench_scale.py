@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--bits", type=float, default=1.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--keep", action="store_true", help="leave the packed checkpoint for other benchmarks")
+    parser.add_argument("--keep", action="store_true", help="leave both checkpoints for other benchmarks")
     args = parser.parse_args()
     dense, packed = args.folder / "dense", args.folder / "packed"
     start = time.perf_counter()
@@ -141,9 +141,8 @@ def main() -> None:
         "load_packed": timed_load(packed, args.device),
         "load_dense": timed_load(dense, args.device),
     }
-    shutil.rmtree(dense)
     if not args.keep:
-        shutil.rmtree(packed)
+        shutil.rmtree(args.folder)
     print(json.dumps(result))
 
 
