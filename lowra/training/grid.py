@@ -81,10 +81,27 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
 def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True) -> dict:
     """Runs what is not there yet, then writes table and picture.
 
-    Data is read once, each base is quantised once, and untuned metrics are taken once for each base.
-
     Returns:
         {"rows": the table, "cells": number of cells, "run": number of them run now, paths}.
+    """
+    finished = sum(_finished(cell, output) is not None for cell in cells)
+    rows = summarize(run_cells(recipe, cells, output, progress))
+    save_json(rows, output / "table.json")
+    save_text(markdown(rows), output / "table.md")
+    draw(rows, output / "comparison.png")
+    return {
+        "rows": rows,
+        "cells": len(cells),
+        "run": len(cells) - finished,
+        "table": str(output / "table.md"),
+        "picture": str(output / "comparison.png"),
+    }
+
+
+def run_cells(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True) -> list[dict]:
+    """The result of every cell, from its file where it is finished.
+
+    Data is read once, each base is quantised once, and untuned metrics are taken once for each base.
     """
     results = {cell.name: _finished(cell, output) for cell in cells}
     missing = [cell for cell in cells if results[cell.name] is None]
@@ -104,17 +121,7 @@ def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: 
         save_json(result, output / "cells" / f"{cell.name}.json")
         results[cell.name] = result
         print(f"[{number}/{len(missing)}] {cell.name}: {_headline(result)}, {result['seconds']:.1f} s", flush=True)
-    rows = summarize([results[cell.name] for cell in cells])
-    save_json(rows, output / "table.json")
-    save_text(markdown(rows), output / "table.md")
-    draw(rows, output / "comparison.png")
-    return {
-        "rows": rows,
-        "cells": len(cells),
-        "run": len(missing),
-        "table": str(output / "table.md"),
-        "picture": str(output / "comparison.png"),
-    }
+    return [results[cell.name] for cell in cells]
 
 
 def _finished(cell: Cell, output: pathlib.Path) -> dict | None:

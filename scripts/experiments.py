@@ -1,0 +1,124 @@
+"""The small counterparts of the paper's tables: every set of runs behind docs/experiments.md, in parallel processes.
+
+    python scripts/experiments.py run table2 table3 --jobs 8 --output DIR model=PATH train_file=F validation_file=F
+    python scripts/experiments.py best learning_rate --output DIR ...   # prints the override that won
+    python scripts/experiments.py report table2 table3 --output DIR ... # tables and pictures
+
+`run` writes one JSON file per cell and needs no plotting library, so that it runs on a bare GPU machine; `report` reads
+them. Finished cells are not redone, and sets share cells. Several processes share one GPU, which a model of 30 million
+parameters leaves mostly idle: its steps wait for Python.
+"""
+
+import argparse
+import multiprocessing
+import pathlib
+
+import torch
+
+from lowra.training.grid import Cell, plan_grid, run_cells, run_grid
+from lowra.training.methods import METHODS
+from lowra.training.recipe import load_recipe
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+_WIKITEXT = "base-30m-wikitext2.yaml"
+_RATES = ["3e-4", "1e-3", "2e-3", "4e-3", "8e-3"]
+_SEEDS = [0, 1, 2]
+_READINGS = [
+    "lowra",
+    "lowra:quantization.sensitivity=none",
+    "lowra:quantization.block_weight=absmax",
+    "lowra:quantization.thresholds=matrix",
+    "lowra:quantization.iterations=2",
+    "lowra:quantization.assigner=layer_order",
+    "lowra:quantization.scales=float32",
+    "lowra:init_steps=1",
+]
+
+# name: configuration, methods, nominal bits, seeds
+SETS = {
+    "learning_rate": (_WIKITEXT, [f"lora16:learning_rate={rate}" for rate in _RATES], [], [0]),
+    "learning_rate_2bit": (_WIKITEXT, [f"lowra:learning_rate={rate}" for rate in _RATES], [2], [0]),
+    "table2": (_WIKITEXT, ["lora16", "qlora", "loftq", "lowra"], [1.5, 1.75, 2, 2.5, 3, 4], _SEEDS),
+    "table3": (_WIKITEXT, ["lowra"], [1.0, 1.15, 1.25], _SEEDS),
+    "ablation": (_WIKITEXT, ["qlora", "loftq", "assigner_only", "lowra"], [2, 2.5, 3, 4], _SEEDS),
+    "initialisation": (_WIKITEXT, ["pissa", "loftq"], [2, 2.5, 3, 4], _SEEDS),
+    "hqq": (_WIKITEXT, ["hqq"], [1, 2, 3, 4], _SEEDS),
+    "readings": (_WIKITEXT, _READINGS, [1.25, 1.5, 2], _SEEDS),
+    "menu": (_WIKITEXT, ["lowra", "lowra:quantization.menu=[2,4]"], [2, 2.5, 3], _SEEDS),
+    "openassistant": ("base-30m-openassistant.yaml", ["lora16", "qlora", "loftq", "lowra"], [1.5, 2, 3, 4], _SEEDS),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "best", "report"))
+    parser.add_argument("sets", nargs="+", metavar="SET", help=f"of {', '.join(SETS)}; or overrides key=value")
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the machine's one device")
+    args = parser.parse_intermixed_args()
+    names = [entry for entry in args.sets if "=" not in entry]
+    overrides = [entry for entry in args.sets if "=" in entry]
+    unknown = [name for name in names if name not in SETS]
+    if unknown:
+        parser.error(f"there is no set {', '.join(unknown)}; the sets are {', '.join(SETS)}")
+    for config in dict.fromkeys(SETS[name][0] for name in names):
+        chosen = [name for name in names if SETS[name][0] == config]
+        folder = args.output / pathlib.Path(config).stem
+        if args.action == "run":
+            run(config, overrides, chosen, folder, args.jobs)
+        elif args.action == "best":
+            print(best(config, overrides, chosen, folder))
+        else:
+            report(config, overrides, chosen, folder)
+
+
+def cells_of(config: str, overrides: list[str], names: list[str]) -> list[Cell]:
+    """The cells of some sets of one configuration, each once."""
+    recipe = load_recipe(CONFIGS / config, overrides)
+    cells = {}
+    for name in names:
+        _, methods, bits, seeds = SETS[name]
+        cells.update({cell.name: cell for cell in plan_grid(recipe, methods, bits, seeds)})
+    return list(cells.values())
+
+
+def run(config: str, overrides: list[str], names: list[str], folder: pathlib.Path, jobs: int) -> None:
+    cells = cells_of(config, overrides, names)
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:  # cells on the same packed base go to the same process, which quantises it once
+        packed = METHODS[cell.recipe.method].quantization is not None
+        groups.setdefault(cell.base_key if packed else cell.name, []).append(cell)
+    shares = [[cell for group in list(groups.values())[i::jobs] for cell in group] for i in range(jobs)]
+    print(f"{config}: {len(cells)} cells in {len(groups)} groups, {jobs} processes", flush=True)
+    work = [(config, overrides, share, folder) for share in shares if share]
+    if jobs == 1:
+        _work(*work[0])
+        return
+    with multiprocessing.get_context("spawn").Pool(len(work)) as pool:
+        pool.starmap(_work, work)
+
+
+def _work(config: str, overrides: list[str], cells: list[Cell], folder: pathlib.Path) -> None:
+    torch.set_num_threads(1)
+    run_cells(load_recipe(CONFIGS / config, overrides), cells, folder, progress=False)
+
+
+def best(config: str, overrides: list[str], names: list[str], folder: pathlib.Path) -> str:
+    """The overrides of the finished cell with the lowest perplexity."""
+    results = run_cells(load_recipe(CONFIGS / config, overrides), cells_of(config, overrides, names), folder)
+    finished = [result for result in results if result["tuned"]["perplexity"] is not None]
+    return " ".join(min(finished, key=lambda result: result["tuned"]["perplexity"])["label"].split(":")[1:])
+
+
+def report(config: str, overrides: list[str], names: list[str], folder: pathlib.Path) -> None:
+    recipe = load_recipe(CONFIGS / config, overrides)
+    for name in names:
+        run_grid(recipe, cells_of(config, overrides, [name]), folder, progress=False)
+        for part in ("table.md", "table.json", "comparison.png"):
+            (folder / part).replace(folder / f"{name}{pathlib.Path(part).suffix}")
+        print(f"## {name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
+
+
+if __name__ == "__main__":
+    main()
