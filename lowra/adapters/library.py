@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lowra.adapters.labels import BaseIdentity, check_label
@@ -60,11 +62,19 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
             f"Adapter {name} does not fit the model: {(list(result.unexpected_keys) + absent)[0]} is in only one of "
             f"the two; expected the base it was trained on: {packed.label.get('base')}."
         )
-    device = next(model.parameters()).device
-    for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in f"{parameter_name}." and parameter.device != device:
-            parameter.data = parameter.data.to(device)
+    _place(model, name)
     return model
+
+
+def _place(model: nn.Module, name: str) -> None:
+    """Move an adapter's parameters to where the layers they belong to are, which may be several devices."""
+    for module in model.modules():
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
+            own, others = [], []
+            for parameter_name, parameter in module.named_parameters():
+                (own if f".{name}." in f".{parameter_name}." else others).append(parameter)
+            for parameter in own if others else []:
+                parameter.data = parameter.data.to(others[0].device)
 
 
 def load_packed(model: nn.Module, folder: str | Path, adapter_name: str = "default", force: bool = False) -> PeftModel:
