@@ -180,7 +180,6 @@ def _trainer(model, recipe: Recipe, data: TaskData, arguments: TrainingArguments
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.collate,
-        processing_class=data.tokenizer,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -1,0 +1,34 @@
+"""Two processes over gloo train as one process does at the same global batch."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import lowra
+from lowra.training import finetune
+
+WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
+
+
+def test_two_processes_have_the_loss_of_one(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, bits=1.5, batch_size=2, accumulation=2)
+    alone = finetune(recipe, progress=False)
+    pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"))
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(pair.to_dict()))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1])}  # the same package as in this process
+    environment = {**os.environ, **here, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, WORKER, config], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    together = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    losses = [[entry["loss"] for entry in result["curve"]] for result in (alone, together)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert together["tuned"]["perplexity"] == pytest.approx(alone["tuned"]["perplexity"], rel=1e-4)
+    assert together["untuned"] == alone["untuned"]

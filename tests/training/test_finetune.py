@@ -1,0 +1,121 @@
+"""One run from recipe to folder; resuming; what is refused, and that nothing is written then."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowra.training import finetune
+from lowra.training.finetune import load_data, measure
+
+
+def test_a_run_learns_and_its_adapter_reloads(recipe):
+    result = finetune(dataclasses.replace(recipe, bits=1.5, max_steps=20, eval_steps=10), progress=False)
+    output = pathlib.Path(recipe.output)
+    assert result["tuned"]["perplexity"] < 0.9 * result["untuned"]["perplexity"]
+    assert result == json.loads((output / "metrics.json").read_text())
+    assert [entry["step"] for entry in result["curve"] if "loss" in entry] == list(range(1, 21))
+    assert [entry["step"] for entry in result["curve"] if "eval_loss" in entry] == [10, 20]
+    assert (output / "curve.png").stat().st_size > 1000
+    assert result["nominal_bits"] <= 1.5
+    model = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, output / "adapter")
+    again = measure(model, recipe, load_data(recipe, progress=False), progress=False)
+    assert again["perplexity"] == pytest.approx(result["tuned"]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora16", "hqq"])
+def test_other_methods_learn(recipe, method):
+    result = finetune(dataclasses.replace(recipe, method=method), progress=False)
+    assert result["tuned"]["perplexity"] < result["untuned"]["perplexity"]
+
+
+def test_bfloat16_with_gradient_checkpointing_has_the_same_loss(recipe):
+    plain = finetune(recipe, progress=False)
+    other = dataclasses.replace(recipe, output=recipe.output + "16", bf16=True, gradient_checkpointing=True)
+    for a, b in zip(plain["curve"], finetune(other, progress=False)["curve"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_resuming_gives_the_same_curve(recipe):
+    recipe = dataclasses.replace(recipe, dropout=0.1)
+    whole = finetune(recipe, progress=False)
+    halves = dataclasses.replace(recipe, output=recipe.output + "-halves", save_steps=3)
+    finetune(halves, progress=False)
+    checkpoints = pathlib.Path(halves.output) / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    (checkpoints / "checkpoint-6").rename(checkpoints / "removed")
+    state = checkpoints / "checkpoint-3" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    content["log_history"][0]["from_checkpoint"] = True  # to see that the run did go on from there
+    state.write_text(json.dumps(content))
+    resumed = finetune(dataclasses.replace(halves, resume=True), progress=False)
+    assert resumed["curve"][0]["from_checkpoint"]
+    losses = [[entry["loss"] for entry in run["curve"]] for run in (whole, resumed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert resumed["tuned"]["perplexity"] == pytest.approx(whole["tuned"]["perplexity"], rel=1e-5)
+
+
+def test_instruction_rows(recipe, json_files):
+    rows = dict(train_file=str(json_files / "train.jsonl"), validation_file=str(json_files / "validation.jsonl"))
+    recipe = dataclasses.replace(recipe, task="instruction", source_length=16, target_length=64, **rows)
+    result = finetune(dataclasses.replace(recipe, group_by_length=True), progress=False)
+    assert result["tuned"]["perplexity"] < result["untuned"]["perplexity"]
+
+
+def test_summaries_of_an_encoder_decoder(recipe, tiny_bart, json_files):
+    recipe = dataclasses.replace(
+        recipe,
+        model=str(tiny_bart),
+        task="summarization",
+        train_file=str(json_files / "train.jsonl"),
+        validation_file=str(json_files / "validation.jsonl"),
+        source_column="document",
+        target_column="summary",
+        source_length=64,
+        target_length=16,
+        num_beams=2,
+        eval_steps=3,
+    )
+    result = finetune(recipe, progress=False)
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum", "mean_length"} == set(result["tuned"])
+    losses = [entry["eval_loss"] for entry in result["curve"] if "eval_loss" in entry]
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(model="./nowhere"), FileNotFoundError, "nowhere"),
+        (dict(train_file="nowhere.txt"), FileNotFoundError, "no data file"),
+        (dict(method="loftq", bits=1.5), ValueError, "no form at 1.5 bits"),
+        (dict(rank=65), ValueError, "rank of 65"),
+        (dict(quantization={"assigner": "best"}), ValueError, "assigner must be one of"),
+    ],
+)
+def test_refusals_leave_nothing_behind(recipe, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(dataclasses.replace(recipe, **changes), progress=False)
+    assert not pathlib.Path(recipe.output).exists()
+
+
+def test_a_folder_with_content_is_not_overwritten(recipe):
+    output = pathlib.Path(recipe.output)
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        finetune(recipe, progress=False)
+
+
+def test_divergence_is_written_as_null(recipe):
+    result = finetune(
+        dataclasses.replace(recipe, method="lora16", learning_rate=1e30, max_grad_norm=1e30), progress=False
+    )
+    text = (pathlib.Path(recipe.output) / "metrics.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert result["tuned"]["perplexity"] is None or math.isfinite(result["tuned"]["perplexity"])

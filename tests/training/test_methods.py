@@ -1,0 +1,89 @@
+"""The presets: what each one packs, the budgets it has, and HQQ."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowra.training.hqq import hqq, true_bits
+from lowra.training.methods import METHODS, attach_adapter, check_method, load_base, prepare_base, supports
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", [name for name, preset in METHODS.items() if preset.quantization is not None])
+def test_packed_methods_meet_the_budget(recipe, tmp_path, method):
+    recipe = dataclasses.replace(recipe, method=method, bits=2.5)
+    base = prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    assert 2.3 < base.nominal_bits <= 2.5 < base.true_bits
+    assert (base.adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["lora16", "hqq", "lowra"])
+def test_every_method_adapts_the_same_layers(recipe, tmp_path, method):
+    recipe = dataclasses.replace(recipe, method=method)
+    base = prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    model = attach_adapter(load_base(base, recipe, CPU), base, recipe)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_budgets():
+    assert supports("lowra", 1.15) and not supports("loftq", 1.5) and not supports("lowra", 0.9)
+    assert supports("hqq", 3) and not supports("hqq", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(method="lofq"), "Did you mean 'loftq'"),
+        (dict(method="loftq", bits=1.5), "loftq has no form at 1.5 bits: give from 2 to 4, or method=lowra"),
+        (dict(method="hqq", bits=2.5), "whole numbers from 1 to 4"),
+        (dict(bits=5), "lowra has no form at 5"),
+        (dict(quantization={"sensitivty": "none"}), "Did you mean 'sensitivity'"),
+        (dict(method="lora16", quantization={"sensitivity": "none"}), "does not use quantization options"),
+    ],
+)
+def test_refusals(recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_method(dataclasses.replace(recipe, **changes))
+
+
+def test_a_base_of_another_recipe_is_not_reused(recipe, tmp_path):
+    prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    with pytest.raises(ValueError, match="was made with bits=2.0, the recipe now asks for 1.5"):
+        prepare_base(dataclasses.replace(recipe, bits=1.5), tmp_path / "base", CPU, progress=False)
+
+
+def test_a_packed_model_is_taken_as_it_is(recipe, tmp_path):
+    made = prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    given = dataclasses.replace(recipe, model=str(tmp_path / "base"))
+    base = prepare_base(given, tmp_path / "unused", CPU, progress=False)
+    assert base == made and not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="has rank 4, the recipe asks for 8"):
+        prepare_base(dataclasses.replace(given, rank=8), tmp_path / "unused", CPU, progress=False)
+
+
+def test_hqq_improves_on_rounding_and_has_2_to_the_bits_values_per_group():
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(4.0).sample((32, 176)) * 0.02  # the last group has 48 weights
+    errors = []
+    for bits in (1, 2, 3, 4):
+        value = hqq(weight, bits)
+        assert max(row[:64].unique().numel() for row in value) <= 2**bits
+        errors.append((weight - value).abs().pow(0.7).mean().item())
+        assert errors[-1] <= (weight - _rounded(weight, bits)).abs().pow(0.7).mean().item()
+    assert errors == sorted(errors, reverse=True)
+    assert true_bits(3) == 3.5
+
+
+def _rounded(weight, bits):
+    """Round to nearest between the ends of each group."""
+    parts = []
+    for group in weight.split(64, dim=1):
+        low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        parts.append(((group - low) / step).round() * step + low)
+    return torch.cat(parts, dim=1)
