@@ -1,4 +1,4 @@
-"""`LowRALinear`: a linear layer whose frozen weight lies in packed bits. To PEFT it is an `nn.Linear`."""
+"""Modules whose frozen weight lies in packed bits; `LowRALinear` is to PEFT an `nn.Linear`."""
 
 import torch
 from bitsandbytes.backends.lowra import layout
@@ -9,11 +9,10 @@ from .quantize import TENSOR_NAMES, PackedWeight
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
 
 
-class LowRALinear(nn.Linear):
-    """y = x W^T + bias with W [N, K] in packed format 1 (csrc/lowra.h).
+class PackedModule(nn.Module):
+    """Holds W [N, K] in packed format 1 (csrc/lowra.h).
 
-    All packed tensors are frozen parameters: DDP would send buffers at every step, and FSDP2 shards parameters. Forward
-    and backward run through the op `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
+    All packed tensors are frozen parameters: DDP would send buffers at every step, and FSDP2 shards parameters.
 
     Attributes:
         weight, row_bits, scales, scale_steps, levels: see `PackedWeight`; `scale_steps` only for 8-bit scales.
@@ -44,35 +43,16 @@ class LowRALinear(nn.Linear):
         self._rows: tuple[int, int] | None = None
         self._row_order: dict[torch.device, torch.Tensor] = {}
 
-    @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
-        module = cls(packed.in_features, packed.row_bits.numel(), packed.group_size, packed.tensors(), bias)
-        module.prepare()
-        return module
-
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, sharing this module's tensors."""
         tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
         return PackedWeight(**tensors, in_features=self.in_features, group_size=self.group_size)
 
-    @property
-    def W_q(self) -> torch.Tensor:  # noqa: N802 - the name under which PEFT looks for a quantised weight
-        return self.weight
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight [N, K], detached."""
         return torch.ops.bitsandbytes.lowra_dequantize(
             self.weight, *self._layout(), *self._decoding(), *self._rows, self.in_features, self.group_size, dtype
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.bitsandbytes.lowra_linear(
-            x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
         )
 
     def prepare(self) -> None:
@@ -111,10 +91,36 @@ class LowRALinear(nn.Linear):
             self._layout()  # now, so that a compiled forward finds it
         return self
 
-    def extra_repr(self) -> str:
-        rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, packed{rows}"
-
     def _row_counts(self) -> str:
         four, two = self._rows
         return f"{four}/{two}/{self.out_features - four - two}"
+
+
+class LowRALinear(PackedModule, nn.Linear):
+    """y = x W^T + bias with a packed W [N, K].
+
+    Forward and backward run through the op `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
+    """
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
+        module = cls(packed.in_features, packed.row_bits.numel(), packed.group_size, packed.tensors(), bias)
+        module.prepare()
+        return module
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - the name under which PEFT looks for a quantised weight
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.ops.bitsandbytes.lowra_linear(
+            x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
+        )
+
+    def extra_repr(self) -> str:
+        rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, packed{rows}"

@@ -17,18 +17,22 @@ class Target:
     """A layer to quantise.
 
     Attributes:
-        name: of the module.
-        out_features, in_features: N and K.
+        name: of the module; of the parameter for fused experts, which a module of that name replaces.
+        out_features, in_features: N and K; for fused experts N counts the rows of all of them.
         transposed: the dense weight is stored [K, N] (GPT-2's Conv1D).
+        experts: E of a fused weight [E, N / E, K], or None. Adapters are not put on these.
     """
 
     name: str
     out_features: int
     in_features: int
-    transposed: bool
+    transposed: bool = False
+    experts: int | None = None
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The stored dense weight as [N, K]."""
+        if self.experts is not None:
+            return weight.reshape(self.out_features, self.in_features)
         return weight.T if self.transposed else weight
 
 
@@ -36,33 +40,37 @@ def find_targets(model: nn.Module, skip: list[str] | None) -> dict[str, Target]:
     """Every linear layer of the transformer blocks by the name of its weight, in model order.
 
     A block is a member of an `nn.ModuleList`, so embeddings, heads and poolers stay dense; so do layers whose name
-    contains an entry of `skip`. Fused expert tensors (three dimensions) stay dense, with a warning that gives their size.
+    contains an entry of `skip`. Fused experts [E, N, K] are quantised where the model's own forward takes them one by one;
+    other tensors of three dimensions stay dense, with a warning that gives their size.
 
     Raises:
         ValueError: nothing is left to quantise.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    targets, experts = {}, {}
+    targets, dense = {}, {}
     for name, module in model.named_modules():
         skipped = any(entry in name for entry in skip or [])
         if not any(name.startswith(block) for block in blocks) or module is head or skipped:
             continue
         if isinstance(module, Conv1D):
-            targets[f"{name}.weight"] = Target(name, module.weight.shape[1], module.weight.shape[0], True)
+            targets[f"{name}.weight"] = Target(name, module.weight.shape[1], module.weight.shape[0], transposed=True)
         elif isinstance(module, nn.Linear) and not isinstance(module, LowRALinear):
-            targets[f"{name}.weight"] = Target(name, module.out_features, module.in_features, False)
+            targets[f"{name}.weight"] = Target(name, module.out_features, module.in_features)
         else:
-            fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-            if fused:
-                experts[name] = sum(p.numel() for p in fused)
-    if experts:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and _taken_one_by_one(module):
+                    count, rows, columns = parameter.shape
+                    targets[f"{name}.{leaf}"] = Target(f"{name}.{leaf}", count * rows, columns, experts=count)
+                elif parameter.dim() == 3:
+                    dense[f"{name}.{leaf}"] = parameter.numel()
+    if dense:
         logger.warning(
-            "lowra: %d modules with fused expert weights (%.1f million parameters, first: %s) stay dense; "
-            "only plain linear layers are quantised.",
-            len(experts),
-            sum(experts.values()) / 1e6,
-            next(iter(experts)),
+            "lowra: %d fused expert weights (%.1f million parameters, first: %s) stay dense: %s",
+            len(dense),
+            sum(dense.values()) / 1e6,
+            next(iter(dense)),
+            "this model multiplies them all at once or transposed.",
         )
     if not targets:
         raise ValueError(
@@ -72,7 +80,15 @@ def find_targets(model: nn.Module, skip: list[str] | None) -> dict[str, Target]:
     return targets
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` where the module `name` stands."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def _taken_one_by_one(module: nn.Module) -> bool:
+    """Whether the experts module is of Transformers' common form, whose eager forward is `F.linear(x, weight[expert])`."""
+    return hasattr(module, "_apply_gate") and getattr(module, "is_transposed", True) is False
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` where the module or parameter `name` stands."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if child in parent._parameters and isinstance(new, nn.Module):
+        delattr(parent, child)
+    setattr(parent, child, new)

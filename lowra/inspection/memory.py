@@ -81,6 +81,7 @@ def _inference(layers: list[LayerContent]) -> dict[str, float]:
 
 
 def _training(layers: list[LayerContent], rank: int) -> dict[str, float]:
+    layers = [layer for layer in layers if layer.adapted]
     adapter = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
     # every adapted layer keeps its input, and the r numbers between A and B, for backward
     kept = sum(layer.in_features + rank for layer in layers)

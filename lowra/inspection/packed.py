@@ -32,6 +32,7 @@ class LayerContent:
         code_bytes: bytes of the codes at 4, 2 and 1 bits, padding included.
         scale_bytes: group scales and their steps.
         table_bytes: levels and the precision of each channel.
+        adapted: whether adapters are put on it; fused experts have none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerContent:
     code_bytes: dict[int, int]
     scale_bytes: int
     table_bytes: int
+    adapted: bool
 
     @property
     def parameters(self) -> int:
@@ -123,6 +125,7 @@ def describe(target: Target, packed: PackedWeight) -> LayerContent:
         code_bytes={bits: count * layout.row_bytes(target.in_features, bits) for bits, count in channels.items()},
         scale_bytes=_bytes(packed.scales) + (0 if packed.scale_steps is None else _bytes(packed.scale_steps)),
         table_bytes=_bytes(packed.levels) + _bytes(packed.row_bits),
+        adapted=target.experts is None,
     )
 
 

@@ -218,14 +218,15 @@ def draw_blocks(packed: PackedFolder, original: Original | None) -> Figure:
 
 def draw_errors(errors: list[ChannelErrors]) -> Figure:
     """Distribution of the channels' relative errors by precision, of the base and with the initial adapter."""
-    versions = ["base"] + (["adapted"] if errors[0].adapted is not None else [])
+    versions = ["base"] + (["adapted"] if any(e.adapted is not None for e in errors) else [])
     figure, axes = plt.subplots(
         1, len(versions), figsize=(6 * len(versions), 4.2), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
-    largest = max(float(getattr(e, which).max()) for e in errors for which in versions)
+    largest = max(float(e.base.max()) for e in errors)
     for axis, which in zip(axes[0], versions, strict=True):
         for bits in layout.PRECISIONS:
-            values = torch.cat([getattr(e, which)[e.row_bits == bits] for e in errors]).numpy()
+            shown = [e for e in errors if getattr(e, which) is not None]
+            values = torch.cat([getattr(e, which)[e.row_bits == bits] for e in shown]).numpy()
             if values.size:
                 label = f"{_words(bits)}: {values.size:,} channels, median {np.median(values):.4f}"
                 axis.hist(values, bins=80, range=(0, largest), color=_COLOURS[bits], alpha=0.75, label=label)

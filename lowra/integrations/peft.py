@@ -152,6 +152,10 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
         model.base_model.set_adapter(active)
     base = model.get_base_model()
     for name, target in targets.items():
+        if target.experts is not None:
+            dtype = base.get_submodule(target.name).compute_dtype
+            replace_module(base, target.name, nn.Parameter(source.load(name)[name].to(dtype), requires_grad=False))
+            continue
         layer = base.get_submodule(target.name)
         weight = target.as_matrix(source.load(name)[name]).float()
         if isinstance(layer, LowRALinear):

@@ -23,7 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
-from ..linear import LowRALinear
+from ..experts import LowRAExperts
+from ..linear import LowRALinear, PackedModule
 from ..pipeline import learn
 from ..planning import Plan, Planner
 from ..quantize import TENSOR_NAMES, quantize_matrix
@@ -69,29 +70,23 @@ class LowRAHfQuantizer(HfQuantizer):
                 shapes = _packed_tensors_on_meta(files, self._targets)
             else:
                 self._plan_model(model, files)
-        for name, target in self._targets.items():
-            dense = model.get_submodule(target.name)
+        for target in self._targets.values():
             if self.pre_quantized:
                 packed = shapes[target.name]
+            elif target.experts is not None:
+                continue  # the loader merges into the dense parameter, and `_Pack` replaces it then
             else:
                 # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds, and
                 # the device map counts quantized_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
-                packed["weight"] = dense.weight.detach()
-            bias = None if dense.bias is None else dense.bias.detach()
-            module = LowRALinear(
-                target.in_features,
-                target.out_features,
-                self.quantization_config.group_size,
-                packed,
-                bias,
-                dense.weight.dtype,
-            )
+                packed["weight"] = model.get_submodule(target.name).weight.detach()
+            module = _packed_module(model, target, self.quantization_config.group_size, packed)
             # Layers left on disk never meet the loader, and Transformers would draw random numbers into their bytes.
             for parameter in module.parameters():
                 parameter._is_hf_initialized = self.pre_quantized
             replace_module(model, target.name, module)
         _mend_casts_to_weight_dtype(model)
+        _use_experts_one_by_one(model, self._targets)
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if self.pre_quantized and type(model).__name__ in (model.config.architectures or []):
             check_packed_names(files, model)
@@ -134,6 +129,8 @@ class LowRAHfQuantizer(HfQuantizer):
             config.fingerprint = self._plan.fingerprint
             config.base = str(model.config.name_or_path)
             self._plan = None
+            # Saving would undo the original's renamings and split merged experts again, on packed bytes.
+            model._weight_conversions = []
         return model
 
     def is_serializable(self) -> bool:
@@ -160,13 +157,19 @@ class LowRAHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        modules = dict(model.named_modules())
         for target in self._targets.values():
-            module = model.get_submodule(target.name)
+            module = modules.get(target.name)  # None where fused experts are dense parameters again
+            if isinstance(module, LowRAExperts):
+                weight = module.dequantize(dtype or model.config.dtype).view(target.experts, -1, target.in_features)
+                replace_module(model, target.name, nn.Parameter(weight, requires_grad=False))
+                continue
             if isinstance(module, LowRALinear):
                 module = dense_linear(module, dtype or model.config.dtype)
-            if target.transposed:  # the model's class, and so its checkpoints, have a Conv1D here
+            if target.transposed and isinstance(module, nn.Linear):  # the model's class, and so its checkpoints, have a Conv1D here
                 module = _conv1d(module)
-            replace_module(model, target.name, module)
+            if module is not None:
+                replace_module(model, target.name, module)
         for module in model.modules():
             if _casts_to_weight_dtype(module):
                 module.__dict__.pop("forward", None)
@@ -197,7 +200,25 @@ def _conv1d(linear: nn.Linear) -> Conv1D:
     return conv
 
 
-def _check_sizes(name: str, module: LowRALinear) -> None:
+def _packed_module(model: PreTrainedModel, target: Target, group_size: int, packed: dict) -> PackedModule:
+    """The module that takes the place of a dense layer, or of the parameter of fused experts."""
+    sizes = (target.in_features, target.out_features, group_size, packed)
+    if target.experts is not None:
+        return LowRAExperts(target.experts, *sizes, model.get_parameter(target.name).dtype)
+    dense = model.get_submodule(target.name)
+    return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
+
+
+def _use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:
+    """The other implementations (grouped_mm and the like) need the dense weights of all experts at once."""
+    for target in targets.values():
+        if target.experts is not None:
+            experts = model.get_submodule(target.name.rpartition(".")[0])
+            experts.config._experts_implementation = "eager"
+            experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
+
+
+def _check_sizes(name: str, module: PackedModule) -> None:
     """Raises ValueError where the loaded tensors of a layer do not fit one another."""
     bits, groups = module.row_bits, layout.group_count(module.in_features, module.group_size)
     if not torch.isin(bits, torch.tensor(layout.PRECISIONS, dtype=bits.dtype, device=bits.device)).all():
@@ -256,6 +277,12 @@ class _Pack(ConversionOps):
             self.quantizer.quantization_config,
         )
         tensors = {f"{target.name}.{name}": tensor for name, tensor in packed.tensors().items()}
+        if target.experts is not None:
+            meta = {name: tensor.to("meta") for name, tensor in packed.tensors().items()}
+            module = _packed_module(model, target, packed.group_size, meta)
+            replace_module(model, target.name, module)
+            missing_keys = set() if missing_keys is None else missing_keys
+            missing_keys.discard(full_layer_name)
         module = model.get_submodule(target.name)
         for name, tensor in packed.tensors().items():
             # set_param_for_module compares shapes for every tensor but the weight itself
