@@ -88,9 +88,7 @@ def input_hessians(
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of a damped Hessian [n, n], float32; its rows say how errors are handed
-    on.
-    """
+    """Upper Cholesky factor of the inverse of a damped Hessian [n, n], float32; row i hands on the error of i."""
     n = len(hessian)
     hessian = hessian.to(torch.float64).clone()
     mean = hessian.diagonal().mean()

@@ -31,13 +31,12 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
     """Decode a packed adapter into a PEFT adapter of this name, without checks of its label.
 
     Args:
-        model: the base model, which gets wrapped, or a PeftModel, which gets one adapter more. An adapter that is
-        active
-            stays active.
+        model: the base model, which gets wrapped, or a PeftModel, which gets one adapter more; what is active stays so.
 
     Raises:
         ValueError: the adapter has factors for layers that the model does not have, or of another shape.
     """
+    _check_fit(model, packed, name)
     config = PeftConfig.from_peft_type(**copy.deepcopy(packed.config))
     config.inference_mode = True
     # The weights are about to be replaced; LoftQ, PiSSA and others would start by changing the base.
@@ -47,23 +46,36 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
     else:
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         model = wrapper(model, config, adapter_name=name, low_cpu_mem_usage=True)
-    try:
-        result = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
-    except RuntimeError as error:
-        model.delete_adapter(name)
-        raise ValueError(
-            f"Adapter {name} does not fit the model ({error}); expected the base it was trained on: "
-            f"{packed.label.get('base')}."
-        ) from error
+    result = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
     absent = [key for key in result.missing_keys if "lora_" in key and f".{name}." in f"{key}."]
     if result.unexpected_keys or absent:
         model.delete_adapter(name)
         raise ValueError(
-            f"Adapter {name} does not fit the model: {(list(result.unexpected_keys) + absent)[0]} is in only one of "
-            f"the two; expected the base it was trained on: {packed.label.get('base')}."
+            f"Adapter {name} has other factors than its PEFT configuration asks for, such as "
+            f"{(list(result.unexpected_keys) + absent)[0]}; expected the configuration it was trained with."
         )
     _place(model, name)
     return model
+
+
+def _check_fit(model: nn.Module, packed: PackedAdapter, name: str) -> None:
+    """Raise ValueError unless the model has every layer of the adapter in its shape; PEFT would find out too late."""
+    # Not get_base_model(), which asks for the active adapter, and a library that was emptied has none.
+    modules = dict((model.base_model.model if isinstance(model, PeftModel) else model).named_modules())
+    for layer in packed.layers:
+        module = modules.get(layer.name.removeprefix("base_model.model."))
+        kind = (
+            ("embedding_dim", "num_embeddings")
+            if hasattr(module, "num_embeddings")
+            else ("out_features", "in_features")
+        )
+        found = tuple(getattr(module, attribute, None) for attribute in kind)
+        if module is None or (None not in found and found != (layer.m, layer.n)):
+            came = "has no such layer" if module is None else f"has [{found[0]}, {found[1]}] there"
+            raise ValueError(
+                f"Adapter {name} does not fit the model: {layer.name} is [{layer.m}, {layer.n}] and the model {came}; "
+                f"expected the base it was trained on: {packed.label.get('base')}."
+            )
 
 
 def _place(model: nn.Module, name: str) -> None:
@@ -177,8 +189,7 @@ class AdapterLibrary:
         return self._packed[name].label
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Decode every adapter that a batch names, "__base__" apart, so that `self.model(..., adapter_names=names)`
-        works.
+        """Decode every adapter that a batch names, "__base__" apart, for `self.model(..., adapter_names=names)`.
 
         Raises:
             ValueError: an unknown name, or more different adapters than the cache holds beside the active one.

@@ -47,9 +47,7 @@ class LoraFactors:
 
 @dataclass
 class LoraAdapter:
-    """A trained adapter: its PEFT configuration, its layers, and tensors that stay as they are (biases, saved
-    modules).
-    """
+    """A trained adapter: PEFT configuration, layers, and tensors that stay as they are (biases, saved modules)."""
 
     config: dict
     layers: list[LoraFactors]

@@ -120,9 +120,7 @@ class PackedAdapter:
             yield layer, form.unpack(fields, layer, self.bits)
 
     def dequantize(self) -> dict[str, torch.Tensor]:
-        """Factors under PEFT's keys, A [r, n] and B [m, r] float32, and the kept tensors: a PEFT adapter's state
-        dict.
-        """
+        """Factors under PEFT's keys, A [r, n] and B [m, r] float32, and the kept tensors."""
         state = {name.removeprefix(_KEPT): t for name, t in self.tensors.items() if name.startswith(_KEPT)}
         for layer, codes in self.layer_codes():
             state.update(factor_state(layer, codes))

@@ -44,9 +44,7 @@ _TAKES_BITS = ("loraquant", "rtn", "gptq")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `adapter` with its actions; each sets `run`, a function of the parsed arguments that returns a JSON-able
-    dict.
-    """
+    """Add `adapter` with its actions; each sets `run`, from the parsed arguments to a JSON-able dict."""
     adapter = subparsers.add_parser("adapter", help="quantise LoRA adapters below two bits, and inspect packed ones")
     actions = adapter.add_subparsers(dest="action", required=True)
     _add_quantize(actions)

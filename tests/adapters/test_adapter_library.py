@@ -10,7 +10,7 @@ from test_adapter_storage import store
 from lowra.adapters import AdapterLibrary, LabelError, LoraQuantSettings, load_packed, quantize_loraquant, read_adapter
 from lowra.adapters.joint import quantize_joint
 from lowra.adapters.labels import make_label
-from lowra.adapters.storage import write_packed, write_shared, written_beside
+from lowra.adapters.storage import read_packed, write_packed, write_shared, written_beside
 
 NAMES = ("law", "news", "code")
 
@@ -122,6 +122,10 @@ def test_joint_adapters_share_one_basis_in_memory(adapter_folders, base, tokens,
             packed.label = make_label(packed, base=base)
             (folder / name).mkdir()
             write_packed(folder / name, packed)
+    for name, packed in zip(NAMES, joint, strict=True):
+        loaded, simulated = read_packed(tmp_path / "joint" / name).dequantize(), packed.dequantize()
+        assert loaded.keys() == simulated.keys()
+        assert all(torch.equal(tensor, simulated[key]) for key, tensor in loaded.items())
     library = AdapterLibrary(base, cache_size=3)
     for name in NAMES:
         library.add(name, tmp_path / "joint" / name)
