@@ -32,7 +32,9 @@ def resolve_folder(model: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS))
     except Exception as error:
-        raise FileNotFoundError(f"{model} is neither a local folder nor could it be had from the hub: {error}") from error
+        raise FileNotFoundError(
+            f"{model} is neither a local folder nor could it be had from the hub: {error}"
+        ) from error
 
 
 def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -51,7 +53,11 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
             others = sorted(path.name for path in folder.glob("*.bin"))
             raise FileNotFoundError(
                 f"{folder} has no {name}"
-                + (f" (pickled files such as {others[0]} are not read: convert them to safetensors)." if others else ".")
+                + (
+                    f" (pickled files such as {others[0]} are not read: convert them to safetensors)."
+                    if others
+                    else "."
+                )
             )
     return [folder / name for name in names]
 
@@ -163,8 +169,8 @@ def match_tensors(files: list[pathlib.Path], model: PreTrainedModel) -> list[Ten
     missing = set(expected) - provided - set(getattr(model, "all_tied_weights_keys", {}))
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {_listed(missing)} that {type(model).__name__} needs. Download it again or check that "
-            "config.json belongs to it."
+            f"The checkpoint lacks {_listed(missing)} that {type(model).__name__} needs. Download it again or check "
+            "that config.json belongs to it."
         )
     return matches
 
@@ -183,8 +189,9 @@ def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel) -> Non
     ]
     if unknown:
         raise ValueError(
-            f"The packed checkpoint holds {_listed(unknown)} that {type(model).__name__} has no place for: files of two "
-            "checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again with `lowra quantize`."
+            f"The packed checkpoint holds {_listed(unknown)} that {type(model).__name__} has no place for: files of "
+            "two checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again with "
+            "`lowra quantize`."
         )
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+
 from bitsandbytes.backends.lowra import layout
 
 from .linear import PackedModule
@@ -51,7 +52,9 @@ class LowRAExperts(PackedModule):
         runs = self._runs[int(expert)]
         code_runs, level_runs = [], []
         code_start = level_start = 0
-        for (bits, first, end), (start, stop) in zip(layout.segments(self.out_features, *self._rows), runs, strict=True):
+        for (bits, first, end), (start, stop) in zip(
+            layout.segments(self.out_features, *self._rows), runs, strict=True
+        ):
             stride, entries = layout.row_bytes(self.in_features, bits), 2**bits
             code_runs.append(self.weight[code_start + (start - first) * stride : code_start + (stop - first) * stride])
             level_runs.append(levels[level_start + (start - first) * entries : level_start + (stop - first) * entries])
@@ -91,8 +94,9 @@ class ExpertWeight(NamedTuple):
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
         if function is not torch.nn.functional.linear:
             raise TypeError(
-                f"A packed expert can only be used in F.linear(x, expert), not in {getattr(function, '__name__', function)}: "
-                "set config._experts_implementation = 'eager', or keep the experts dense (modules_to_not_convert)."
+                "A packed expert can only be used in F.linear(x, expert), not in "
+                f"{getattr(function, '__name__', function)}: set config._experts_implementation = 'eager', or keep the "
+                "experts dense (modules_to_not_convert)."
             )
         return _linear(*args, **(kwargs or {}))
 

@@ -1,8 +1,9 @@
 """Modules whose frozen weight lies in packed bits; `LowRALinear` is to PEFT an `nn.Linear`."""
 
 import torch
-from bitsandbytes.backends.lowra import layout
 from torch import nn
+
+from bitsandbytes.backends.lowra import layout
 
 from .quantize import TENSOR_NAMES, PackedWeight
 

@@ -40,8 +40,8 @@ def find_targets(model: nn.Module, skip: list[str] | None) -> dict[str, Target]:
     """Every linear layer of the transformer blocks by the name of its weight, in model order.
 
     A block is a member of an `nn.ModuleList`, so embeddings, heads and poolers stay dense; so do layers whose name
-    contains an entry of `skip`. Fused experts [E, N, K] are quantised where the model's own forward takes them one by one;
-    other tensors of three dimensions stay dense, with a warning that gives their size.
+    contains an entry of `skip`. Fused experts [E, N, K] are quantised where the model's own forward takes them one by
+    one; other tensors of three dimensions stay dense, with a warning that gives their size.
 
     Raises:
         ValueError: nothing is left to quantise.
@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, skip: list[str] | None) -> dict[str, Target]:
 
 
 def _taken_one_by_one(module: nn.Module) -> bool:
-    """Whether the experts module is of Transformers' common form, whose eager forward is `F.linear(x, weight[expert])`."""
+    """Whether the module is of Transformers' common form, whose eager forward is `F.linear(x, weight[expert])`."""
     return hasattr(module, "_apply_gate") and getattr(module, "is_transposed", True) is False
 
 

@@ -13,15 +13,18 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="show bits, bytes and errors of a packed checkpoint, and draw them",
-        description="Shows which layers and channels of a packed checkpoint got which bits, nominal against true bits, its "
-        "bytes against bf16 and NF4, and the memory it needs. With --original also how far every channel is from the "
-        "original. With --plot the paper's pictures for this model (figures 2 and 7 to 10).",
+        description="Shows which layers and channels of a packed checkpoint got which bits, nominal against true bits, "
+        "its bytes against bf16 and NF4, and the memory it needs. With --original also how far every channel is from "
+        "the original. With --plot the paper's pictures for this model (figures 2 and 7 to 10).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="folder written by `lowra quantize`")
     parser.add_argument("--original", metavar="MODEL", help="the checkpoint it was made from, for errors and pictures")
     parser.add_argument(
-        "--plot", type=pathlib.Path, metavar="PLACE", help="folder, .pdf, or an image name such as small.png (small-bits.png …)"
+        "--plot",
+        type=pathlib.Path,
+        metavar="PLACE",
+        help="folder, .pdf, or an image name such as small.png (small-bits.png …)",
     )
     parser.add_argument("--layers", action="store_true", help="list every layer, not only every kind of layer")
     parser.set_defaults(run=run)
@@ -37,7 +40,8 @@ def run(args) -> dict:
     result["kinds"] = _by_kind(layers)
     _print_table(result["kinds"])
     result["layers"] = [
-        {**dataclasses.asdict(layer), "nominal_bits": layer.nominal_bits, "true_bits": layer.true_bits} for layer in layers
+        {**dataclasses.asdict(layer), "nominal_bits": layer.nominal_bits, "true_bits": layer.true_bits}
+        for layer in layers
     ]
     if args.layers:
         _print_table([_summary(layer.name, [layer]) for layer in layers])
@@ -92,7 +96,11 @@ def _print_totals(total: dict) -> None:
     }
     for part, size in parts.items():
         print(f"    {part:<16} {_mib(size)}  {8 * size / parameters:.4f} bits")
-    for name, key in (("packed", "packed_bytes"), ("as bf16", "bf16_bytes"), (f"as NF4 ({NF4_BITS} bits)", "nf4_bytes")):
+    for name, key in (
+        ("packed", "packed_bytes"),
+        ("as bf16", "bf16_bytes"),
+        (f"as NF4 ({NF4_BITS} bits)", "nf4_bytes"),
+    ):
         print(f"  {name:<18} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
     print(f"  {'left dense':<18} {_mib(total['dense_bytes'])}  embeddings, norms, head, biases")
     if total["error"] is not None:

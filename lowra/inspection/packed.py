@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 
 import torch
-from bitsandbytes.backends.lowra import layout
 from safetensors import safe_open
+
+from bitsandbytes.backends.lowra import layout
 
 from ..checkpoint import empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig
@@ -78,7 +79,9 @@ class PackedFolder:
         described = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
         if described.get("quant_method") != "lowra":
             method = described.get("quant_method", "not quantised")
-            raise ValueError(f"{self.folder} is not packed by lowra ({method}); write one with `lowra quantize {model}`.")
+            raise ValueError(
+                f"{self.folder} is not packed by lowra ({method}); write one with `lowra quantize {model}`."
+            )
         self.config = LowRAConfig.from_dict(described)
         self.targets = find_targets(empty_model(self.folder), self.config.modules_to_not_convert)
         self._files: dict[str, pathlib.Path] = {}

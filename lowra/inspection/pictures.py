@@ -5,6 +5,7 @@ import pathlib
 import matplotlib
 import numpy as np
 import torch
+
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
@@ -125,7 +126,7 @@ def _ink(bits: float) -> str:
 
 
 def draw_channels(packed: PackedFolder, original: Original | None) -> Figure:
-    """Figure 2: normalised weights of channels sampled from the first block, with the levels their precision gives them.
+    """Figure 2: normalised weights of channels sampled from the first block, with the levels each of them has.
 
     Without the original weights the share of each level stands in the place of the distribution.
     """
@@ -168,7 +169,9 @@ def draw_memory(layers: list[LayerContent], packed: PackedFolder, rank: int) -> 
         for place, bar in enumerate(bars):
             start = 0.0
             for part, size in bar.parts.items():
-                drawn = axis.bar(place, size / divisor, bottom=start / divisor, color=_PARTS.get(part, _ADAPTERS), width=0.7)
+                drawn = axis.bar(
+                    place, size / divisor, bottom=start / divisor, color=_PARTS.get(part, _ADAPTERS), width=0.7
+                )
                 if size:
                     seen.setdefault(part, drawn)
                 start += size
@@ -220,7 +223,13 @@ def draw_errors(errors: list[ChannelErrors]) -> Figure:
     """Distribution of the channels' relative errors by precision, of the base and with the initial adapter."""
     versions = ["base"] + (["adapted"] if any(e.adapted is not None for e in errors) else [])
     figure, axes = plt.subplots(
-        1, len(versions), figsize=(6 * len(versions), 4.2), layout="constrained", squeeze=False, sharex=True, sharey=True
+        1,
+        len(versions),
+        figsize=(6 * len(versions), 4.2),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
     largest = max(float(e.base.max()) for e in errors)
     for axis, which in zip(axes[0], versions, strict=True):

@@ -45,9 +45,9 @@ class LowRALoraLinear(LoraLinear):
         init = config.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_NEEDS_ORIGINAL):
             raise ValueError(
-                f"init_lora_weights={init!r} needs the original weights, and a packed model does not hold them. Write the "
-                "initial adapter with the packed checkpoint (`lowra quantize MODEL --rank R --init loftq|pissa`) and load "
-                "it with PeftModel.from_pretrained(model, 'DIR/initial_adapter', is_trainable=True)."
+                f"init_lora_weights={init!r} needs the original weights, and a packed model does not hold them. Write "
+                "the initial adapter with the packed checkpoint (`lowra quantize MODEL --rank R --init loftq|pissa`) "
+                "and load it with PeftModel.from_pretrained(model, 'DIR/initial_adapter', is_trainable=True)."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -80,8 +80,8 @@ def prepare_for_training(
 ) -> PreTrainedModel:
     """Freezes a packed model and makes it ready for adapters; our counterpart of `prepare_model_for_kbit_training`.
 
-    Packed tensors are left as they are. Unlike PEFT's function it keeps norms and head in the model's dtype unless asked,
-    because LoRA needs no float32 there and a head in float32 costs more than the packed weights of several layers.
+    Packed tensors are left as they are. Unlike PEFT's function it keeps norms and head in the model's dtype unless
+    asked: LoRA needs no float32 there, and a head in float32 costs more than the packed weights of several layers.
 
     Args:
         model: before `get_peft_model`.
@@ -109,10 +109,10 @@ def merge_into_dense(
 
     Args:
         model: adapters on a packed base; taken apart by this.
-        original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name of
-            the 16-bit base merges into that instead.
-        initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ or PiSSA:
-            their start makes up for the quantisation and is taken off again, so that only the training is merged.
+        original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name
+            of the 16-bit base merges into that instead.
+        initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ or
+            PiSSA: that makes up for the quantisation and is taken off again, so that only the training is merged.
 
     Raises:
         ValueError: no packed base; `original` is another model; an adapter that began as LoftQ or PiSSA is to be merged
@@ -129,8 +129,8 @@ def merge_into_dense(
             start = _records(model).get(name, {}).get("init")
             if start in ("loftq", "pissa") and initial is None:
                 raise ValueError(
-                    f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not belong on the "
-                    "original weights. Give initial='DIR/initial_adapter' to take its start off, or merge into the "
+                    f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not belong "
+                    "on the original weights. Give initial='DIR/initial_adapter' to take its start off, or merge into the "
                     "dequantised base (original=None)."
                 )
         _put_original_below(model, original, initial)
@@ -145,7 +145,9 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
     targets = find_targets(skeleton, model.get_base_model().config.quantization_config.modules_to_not_convert)
     source = DenseCheckpoint(safetensors_files(folder), skeleton)
     digests = {name: weight_digest(name, target.as_matrix(source.load(name)[name])) for name, target in targets.items()}
-    _check_fingerprint(fingerprint_of(digests), model, f"The original {original}", "Give the folder it was packed from.")
+    _check_fingerprint(
+        fingerprint_of(digests), model, f"The original {original}", "Give the folder it was packed from."
+    )
     active, temporary = list(model.active_adapters), "lowra_initial"
     if initial is not None:
         model.load_adapter(initial, temporary)
@@ -202,7 +204,7 @@ def _register_layer() -> None:
 
 
 def _record_base() -> None:
-    """Lets adapters carry the fingerprint of their base, in `lowra_base.json` (adapter_config.json takes no new keys)."""
+    """Lets adapters carry the fingerprint of their base in `lowra_base.json`; adapter_config.json takes no new keys."""
     save, load = PeftModel.save_pretrained, PeftModel.load_adapter
 
     @functools.wraps(save)
@@ -224,8 +226,8 @@ def _record_base() -> None:
             bits, packed = record.get("nominal_bits"), _packing(self, "nominal_bits")
             if bits and packed and bits != packed:
                 raise ValueError(
-                    f"The adapter {model_id} was trained on the same base at {bits:.4f} nominal bits, this model has {packed:.4f}: "
-                    f"an adapter also makes up for the errors of its own packing. {remedy}"
+                    f"The adapter {model_id} was trained on the same base at {bits:.4f} nominal bits, this model has "
+                    f"{packed:.4f}: an adapter also makes up for the errors of its own packing. {remedy}"
                 )
         result = load(self, model_id, adapter_name, *args, **kwargs)
         _records(self)[adapter_name] = record

@@ -12,7 +12,6 @@ import types
 from typing import Any
 
 import torch
-from bitsandbytes.backends.lowra import layout
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +19,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+
+from bitsandbytes.backends.lowra import layout
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
@@ -33,7 +34,7 @@ from ..targets import Target, find_targets, replace_module
 
 @register_quantizer("lowra")
 class LowRAHfQuantizer(HfQuantizer):
-    """Replaces the linear layers of the blocks by `LowRALinear`, empty for a packed checkpoint, planned for a dense one."""
+    """Puts packed modules in the place of the linear layers: empty for a packed checkpoint, planned for a dense one."""
 
     requires_calibration = False
     quantization_config: LowRAConfig
@@ -44,7 +45,10 @@ class LowRAHfQuantizer(HfQuantizer):
         self._plan: Plan | None = None
 
     def validate_environment(self, *args, device_map=None, **kwargs):
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and os.environ.get("FSDP_VERSION", "1") == "1":
+        if (
+            os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+            and os.environ.get("FSDP_VERSION", "1") == "1"
+        ):
             raise ValueError(
                 "FSDP1 flattens weights into one floating-point tensor and cannot hold packed integers: use FSDP2 "
                 "(`fsdp_version: 2` in accelerate's configuration)."
@@ -76,8 +80,8 @@ class LowRAHfQuantizer(HfQuantizer):
             elif target.experts is not None:
                 continue  # the loader merges into the dense parameter, and `_Pack` replaces it then
             else:
-                # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds, and
-                # the device map counts quantized_element_size per dense element.
+                # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds,
+                # and the device map counts quantized_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
                 packed["weight"] = model.get_submodule(target.name).weight.detach()
             module = _packed_module(model, target, self.quantization_config.group_size, packed)
@@ -142,9 +146,9 @@ class LowRAHfQuantizer(HfQuantizer):
         dense = [target.name for target in self._targets.values() if _is_dense(modules, target.name)]
         if dense:
             raise ValueError(
-                f"{len(dense)} of {len(self._targets)} packed layers became dense (first: {dense[0]}), so this model is no "
-                "packed checkpoint any more. Merge with lowra.merge_into_dense(peft_model), which makes a clean dense "
-                "model of it, and save that."
+                f"{len(dense)} of {len(self._targets)} packed layers became dense (first: {dense[0]}), so this model "
+                "is no packed checkpoint any more. Merge with lowra.merge_into_dense(peft_model), which makes a clean "
+                "dense model of it, and save that."
             )
         return None, {}
 
@@ -166,7 +170,9 @@ class LowRAHfQuantizer(HfQuantizer):
                 continue
             if isinstance(module, LowRALinear):
                 module = dense_linear(module, dtype or model.config.dtype)
-            if target.transposed and isinstance(module, nn.Linear):  # the model's class, and so its checkpoints, have a Conv1D here
+            if target.transposed and isinstance(
+                module, nn.Linear
+            ):  # the model's class, and so its checkpoints, have a Conv1D here
                 module = _conv1d(module)
             if module is not None:
                 replace_module(model, target.name, module)
@@ -234,8 +240,8 @@ def _check_sizes(name: str, module: PackedModule) -> None:
     for tensor, size in sizes.items():
         if getattr(module, tensor).numel() != size:
             raise ValueError(
-                f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits and "
-                f"groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
+                f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits "
+                f"and groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
             )
 
 
@@ -292,7 +298,9 @@ class _Pack(ConversionOps):
         return tensors
 
 
-def _packed_tensors_on_meta(files: list[pathlib.Path], targets: dict[str, Target]) -> dict[str, dict[str, torch.Tensor]]:
+def _packed_tensors_on_meta(
+    files: list[pathlib.Path], targets: dict[str, Target]
+) -> dict[str, dict[str, torch.Tensor]]:
     """Shapes of the packed tensors of every target, from the headers of the shards.
 
     Raises:
@@ -336,7 +344,7 @@ register_quantization_config("lowra")(LowRAConfig)
 
 
 def _accept_load_in_lowra() -> None:
-    """Lets `from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)` through; Transformers refuses unknown keywords."""
+    """Lets `from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)` through: Transformers refuses such keywords."""
     original = PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""One of two processes of `test_engines.py`: the packed model under FSDP2, its logits and gradients against one process."""
+"""One of two processes of `test_engines.py`: logits and gradients of the packed model under FSDP2 and without."""
 
 import sys
 
@@ -14,9 +14,7 @@ import lowra  # noqa: F401 - registers the format
 
 
 def adapted(folder):
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear")
-    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

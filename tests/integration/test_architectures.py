@@ -93,5 +93,3 @@ def test_another_dtype_changes_no_packed_tensor(packed_llama, tmp_path):
         for tensor, value in layer.packed.tensors().items():
             same = getattr(kept[name], tensor)
             assert value.dtype == same.dtype and torch.equal(value, same), (name, tensor)
-
-

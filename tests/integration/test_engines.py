@@ -44,9 +44,7 @@ def test_a_compiled_model_with_adapter_gives_the_same_gradients(packed_llama):
     model = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     compiled = torch.compile(model, backend="aot_eager")
-    grads = [
-        torch.autograd.grad(run(input_ids=PROMPT, labels=PROMPT).loss, trained) for run in (model, compiled)
-    ]
+    grads = [torch.autograd.grad(run(input_ids=PROMPT, labels=PROMPT).loss, trained) for run in (model, compiled)]
     torch.testing.assert_close(grads[0], grads[1])
 
 

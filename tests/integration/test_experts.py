@@ -1,4 +1,4 @@
-"""Fused experts: packed as one matrix, cut out one at a time, trained through, merged back, and when they stay dense."""
+"""Fused experts: packed as one matrix, cut out one at a time, trained through, merged back, or left dense."""
 
 import json
 

@@ -27,10 +27,14 @@ def test_totals_are_those_of_the_files(packed_llama, capsys):
     assert result["nominal_bits"] == pytest.approx(report["nominal_bits"], abs=1e-6)
     assert result["true_bits"] == pytest.approx(report["true_bits"], abs=1e-6)
     parts = sum(result["code_bytes"].values()) + result["scale_bytes"] + result["table_bytes"]
-    assert parts == result["packed_bytes"] == sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in load_file(packed_llama / "model.safetensors").items()
-        if ".layers." in name and "norm" not in name
+    assert (
+        parts
+        == result["packed_bytes"]
+        == sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in load_file(packed_llama / "model.safetensors").items()
+            if ".layers." in name and "norm" not in name
+        )
     )
     assert sum(kind["parameters"] for kind in result["kinds"]) == result["quantised_parameters"]
     assert sum(kind["layers"] for kind in result["kinds"]) == len(result["layers"]) == 14
@@ -39,7 +43,15 @@ def test_totals_are_those_of_the_files(packed_llama, capsys):
 def test_tables_name_every_kind_and_every_layer(packed_llama, capsys):
     assert main(["inspect", str(packed_llama), "--layers"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("mlp.up_proj", "model.layers.1.self_attn.q_proj", "as NF4", "as bf16", "nominal", "true", "estimated"):
+    for expected in (
+        "mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+        "as NF4",
+        "as bf16",
+        "nominal",
+        "true",
+        "estimated",
+    ):
         assert expected in shown
 
 
