@@ -46,6 +46,12 @@ SETS = {
     "hqq": (_WIKITEXT, ["hqq"], [1, 2, 3, 4], _SEEDS),
     "readings": (_WIKITEXT, _READINGS, [1.25, 1.5, 2], _SEEDS),
     "menu": (_WIKITEXT, ["lowra", "lowra:quantization.menu=[2,4]"], [2, 2.5, 3], _SEEDS),
+    "summaries": (
+        "small-bart-xsum.yaml",
+        ["lora16", "qlora", "loftq", "assigner_only", "lowra"],
+        [1.5, 2, 2.5, 4],
+        _SEEDS,
+    ),
     "openassistant": ("base-30m-openassistant.yaml", ["lora16", "qlora", "loftq", "lowra"], [1.5, 2, 3, 4], _SEEDS),
 }
 
