@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_base, save_adapter
+from adapter_models import make_base, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lowra.adapters import load_packed, read_packed

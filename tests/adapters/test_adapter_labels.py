@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_base
+from adapter_models import make_base
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter_storage import store

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_base
+from adapter_models import make_base
 from peft import LoraConfig, get_peft_model
 from test_adapter_labels import edit_label
 from test_adapter_storage import store

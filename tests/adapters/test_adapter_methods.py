@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import save_adapter
+from adapter_models import save_adapter
 from peft import PeftModel
 
 from lowra.adapters import LoraQuantSettings, quantize_loraquant, read_adapter

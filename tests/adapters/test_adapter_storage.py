@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_base, save_adapter
+from adapter_models import make_base, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapter_methods import METHODS
