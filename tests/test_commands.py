@@ -1,0 +1,72 @@
+"""The command line from quantising to generating, as a user types it."""
+
+import json
+
+import pytest
+
+from lowra.commands import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The history of the city begins with the river and its bridges.\n" * 200)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "packed"
+    assert main(["quantize", str(tiny_llama), "--bits", "2", "--rank", "4", "--output", str(output)]) == 0
+    return output
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_from_checkpoint_to_text(packed, text, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("block_size: 64\nbatch_size: 2\naccumulation: 1\nmax_steps: 3\nlearning_rate: 1e-3\n")
+    overrides = [f"model={packed}", f"train_file={text}", f"validation_file={text}", f"output={tmp_path / 'run'}"]
+    assert main(["finetune", str(recipe), *overrides, "rank=4", "--json"]) == 0
+    assert last_line(capsys)["tuned"]["perplexity"] > 1
+    adapter = str(tmp_path / "run" / "adapter")
+    assert main(["evaluate", str(packed), "--adapter", adapter, "--data", str(text), "--block-size", "64", "--json"]) == 0
+    assert last_line(capsys)["perplexity"] > 1
+    assert main(["generate", str(packed), "--adapter", adapter, "--prompt", "The", "--tokens", "5", "--json"]) == 0
+    assert last_line(capsys)["text"].startswith("The")
+    assert main(["inspect", str(packed), "--json"]) == 0
+    assert last_line(capsys)
+
+
+def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["quantize", str(tiny_llama), "--bits", "1.5", "--output", str(output), "--json"]) == 0
+    report = last_line(capsys)
+    assert report["nominal_bits"] <= 1.5 < report["true_bits"]
+    assert not (output / "initial_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "{model}", "--bits", "0.5", "--output", "{out}"], "from 1 to 4"),
+        (["quantize", "{model}", "--menu", "one", "--output", "{out}"], "separated by commas"),
+        (["quantize", "/no/such/model", "--output", "{out}"], "not a folder"),
+        (["generate", "./no-such-folder", "--prompt", "x"], "does not exist"),
+        (["evaluate", "{model}", "--data", "{empty}", "--block-size", "64"], "empty"),
+        (["finetune", "{unknown}", "model={model}"], "Did you mean 'learning_rate'"),
+    ],
+)
+def test_mistakes_get_one_message_and_write_nothing(tiny_llama, tmp_path, capsys, arguments, message):
+    places = {"model": tiny_llama, "out": tmp_path / "out", "empty": tmp_path / "empty.txt"}
+    places["empty"].write_text("")
+    places["unknown"] = tmp_path / "recipe.yaml"
+    places["unknown"].write_text("learning_rat: 1e-3\n")
+    before = sorted(tmp_path.iterdir())
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lowra: ") and message in captured.err
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.iterdir()) == before
