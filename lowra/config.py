@@ -39,6 +39,7 @@ class LowRAConfig(QuantizationConfigMixin):
             for the rest, as LoftQ and QLoRA below 4 bits do).
         sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix) or "none" (the
             paper's plain squared error).
+        quantize_head: pack the output head as well; not where it is tied to the embeddings. Adapters are not put on it.
         modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
 
     The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
@@ -58,6 +59,7 @@ class LowRAConfig(QuantizationConfigMixin):
     thresholds: str = "channel"
     assigner: str = "exact"
     sensitivity: str = "layer"
+    quantize_head: bool = False
     modules_to_not_convert: list[str] | None = None
     format_version: int = FORMAT_VERSION
     nominal_bits: float | None = None

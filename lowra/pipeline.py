@@ -89,9 +89,9 @@ def quantize_checkpoint(
     skeleton = empty_model(folder)
     if getattr(skeleton.config, "quantization_config", None):
         raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
-    targets = find_targets(skeleton, config.modules_to_not_convert)
+    targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head)
     if adapter is not None:
-        limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.experts is None)
+        limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.adapted)
         if adapter.rank > limit:
             raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
     source = DenseCheckpoint(files, skeleton)
@@ -172,7 +172,7 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, work, device, pr
         def pack(matrix, codebook=codebook, row_bits=row_bits):
             return quantize_matrix(matrix, codebook, row_bits, config)
 
-        if adapter is None or target.experts is not None:
+        if adapter is None or not target.adapted:
             packed = pack(weight)
         else:
             packed, factors = initialize(
@@ -249,7 +249,7 @@ def _write_adapter(work, folder, base, targets, adapter, config) -> None:
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "lora_dropout": adapter.dropout,
-            "target_modules": sorted(target.name for target in targets.values() if target.experts is None),
+            "target_modules": sorted(target.name for target in targets.values() if target.adapted),
             "bias": "none",
             "init_lora_weights": True,
             "inference_mode": False,

@@ -35,6 +35,7 @@ def add_parser(subparsers) -> None:
     recipe.add_argument("--iterations", type=int, default=20, help="limit of the Lloyd-Max iterations (the paper: 2)")
     recipe.add_argument("--block-weight", default="absmax_squared", help="absmax_squared or absmax (the paper's text)")
     recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
+    recipe.add_argument("--head", action="store_true", help="pack the output head too, where it is not tied")
     recipe.add_argument(
         "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
@@ -56,6 +57,7 @@ def run(args) -> dict:
         assigner=args.assigner,
         sensitivity=args.sensitivity,
         modules_to_not_convert=args.keep_dense,
+        quantize_head=args.head,
     )
     adapter = None
     if args.rank is not None:

@@ -79,7 +79,7 @@ def channel_errors(packed: PackedFolder, original: Original) -> list[ChannelErro
         residual = weight - content.dequantize()
         energy = weight.square().sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         adapted = None
-        if adapter.is_dir() and target.experts is None:
+        if adapter.is_dir() and target.adapted:
             adapted = (residual - _adapter_product(adapter, target.name)).square().sum(dim=1) / energy
         errors.append(ChannelErrors(target.name, content.row_bits, residual.square().sum(dim=1) / energy, adapted))
     if packed.config.fingerprint and fingerprint_of(digests) != packed.config.fingerprint:

@@ -27,13 +27,13 @@ class LayerContent:
     Attributes:
         name: of the module.
         kind: the name without block numbers, such as "self_attn.q_proj".
-        block: number of the transformer block.
+        block: number of the transformer block, -1 for the head.
         out_features, in_features: N and K.
         channels: channels at 4, 2 and 1 bits.
         code_bytes: bytes of the codes at 4, 2 and 1 bits, padding included.
         scale_bytes: group scales and their steps.
         table_bytes: levels and the precision of each channel.
-        adapted: whether adapters are put on it; fused experts have none.
+        adapted: whether adapters are put on it; fused experts and the head have none.
     """
 
     name: str
@@ -83,7 +83,8 @@ class PackedFolder:
                 f"{self.folder} is not packed by lowra ({method}); write one with `lowra quantize {model}`."
             )
         self.config = LowRAConfig.from_dict(described)
-        self.targets = find_targets(empty_model(self.folder), self.config.modules_to_not_convert)
+        skeleton = empty_model(self.folder)
+        self.targets = find_targets(skeleton, self.config.modules_to_not_convert, self.config.quantize_head)
         self._files: dict[str, pathlib.Path] = {}
         self.total_bytes = 0
         for path in safetensors_files(self.folder):
@@ -128,7 +129,7 @@ def describe(target: Target, packed: PackedWeight) -> LayerContent:
         code_bytes={bits: count * layout.row_bytes(target.in_features, bits) for bits, count in channels.items()},
         scale_bytes=_bytes(packed.scales) + (0 if packed.scale_steps is None else _bytes(packed.scale_steps)),
         table_bytes=_bytes(packed.levels) + _bytes(packed.row_bits),
-        adapted=target.experts is None,
+        adapted=target.adapted,
     )
 
 
@@ -139,8 +140,9 @@ def kind_of(name: str) -> str:
 
 
 def block_of(name: str) -> int:
-    """Number of the transformer block that a module belongs to."""
-    return int(re.search(r"\.(\d+)\.", name).group(1))
+    """Number of the transformer block that a module belongs to; -1 for the head."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found.group(1)) if found else -1
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -104,7 +104,7 @@ def draw_bits(layers: list[LayerContent]) -> Figure:
                 left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=_ink(value))
     left.set_yticks(range(len(kinds)), kinds)
     step = max(1, len(blocks) // 16)
-    left.set_xticks(range(0, len(blocks), step), blocks[::step])
+    left.set_xticks(range(0, len(blocks), step), ["head" if block < 0 else block for block in blocks[::step]])
     left.set_xlabel("transformer block")
     left.set_title("Mean bits per weight")
     figure.colorbar(image, ax=left, label="bits")

@@ -92,7 +92,7 @@ def prepare_for_training(
     if float32_norms_and_head:
         head = model.get_output_embeddings()
         for module in model.modules():
-            if module is head or type(module).__name__.endswith("Norm"):
+            if type(module).__name__.endswith("Norm") or (module is head and not isinstance(head, LowRALinear)):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.float()
     model.enable_input_require_grads()
@@ -129,9 +129,9 @@ def merge_into_dense(
             start = _records(model).get(name, {}).get("init")
             if start in ("loftq", "pissa") and initial is None:
                 raise ValueError(
-                    f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not belong "
-                    "on the original weights. Give initial='DIR/initial_adapter' to take its start off, or merge into the "
-                    "dequantised base (original=None)."
+                    f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not "
+                    "belong on the original weights. Give initial='DIR/initial_adapter' to take its start off, or "
+                    "merge into the dequantised base (original=None)."
                 )
         _put_original_below(model, original, initial)
     merged = model.merge_and_unload()
@@ -142,7 +142,7 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
     folder = resolve_folder(str(original))
     skeleton = empty_model(folder)
-    targets = find_targets(skeleton, model.get_base_model().config.quantization_config.modules_to_not_convert)
+    targets = find_targets(skeleton, _packing(model, "modules_to_not_convert"), _packing(model, "quantize_head"))
     source = DenseCheckpoint(safetensors_files(folder), skeleton)
     digests = {name: weight_digest(name, target.as_matrix(source.load(name)[name])) for name, target in targets.items()}
     _check_fingerprint(

@@ -64,7 +64,10 @@ class LowRAHfQuantizer(HfQuantizer):
         return self.quantization_config.bits / 8
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
-        self._targets = find_targets(model, self.quantization_config.modules_to_not_convert)
+        config = self.quantization_config
+        # The bare model or another task's head on a packed checkpoint has no use for the packed head.
+        head = config.quantize_head and not (self.pre_quantized and model.get_output_embeddings() is None)
+        self._targets = find_targets(model, config.modules_to_not_convert, head)
         files = [pathlib.Path(path) for path in checkpoint_files or []]
         if not files or not all(path.suffix == ".safetensors" for path in files):
             raise ValueError("lowra reads safetensors checkpoints only; this one has none.")

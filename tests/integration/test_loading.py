@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_models import logits_of, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lowra
+from lowra.commands import main
 
 TARGET = "model.layers.1.mlp.up_proj"
 
@@ -185,3 +187,29 @@ def test_packed_checkpoints_are_not_quantised_again(packed_llama, tmp_path):
 def test_transformers_offers_the_class_of_the_config(packed_llama):
     assert isinstance(transformers.AutoConfig.from_pretrained(packed_llama).quantization_config, dict)
     assert isinstance(load(packed_llama).config.quantization_config, lowra.LowRAConfig)
+
+
+def test_the_head_is_packed_if_asked(dense_llama, tmp_path):
+    config = lowra.LowRAConfig(bits=2, quantize_head=True)
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "packed", config, lowra.AdapterRecipe(4), progress=False)
+    model = load(tmp_path / "packed")
+    assert isinstance(model.lm_head, lowra.LowRALinear)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(model))
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "packed").layers[0].mlp.up_proj, lowra.LowRALinear)
+    fresh = load(dense_llama, quantization_config=config)
+    assert isinstance(fresh.lm_head, lowra.LowRALinear)
+    prepared = lowra.prepare_for_training(model, float32_norms_and_head=True)
+    adapted = PeftModel.from_pretrained(prepared, tmp_path / "packed" / "initial_adapter", is_trainable=True)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert main(["inspect", str(tmp_path / "packed"), "--plot", str(tmp_path / "pictures")]) == 0
+
+
+def test_a_tied_head_is_not_packed(tmp_path):
+    make_model("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    config = lowra.LowRAConfig(quantize_head=True)
+    with pytest.raises(ValueError, match="lm_head of this LlamaForCausalLM is tied"):
+        lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", config, progress=False)
+    with pytest.raises(ValueError, match="lm_head of this LlamaForCausalLM is tied"):
+        load(tmp_path / "dense", quantization_config=config)
