@@ -95,14 +95,14 @@ def _print_totals(total: dict) -> None:
         "level tables": total["table_bytes"],
     }
     for part, size in parts.items():
-        print(f"    {part:<16} {_mib(size)}  {8 * size / parameters:.4f} bits")
+        print(f"    {part:<18} {_mib(size)}  {8 * size / parameters:.4f} bits")
     for name, key in (
         ("packed", "packed_bytes"),
         ("as bf16", "bf16_bytes"),
         (f"as NF4 ({NF4_BITS} bits)", "nf4_bytes"),
     ):
-        print(f"  {name:<18} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
-    print(f"  {'left dense':<18} {_mib(total['dense_bytes'])}  embeddings, norms, head, biases")
+        print(f"  {name:<20} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
+    print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  embeddings, norms, head, biases")
     if total["error"] is not None:
         print(f"  squared error / energy of the weights, before any adapter: {total['error']:.5f}")
 

@@ -146,6 +146,7 @@ def draw_channels(packed: PackedFolder, original: Original | None) -> Figure:
             axis.vlines(levels, 0, axis.get_ylim()[1], color=_COLOURS[bits], linewidth=1.2)
         else:
             axis.vlines(levels, 0, shares, color=_COLOURS[bits], linewidth=3)
+            axis.set_ylim(bottom=0)
         axis.set_title(f"{_short(target.name)}\nchannel {channel}, {_words(bits)}", fontsize=9)
         axis.set_xlim(-1.05, 1.05)
         axis.tick_params(labelsize=8)
