@@ -6,24 +6,34 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .adapters import load_packed
+from .adapters.storage import PACKED_FILE
+from .checkpoint import resolve_folder
 
-def load_model(folder: str, adapter: str | None = None, device: str | None = None):
+_ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
+
+
+def load_model(folder: str, adapter: str | None = None, device: str | None = None, force: bool = False):
     """A causal language model, with an adapter on it if one is given, in evaluation mode.
 
     Args:
         folder: packed or dense checkpoint, local or on the hub.
-        adapter: PEFT adapter folder.
+        adapter: folder of a PEFT adapter, or of a packed one that `lowra adapter quantize` wrote.
         device: a GPU if there is one.
+        force: load a packed adapter in spite of its label.
 
     Raises:
         FileNotFoundError: a folder is not there or has no model in it.
+        ValueError: an adapter of another base, or one whose label forbids it.
     """
-    for what, path in (("model", folder), ("adapter", adapter)):
-        if path is not None and str(path).startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().is_dir():
-            raise FileNotFoundError(f"The {what} folder {path} does not exist.")
+    if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
+        raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
+    folder = resolve_folder(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    if adapter is not None:
+    if adapter is not None and (pathlib.Path(adapter) / PACKED_FILE).exists():
+        model = load_packed(model, adapter, force=force)
+    elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
 

@@ -3,11 +3,8 @@
 import argparse
 import pathlib
 
-import peft
-import torch
-import transformers
-
 from ..checkpoint import empty_model, resolve_folder
+from ..generation import load_model
 from ..training.data import Collator, load_tokenizer, read_json_lines, read_text, text_blocks
 from ..training.evaluation import language_model_metrics
 
@@ -21,7 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog="example: lowra evaluate runs/first/base --adapter runs/first/adapter --data validation.txt",
     )
     parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed or dense model")
-    parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of a PEFT adapter")
+    parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of an adapter, of PEFT or packed")
+    parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or .jsonl with a field `text`")
     parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
     parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
@@ -36,8 +34,6 @@ def run(args: argparse.Namespace) -> dict:
     """
     if args.block_size < 2 or args.batch_size < 1:
         raise ValueError("--block-size must be at least 2 and --batch-size at least 1.")
-    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{args.adapter} is no PEFT adapter: it has no adapter_config.json.")
     folder = resolve_folder(args.model)
     skeleton = empty_model(folder)
     if skeleton.config.is_encoder_decoder:
@@ -54,12 +50,10 @@ def run(args: argparse.Namespace) -> dict:
     else:
         rows = read_text(args.data)
     blocks = text_blocks(rows, tokenizer, args.block_size)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = getattr(transformers, type(skeleton).__name__).from_pretrained(folder, dtype="auto").to(device)
-    if args.adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, args.adapter)
+    adapter = None if args.adapter is None else str(args.adapter)
+    model = load_model(str(folder), adapter, args.device, args.force)
     metrics = language_model_metrics(model, blocks, Collator(tokenizer), args.batch_size)
     print(f"perplexity {metrics['perplexity']:.4f}")
     print(f"accuracy   {metrics['accuracy']:.4f}")
     print(f"on {metrics['tokens']:,} tokens in {len(blocks)} blocks of {args.block_size}")
-    return {"model": args.model, "adapter": args.adapter and str(args.adapter), "data": args.data, **metrics}
+    return {"model": args.model, "adapter": adapter, "data": args.data, **metrics}

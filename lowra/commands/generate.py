@@ -14,11 +14,12 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder")
-    parser.add_argument("--adapter", help="PEFT adapter folder")
+    parser.add_argument("--adapter", help="folder of an adapter, of PEFT or packed")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
     parser.set_defaults(run=run)
 
@@ -27,7 +28,7 @@ def run(args) -> dict:
     """Prints the prompt with its continuation."""
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1; got {args.tokens}.")
-    model = load_model(args.model, args.adapter, args.device)
+    model = load_model(args.model, args.adapter, args.device, args.force)
     start = time.perf_counter()
     text = generate_text(model, load_tokenizer(args.model), args.prompt, args.tokens, args.temperature, args.seed)
     print(text)
