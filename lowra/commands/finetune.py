@@ -1,9 +1,10 @@
 """`lowra finetune`: one fine-tuning run from a recipe."""
 
 import argparse
+import os
 
 from ..training.finetune import finetune
-from ..training.recipe import load_recipe
+from ..training.recipe import Recipe, load_recipe
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,14 +26,20 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used.
     """
     recipe = load_recipe(args.config, args.overrides)
-    result = finetune(recipe)
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
+    result = finetune(recipe, progress=first)
+    if first:
+        _show(recipe, result)
+    return result
+
+
+def _show(recipe: Recipe, result: dict) -> None:
     print(f"{recipe.method}: {result['nominal_bits']:g} nominal bits, {result['true_bits']:.3f} true bits per weight")
     print(f"{result['steps']} steps in {result['train_seconds']:.1f} s on {result['device']}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")
     print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
-    return result
 
 
 def _number(value) -> str:

@@ -151,6 +151,8 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
     packed = packed if isinstance(packed, dict) else packed.to_dict()
     if packed.get("quant_method") != "lowra":
         raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
+    if recipe.quantization:
+        raise ValueError(f"{source} is packed already: {', '.join(recipe.quantization)} cannot be changed any more.")
     adapter = source / ADAPTER_FOLDER
     if adapter.exists():
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]

@@ -75,6 +75,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         axes.errorbar([r["nominal_bits"] for r in members], means, spreads, marker="o", capsize=3, label=label)
     if metric == "perplexity":
         axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="nominal bits per quantised parameter", ylabel=f"{_METRICS[metric]} after fine-tuning")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3, which="both")
@@ -100,5 +102,5 @@ def _number(value: dict, metric: str) -> str:
     if value["mean"] is None:
         return "diverged"
     digits = 3 if metric == "accuracy" else 2
-    spread = "" if value["spread"] is None else f" ± {value['spread']:.{digits}f}"
+    spread = "" if not value["spread"] else f" ± {value['spread']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{spread}"

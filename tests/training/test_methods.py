@@ -62,6 +62,9 @@ def test_a_packed_model_is_taken_as_it_is(recipe, tmp_path):
     given = dataclasses.replace(recipe, model=str(tmp_path / "base"))
     base = prepare_base(given, tmp_path / "unused", CPU, progress=False)
     assert base == made and not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="packed already: sensitivity cannot be changed"):
+        changed = dataclasses.replace(given, quantization={"sensitivity": "none"})
+        prepare_base(changed, tmp_path / "unused", CPU, progress=False)
     with pytest.raises(ValueError, match="has rank 4, the recipe asks for 8"):
         prepare_base(dataclasses.replace(given, rank=8), tmp_path / "unused", CPU, progress=False)
 
