@@ -13,7 +13,7 @@ import pathlib
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -134,6 +134,10 @@ def merge_into_dense(
                     "merge into the dequantised base (original=None)."
                 )
         _put_original_below(model, original, initial)
+    for layer in base.modules():
+        # LowRALoraLinear merges by itself; the layers of other methods (IA3, OFT, VeRA …) need a dense base first
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LowRALoraLinear):
+            _make_dense(layer)
     merged = model.merge_and_unload()
     return quantizer.dequantize(merged)
 
@@ -164,11 +168,20 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
             replace_module(base, target.name, dense_linear(layer, layer.compute_dtype, weight.to(layer.weight.device)))
             continue
         weight = weight.to(layer.base_layer.weight.device)
+        if not isinstance(layer, LowRALoraLinear):
+            _make_dense(layer, weight)
+            continue
         if initial is not None and temporary in layer.lora_A:
             weight = weight - layer.get_delta_weight(temporary).float()
         layer.stand_in(weight)
     if initial is not None:
         model.delete_adapter(temporary)
+
+
+def _make_dense(layer: BaseTunerLayer, weight: torch.Tensor | None = None) -> None:
+    """Puts a dense base below an adapter layer for good: the dequantised weight, or the weight [N, K] given."""
+    if isinstance(layer.base_layer, LowRALinear):
+        layer.base_layer = dense_linear(layer.base_layer, layer.base_layer.compute_dtype, weight)
 
 
 def _packing(model: PeftModel, name: str):

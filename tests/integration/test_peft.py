@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -84,6 +85,36 @@ def test_merge_and_unmerge_leave_the_packed_layer_as_it_was(packed_llama, kind):
     torch.testing.assert_close(logits_of(model), logits, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     assert torch.equal(logits_of(model), logits)
+
+
+OTHER_METHODS = {
+    "AdaLora": {"total_step": 10},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "Vera": {"r": 8},
+    "OFT": {"r": 0, "oft_block_size": 8},
+}
+
+
+@pytest.mark.parametrize("to", ["dequantised", "original"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_train_reload_and_merge(packed_llama, dense_llama, tmp_path, method, to):
+    config = getattr(peft, f"{method}Config")(target_modules=["q_proj", "down_proj"], **OTHER_METHODS[method])
+    model = get_peft_model(load(packed_llama), config)
+    tokens = inputs_of(model)["input_ids"]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02
+    model.eval().save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(load(packed_llama), tmp_path).eval()
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+    if to == "dequantised":
+        merged, expected = lowra.merge_into_dense(reloaded), model
+    else:
+        merged = lowra.merge_into_dense(reloaded, original=dense_llama)
+        expected = PeftModel.from_pretrained(load(dense_llama), tmp_path).eval()
+    torch.testing.assert_close(logits_of(merged), logits_of(expected), rtol=1e-3, atol=1e-4)
+    assert not hasattr(merged.config, "quantization_config")
 
 
 def test_unload_gives_the_packed_base_back(packed_llama):
