@@ -133,7 +133,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
     """The recipe in Transformers' terms."""
     kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
     evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
-    return kind(
+    arguments = kind(
         output_dir=str(checkpoints),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
@@ -170,6 +170,11 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         ddp_broadcast_buffers=False,
         ddp_timeout=4 * 3600,  # the other processes wait while the first one quantises
     )
+    if arguments.n_gpu > 1:
+        # one process on several GPUs would copy the model between them at every step (DataParallel) and multiply the
+        # batch; several GPUs are for several processes (torchrun)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _trainer(model, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
