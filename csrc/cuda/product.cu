@@ -13,7 +13,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (const int status = check_packed(*packed)) return status;
   if (!x || !out) return LOWRA_NULL_POINTER;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
-  if (tokens > 64 || s.group_size < kStep || !power_of_two || s.in_features % kStep != 0 || !aligned16(x) ||
+  if (tokens > 64 || s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) ||
       !aligned16(packed->codes) || reinterpret_cast<uintptr_t>(packed->levels) % 4 != 0) {
     return LOWRA_UNSUPPORTED;
   }
@@ -25,7 +25,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
   const char *forced = getenv("LOWRA_SMALL_TOKENS");  // TEMPORARY: tuning
-  const int small = forced ? atoi(forced) : 4;
+  const int small = forced ? atoi(forced) : 2;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  return tokens <= small ? product_small(q, type, on) : product_tensor(q, type, on);
+  return tokens <= small && product_small_fits(q) ? product_small(q, type, on) : product_tensor(q, type, on);
 }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from bitsandbytes.backends.lowra import layout, reference
 
 

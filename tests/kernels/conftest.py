@@ -1,8 +1,9 @@
 """Devices of the kernel tests, and outputs full of NaN before a kernel writes them."""
 
-import bitsandbytes  # noqa: F401  (its entry point loads the lowra backend)
 import pytest
 import torch
+
+import bitsandbytes  # noqa: F401  (its entry point loads the lowra backend)
 from bitsandbytes.backends.lowra import native
 
 

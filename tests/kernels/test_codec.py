@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from bitsandbytes.backends.lowra import reference
 from cases import packed_case
 
+from bitsandbytes.backends.lowra import reference
+
 OPS = torch.ops.bitsandbytes
-# rows of 4, 2 and 1 bits, in_features, group size: odd tails, one row, no rows of a precision, several blocks of a kernel
+# rows of 4, 2 and 1 bits, in_features, group size: odd tails, one row, no rows of a precision, several blocks
 SHAPES = [
     (0, 0, 1, 64, 64),
     (1, 0, 0, 8, 64),

@@ -1,9 +1,10 @@
-"""lowra_linear: forward and backward against float64 products of the reference's weights, on both kernels and fallback."""
+"""lowra_linear, forward and backward, against float64 products of the reference's weights: kernels and fallback."""
 
 import pytest
 import torch
-from bitsandbytes.backends.lowra import reference
 from cases import packed_case
+
+from bitsandbytes.backends.lowra import reference
 
 OPS = torch.ops.bitsandbytes
 SHAPES = [
@@ -19,12 +20,15 @@ SHAPES = [
 ]
 
 
-def close(out, x, weight, bias):
-    """Sums are float32 in some order, then rounded once to the type of x."""
+def close(out, x, weight, bias, fused):
+    """Sums are float32 in some order, then rounded once to the type of x; cuBLAS may also round parts of a sum."""
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
+    if not fused:
+        assert (out.double() - exact).norm() <= 2 * torch.finfo(out.dtype).eps * exact.norm() + 1e-6 * size.norm()
+        return
     unit = torch.finfo(out.dtype).eps
     bound = unit * exact.abs() + 1e-6 * size + torch.finfo(out.dtype).smallest_normal
     assert bool(((out.double() - exact).abs() <= bound).all())
@@ -44,7 +48,8 @@ def test_linear_equals_the_exact_product(device, shape, tokens, dtype):
     moved = None if bias is None else bias.to(device)
     out = OPS.lowra_linear(*case.to(device).linear_arguments(x.to(device), moved))
     assert out.dtype == dtype and out.shape == (tokens, sum(mix))
-    close(out.cpu(), x, weight, bias)
+    fused = device == "cpu" or (tokens <= 64 and in_features % 32 == 0 and group_size >= 32 and dtype != torch.float32)
+    close(out.cpu(), x, weight, bias, fused)
 
 
 def test_leading_dimensions_and_unaligned_x(device):

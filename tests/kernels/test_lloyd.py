@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bitsandbytes.backends.lowra import lloyd
 from cases import packed_case
+
+from bitsandbytes.backends.lowra import lloyd
 
 SHAPES = [(1, 64, 64), (5, 200, 64), (3, 1001, 32), (4, 4096, 64), (2, 9000, 128), (6, 104, 24), (1, 28672, 64)]
 

@@ -5,6 +5,7 @@ False; a status other than OK becomes an exception that names the shapes.
 """
 
 import ctypes
+import functools
 import logging
 import pathlib
 
@@ -109,8 +110,8 @@ def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_
 
 
 def packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size) -> _Packed:
-    return _Packed(
-        shape_of(row_order.numel(), rows_4bit, rows_2bit, in_features, group_size),
+    return _packed(
+        (row_order.numel(), rows_4bit, rows_2bit, in_features, group_size),
         codes.data_ptr(),
         row_order.data_ptr(),
         scales.data_ptr(),
@@ -118,6 +119,12 @@ def packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bi
         levels.data_ptr(),
         _TYPES[scales.dtype],
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed(shape: tuple[int, ...], *addresses_and_type) -> _Packed:
+    """A function of numbers alone, kept for the weights of a model: filling the struct takes longer than a launch."""
+    return _Packed(shape_of(*shape), *addresses_and_type)
 
 
 def check(status: int, what: str, shape: _Shape) -> None:

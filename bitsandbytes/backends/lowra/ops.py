@@ -35,7 +35,7 @@ torch.library.define(
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Products on CUDA with at most this many tokens decode the weight inside the product (docs/kernels.md has the measurement).
+# Products on CUDA with at most this many tokens decode the weight inside the product (measured: docs/kernels.md).
 _FUSED_TOKENS = 64
 _FUSED_TYPES = (torch.float16, torch.bfloat16)
 
@@ -96,6 +96,18 @@ def _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows
         levels.dtype == torch.float16 and levels.numel() == entries,
         lambda: f"levels must be {entries} float16 values, got {levels.numel()} of {levels.dtype}",
     )
+
+
+_checked = set()
+
+
+def _check_packed_once(codes, row_order, scales, scale_steps, levels, *numbers):
+    """`_check_packed` for kernels: known sizes pass at once, since the checks take longer than a launch."""
+    steps = (None, None) if scale_steps is None else (scale_steps.numel(), scale_steps.dtype)
+    key = tuple((tensor.numel(), tensor.dtype) for tensor in (codes, row_order, scales, levels)) + steps + numbers
+    if key not in _checked:
+        _check_packed(codes, row_order, scales, scale_steps, levels, *numbers)
+        _checked.add(key)
 
 
 def _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size):
@@ -226,24 +238,21 @@ if native.cuda_available():
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
     def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
         packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-        _check_packed(*packed)
+        _check_packed_once(*packed)
         return native.cuda_dequantize(*packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
     def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
         in_features = x.shape[-1]
-        tokens = x.numel() // in_features
-        if 0 < tokens <= _FUSED_TOKENS and x.dtype in _FUSED_TYPES:
-            _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+        _check_packed_once(*packed)
+        if 0 < x.numel() <= _FUSED_TOKENS * in_features and x.dtype in _FUSED_TYPES:
             out = native.cuda_product(
                 x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size
             )
             if out is not None:
                 return out
-        weight = torch.ops.bitsandbytes.lowra_dequantize(
-            codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, x.dtype
-        )
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, native.cuda_dequantize(*packed, x.dtype), bias)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments):
