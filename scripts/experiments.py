@@ -35,6 +35,10 @@ _READINGS = [
     "lowra:init_steps=1",
 ]
 
+# the paper's program, alone and with everything else as the paper's text has it
+_TWO_LEVEL = "lowra:quantization.assigner=two_level"
+_AS_PRINTED = f"{_TWO_LEVEL}:quantization.sensitivity=none:quantization.block_weight=absmax:quantization.iterations=2"
+
 # name: configuration, methods, nominal bits, seeds
 SETS = {
     "learning_rate": (_WIKITEXT, [f"lora16:learning_rate={rate}" for rate in _RATES], [], [0]),
@@ -46,6 +50,7 @@ SETS = {
     "hqq": (_WIKITEXT, ["hqq"], [1, 2, 3, 4], _SEEDS),
     "readings": (_WIKITEXT, _READINGS, [1.25, 1.5, 2], _SEEDS),
     "menu": (_WIKITEXT, ["lowra", "lowra:quantization.menu=[2,4]"], [2, 2.5, 3], _SEEDS),
+    "two_level": (_WIKITEXT, ["lowra", _TWO_LEVEL, _AS_PRINTED], [1.25, 1.5, 2], _SEEDS),
     "summaries": (
         "small-bart-xsum.yaml",
         ["lora16", "qlora", "loftq", "assigner_only", "lowra"],
