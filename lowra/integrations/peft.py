@@ -24,7 +24,7 @@ from ..linear import LowRALinear
 from ..pipeline import BASE_RECORD
 from ..planning import fingerprint_of, weight_digest
 from ..targets import find_targets, replace_module
-from .transformers import dense_linear
+from .modules import dense_linear
 
 _NEEDS_ORIGINAL = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
 

@@ -8,7 +8,6 @@ checkpoint loads by copying its tensors.
 import functools
 import os
 import pathlib
-import types
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -24,12 +22,12 @@ from bitsandbytes.backends.lowra import layout
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
-from ..experts import LowRAExperts
 from ..linear import LowRALinear, PackedModule
 from ..pipeline import learn
 from ..planning import Plan, Planner
 from ..quantize import TENSOR_NAMES, quantize_matrix
 from ..targets import Target, find_targets, replace_module
+from .modules import make_dense, mend_casts_to_weight_dtype, packed_module, use_experts_one_by_one
 
 
 @register_quantizer("lowra")
@@ -87,13 +85,13 @@ class LowRAHfQuantizer(HfQuantizer):
                 # and the device map counts quantized_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
                 packed["weight"] = model.get_submodule(target.name).weight.detach()
-            module = _packed_module(model, target, self.quantization_config.group_size, packed)
+            module = packed_module(model, target, self.quantization_config.group_size, packed)
             # Layers left on disk never meet the loader, and Transformers would draw random numbers into their bytes.
             for parameter in module.parameters():
                 parameter._is_hf_initialized = self.pre_quantized
             replace_module(model, target.name, module)
-        _mend_casts_to_weight_dtype(model)
-        _use_experts_one_by_one(model, self._targets)
+        mend_casts_to_weight_dtype(model)
+        use_experts_one_by_one(model, self._targets)
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if self.pre_quantized and type(model).__name__ in (model.config.architectures or []):
             check_packed_names(files, model)
@@ -164,24 +162,7 @@ class LowRAHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        modules = dict(model.named_modules())
-        for target in self._targets.values():
-            module = modules.get(target.name)  # None where fused experts are dense parameters again
-            if isinstance(module, LowRAExperts):
-                weight = module.dequantize(dtype or model.config.dtype).view(target.experts, -1, target.in_features)
-                replace_module(model, target.name, nn.Parameter(weight, requires_grad=False))
-                continue
-            if isinstance(module, LowRALinear):
-                module = dense_linear(module, dtype or model.config.dtype)
-            if target.transposed and isinstance(
-                module, nn.Linear
-            ):  # the model's class, and so its checkpoints, have a Conv1D here
-                module = _conv1d(module)
-            if module is not None:
-                replace_module(model, target.name, module)
-        for module in model.modules():
-            if _casts_to_weight_dtype(module):
-                module.__dict__.pop("forward", None)
+        make_dense(model, self._targets, dtype or model.config.dtype)
         return model
 
 
@@ -190,47 +171,10 @@ def _is_dense(modules: dict[str, nn.Module], name: str) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, LowRALinear)
 
 
-def dense_linear(module: LowRALinear, dtype: torch.dtype, weight: torch.Tensor | None = None) -> nn.Linear:
-    """A plain linear layer with the dequantised weight, or with a weight [N, K] that is given."""
-    with torch.device("meta"):
-        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    weight = module.dequantize(dtype) if weight is None else weight.to(dtype)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-    return dense
-
-
-def _conv1d(linear: nn.Linear) -> Conv1D:
-    with torch.device("meta"):
-        conv = Conv1D(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
-    conv.bias = linear.bias
-    return conv
-
-
-def _packed_module(model: PreTrainedModel, target: Target, group_size: int, packed: dict) -> PackedModule:
-    """The module that takes the place of a dense layer, or of the parameter of fused experts."""
-    sizes = (target.in_features, target.out_features, group_size, packed)
-    if target.experts is not None:
-        return LowRAExperts(target.experts, *sizes, model.get_parameter(target.name).dtype)
-    dense = model.get_submodule(target.name)
-    return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
-
-
-def _use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:
-    """The other implementations (grouped_mm and the like) need the dense weights of all experts at once."""
-    for target in targets.values():
-        if target.experts is not None:
-            experts = model.get_submodule(target.name.rpartition(".")[0])
-            experts.config._experts_implementation = "eager"
-            experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
-
-
 def _check_sizes(name: str, module: PackedModule) -> None:
     """Raises ValueError where the loaded tensors of a layer do not fit one another."""
-    bits, groups = module.row_bits, layout.group_count(module.in_features, module.group_size)
-    if not torch.isin(bits, torch.tensor(layout.PRECISIONS, dtype=bits.dtype, device=bits.device)).all():
+    bits, groups = module.row_bits.cpu(), layout.group_count(module.in_features, module.group_size)
+    if not torch.isin(bits, torch.tensor(layout.PRECISIONS, dtype=bits.dtype)).all():
         raise ValueError(f"{name}.row_bits holds other values than 1, 2 and 4: the packed checkpoint is damaged.")
     rows = module.out_features, int((bits == 4).sum()), int((bits == 2).sum())
     sizes = {
@@ -246,26 +190,6 @@ def _check_sizes(name: str, module: PackedModule) -> None:
                 f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits "
                 f"and groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
             )
-
-
-def _mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
-    """T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes."""
-    for module in model.modules():
-        if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
-            module.forward = types.MethodType(_feed_forward_without_cast, module)
-
-
-def _casts_to_weight_dtype(module: nn.Module) -> bool:
-    return type(module).__name__.endswith(("DenseActDense", "DenseGatedActDense")) and hasattr(module, "wo")
-
-
-def _feed_forward_without_cast(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`T5DenseActDense.forward` and `T5DenseGatedActDense.forward` in the dtype of the input."""
-    if hasattr(self, "wi_0"):
-        hidden_states = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
-    else:
-        hidden_states = self.act(self.wi(hidden_states))
-    return self.wo(self.dropout(hidden_states))
 
 
 class _Pack(ConversionOps):
@@ -288,7 +212,7 @@ class _Pack(ConversionOps):
         tensors = {f"{target.name}.{name}": tensor for name, tensor in packed.tensors().items()}
         if target.experts is not None:
             meta = {name: tensor.to("meta") for name, tensor in packed.tensors().items()}
-            module = _packed_module(model, target, packed.group_size, meta)
+            module = packed_module(model, target, packed.group_size, meta)
             replace_module(model, target.name, module)
             missing_keys = set() if missing_keys is None else missing_keys
             missing_keys.discard(full_layer_name)
