@@ -2,10 +2,13 @@
 
 import argparse
 import pathlib
+import re
 
 from ..training.grid import plan_grid, run_grid
 from ..training.methods import METHODS
 from ..training.recipe import load_recipe
+
+_COMMAS = r",(?![^\[]*\])"  # outside brackets: quantization.menu=[2,4] is one override
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: recipe, grid, model or data that cannot be used.
     """
     recipe = load_recipe(args.config, args.overrides)
-    cells = plan_grid(recipe, args.methods.split(","), _numbers(args.bits, float), _numbers(args.seeds, int))
+    cells = plan_grid(recipe, re.split(_COMMAS, args.methods), _numbers(args.bits, float), _numbers(args.seeds, int))
     result = run_grid(recipe, cells, args.output)
     print((args.output / "table.md").read_text(encoding="utf-8"))
     print(f"table in {result['table']}, picture in {result['picture']}")

@@ -6,6 +6,7 @@ OUTPUT/table.md, table.json, comparison.png
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import pathlib
@@ -113,7 +114,8 @@ def run_cells(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress:
             arguments = training_arguments(cell.recipe, pathlib.Path(scratch) / "checkpoints")
             base = prepare_base(cell.recipe, output / "bases" / cell.base_key, arguments.device, progress)
             ready = time.perf_counter()
-            result, _ = train(cell.recipe, base, data, arguments, untuned.get(cell.base_key), progress)
+            result = train(cell.recipe, base, data, arguments, untuned.get(cell.base_key), progress)[0]
+        gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
         result["label"] = cell.label
         result["prepare_seconds"] = round(ready - started, 3)
         result["seconds"] = round(time.perf_counter() - started, 3)

@@ -53,9 +53,17 @@ def test_commands(recipe, tmp_path, text_files, capsys):
     )  # fmt: skip
     assert measured["perplexity"] == pytest.approx(tuned["tuned"]["perplexity"], rel=0.2)  # all blocks, not the first 8
     result = _run(
-        compare, "compare", config, "--methods", "lora16,lowra", "--bits", "1.5", "--output", tmp_path / "grid"
+        compare,
+        "compare",
+        config,
+        "--methods",
+        "lora16,lowra:quantization.menu=[1,2]",
+        "--bits",
+        "1.5",
+        "--output",
+        tmp_path / "grid",
     )
-    assert result["cells"] == 2 and "| lowra | 1.5 |" in capsys.readouterr().out
+    assert result["cells"] == 2 and "| lowra:quantization.menu=[1,2] | 1.5 |" in capsys.readouterr().out
     json.dumps([tuned, measured, result], allow_nan=False)
 
 
