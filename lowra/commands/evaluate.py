@@ -1,4 +1,4 @@
-"""`lowra evaluate`: perplexity and next-token accuracy of a model on a text file, or ROUGE of an encoder-decoder."""
+"""`lowra evaluate`: perplexity and next-token accuracy of a model on a text file."""
 
 import argparse
 import pathlib

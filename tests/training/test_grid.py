@@ -71,7 +71,7 @@ def test_commands(recipe, tmp_path, text_files, capsys):
     ("arguments", "error", "message"),
     [
         (["--block-size", 1024], ValueError, "has 128 positions"),
-        (["--adapter", "nowhere"], FileNotFoundError, "is no PEFT adapter"),
+        (["--adapter", "nowhere", "--block-size", 32], FileNotFoundError, "nowhere"),
         (["--batch-size", 0], ValueError, "must be at least"),
     ],
 )
