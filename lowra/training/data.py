@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import pathlib
-import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -189,10 +189,10 @@ def _rows(recipe: Recipe) -> tuple[list, list]:
             f"The data has {len(train)} rows and no validation part, and carve_validation asks for "
             f"{recipe.carve_validation} of them: give validation_file=FILE or a smaller carve_validation."
         )
-    order = list(range(len(train)))
-    random.Random(recipe.data_seed).shuffle(order)
-    chosen = set(order[: recipe.carve_validation])
-    return [row for i, row in enumerate(train) if i not in chosen], [train[i] for i in order[: recipe.carve_validation]]
+    # the permutation of datasets' train_test_split, with which QLoRA's script carves: the same rows for the same seed
+    order = np.random.default_rng(recipe.data_seed).permutation(len(train))
+    held_out, kept = order[: recipe.carve_validation], order[recipe.carve_validation :]
+    return [train[i] for i in kept], [train[i] for i in held_out]
 
 
 def _columns(recipe: Recipe) -> list[str]:

@@ -93,6 +93,7 @@ def train(
         {
             "recipe": recipe.to_dict(),
             "method": recipe.method,
+            "rank": model.peft_config["default"].r,
             "bits": recipe.bits,
             "nominal_bits": base.nominal_bits,
             "true_bits": base.true_bits,

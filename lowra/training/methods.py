@@ -8,6 +8,7 @@ weights and its bits are counted, see `hqq.py`.
 
 import dataclasses
 import json
+import logging
 import pathlib
 
 import peft
@@ -21,6 +22,8 @@ from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
 from ..targets import find_targets
 from . import hqq
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,7 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
     if adapter.exists():
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
         if rank != recipe.rank:
-            raise ValueError(f"{adapter} has rank {rank}, the recipe asks for {recipe.rank}: give rank={rank}.")
+            logger.warning("%s has rank %d; the recipe's rank of %d is not used.", adapter, rank, recipe.rank)
     return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
 
 

@@ -23,7 +23,8 @@ class Recipe:
         output: folder for adapter, curve and metrics.
         method: preset of `lowra.training.methods`: lora16, qlora, loftq, pissa, assigner_only, lowra, hqq.
         bits: nominal bits per quantised parameter; unused by lora16.
-        rank, alpha, dropout: of LoRA; alpha None means alpha = rank, the paper's choice.
+        rank, alpha, dropout: of LoRA; alpha None means alpha = rank, the paper's choice. A packed model that brings its
+            initial adapter keeps that one's.
         init_steps: LoftQ's alternating steps.
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lowra.training.data import IGNORED, Collator, load_data, load_tokenizer, read_text, text_blocks
+from lowra.training.data import IGNORED, Collator, load_data, load_tokenizer, read_json_lines, read_text, text_blocks
 
 
 def test_blocks_are_the_running_text_of_a_thousand_rows_without_its_remainder(tiny_llama):
@@ -41,6 +41,20 @@ def test_instruction_rows_have_loss_on_the_target_alone(recipe, json_files):
     again = load_data(recipe, progress=False)
     assert again.validation == data.validation  # the carved rows depend on data_seed alone
     assert load_data(dataclasses.replace(recipe, data_seed=1), progress=False).validation != data.validation
+
+
+def test_validation_is_carved_as_datasets_carves_it(recipe, json_files):
+    from datasets import Dataset
+
+    path = str(json_files / "train.jsonl")
+    rows = read_json_lines(path, ["text"])
+    split = Dataset.from_list(rows).train_test_split(test_size=5, shuffle=True, seed=42)
+    carved = dataclasses.replace(recipe, task="instruction", train_file=path, validation_file=None, carve_validation=5)
+    data = load_data(dataclasses.replace(carved, max_eval_samples=None), progress=False)
+    tokenizer = data.tokenizer
+    for examples, expected in ((data.train, split["train"]), (data.validation, split["test"])):
+        texts = [tokenizer.decode(example["input_ids"]) for example in examples]
+        assert [text[:40] for text in texts] == [row["text"][:40] for row in expected]
 
 
 def test_batches_are_padded_on_the_right(tiny_llama):
