@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
 
 PRECISIONS = (4, 2, 1)  # order of a codebook's columns

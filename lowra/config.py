@@ -15,7 +15,7 @@ _CHOICES = {
     "block_weight": ("absmax_squared", "absmax"),
     "thresholds": ("channel", "matrix"),
     "assigner": ("exact", "two_level", "layer_order"),
-    "sensitivity": ("layer", "none"),
+    "sensitivity": ("layer", "none", "fisher"),
 }
 
 
@@ -37,8 +37,10 @@ class LowRAConfig(QuantizationConfigMixin):
         thresholds: one set per "channel", or per "matrix" (averaged, levels refitted; section 5's remark on stability).
         assigner: "exact", "two_level" (the paper's integer programs) or "layer_order" (4 bits for the first layers, 2
             for the rest, as LoftQ and QLoRA below 4 bits do).
-        sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix) or "none" (the
-            paper's plain squared error).
+        sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix), "none" (the
+            paper's plain squared error) or "fisher" (squared output gradients x squared inputs, from a calibration).
+        refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
+            paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
         quantize_head: pack the output head as well; not where it is tied to the embeddings. Adapters are not put on it.
         modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
 
@@ -59,6 +61,7 @@ class LowRAConfig(QuantizationConfigMixin):
     thresholds: str = "channel"
     assigner: str = "exact"
     sensitivity: str = "layer"
+    refine: int = 0
     quantize_head: bool = False
     modules_to_not_convert: list[str] | None = None
     format_version: int = FORMAT_VERSION
@@ -84,8 +87,10 @@ class LowRAConfig(QuantizationConfigMixin):
             )
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
-        if self.iterations < 0:
-            raise ValueError(f"iterations must not be negative; got {self.iterations}.")
+        if self.iterations < 0 or self.refine < 0:
+            raise ValueError(f"iterations and refine must not be negative; got {self.iterations} and {self.refine}.")
+        if self.refine and self.codebook != "learned":
+            raise ValueError("refine fits levels, which codebook=normal_float keeps fixed: use refine=0 with it.")
         if self.budget == "nominal" and not self.menu[0] <= self.bits <= self.menu[-1]:
             raise ValueError(
                 f"A budget of {self.bits} nominal bits cannot be met with channels of {_words(self.menu)} bits: give "

@@ -1,6 +1,7 @@
 """Mapping and threshold learner (P1): weighted Lloyd-Max per output channel, data-free (LowRA, section 5)."""
 
 import torch
+
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
 
 from .codebook import PRECISIONS, Codebook, initial_tables
@@ -14,8 +15,8 @@ def learn_codebook(weight: torch.Tensor, config: LowRAConfig) -> Codebook:
         weight: floating point [N, K], finite; on a GPU the search runs there.
         config: `codebook`, `iterations`, `block_weight`, `thresholds` and `group_size` decide.
 
-    With `thresholds="matrix"` the thresholds found for the channels are averaged over the matrix and the levels refitted
-    to them per channel. With `codebook="normal_float"` the initial tables stay as they are, so only errors are measured.
+    With `thresholds="matrix"` the thresholds found for the channels are averaged over the matrix and the levels
+    refitted to them per channel. With `codebook="normal_float"` the initial tables stay, so only errors are measured.
     """
     levels, thresholds = initial_tables(weight.device)
     iterations = 0 if config.codebook == "normal_float" else config.iterations

@@ -1,4 +1,4 @@
-"""Low-rank initialisation against the quantisation error (P4): LoftQ, PiSSA, and plain LoRA for comparison."""
+"""Low-rank initialisation against the quantisation error (P4): LoftQ, CLoQ, PiSSA, and plain LoRA for comparison."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import torch
 
 from .quantize import PackedWeight
 
-METHODS = ("loftq", "pissa", "lora")
+METHODS = ("loftq", "cloq", "pissa", "lora")
 STEPS = 5
 
 _OVERSAMPLING = 16
@@ -36,18 +36,22 @@ def initialize(
     method: str = "loftq",
     steps: int = STEPS,
     seed: int = 0,
+    moment: torch.Tensor | None = None,
 ) -> tuple[PackedWeight, LowRank]:
     """Quantises a weight and fits adapter factors to what is left.
 
     loftq: alternate Q = quantise(W - B A) and B A = best rank-r fit of W - dequantise(Q), `steps` times from B A = 0;
-    the last Q goes with the last fit (LowRA, section 4.1, following LoftQ). pissa: the best rank-r part of W first, the
-    residual quantised (appendix D). lora: Q = quantise(W), A Kaiming-uniform, B zero, as QLoRA starts.
+    the last Q goes with the last fit (LowRA, section 4.1, following LoftQ). cloq: the same with the fit that is best in
+    the outputs, least mean || (W - Q - B A) x ||^2 over the inputs x (CLoQ, Deng et al. 2025). pissa: the best rank-r
+    part of W first, the residual quantised (appendix D). lora: Q = quantise(W), A Kaiming-uniform, B zero, as QLoRA
+    starts.
 
     Args:
         weight: float32 [N, K].
         quantize: packs a matrix of this shape.
         rank: r, at most min(N, K).
         alpha: LoRA's alpha; the factors are divided by the scaling alpha / r.
+        moment: [K, K], positive definite, mean x x^T of the inputs; for cloq alone.
 
     Raises:
         ValueError: unknown method or a rank that does not fit.
@@ -66,11 +70,17 @@ def initialize(
     if method == "pissa":
         left, right = truncated_svd(weight, rank, seed)
         return quantize(weight - left @ right), _scaled(left, right, scaling)
+    root = torch.linalg.cholesky(moment.to(weight.device).double()).float() if method == "cloq" else None
     packed, left, right = quantize(weight), None, None
     for step in range(steps):
         if step:
             packed = quantize(weight - left @ right)
-        left, right = truncated_svd(weight - packed.dequantize(), rank, seed)
+        residual = weight - packed.dequantize()
+        left, right = truncated_svd(residual if root is None else residual @ root, rank, seed)
+        if root is not None:
+            right = torch.linalg.solve_triangular(root.T, right.T, upper=True).T
+    if root is not None:
+        left, right = _balanced(left, right)
     return packed, _scaled(left, right, scaling)
 
 
@@ -112,6 +122,22 @@ def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     values, vectors = torch.linalg.eigh(gram.double().cpu())
     return values.to(gram.device), vectors.to(gram.device)
+
+
+def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and vectors of a small symmetric matrix, in double precision on the CPU.
+
+    A GPU's solver takes longer for a matrix of this size than the way there and back.
+    """
+    values, vectors = torch.linalg.eigh(gram.double().cpu())
+    return values.to(gram.device), vectors.to(gram.device)
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the same product with the square root of its singular values on both sides."""
+    basis, rest = torch.linalg.qr(left)
+    inner, values, outer = torch.linalg.svd(rest @ right, full_matrices=False)
+    return basis @ inner * values.sqrt(), values.sqrt()[:, None] * outer
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> LowRank:

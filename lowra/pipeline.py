@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from . import __version__, card
 from .atomic import save_json, save_tensors, save_text
+from .calibration import FILE as CALIBRATION_FILE
+from .calibration import Calibration
 from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from .config import LowRAConfig
 from .loftq import METHODS, initialize
@@ -37,8 +39,8 @@ class AdapterRecipe:
     Attributes:
         rank: r.
         alpha: LoRA's alpha; None means alpha = r, the paper's choice.
-        method: "loftq", "pissa" or "lora".
-        steps: LoftQ's alternating steps.
+        method: "loftq", "cloq" (needs a calibration with second moments), "pissa" or "lora".
+        steps: alternating steps of LoftQ and CLoQ.
         dropout: recorded for training.
     """
 
@@ -63,6 +65,7 @@ def quantize_checkpoint(
     adapter: AdapterRecipe | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    calibration: Calibration | None = None,
 ) -> dict:
     """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
 
@@ -73,6 +76,7 @@ def quantize_checkpoint(
         adapter: the adapter for `output/initial_adapter`, or None.
         device: where the arithmetic runs; a GPU if there is one.
         progress: show progress bars.
+        calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`.
 
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, error, bound, seconds of each stage.
@@ -95,23 +99,27 @@ def quantize_checkpoint(
         if adapter.rank > limit:
             raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
     source = DenseCheckpoint(files, skeleton)
-    work = _open_work_folder(output, files, config, adapter)
+    if adapter is not None and adapter.method == "cloq" and not (calibration and calibration.moments):
+        raise ValueError("method=cloq needs second moments of the inputs: calibrate with moments=True.")
+    work = _open_work_folder(output, files, config, adapter, calibration)
 
     seconds = {}
     clock = time.perf_counter()
-    planner = Planner(config, work / "learned")
+    planner = Planner(config, work / "learned", calibration)
     learn(planner, source, targets, device, progress)
     seconds["learn"] = time.perf_counter() - clock
     plan = planner.assign()
     seconds["assign"] = plan.assignment.seconds
 
     clock = time.perf_counter()
-    pieces = _write_pieces(source, targets, plan, config, adapter, work, device, progress)
+    pieces = _write_pieces(source, targets, plan, config, adapter, calibration, work, device, progress)
     seconds["quantise and initialise" if adapter else "quantise"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
     report = _assemble(work, output, folder, model, skeleton, targets, plan, pieces, config, adapter)
     seconds["write"] = time.perf_counter() - clock
+    if calibration is not None:
+        calibration.save(work / "final" / CALIBRATION_FILE)
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     save_json(report, work / "final" / "lowra_report.json")
     if output.exists():
@@ -135,7 +143,7 @@ def learn(
             planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))
 
 
-def _open_work_folder(output, files, config, adapter) -> pathlib.Path:
+def _open_work_folder(output, files, config, adapter, calibration) -> pathlib.Path:
     """`OUTPUT.partial`, emptied unless it was begun with the same source and recipe."""
     work = output.with_name(output.name + ".partial")
     recipe = {
@@ -143,6 +151,7 @@ def _open_work_folder(output, files, config, adapter) -> pathlib.Path:
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "config": config.to_dict(),
         "adapter": dataclasses.asdict(adapter) if adapter else None,
+        "calibration": calibration.digest() if calibration else None,
     }
     begun = work / "recipe.json"
     if begun.exists() and json.loads(begun.read_text()) != recipe:
@@ -152,7 +161,7 @@ def _open_work_folder(output, files, config, adapter) -> pathlib.Path:
     return work
 
 
-def _write_pieces(source, targets, plan: Plan, config, adapter, work, device, progress) -> list[str]:
+def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, work, device, progress) -> list[str]:
     """One file per conversion of the source, and one per adapted matrix; finished ones are kept from an earlier run."""
     names = source.names()
     tied = set(getattr(source.model, "all_tied_weights_keys", {}))
@@ -175,8 +184,9 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, work, device, pr
         if adapter is None or not target.adapted:
             packed = pack(weight)
         else:
+            moment = calibration.moment(name) if adapter.method == "cloq" else None
             packed, factors = initialize(
-                weight.float(), pack, adapter.rank, adapter.alpha, adapter.method, adapter.steps
+                weight.float(), pack, adapter.rank, adapter.alpha, adapter.method, adapter.steps, moment=moment
             )
             prefix = f"base_model.model.{target.name}"
             save_tensors(
@@ -281,9 +291,7 @@ def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path) -> int:
         save_tensors(tensors, final / name)
         weight_map.update(dict.fromkeys(tensors, name))
     if len(shards) > 1:
-        save_json(
-            {"metadata": {"total_size": total}, "weight_map": weight_map}, final / "model.safetensors.index.json"
-        )
+        save_json({"metadata": {"total_size": total}, "weight_map": weight_map}, final / "model.safetensors.index.json")
     return sum(path.stat().st_size for path in final.glob("*.safetensors"))
 
 

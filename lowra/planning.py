@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from .assigner import Assignment, Problem, assign
 from .atomic import save_tensors
+from .calibration import Calibration
 from .codebook import PRECISIONS, Codebook
 from .config import LowRAConfig
 from .learner import learn_codebook
@@ -41,13 +42,23 @@ class Plan:
 class Planner:
     """Collects one matrix at a time, then assigns precisions over all of them."""
 
-    def __init__(self, config: LowRAConfig, store: pathlib.Path | None = None):
+    def __init__(self, config: LowRAConfig, store: pathlib.Path | None = None, calibration: Calibration | None = None):
         """
         Args:
             config: recipe and budget.
             store: folder that keeps finished matrices, so that a killed run resumes; None keeps nothing.
+            calibration: for sensitivity "fisher".
+
+        Raises:
+            ValueError: "fisher" without a calibration.
         """
+        if config.sensitivity == "fisher" and calibration is None:
+            raise ValueError(
+                "sensitivity=fisher needs a calibration: run `lowra quantize MODEL --calibrate FILE`, or pass "
+                "calibration= to quantize_checkpoint."
+            )
         self.config = config
+        self.calibration = calibration
         self.store = store
         self._targets: dict[str, Target] = {}
         self._codebooks: dict[str, Codebook] = {}
@@ -109,14 +120,21 @@ class Planner:
         errors, sizes, costs = [], [], []
         for name, book in self._codebooks.items():
             target = self._targets[name]
-            # relative to the matrix: plain squared error starves whole layers of small norm
-            weight = 1.0 / max(self._energy[name], 1e-300) if self.config.sensitivity == "layer" else 1.0
-            errors.append(book.errors.double().numpy() * weight)
+            errors.append(book.errors.double().numpy() * self._sensitivity(name))
             sizes.append(np.full(target.out_features, target.in_features, dtype=np.int64))
             costs.append(np.tile(self._channel_costs(target), (target.out_features, 1)))
         sizes = np.concatenate(sizes)
         budget = int(self.config.bits * int(sizes.sum()) + 1e-6)
         return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
+
+    def _sensitivity(self, name: str) -> np.ndarray | float:
+        """What a unit of squared error costs in this matrix, or in each of its channels [N, 1]."""
+        if self.config.sensitivity == "fisher":
+            return self.calibration.channel_weights(name).double().numpy()[:, None]
+        if self.config.sensitivity == "layer":
+            # relative to the matrix: plain squared error starves whole layers of small norm
+            return 1.0 / max(self._energy[name], 1e-300)
+        return 1.0
 
     def _channel_costs(self, target: Target) -> np.ndarray:
         if self.config.budget == "nominal":

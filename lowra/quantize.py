@@ -3,11 +3,14 @@
 import dataclasses
 
 import torch
+
 from bitsandbytes.backends.lowra import layout
-from bitsandbytes.backends.lowra.reference import encode_scales
+from bitsandbytes.backends.lowra.lloyd import LEVELS
+from bitsandbytes.backends.lowra.reference import decode_scales, encode_scales
 
 from .codebook import Codebook
 from .config import LowRAConfig
+from .refine import nearest_codes, refine
 
 TENSOR_NAMES = ("weight", "row_bits", "scales", "scale_steps", "levels")
 
@@ -80,12 +83,48 @@ def quantize_matrix(
     """
     row_bits = row_bits.to(weight.device)
     order = layout.row_order(row_bits)
+    if config.refine:
+        return _quantize_refined(weight, codebook.to(weight.device), row_bits, order.long(), config)
     thresholds, levels = codebook.to(weight.device).pack(order, row_bits)
     codes, absmax = torch.ops.bitsandbytes.lowra_quantize(
         weight, order, thresholds, int((row_bits == 4).sum()), int((row_bits == 2).sum()), config.group_size
     )
     scales, steps = store_scales(absmax, config.scales)
     return PackedWeight(codes, row_bits, scales, steps, levels, weight.shape[1], config.group_size)
+
+
+def _quantize_refined(weight, codebook, row_bits, order, config) -> PackedWeight:
+    """Scales and levels by least squares, then the codes nearest under what is stored of them."""
+    segments = layout.segments(len(order), int((row_bits == 4).sum()), int((row_bits == 2).sum()))
+    segments = [(bits, first, end) for bits, first, end in segments if end > first]
+    rows = [order[first:end] for _, first, end in segments]
+    groups = layout.group_count(weight.shape[1], config.group_size)
+    tables, scales = [], []
+    for (bits, _, _), members in zip(segments, rows, strict=True):
+        part = weight[members].float()
+        padded = torch.nn.functional.pad(part, (0, -part.shape[1] % config.group_size))
+        absmax = padded.view(len(part), groups, config.group_size).abs().amax(dim=2)
+        start = codebook.levels[members, LEVELS[bits]]
+        levels, fitted = refine(part, start, absmax, config.group_size, config.refine)
+        tables.append(levels.half())
+        scales.append(fitted)
+    stored, steps = store_scales(torch.cat(scales), config.scales)
+    decoded = decode_scales(stored, steps).split([len(members) for members in rows])
+    codes = [
+        _pack_codes(nearest_codes(weight[members].float(), levels.float(), scale, config.group_size), bits)
+        for (bits, _, _), members, levels, scale in zip(segments, rows, tables, decoded, strict=True)
+    ]
+    levels = torch.cat([table.reshape(-1) for table in tables])
+    return PackedWeight(torch.cat(codes), row_bits, stored, steps, levels, weight.shape[1], config.group_size)
+
+
+def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [rows, K] of one precision to the bytes of packed format 1, flat."""
+    places = 8 // bits
+    width = layout.row_bytes(codes.shape[1], bits) * places
+    parts = torch.nn.functional.pad(codes, (0, width - codes.shape[1])).view(codes.shape[0], width // places, places)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (parts << shifts).sum(dim=2, dtype=torch.uint8).reshape(-1)
 
 
 def store_scales(absmax: torch.Tensor, storage: str) -> tuple[torch.Tensor, torch.Tensor | None]:

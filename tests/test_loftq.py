@@ -114,3 +114,30 @@ def test_refusals(method, rank, message):
     weight = matrix()
     with pytest.raises(ValueError, match=message):
         initialize(weight, quantizer(weight), rank, 8.0, method)
+
+
+def test_cloq_leaves_the_least_error_in_the_outputs():
+    weight = matrix()
+    pack = quantizer(weight)
+    inputs = matrix(2000, 160, seed=3) * torch.linspace(0.1, 3, 160) @ matrix(160, 160, seed=4)
+    moment = inputs.T @ inputs / len(inputs)
+
+    def in_outputs(method):
+        packed, factors = initialize(weight, pack, 8, 16.0, method, moment=moment)
+        left = weight - packed.dequantize() - 2 * factors.lora_B @ factors.lora_A
+        return float(((left @ moment) * left).sum()), factors
+
+    plain, _ = in_outputs("loftq")
+    fitted, factors = in_outputs("cloq")
+    assert fitted < plain
+    torch.testing.assert_close(factors.lora_B.norm(dim=0), factors.lora_A.norm(dim=1), rtol=1e-3, atol=1e-3)
+
+
+def test_cloq_is_loftq_under_white_inputs():
+    weight = matrix()
+    pack = quantizer(weight)
+    packed, factors = initialize(weight, pack, 8, 8.0, "cloq", moment=torch.eye(160) * 3)
+    same, reference = initialize(weight, pack, 8, 8.0, "loftq")
+    torch.testing.assert_close(
+        factors.lora_B @ factors.lora_A, reference.lora_B @ reference.lora_A, rtol=1e-2, atol=1e-2
+    )

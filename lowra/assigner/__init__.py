@@ -1,4 +1,4 @@
-"""Precision assigner (P2): one precision per channel of the whole model, within a bit budget. Sees arrays, never models."""
+"""Precision assigner (P2): one precision per channel of the whole model within a bit budget. Sees arrays, no models."""
 
 from .exact import assign_exact
 from .layer_order import assign_layer_order

@@ -1,7 +1,7 @@
 """Exact assigner: the multiple-choice knapsack through its linear relaxation, with a certificate.
 
 Each channel's (bits, error) points have a lower convex hull of at most two steps. All steps of all channels, sorted by
-error saved per bit, are taken while the budget lasts: that prefix with a fraction of the next step is the optimum of the
+error saved per bit, are taken while the budget lasts: that prefix with a part of the next step is the optimum of the
 linear relaxation (Sinha and Zoltners 1979). Dropping the fraction leaves a feasible choice whose error exceeds the
 relaxed optimum by less than that one step, so by less than one channel's error; the rest of the budget is then spent
 on later steps that still fit. One sort over all channels, whatever their sizes.

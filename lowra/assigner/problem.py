@@ -1,4 +1,4 @@
-"""The precision assignment as arrays: what it is given, what it returns, and the bound both solvers are held against."""
+"""The precision assignment as arrays: what it is given, what it returns, and the bound solvers are held against."""
 
 import dataclasses
 

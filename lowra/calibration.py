@@ -1,0 +1,233 @@
+"""What a model feels of an error in its weights, estimated from text: input moments and output gradients of layers.
+
+An error E [N, K] in a weight changes the layer's output by E x for an input x. To second order, with inputs and output
+gradients taken as independent, the loss rises by about 1/2 sum_i g_i e_i^T H e_i: g_i the mean squared gradient of the
+loss at output i, H = mean x x^T. With the diagonal of H alone this is the squared error weighted by channel and column.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterable
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from .atomic import save_tensors
+from .checkpoint import empty_model, resolve_folder
+from .targets import find_targets
+
+FILE = "calibration.safetensors"
+TOKENS = 25_000
+SEQUENCE = 1024
+# Columns that hardly saw an input keep this share of the mean: 25,000 tokens do not prove that they never will.
+DAMPING = 0.01
+
+
+@dataclasses.dataclass
+class Calibration:
+    """Statistics of every quantised layer, by the name of its weight, float32 on the CPU.
+
+    Attributes:
+        inputs: [K], mean squared input of each column.
+        gradients: [N], mean squared gradient of the summed loss at each output channel.
+        moments: [K, K], mean x x^T, or empty where it was not asked for.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def channel_weights(self, name: str) -> torch.Tensor:
+        """[N]: what a unit of squared error costs in each channel.
+
+        Raises:
+            ValueError: this layer was not calibrated.
+        """
+        if name not in self.gradients:
+            raise ValueError(f"The calibration has no statistics of {name}: it belongs to another model.")
+        return self.gradients[name] * self.inputs[name].mean()
+
+    def moment(self, name: str) -> torch.Tensor:
+        """Damped second moment [K, K] relative to its mean diagonal.
+
+        Raises:
+            ValueError: second moments were not collected.
+        """
+        if name not in self.moments:
+            raise ValueError(
+                f"There is no second moment of the inputs of {name}; they are not stored with a checkpoint: calibrate "
+                "with moments=True, or start the adapter with loftq."
+            )
+        moment = self.moments[name] / self.inputs[name].mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return moment + DAMPING * torch.eye(moment.shape[0])
+
+    def digest(self) -> str:
+        """Names these statistics in the record of a quantisation that may be resumed."""
+        tensors = [t for part in (self.inputs, self.gradients) for _, t in sorted(part.items())]
+        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes inputs and gradients; second moments are larger than the packed model and are left out."""
+        parts = {"inputs": self.inputs, "gradients": self.gradients}
+        save_tensors({f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "Calibration":
+        """From the file, or from a checkpoint folder that has one.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not one of these.
+        """
+        path = pathlib.Path(path)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
+        parts = {"inputs": {}, "gradients": {}}
+        for key, tensor in load_file(path).items():
+            part, _, name = key.partition(".")
+            if part not in parts:
+                raise ValueError(f"{path} holds {key}, which no calibration has.")
+            parts[part][name] = tensor
+        return cls(**parts)
+
+
+def calibrate(
+    model: str,
+    text: str | pathlib.Path | Iterable[str],
+    tokens: int = TOKENS,
+    device: str | torch.device | None = None,
+    moments: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Statistics of every linear layer of a dense model's blocks over running text.
+
+    Memory holds the model in its stored dtype, the activations at the borders of its blocks for one sequence, and the
+    sums. On GPUs the model is spread over all of them and the CPU if it has to be.
+
+    Args:
+        model: local folder or hub name.
+        text: a UTF-8 text file, or texts such as the rows of a data set.
+        tokens: how many to use at most.
+        device: "cpu", or a GPU (then all of them); a GPU if there is one.
+        moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` needs.
+
+    Raises:
+        FileNotFoundError, ValueError: model or text that cannot be used.
+    """
+    folder = resolve_folder(model)
+    skeleton = empty_model(folder)
+    targets = find_targets(skeleton, None)
+    if any(target.experts is not None for target in targets.values()):
+        raise ValueError("Calibration does not see into fused experts: quantise this model with sensitivity=layer.")
+    sequences = _sequences(folder, text, tokens, skeleton.config)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
+    dense = type(skeleton).from_pretrained(folder, **where)
+    if dense.supports_gradient_checkpointing:
+        dense.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        dense.train()  # Transformers checkpoints in training mode only
+        for module in dense.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    modules = {name: dense.get_submodule(target.name) for name, target in targets.items()}
+    return collect(dense, modules, sequences, moments, progress)
+
+
+def _sequences(folder, text, tokens, config) -> torch.Tensor:
+    """Token ids [count, length] of the beginning of the text."""
+    if isinstance(text, (str, pathlib.Path)):
+        path = pathlib.Path(text)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a text file to calibrate with.")
+        text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
+    ids: list[int] = []
+    for row in text:
+        ids += tokenizer(row, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    count = min(len(ids), tokens) // length
+    if count == 0:
+        raise ValueError(f"The calibration text has {len(ids)} tokens, less than one sequence of {length}: give more.")
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+class Collector:
+    """Hooks that reduce inputs and output gradients on the fly; nothing of size tokens stays alive."""
+
+    def __init__(self, modules: dict[str, nn.Module], moments: bool):
+        self.inputs, self.gradients, self.moments = {}, {}, {}
+        self._with_moments = moments
+        self._tokens, self._gradient_tokens = {}, {}
+        self._handles = []
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._on_input(name)))
+            self._handles.append(module.register_full_backward_hook(self._on_gradient(name)))
+
+    def _on_input(self, name):
+        def hook(module, args):
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            _add(self.inputs, name, x.square().sum(dim=0))
+            if self._with_moments:
+                _add(self.moments, name, x.T @ x)
+            self._tokens[name] = self._tokens.get(name, 0) + x.shape[0]
+
+        return hook
+
+    def _on_gradient(self, name):
+        def hook(module, grad_input, grad_output):
+            gradient = grad_output[0].detach()
+            gradient = gradient.reshape(-1, gradient.shape[-1]).float()
+            _add(self.gradients, name, gradient.square().sum(dim=0))
+            self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + gradient.shape[0]
+
+        return hook
+
+    def result(self) -> Calibration:
+        """Means over the tokens seen, and the hooks removed.
+
+        Raises:
+            ValueError: a layer saw no token or no gradient.
+        """
+        for handle in self._handles:
+            handle.remove()
+        unseen = [name for name in self._tokens if name not in self.gradients]
+        if unseen or not self._tokens:
+            raise ValueError(f"The calibration text reached no output of {', '.join(unseen[:3]) or 'any layer'}.")
+        return Calibration(
+            {name: (total / self._tokens[name]).cpu() for name, total in self.inputs.items()},
+            {name: (total / self._gradient_tokens[name]).cpu() for name, total in self.gradients.items()},
+            {name: (total / self._tokens[name]).cpu() for name, total in self.moments.items()},
+        )
+
+
+def _add(totals, name, value):
+    if name in totals:
+        totals[name] += value
+    else:
+        totals[name] = value
+
+
+def collect(model: nn.Module, modules: dict[str, nn.Module], sequences: torch.Tensor, moments: bool, progress: bool):
+    """Statistics of `modules` over token sequences [count, length], one sequence at a time.
+
+    The parameters are frozen: gradients flow through activations alone, and the embeddings' output starts them.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+    collector = Collector(modules, moments)
+    for sequence in tqdm(sequences, desc="calibrating", unit="sequence", disable=not progress):
+        ids = sequence[None].to(model.get_input_embeddings().weight.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss * ids.shape[1]  # the sum
+        loss.backward()
+    handle.remove()
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return collector.result()

@@ -1,0 +1,99 @@
+"""Calibration: the statistics against autograd's own, the precisions they lead to, and their life with a checkpoint."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
+from lowra.calibration import FILE, Calibration, calibrate, collect
+from lowra.pipeline import ADAPTER_FOLDER
+
+TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_llama) -> Calibration:
+    return calibrate(str(tiny_llama), TEXT, tokens=512, device="cpu", moments=True, progress=False)
+
+
+def test_statistics_are_the_means_over_tokens(tiny_llama, calibration):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    name = "model.layers.1.mlp.down_proj.weight"
+    module = model.get_submodule(name.removesuffix(".weight"))
+    seen = {}
+    module.register_forward_hook(lambda m, args, out: (out.retain_grad(), seen.update(x=args[0], y=out)) and None)
+    ids = torch.tensor([[byte % 256 for byte in range(64)]])
+    model(input_ids=ids, labels=ids).loss.mul(64).backward()
+    plain = collect(model, {name: module}, ids, moments=True, progress=False)
+    x, gradient = seen["x"].detach()[0], seen["y"].grad[0]
+    torch.testing.assert_close(plain.inputs[name], x.square().mean(0))
+    torch.testing.assert_close(plain.moments[name], x.T @ x / 64)
+    torch.testing.assert_close(plain.gradients[name], gradient.square().mean(0), rtol=1e-4, atol=1e-9)
+    assert set(calibration.inputs) == set(calibration.gradients) == set(calibration.moments)
+    assert len(calibration.inputs) == 14
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_llama, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    with_it = calibrate(str(tiny_llama), TEXT, tokens=256, device="cpu", moments=True, progress=False)
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    without = calibrate(str(tiny_llama), TEXT, tokens=256, device="cpu", moments=True, progress=False)
+    for part in ("inputs", "gradients", "moments"):
+        for name, tensor in getattr(with_it, part).items():
+            torch.testing.assert_close(tensor, getattr(without, part)[name], rtol=1e-4, atol=1e-8)
+
+
+def test_moments_are_positive_definite_and_of_unit_scale(calibration):
+    for name in calibration.moments:
+        moment = calibration.moment(name)
+        torch.linalg.cholesky(moment)
+        assert moment.diagonal().mean() == pytest.approx(1.01, rel=1e-3)
+
+
+def test_a_calibrated_checkpoint_serves_another_budget(tiny_llama, calibration, tmp_path):
+    config = LowRAConfig(bits=1.5, sensitivity="fisher")
+    quantize_checkpoint(
+        str(tiny_llama), tmp_path / "a", config, AdapterRecipe(4, method="cloq"), "cpu", False, calibration
+    )
+    assert (tmp_path / "a" / ADAPTER_FOLDER / "adapter_model.safetensors").exists()
+    assert (tmp_path / "a" / FILE).exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    stored = Calibration.load(tmp_path / "a")
+    assert stored.digest() == calibration.digest()
+    report = quantize_checkpoint(
+        str(tiny_llama), tmp_path / "b", LowRAConfig(bits=1.25, sensitivity="fisher"), None, "cpu", False, stored
+    )
+    assert report["nominal_bits"] <= 1.25
+    with pytest.raises(ValueError, match="second moments"):
+        quantize_checkpoint(
+            str(tiny_llama), tmp_path / "c", config, AdapterRecipe(4, method="cloq"), "cpu", False, stored
+        )
+
+
+def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):
+    from safetensors.torch import load_file
+
+    skewed = Calibration(dict(calibration.inputs), {n: g.clone() for n, g in calibration.gradients.items()})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    skewed.gradients[name][:8] *= 1e6
+    quantize_checkpoint(
+        str(tiny_llama), tmp_path / "a", LowRAConfig(bits=1.2, sensitivity="fisher"), None, "cpu", False, skewed
+    )
+    bits = load_file(tmp_path / "a" / "model.safetensors")[name.replace("weight", "row_bits")]
+    assert (bits[:8] == 4).all()
+
+
+def test_refusals(tiny_llama, calibration, tmp_path):
+    fisher = LowRAConfig(bits=1.5, sensitivity="fisher")
+    other = Calibration({"x.weight": torch.ones(8)}, {"x.weight": torch.ones(8)})
+    with pytest.raises(ValueError, match="needs a calibration"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "a", fisher, None, "cpu", False)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "a", fisher, None, "cpu", False, other)
+    with pytest.raises(ValueError, match="less than one sequence"):
+        calibrate(str(tiny_llama), ["short"], device="cpu", progress=False)
+    with pytest.raises(FileNotFoundError, match="not a text file"):
+        calibrate(str(tiny_llama), tmp_path / "none.txt", device="cpu", progress=False)
+    with pytest.raises(FileNotFoundError, match="without a calibration"):
+        Calibration.load(tiny_llama)
