@@ -177,7 +177,9 @@ def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedMod
 def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.PeftModel:
     """The model with its trainable adapter at the start of training, on the same linear layers for every method."""
     if base.adapter is not None:
-        return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True)
+        config = peft.PeftConfig.from_pretrained(base.adapter)
+        config.lora_dropout, config.inference_mode = recipe.dropout, False
+        return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True, config=config)
     names = [name.removesuffix(".weight") for name in _adapted(model)]
     config = peft.LoraConfig(
         r=recipe.rank,

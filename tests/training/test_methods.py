@@ -21,11 +21,12 @@ def test_packed_methods_meet_the_budget(recipe, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["lora16", "hqq", "lowra"])
 def test_every_method_adapts_the_same_layers(recipe, tmp_path, method):
-    recipe = dataclasses.replace(recipe, method=method)
-    base = prepare_base(recipe, tmp_path / "base", CPU, progress=False)
+    recipe = dataclasses.replace(recipe, method=method, dropout=0.1)
+    base = prepare_base(dataclasses.replace(recipe, dropout=0.0), tmp_path / "base", CPU, progress=False)
     model = attach_adapter(load_base(base, recipe, CPU), base, recipe)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    assert sum(isinstance(module, torch.nn.Dropout) and module.p == 0.1 for module in model.modules()) == 2 * 7
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
