@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.ops import PackedLinear
 
 from .quantize import TENSOR_NAMES, PackedWeight
 
@@ -100,7 +101,7 @@ class PackedModule(nn.Module):
 class LowRALinear(PackedModule, nn.Linear):
     """y = x W^T + bias with a packed W [N, K].
 
-    Forward and backward run through the op `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
+    Forward and backward run on `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
     """
 
     @classmethod
@@ -118,7 +119,9 @@ class LowRALinear(PackedModule, nn.Linear):
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.bitsandbytes.lowra_linear(
+        # Compiled code has no host to spare, and the compiler knows the op but not the function.
+        linear = torch.ops.bitsandbytes.lowra_linear if torch.compiler.is_compiling() else PackedLinear.apply
+        return linear(
             x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
         )
 
