@@ -1,0 +1,382 @@
+"""Perplexity of many quantisation variants of one model, untuned and after a short fine-tuning, in one table.
+
+    python scripts/accuracy_grid.py MODEL TEXT_FOLDER --variants list.json --workers 12 --output results.json
+
+Every variant is a dictionary of the keys of `Variant`; variants run in parallel processes on one GPU. Weights are
+quantised by the library's own functions and then kept dense, which gives the same values as packed ones. Fine-tuning is
+plain LoRA on every linear layer of the blocks: AdamW, cosine schedule, warmup 0.03, gradients clipped at 0.3.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import pathlib
+import sys
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+try:
+    import peft  # noqa: F401
+except ImportError:  # the arithmetic of lowra needs neither PEFT nor an installed bitsandbytes, only its package does
+    package = types.ModuleType("lowra")
+    package.__path__, package.__version__ = [str(ROOT / "lowra")], "source"
+    sys.modules["lowra"] = package
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
+
+import bitsandbytes.backends.lowra.ops  # noqa: E402, F401
+from bitsandbytes.backends.lowra import layout  # noqa: E402
+from bitsandbytes.backends.lowra.reference import decode_scales  # noqa: E402
+from lowra.calibration import SEQUENCE, collect  # noqa: E402
+from lowra.config import LowRAConfig  # noqa: E402
+from lowra.loftq import initialize  # noqa: E402
+from lowra.planning import Planner  # noqa: E402
+from lowra.quantize import quantize_matrix  # noqa: E402
+from lowra.refine import widen  # noqa: E402
+from lowra.targets import find_targets, replace_module  # noqa: E402
+
+
+@dataclasses.dataclass
+class Variant:
+    """One row of the table: switches of `LowRAConfig` and `AdapterRecipe`, and experiments that are not in the library.
+
+    Attributes:
+        power: sensitivity energy^-power of the matrix in place of `sensitivity`.
+        aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
+        feedback: rounds of codes with error feedback after the initialisation, each with a new low-rank fit.
+        train: what is trained beside the adapter: "lora" (nothing), "levels", "scales" or "both".
+        table_rate: learning rate of levels and scales over that of the adapter.
+    """
+
+    bits: float = 16.0
+    sensitivity: str = "layer"
+    refine: int = 0
+    method: str = "loftq"
+    steps: int = 5
+    menu: tuple = (1, 2, 4)
+    group_size: int = 64
+    scales: str = "double_quant"
+    codebook: str = "learned"
+    assigner: str = "exact"
+    power: float | None = None
+    aware: bool = False
+    feedback: int = 0
+    train: str = "lora"
+    table_rate: float = 1.0
+    rank: int = 8
+    lr: float = 4e-3
+    seed: int = 0
+    train_steps: int = 120
+
+
+DEFAULTS = dataclasses.asdict(Variant())
+PATIENCE = 100  # seconds without any result after which the workers are taken for dead
+
+
+class Adapted(nn.Module):
+    """x (W + B A)^T; W frozen, or levels[codes] * scales with both trainable."""
+
+    def __init__(self, dense, a, b, parts=None):
+        super().__init__()
+        self.lora_a, self.lora_b = nn.Parameter(a.float()), nn.Parameter(b.float())
+        self.register_buffer("dense", dense, persistent=False)
+        self.parts = None
+        if parts is not None:
+            codes, levels, scales, group, which = parts
+            self.parts = (codes, group)
+            self.levels = nn.Parameter(levels.clone(), requires_grad=which in ("levels", "both"))
+            # as a relative change per group, so that one learning rate suits all of them
+            self.register_buffer("scales", scales, persistent=False)
+            self.gain = nn.Parameter(torch.ones_like(scales), requires_grad=which in ("scales", "both"))
+
+    def forward(self, x):
+        if self.parts is None:
+            weight = self.dense
+        else:
+            codes, group = self.parts
+            wide = (self.scales * self.gain).repeat_interleave(group, 1)[:, : codes.shape[1]]
+            weight = self.levels.gather(1, codes) * wide
+        weight = weight.to(torch.bfloat16) if x.is_cuda else weight
+        low = nn.functional.linear(nn.functional.linear(x, self.lora_a.to(weight.dtype)), self.lora_b.to(weight.dtype))
+        return nn.functional.linear(x, weight) + low
+
+
+class Session:
+    """Model, text and calibration, loaded once per process."""
+
+    def __init__(self, model, text, device, calibration_tokens, eval_blocks):
+        self.device = torch.device(device)
+        self.folder = model
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self.train = self._blocks(tokenizer, text / "train.txt")
+        self.valid = self._blocks(tokenizer, text / "validation.txt")[:eval_blocks]
+        self.model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
+        self.model.config.use_cache = False
+        self.targets = find_targets(self.model, None)
+        modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
+        self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
+        count = max(1, calibration_tokens // SEQUENCE)
+        self.calibration = collect(self.model, modules, self.train[:count], True, False)
+
+    def _blocks(self, tokenizer, path):
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        blocks = []
+        for first in range(0, len(rows), 1000):
+            ids = tokenizer("".join(rows[first : first + 1000])).input_ids
+            blocks += [ids[i : i + SEQUENCE] for i in range(0, len(ids) - SEQUENCE + 1, SEQUENCE)]
+        return torch.tensor(blocks)
+
+    def perplexity(self):
+        self.model.eval()
+        total = 0.0
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            for part in self.valid.split(16):
+                part = part.to(self.device)
+                total += float(self.model(input_ids=part, labels=part).loss) * len(part)
+        return math.exp(total / len(self.valid))
+
+
+class Experiment(Planner):
+    """The planner with the sensitivities and errors of a variant."""
+
+    def __init__(self, config, calibration, power):
+        super().__init__(config, None, calibration)
+        self.power = power
+
+    def _sensitivity(self, name):
+        return super()._sensitivity(name) if self.power is None else self._energy[name] ** -self.power
+
+    def see_correction(self, name, fit) -> None:
+        """Replaces a matrix's errors [N, 3] by those of `fit(row_bits)`, which returns what is left of the weight."""
+        book = self._codebooks[name]
+        for place, bits in enumerate((4, 2, 1)):
+            left = fit(book, torch.full((len(book.errors),), bits, dtype=torch.uint8))
+            book.errors[:, place] = left.square().sum(dim=1)
+
+
+def quantise(session: Session, v: Variant):
+    """Dense weight, A, B and (codes, levels, scales) of every matrix, on the CPU; true bits per parameter.
+
+    On the CPU because many processes that wait for one GPU at every small step make each other slow.
+    """
+    config = LowRAConfig(
+        bits=v.bits, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
+        scales=v.scales, codebook=v.codebook, assigner=v.assigner,
+    )  # fmt: skip
+    planner = Experiment(config, session.calibration, v.power)
+
+    def fit(name, book, row_bits):
+        weight = session.weights[name]
+        moment = session.calibration.moment(name) if v.method == "cloq" or v.feedback else None
+
+        def pack(matrix):
+            return quantize_matrix(matrix, book, row_bits, config)
+
+        packed, factors = initialize(weight, pack, v.rank, v.rank, v.method, v.steps, v.seed, moment)
+        a, b = factors.lora_A, factors.lora_B
+        codes, levels, scales = tables_of(packed)
+        for _ in range(v.feedback):
+            codes = feed_back(weight - b @ a, levels, scales, moment, v.group_size)
+            dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
+            # an exact quantiser that always answers with these codes: one more low-rank fit and nothing else
+            fixed = types.SimpleNamespace(dequantize=lambda dense=dense: dense)
+            _, factors = initialize(weight, lambda m, q=fixed: q, v.rank, v.rank, v.method, 1, v.seed, moment)
+            a, b = factors.lora_A, factors.lora_B
+        dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
+        return dense, a, b, (codes, levels, scales), packed.stored_bits
+
+    for name, target in session.targets.items():
+        planner.add(name, target, session.weights[name])
+        if v.aware:
+
+            def left_over(book, row_bits, name=name):
+                dense, a, b, _, _ = fit(name, book, row_bits)
+                return session.weights[name] - dense - b @ a
+
+            planner.see_correction(name, left_over)
+    plan = planner.assign()
+    fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
+    parameters = sum(weight.numel() for weight in session.weights.values())
+    return fitted, sum(entry[-1] for entry in fitted.values()) / parameters
+
+
+def tables_of(packed):
+    """Codes [N, K], levels [N, 16] (the last one repeated) and scales [N, groups] in the order of the weight's rows."""
+    order = layout.row_order(packed.row_bits).long()
+    scales = torch.empty(packed.scales.shape)
+    scales[order] = decode_scales(packed.scales, packed.scale_steps)
+    levels, start = torch.empty(len(order), 16), 0
+    for row in order.tolist():
+        count = 2 ** int(packed.row_bits[row])
+        levels[row, :count] = packed.levels[start : start + count].float()
+        levels[row, count:] = levels[row, count - 1]
+        start += count
+    wide = widen(scales, packed.group_size, packed.in_features)
+    normal = torch.where(wide > 0, packed.dequantize() / wide, torch.zeros_like(wide))
+    return _nearest(normal, levels), levels, scales
+
+
+def _nearest(normal, levels):
+    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), normal.contiguous())
+
+
+def feed_back(weight, levels, scales, moment, group_size, block=128):
+    """Codes chosen by falling input energy, each column's error carried to the later ones (GPTQ, Frantar et al. 2022).
+
+    Args:
+        weight: [N, K].
+        levels: [N, 16], ascending; repeated ones are never chosen before their first.
+        moment: [K, K], positive definite.
+    """
+    order = moment.diagonal().argsort(descending=True)
+    rest, wide = weight[:, order].clone(), widen(scales, group_size, weight.shape[1])[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order].double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    codes = torch.empty(weight.shape, dtype=torch.int64)
+    for first in range(0, weight.shape[1], block):
+        end = min(first + block, weight.shape[1])
+        errors = torch.empty(weight.shape[0], end - first)
+        for column in range(first, end):
+            scale, value = wide[:, column : column + 1], rest[:, column : column + 1]
+            code = _nearest(torch.where(scale > 0, value / scale, torch.zeros_like(value)), levels)
+            error = (value - levels.gather(1, code) * scale) / upper[column, column]
+            rest[:, column + 1 : end].addmm_(error, upper[column : column + 1, column + 1 : end], alpha=-1)
+            codes[:, column : column + 1], errors[:, column - first : column - first + 1] = code, error
+        rest[:, end:].addmm_(errors, upper[first:end, end:], alpha=-1)
+    return torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes)
+
+
+def run(session: Session, v: Variant) -> dict:
+    start = time.perf_counter()
+    torch.manual_seed(v.seed)
+    device, model = session.device, session.model
+    true_bits, output_error = 16.0, 0.0
+    if v.bits < 16:
+        fitted, true_bits = quantise(session, v)
+    for name, target in session.targets.items():
+        weight = session.weights[name]
+        if v.bits < 16:
+            dense, a, b, parts, _ = fitted[name]
+            left, moment = weight - dense - b @ a, session.calibration.moment(name)
+            output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
+            dense, a, b, parts = dense.to(device), a.to(device), b.to(device), tuple(t.to(device) for t in parts)
+        else:
+            dense, parts = weight.to(device), None
+            a = ((torch.rand(v.rank, weight.shape[1]) * 2 - 1) * weight.shape[1] ** -0.5).to(device)
+            b = torch.zeros(weight.shape[0], v.rank, device=device)
+        parts = None if v.train == "lora" or parts is None else (*parts, v.group_size, v.train)
+        dense = dense.to(torch.bfloat16) if device.type == "cuda" else dense
+        replace_module(model, target.name, Adapted(dense, a, b, parts))
+    prepared = time.perf_counter() - start
+    untuned = session.perplexity()
+    tuned = fine_tune(session, v) if v.train_steps else float("nan")
+    return {
+        **dataclasses.asdict(v),
+        "true_bits": true_bits,
+        "output_error": output_error / len(session.targets),
+        "untuned": untuned,
+        "tuned": tuned,
+        "prepared_s": prepared,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fine_tune(session, v, batch=8, warmup=0.03):
+    model = session.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapters, tables = [], []
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            adapters += [module.lora_a.requires_grad_(True), module.lora_b.requires_grad_(True)]
+            if module.parts is not None:
+                tables += [module.levels.requires_grad_(v.train in ("levels", "both"))]
+                tables += [module.gain.requires_grad_(v.train in ("scales", "both"))]
+    tables = [p for p in tables if p.requires_grad]
+    groups = [{"params": adapters, "lr": v.lr}, {"params": tables, "lr": v.lr * v.table_rate, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups[: 2 if tables else 1], weight_decay=0.1)
+    warm = max(1, round(warmup * v.train_steps))
+
+    def factor(step):
+        if step < warm:
+            return step / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, v.train_steps - warm)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    generator = torch.Generator().manual_seed(v.seed)
+    order = torch.cat([torch.randperm(len(session.train), generator=generator) for _ in range(8)])
+    while len(order) < batch * v.train_steps:
+        order = torch.cat([order, torch.randperm(len(session.train), generator=generator)])
+    model.train()
+    for step in range(v.train_steps):
+        ids = session.train[order[step * batch : (step + 1) * batch]].to(session.device)
+        with torch.autocast(session.device.type, torch.bfloat16, enabled=session.device.type == "cuda"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters + tables, 0.3)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+    return session.perplexity()
+
+
+def _work(jobs, results, arguments):
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    session = Session(*arguments)
+    while (job := jobs.get()) is not None:
+        try:
+            results.put(run(session, Variant(**job)))
+        except Exception as error:  # one bad variant must not cost the table
+            results.put({**job, "failed": f"{type(error).__name__}: {error}"})
+    results.put(None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("text", type=pathlib.Path, help="folder with train.txt and validation.txt")
+    parser.add_argument("--variants", type=pathlib.Path, required=True, help="JSON list of variants, most wanted first")
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no variant after this long")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--calibration-tokens", type=int, default=25_000)
+    parser.add_argument("--eval-blocks", type=int, default=10_000)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    variants = json.loads(args.variants.read_text())
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks)
+    workers = [context.Process(target=_work, args=(jobs, results, arguments), daemon=True) for _ in range(args.workers)]
+    for worker in workers:
+        worker.start()
+    rows, running, waiting = [], 0, list(variants)
+    for _ in range(args.workers):
+        if waiting:
+            jobs.put(waiting.pop(0))
+            running += 1
+    while running:
+        row = results.get(timeout=PATIENCE)
+        running -= 1
+        rows.append(row)
+        changed = {k: x for k, x in row.items() if k not in DEFAULTS or x != DEFAULTS[k]}
+        print(json.dumps({k: round(x, 4) if isinstance(x, float) else x for k, x in changed.items()}), flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(rows, indent=1))
+        if waiting and time.perf_counter() - start < args.seconds:
+            jobs.put(waiting.pop(0))
+            running += 1
+    print(f"{len(rows)} of {len(variants)} variants in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
