@@ -32,12 +32,23 @@ def test_from_checkpoint_to_text(packed, text, tmp_path, capsys):
     assert main(["finetune", str(recipe), *overrides, "rank=4", "--json"]) == 0
     assert last_line(capsys)["tuned"]["perplexity"] > 1
     adapter = str(tmp_path / "run" / "adapter")
-    assert main(["evaluate", str(packed), "--adapter", adapter, "--data", str(text), "--block-size", "64", "--json"]) == 0
+    measured = ["evaluate", str(packed), "--adapter", adapter, "--data", str(text), "--block-size", "64", "--json"]
+    assert main(measured) == 0
     assert last_line(capsys)["perplexity"] > 1
     assert main(["generate", str(packed), "--adapter", adapter, "--prompt", "The", "--tokens", "5", "--json"]) == 0
     assert last_line(capsys)["text"].startswith("The")
     assert main(["inspect", str(packed), "--json"]) == 0
     assert last_line(capsys)
+
+
+def test_calibration_is_kept_for_the_next_budget(tiny_llama, text, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    start = ["quantize", str(tiny_llama), "--rank", "4", "--calibration-tokens", "512"]
+    assert main([*start, "--bits", "1.5", "--calibrate", str(text), "--output", str(first)]) == 0
+    kept = str(first / "calibration.safetensors")
+    assert main([*start, "--bits", "2", "--calibrate", kept, "--init", "loftq", "--output", str(second)]) == 0
+    config = json.loads((second / "config.json").read_text())["quantization_config"]
+    assert config["sensitivity"] == "fisher"
 
 
 def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from ..calibration import TOKENS, Calibration, calibrate
 from ..config import LowRAConfig
 from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
 
@@ -11,8 +12,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "quantize",
         help="pack a checkpoint into 1 to 4 bits per weight and prepare an adapter",
-        description="Packs the linear layers of a checkpoint into a bit budget. Every output channel gets 1, 2 or 4 bits "
-        "and its own levels. With --rank, an adapter fitted to what was lost is written to OUTPUT/initial_adapter "
+        description="Packs the linear layers of a checkpoint into a bit budget. Every output channel gets 1, 2 or 4 "
+        "bits and its own levels. With --rank, an adapter fitted to what was lost is written to OUTPUT/initial_adapter "
         "(train it with `lowra finetune`). A run that was killed goes on when started again with the same arguments.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -21,14 +22,27 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--bits", type=float, default=2.0, help="budget in bits per quantised weight, from 1 to 4")
     parser.add_argument("--rank", type=int, help="rank of the adapter; without it no adapter is written")
     parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the rank)")
-    parser.add_argument("--init", default="loftq", help="how the adapter starts: loftq, pissa or lora")
+    parser.add_argument(
+        "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate), pissa, lora"
+    )
     parser.add_argument("--loftq-steps", type=int, default=5, help="alternating steps of LoftQ")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    calibration = parser.add_argument_group("calibration (one pass over some text; better below 2 bits)")
+    calibration.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="UTF-8 text, or the calibration.safetensors of an earlier run",
+    )
+    calibration.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of the text to use at most")
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
-    recipe.add_argument("--sensitivity", default="layer", help="weight of a channel's error: layer or none")
+    recipe.add_argument(
+        "--sensitivity", help="weight of an error: layer (default), fisher (default with --calibrate), none"
+    )
     recipe.add_argument("--assigner", default="exact", help="exact, two_level (the paper's programs) or layer_order")
     recipe.add_argument("--scales", default="double_quant", help="group scales: double_quant, float16 or float32")
-    recipe.add_argument("--budget", default="nominal", help="nominal counts codes alone, true counts all that is stored")
+    recipe.add_argument(
+        "--budget", default="nominal", help="nominal counts codes alone, true all that is stored"
+    )
     recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
     recipe.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")
@@ -36,6 +50,7 @@ def add_parser(subparsers) -> None:
     recipe.add_argument("--block-weight", default="absmax_squared", help="absmax_squared or absmax (the paper's text)")
     recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
     recipe.add_argument("--head", action="store_true", help="pack the output head too, where it is not tied")
+    recipe.add_argument("--refine", type=int, default=0, help="rounds of least squares on scales and levels")
     recipe.add_argument(
         "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
@@ -55,14 +70,23 @@ def run(args) -> dict:
         block_weight=args.block_weight,
         thresholds=args.thresholds,
         assigner=args.assigner,
-        sensitivity=args.sensitivity,
+        sensitivity=args.sensitivity or ("fisher" if args.calibrate else "layer"),
+        refine=args.refine,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
     )
     adapter = None
     if args.rank is not None:
-        adapter = AdapterRecipe(args.rank, args.alpha, args.init, args.loftq_steps)
-    report = quantize_checkpoint(args.model, args.output, config, adapter, args.device)
+        method = args.init or ("cloq" if args.calibrate else "loftq")
+        adapter = AdapterRecipe(args.rank, args.alpha, method, args.loftq_steps)
+    if args.calibrate is None:
+        calibration = None
+    elif args.calibrate.endswith(".safetensors"):
+        calibration = Calibration.load(args.calibrate)
+    else:
+        moments = adapter is not None and adapter.method == "cloq"
+        calibration = calibrate(args.model, args.calibrate, args.calibration_tokens, args.device, moments)
+    report = quantize_checkpoint(args.model, args.output, config, adapter, args.device, calibration=calibration)
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")
     print(
