@@ -257,7 +257,14 @@ def main():
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", help="all numbers as JSON")
     parser.add_argument("--picture", help="PNG file")
+    parser.add_argument("--draw", help="only draw --picture from this JSON of an earlier run")
     options = parser.parse_args()
+    if options.draw:
+        with open(options.draw) as file:
+            earlier = json.load(file)
+        picture(earlier["results"], earlier["copy_gbs"], options.picture)
+        print_tables(earlier["results"], earlier["copy_gbs"])
+        return
     timer = time_events if options.events else time_graph
     ceiling = copy_ceiling(timer, 1 << 28)
     results = []

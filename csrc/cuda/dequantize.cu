@@ -40,44 +40,90 @@ __device__ __forceinline__ uint32_t load_codes(const uint8_t *codes, int chunk) 
   return __ldg(codes + chunk);
 }
 
-// 8 weights of one chunk as words of the output. `level`: the row's levels, one register each for 1 and 2 bits; with 4
-// bits lane i of each half-warp holds level i, and a shuffle looks one up (all 32 lanes must be here).
+// What a lane needs to decode one chunk. 16-bit outputs of 1- and 2-bit rows: the group's values, already rounded, as bytes
+// to select from (`table`); otherwise the group's scale. `level`: the row's levels, one register each for 1 and 2 bits; with
+// 4 bits lane i of each half-warp holds level i, and a shuffle looks one up.
 template <int BITS, class Out>
-__device__ __forceinline__ void decode_chunk(uint32_t codes, const float (&level)[4], float scale,
-                                             uint32_t (&words)[2 * sizeof(Out)]) {
-  if constexpr (BITS == 4 || sizeof(Out) == 4) {
-    float value[8];
+struct decoder {
+  static constexpr bool kTable = BITS < 4 && sizeof(Out) == 2;
+  float level[4];
+  uint32_t table[2];
+  float scale;
+
+  __device__ __forceinline__ void load_levels(const uint16_t *levels) {
+    if constexpr (BITS == 4) level[0] = half_bits_to_float(__ldg(levels + threadIdx.x % 16));
+    if constexpr (BITS < 4) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t code = (codes >> (BITS * i)) & ((1 << BITS) - 1);
-      if constexpr (BITS == 4) value[i] = __shfl_sync(0xffffffffu, level[0], code, 16) * scale;
-      if constexpr (BITS == 2) {
-        value[i] = (code & 2 ? (code & 1 ? level[3] : level[2]) : (code & 1 ? level[1] : level[0])) * scale;
-      }
-      if constexpr (BITS == 1) value[i] = (code ? level[1] : level[0]) * scale;
-    }
-    if constexpr (sizeof(Out) == 4) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(value[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack<Out>(value[2 * i], value[2 * i + 1]);
-    }
-  } else {
-    // Scale and round the levels, not the weights: bytes 2c and 2c + 1 of (low, high) are the value of code c.
-    const uint32_t low = pack<Out>(level[0] * scale, level[1] * scale);
-    const uint32_t high = BITS == 2 ? pack<Out>(level[2] * scale, level[3] * scale) : 0u;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t first = (codes >> (2 * BITS * i)) & ((1 << BITS) - 1);
-      const uint32_t second = (codes >> (2 * BITS * i + BITS)) & ((1 << BITS) - 1);
-      words[i] = permute(low, high, first * 0x22 + second * 0x2200 + 0x1010);
+      for (int i = 0; i < 1 << BITS; ++i) level[i] = half_bits_to_float(__ldg(levels + i));
     }
   }
-}
+
+  // From the scale of a group to its table: levels are scaled and rounded, not weights.
+  __device__ __forceinline__ void set_scale(float value) {
+    scale = value;
+    if constexpr (kTable) {
+      const uint32_t first = pack<Out>(level[0] * value, level[1] * value);
+      if constexpr (BITS == 1) table[0] = first;
+      if constexpr (BITS == 2) {
+        const uint32_t second = pack<Out>(level[2] * value, level[3] * value);
+        table[0] = permute(first, second, 0x6420);  // low bytes of the four values
+        table[1] = permute(first, second, 0x7531);  // high bytes
+      }
+    }
+  }
+
+  // What lane `lane` has set.
+  __device__ __forceinline__ decoder of_lane(int lane) const {
+    decoder other = *this;
+    if constexpr (!kTable) other.scale = __shfl_sync(0xffffffffu, scale, lane);
+    if constexpr (kTable) other.table[0] = __shfl_sync(0xffffffffu, table[0], lane);
+    if constexpr (kTable && BITS == 2) other.table[1] = __shfl_sync(0xffffffffu, table[1], lane);
+    return other;
+  }
+
+  // 8 weights as words of the output; all 32 lanes must be here.
+  __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&words)[2 * sizeof(Out)]) const {
+    if constexpr (kTable && BITS == 1) {
+      const uint32_t base = permute(table[0], 0, 0x1010), flip = base ^ permute(table[0], 0, 0x3232);
+      const uint32_t next = permute(codes, codes >> 1, 0x0040);  // byte 1 is one code further on than byte 0
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = (permute(next << (7 - 2 * i), 0, 0x9988) & flip) ^ base;  // the signs of the bytes become masks
+      }
+    } else if constexpr (kTable && BITS == 2) {
+      const uint32_t next = permute(codes, codes >> 2, 0x5140);  // bytes 1 and 3 are one code further on than 0 and 2
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // A byte of the selector names byte c of the low bytes and byte c of the high ones.
+        const uint32_t selector = ((next >> (4 * i)) & 0x03030303u) * 0x11u + 0x40404040u;
+        words[i] = permute(table[0], table[1], selector);
+        words[2 + i] = permute(table[0], table[1], selector >> 16);
+      }
+    } else {
+      float value[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t code = (codes >> (BITS * i)) & ((1 << BITS) - 1);
+        if constexpr (BITS == 4) value[i] = __shfl_sync(0xffffffffu, level[0], code, 16) * scale;
+        if constexpr (BITS == 2) {
+          value[i] = (code & 2 ? (code & 1 ? level[3] : level[2]) : (code & 1 ? level[1] : level[0])) * scale;
+        }
+        if constexpr (BITS == 1) value[i] = (code ? level[1] : level[0]) * scale;
+      }
+      if constexpr (sizeof(Out) == 4) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(value[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = pack<Out>(value[2 * i], value[2 * i + 1]);
+      }
+    }
+  }
+};
 
 struct dense_shape {
   int in_features, groups;
+  int group_shift;  // log2 of the chunks in a group, 0 where that is no power of two
   small_divisor chunks_per_group;
   bool vector;  // rows of the output start on multiples of 16 bytes
 };
@@ -85,29 +131,36 @@ struct dense_shape {
 template <int BITS, class Out>
 __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, size_t first_scale,
                                                 const dense_shape &shape, Out *row) {
-  const int first = blockIdx.x * kSpan + threadIdx.x;
+  const int lane = threadIdx.x, first = blockIdx.x * kSpan;
   const uint8_t *codes = p.codes + place.code_offset;
   uint32_t code[kChunks];
-  float scale[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int chunk = first + 32 * c;
-    const bool inside = chunk * 8 < shape.in_features;
-    code[c] = inside ? load_codes<BITS>(codes, chunk) : 0u;
-    scale[c] = inside ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f;
+    const int chunk = first + 32 * c + lane;
+    code[c] = chunk * 8 < shape.in_features ? load_codes<BITS>(codes, chunk) : 0u;
   }
-  const uint16_t *levels = p.levels + place.table_offset;
-  float level[4];
-  if constexpr (BITS == 4) level[0] = half_bits_to_float(__ldg(levels + threadIdx.x % 16));
-  if constexpr (BITS < 4) {
+  decoder<BITS, Out> of_group;
+  of_group.load_levels(p.levels + place.table_offset);
+  if (shape.group_shift >= 2) {
+    // Groups of 32, 64, 128 or 256: at most 32 in a span. Lane i finishes the scale of group i, the others ask for it.
+    const int group = (first >> shape.group_shift) + lane;
+    of_group.set_scale(group < shape.groups ? load_scale(p, first_scale + group) : 0.f);
 #pragma unroll
-    for (int i = 0; i < 1 << BITS; ++i) level[i] = half_bits_to_float(__ldg(levels + i));
-  }
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t words[2 * sizeof(Out)];
+      of_group.of_lane((32 * c + lane) >> shape.group_shift).decode(code[c], words);
+      store_chunk<Out>(row, (first + 32 * c + lane) * 8, shape.in_features, shape.vector, words);
+    }
+  } else {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    uint32_t words[2 * sizeof(Out)];
-    decode_chunk<BITS, Out>(code[c], level, scale[c], words);
-    store_chunk<Out>(row, (first + 32 * c) * 8, shape.in_features, shape.vector, words);
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = first + 32 * c + lane;
+      of_group.set_scale(chunk * 8 < shape.in_features
+                             ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f);
+      uint32_t words[2 * sizeof(Out)];
+      of_group.decode(code[c], words);
+      store_chunk<Out>(row, chunk * 8, shape.in_features, shape.vector, words);
+    }
   }
 }
 
@@ -134,6 +187,7 @@ int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
   const rows_layout layout = layout_of(s);
   const int chunks = (int)((s.in_features + 7) / 8);
   const dense_shape shape = {(int)s.in_features, (int)((s.in_features + s.group_size - 1) / s.group_size),
+                             (s.group_size & (s.group_size - 1)) ? 0 : __builtin_ctz((unsigned)s.group_size / 8),
                              divisor_of((uint32_t)s.group_size / 8),
                              aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
   const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);

@@ -3,8 +3,7 @@
 // The weight is operand A of mma.m16n8k16 (16 packed rows), x is operand B (8 tokens), sums are float32. Which 16 columns
 // of W meet in one mma is free as long as A and B agree, so it is chosen for cheap decoding: lane t of a quad takes
 // columns [64 t, 64 t + 64) of a tile of 256, so that its codes are 8, 16 or 32 neighbouring bytes under one scale, and
-// two neighbouring columns share a register, so that x needs no reordering. A word of 32 bits holds 4 P codes,
-// P = 8 / bits; mma m of a word takes the column pairs m and P + m of it.
+// four neighbouring columns of it meet in one mma, so that x needs no reordering.
 //
 // The value of a weight, float32(level) * scale, is rounded to T as in lowra_cuda_dequantize: the products sum exactly
 // the weights that dequantise + cuBLAS sums.
@@ -124,7 +123,7 @@ __device__ __forceinline__ uint32_t neighbours(uint32_t word) {
 }
 
 // A part of a word is at most four mma, so that few operands are alive at once: half a word of 1-bit codes, else a word.
-// out[m] and out[M + m]: the two column pairs of mma m of the part, M the number of mma.
+// out[i] and out[M + i]: column pairs i of its first and of its second unit of x, M the number of mma.
 // ODD: for 1 bit, whether the part takes the odd bytes of the word.
 template <bool ODD>
 __device__ __forceinline__ void decode(const value_table<1> &table, uint32_t word, uint32_t (&out)[8]) {
@@ -308,14 +307,11 @@ __device__ __forceinline__ void multiply_tile(const product &q, const lane_rows<
         uint4 b[2];
         b[0] = x[((unit ^ key) & reach) + 8 * n * kTileUnits];
         if (BITS < 4) b[1] = x[(((unit + kParts) ^ key) & reach) + 8 * n * kTileUnits];
-        if constexpr (BITS == 4) {
-          mma<T>(sum[n], a[0][0], a[1][0], a[0][2], a[1][2], b[0].x, b[0].z);
-          mma<T>(sum[n], a[0][1], a[1][1], a[0][3], a[1][3], b[0].y, b[0].w);
-        } else {
-          mma<T>(sum[n], a[0][0], a[1][0], a[0][4], a[1][4], b[0].x, b[1].x);
-          mma<T>(sum[n], a[0][1], a[1][1], a[0][5], a[1][5], b[0].y, b[1].y);
-          mma<T>(sum[n], a[0][2], a[1][2], a[0][6], a[1][6], b[0].z, b[1].z);
-          mma<T>(sum[n], a[0][3], a[1][3], a[0][7], a[1][7], b[0].w, b[1].w);
+        // Operand B must stand in two neighbouring registers, hence neighbouring words of one unit for each mma.
+#pragma unroll
+        for (int u = 0; u < kMmas / 2; ++u) {
+          mma<T>(sum[n], a[0][4 * u], a[1][4 * u], a[0][4 * u + 1], a[1][4 * u + 1], b[u].x, b[u].y);
+          mma<T>(sum[n], a[0][4 * u + 2], a[1][4 * u + 2], a[0][4 * u + 3], a[1][4 * u + 3], b[u].z, b[u].w);
         }
       }
     }

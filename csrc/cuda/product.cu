@@ -1,6 +1,4 @@
 // Checks the arguments of a fused product and picks its kernel.
-#include <stdlib.h>
-
 #include "product.cuh"
 
 int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
@@ -24,8 +22,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.tokens = (int)tokens, q.in_features = (int)s.in_features;
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
-  const char *forced = getenv("LOWRA_SMALL_TOKENS");  // TEMPORARY: tuning
-  const int small = forced ? atoi(forced) : 2;
+  constexpr int kSmall = 2;  // up to here product_small was the faster one on an H200 (docs/kernels.md)
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  return tokens <= small && product_small_fits(q) ? product_small(q, type, on) : product_tensor(q, type, on);
+  return tokens <= kSmall && product_small_fits(q) ? product_small(q, type, on) : product_tensor(q, type, on);
 }

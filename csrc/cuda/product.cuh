@@ -5,10 +5,9 @@
 
 namespace lowra {
 
-// row: packed row; the output stands in the order of W.
+// place: row of W, loaded well before the sums are there.
 template <class T>
-__device__ __forceinline__ void store_output(const product &q, int token, int row, float total) {
-  const int place = __ldg(q.packed.row_order + row);
+__device__ __forceinline__ void store_output(const product &q, int token, int place, float total) {
   if (q.bias) total += to_float(static_cast<const T *>(q.bias)[place]);
   static_cast<T *>(q.out)[(size_t)token * q.layout.rows() + place] = static_cast<T>(total);
 }

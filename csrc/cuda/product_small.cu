@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) product_small_kernel(const 
   __shared__ float sums[kMaxWarps][kTokens][kTileRows + 1];  // + 1: rows of a fragment fall into different banks
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const tile_place place = tile_at(q.layout, q.tiles, kTileRows, blockIdx.x);
+  const int cell_row = lane % kTileRows, row = place.first_row + cell_row;  // that this thread will store
+  const int stored_row = __ldg(q.packed.row_order + min(row, place.last_row));
   const int units = (q.in_features + kTileColumns - 1) / kTileColumns * kTileUnits;
   for (int token = 0; token < q.tokens; ++token) {
     const T *row = static_cast<const T *>(q.x) + (size_t)token * q.in_features;
@@ -60,19 +62,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) product_small_kernel(const 
 #pragma unroll
   for (int i = 0; i < 4; ++i) sums[warp][2 * (lane % 4) + i % 2][lane / 4 + i / 2 * 8] = sum[0][i];
   __syncthreads();
-  for (int cell = warp * 32 + lane; cell < q.tokens * kTileRows; cell += warps * 32) {
-    const int token = cell / kTileRows, row = place.first_row + cell % kTileRows;
-    if (row > place.last_row) continue;
+  if (row > place.last_row) return;
+  for (int token = warp * 2 + lane / kTileRows; token < q.tokens; token += warps * 2) {
     float total = 0.f;
-    for (int w = 0; w < warps; ++w) total += sums[w][token][cell % kTileRows];
-    store_output<T>(q, token, row, total);
+    for (int w = 0; w < warps; ++w) total += sums[w][token][cell_row];
+    store_output<T>(q, token, stored_row, total);
   }
 }
 
 template <class T>
 int launch(product q, cudaStream_t stream) {
   q.tiles = tiles_of(q.layout, kTileRows);
-  // Enough warps for every multiprocessor, few enough that a warp has two loads of codes to overlap.
+  // Enough warps for every multiprocessor, few enough that a warp has several tiles of columns.
   const int tiles = q.tiles.total(), warps = tiles >= 512 ? 4 : kMaxWarps;
   const int bytes = (q.in_features + kTileColumns - 1) / kTileColumns * kTileColumns * 2 * q.tokens + 16;
   auto *kernel = product_small_kernel<T>;

@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) product_tensor_kernel(const __
   extern __shared__ uint4 staged[];
   const int lane = threadIdx.x, warp = threadIdx.y, splits = gridDim.x, split = blockIdx.x;
   const tile_place place = tile_at(q.layout, q.tiles, kBlockRows, blockIdx.y);
+  const int thread = warp * 32 + lane, row = place.first_row + thread % kBlockRows;  // that this thread will store
+  const int stored_row = __ldg(q.packed.row_order + min(row, place.last_row));
   const int begin = split * slice, end = min(begin + slice, q.in_features);
   float sum[NT][4] = {};
   if (place.bits == 1) {
@@ -100,7 +102,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2) product_tensor_kernel(const __
 #endif
   // The blocks of a cluster share out the tokens; half a block takes one token's rows.
   constexpr int kAtOnce = 32 * kWarps / kBlockRows;
-  const int thread = warp * 32 + lane, row = place.first_row + thread % kBlockRows;
   for (int token = split * kAtOnce + thread / kBlockRows; token < q.tokens; token += splits * kAtOnce) {
     if (row > place.last_row) continue;
     float total = 0.f;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) product_tensor_kernel(const __
       total += sums[token * kStride + thread % kBlockRows];
 #endif
     }
-    store_output<T>(q, token, row, total);
+    store_output<T>(q, token, stored_row, total);
   }
 #if __CUDA_ARCH__ >= 900
   cluster.sync();  // a block must not leave while others read its sums
