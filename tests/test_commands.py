@@ -46,7 +46,7 @@ def test_calibration_is_kept_for_the_next_budget(tiny_llama, text, tmp_path):
     start = ["quantize", str(tiny_llama), "--rank", "4", "--calibration-tokens", "512"]
     assert main([*start, "--bits", "1.5", "--calibrate", str(text), "--output", str(first)]) == 0
     kept = str(first / "calibration.safetensors")
-    assert main([*start, "--bits", "2", "--calibrate", kept, "--init", "loftq", "--output", str(second)]) == 0
+    assert main([*start, "--bits", "2", "--calibrate", kept, "--output", str(second)]) == 0
     config = json.loads((second / "config.json").read_text())["quantization_config"]
     assert config["sensitivity"] == "fisher"
 

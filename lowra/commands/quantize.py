@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--rank", type=int, help="rank of the adapter; without it no adapter is written")
     parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the rank)")
     parser.add_argument(
-        "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate), pissa, lora"
+        "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate TEXT), pissa, lora"
     )
     parser.add_argument("--loftq-steps", type=int, default=5, help="alternating steps of LoftQ")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
@@ -75,17 +75,11 @@ def run(args) -> dict:
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
     )
+    calibration = _calibration(args)
     adapter = None
     if args.rank is not None:
-        method = args.init or ("cloq" if args.calibrate else "loftq")
+        method = args.init or ("cloq" if calibration and calibration.moments else "loftq")
         adapter = AdapterRecipe(args.rank, args.alpha, method, args.loftq_steps)
-    if args.calibrate is None:
-        calibration = None
-    elif args.calibrate.endswith(".safetensors"):
-        calibration = Calibration.load(args.calibrate)
-    else:
-        moments = adapter is not None and adapter.method == "cloq"
-        calibration = calibrate(args.model, args.calibrate, args.calibration_tokens, args.device, moments)
     report = quantize_checkpoint(args.model, args.output, config, adapter, args.device, calibration=calibration)
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")
@@ -101,6 +95,16 @@ def run(args) -> dict:
     if adapter is not None:
         print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
     return {"output": str(args.output), **report}
+
+
+def _calibration(args) -> Calibration | None:
+    """Statistics from a text, or those an earlier run left; these have no second moments, so no cloq start."""
+    if args.calibrate is None:
+        return None
+    if args.calibrate.endswith(".safetensors"):
+        return Calibration.load(args.calibrate)
+    moments = args.rank is not None and args.init in (None, "cloq")
+    return calibrate(args.model, args.calibrate, args.calibration_tokens, args.device, moments)
 
 
 def _menu(text: str) -> tuple[int, ...]:
