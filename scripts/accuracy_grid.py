@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import pathlib
+import queue
 import sys
 import time
 import types
@@ -77,7 +78,6 @@ class Variant:
 
 
 DEFAULTS = dataclasses.asdict(Variant())
-PATIENCE = 100  # seconds without any result after which the workers are taken for dead
 
 
 class Adapted(nn.Module):
@@ -339,6 +339,20 @@ def _work(jobs, results, arguments):
     results.put(None)
 
 
+def _next(results, workers):
+    """The next row.
+
+    Raises:
+        RuntimeError: a worker has died, so that its row will never come.
+    """
+    while True:
+        try:
+            return results.get(timeout=5)
+        except queue.Empty:
+            if any(worker.exitcode for worker in workers):
+                raise RuntimeError("A worker died; its traceback is above.") from None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
@@ -365,7 +379,7 @@ def main():
             jobs.put(waiting.pop(0))
             running += 1
     while running:
-        row = results.get(timeout=PATIENCE)
+        row = _next(results, workers)
         running -= 1
         rows.append(row)
         changed = {k: x for k, x in row.items() if k not in DEFAULTS or x != DEFAULTS[k]}
