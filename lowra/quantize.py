@@ -6,7 +6,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.lloyd import LEVELS
-from bitsandbytes.backends.lowra.reference import decode_scales, encode_scales
+from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .codebook import Codebook
 from .config import LowRAConfig
@@ -130,7 +130,7 @@ def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def store_scales(absmax: torch.Tensor, storage: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales [N, groups] in one of the three storages, and the float32 steps of the 8-bit one."""
     if storage == "double_quant":
-        return encode_scales(absmax)
+        return torch.ops.bitsandbytes.lowra_encode_scales(absmax)
     if storage == "float32":
         return absmax, None
     largest = absmax.max().item() if absmax.numel() else 0.0
