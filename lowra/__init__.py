@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 import bitsandbytes  # noqa: F401 - loads the backend that defines the ops
 
 from . import integrations
+from .calibration import Calibration, calibrate
 from .config import LowRAConfig
 from .integrations.peft import merge_into_dense, prepare_for_training
 from .linear import LowRALinear
@@ -20,8 +21,10 @@ from .pipeline import AdapterRecipe, quantize_checkpoint
 
 __all__ = [
     "AdapterRecipe",
+    "Calibration",
     "LowRAConfig",
     "LowRALinear",
+    "calibrate",
     "integrations",
     "merge_into_dense",
     "prepare_for_training",

@@ -16,8 +16,8 @@ tags: [lowra, quantized]
 
 # {base} in {true_bits:.3f} bits per parameter
 
-Linear layers packed by [lowra](https://pypi.org/project/lowra) {version}: every output channel has 1, 2 or 4 bits and its
-own level table. Embeddings, norms and head are as in the base.
+Linear layers packed by [lowra](https://pypi.org/project/lowra) {version}: every output channel has 1, 2 or 4 bits and
+its own level table. Embeddings, norms and head are as in the base.
 
 | | |
 |---|---|

@@ -25,15 +25,15 @@ class LowRAConfig(QuantizationConfigMixin):
 
     Attributes:
         bits: budget in bits per quantised parameter, from the smallest to the largest of `menu`.
-        menu: precisions a channel may get, a subset of (1, 2, 4). The paper leaves out 1 for LLaMA at 2.0 bits and above.
+        menu: precisions a channel may get, a subset of (1, 2, 4). The paper leaves out 1 for LLaMA from 2.0 bits on.
         budget: "nominal" counts codes alone, as the paper does; "true" counts everything stored (codes, padding, group
             scales, mappings, precisions).
         group_size: consecutive weights of a channel that share a scale; a multiple of 8 up to 256.
         scales: storage of the group scales: "double_quant" (8 bits and a float32 per 256), "float16" or "float32".
         codebook: "learned" (weighted Lloyd-Max per channel) or "normal_float" (NF4, NF2; no 1-bit form).
         iterations: limit of the Lloyd-Max iterations; it stops earlier where the error no longer falls. The paper: 2.
-        block_weight: weight of a group in the search: "absmax_squared" (the true squared error) or "absmax" (the text of
-            section 5).
+        block_weight: weight of a group in the search: "absmax_squared" (the true squared error) or "absmax" (the text
+            of section 5).
         thresholds: one set per "channel", or per "matrix" (averaged, levels refitted; section 5's remark on stability).
         assigner: "exact", "two_level" (the paper's integer programs) or "layer_order" (4 bits for the first layers, 2
             for the rest, as LoftQ and QLoRA below 4 bits do).

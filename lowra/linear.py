@@ -121,9 +121,7 @@ class LowRALinear(PackedModule, nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # Compiled code has no host to spare, and the compiler knows the op but not the function.
         linear = torch.ops.bitsandbytes.lowra_linear if torch.compiler.is_compiling() else PackedLinear.apply
-        return linear(
-            x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
-        )
+        return linear(x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size)
 
     def extra_repr(self) -> str:
         rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"

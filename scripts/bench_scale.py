@@ -1,4 +1,4 @@
-"""Quantising a checkpoint of LLaMA-2-7B's shape from end to end: seconds of each stage, memory of host and GPU, loading.
+"""Quantising a checkpoint of LLaMA-2-7B's shape from end to end: seconds of each stage, memory, loading.
 
     python scripts/bench_scale.py --folder /path/with/40GB --layers 32 --rank 64 --bits 1.5
 

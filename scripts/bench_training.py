@@ -2,9 +2,9 @@
 
     python scripts/bench_training.py --dense FOLDER --packed FOLDER
 
-FOLDERs as `scripts/bench_scale.py --keep` leaves them. Both bases get the same adapters (r = 64 on all linear layers of the
-blocks, float32), gradient checkpointing, AdamW and bfloat16 autocast, in one process, one after the other; medians of the
-timed steps. Prints a table and one JSON object last.
+FOLDERs as `scripts/bench_scale.py --keep` leaves them. Both bases get the same adapters (r = 64 on all linear layers of
+the blocks, float32), gradient checkpointing, AdamW and bfloat16 autocast, in one process, one after the other; medians
+of the timed steps. Prints a table and one JSON object last.
 """
 
 import argparse

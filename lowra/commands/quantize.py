@@ -40,9 +40,7 @@ def add_parser(subparsers) -> None:
     )
     recipe.add_argument("--assigner", default="exact", help="exact, two_level (the paper's programs) or layer_order")
     recipe.add_argument("--scales", default="double_quant", help="group scales: double_quant, float16 or float32")
-    recipe.add_argument(
-        "--budget", default="nominal", help="nominal counts codes alone, true all that is stored"
-    )
+    recipe.add_argument("--budget", default="nominal", help="nominal counts codes alone, true all that is stored")
     recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
     recipe.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")

@@ -3,7 +3,6 @@
 import ast
 import pathlib
 import sysconfig
-
 from pydoc_data.topics import topics
 
 from ..atomic import save_text

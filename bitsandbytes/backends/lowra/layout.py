@@ -1,7 +1,7 @@
 """The packed format of `csrc/lowra.h`, as arithmetic: sizes, offsets and the order of rows.
 
-Terms: a row is one output channel of a weight [N, K]; rows are kept in packed order, sorted by precision (4, 2, 1 bits),
-stable within a precision. `rows_4bit` and `rows_2bit` count the first two classes, the remaining rows have 1 bit.
+Terms: a row is one output channel of a weight [N, K]; rows are kept in packed order, sorted by precision (4, 2, 1
+bits), stable within a precision. `rows_4bit` and `rows_2bit` count the first two classes, the others have 1 bit.
 """
 
 import torch
@@ -30,7 +30,8 @@ def segments(rows: int, rows_4bit: int, rows_2bit: int) -> list[tuple[int, int, 
 
 def codes_size(rows: int, rows_4bit: int, rows_2bit: int, in_features: int) -> int:
     """Bytes of all codes of a weight."""
-    return sum((end - start) * row_bytes(in_features, bits) for bits, start, end in segments(rows, rows_4bit, rows_2bit))
+    classes = segments(rows, rows_4bit, rows_2bit)
+    return sum((end - start) * row_bytes(in_features, bits) for bits, start, end in classes)
 
 
 def levels_size(rows: int, rows_4bit: int, rows_2bit: int) -> int:

@@ -1,8 +1,9 @@
-"""Weighted Lloyd-Max for all precisions of every row: the specification of `lowra_lloyd_max` (LowRA, section 5, appendix G).
+"""Weighted Lloyd-Max for all precisions of every row, the specification of `lowra_lloyd_max` (LowRA, section 5 and
+appendix G).
 
-Each row is sorted once; prefix sums of weight, weight * x and weight * x^2 then give the sums of any cell as a difference
-of two numbers, so a further iteration costs a binary search per threshold instead of a pass over the row. (The direct
-form, comparing every weight with every threshold, costs as much per iteration as the whole sort.)
+Each row is sorted once; prefix sums of weight, weight * x and weight * x^2 then give the sums of any cell as a
+difference of two numbers, so a further iteration costs a binary search per threshold instead of a pass over the row.
+(The direct form, comparing every weight with every threshold, costs as much per iteration as the whole sort.)
 """
 
 import torch
