@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import lowra
 
@@ -79,6 +80,27 @@ def test_trainer(packed_llama, tmp_path):
 
 
 @pytest.mark.slow
+def test_sft_trainer_of_trl(packed_llama, tiny_llama, tmp_path):
+    trl = pytest.importorskip("trl")
+
+    trainer = trl.SFTTrainer(
+        load(packed_llama),
+        args=trl.SFTConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to=[]
+        ),
+        train_dataset=Dataset.from_dict({"text": ["A city on a river."] * 8}),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),  # bytes
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all("lora_" in name for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "lowra_base.json").exists()
+
+
 def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
     worker = pathlib.Path(__file__).with_name("sharded_worker.py")
     command = [sys.executable, str(worker), str(packed_llama), str(tmp_path / "rendezvous")]
