@@ -80,11 +80,11 @@ def test_trainer(packed_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_trainer_of_trl(packed_llama, tiny_llama, tmp_path):
+def test_sft_trainer_of_trl(tiny_llama, tmp_path):
     trl = pytest.importorskip("trl")
 
     trainer = trl.SFTTrainer(
-        load(packed_llama),
+        load(tiny_llama, load_in_lowra=True, lowra_bits=1.5),
         args=trl.SFTConfig(
             str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to=[]
         ),
