@@ -103,6 +103,32 @@ def quantize_checkpoint(
         raise ValueError("method=cloq needs second moments of the inputs: calibrate with moments=True.")
     work = _open_work_folder(output, files, config, adapter, calibration)
 
+    try:
+        report = _stream(source, targets, config, adapter, calibration, work, output, folder, model, device, progress)
+    except ValueError:
+        shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
+        raise
+    if output.exists():
+        output.rmdir()
+    (work / "final").rename(output)
+    shutil.rmtree(work)
+    return report
+
+
+def _stream(
+    source: DenseCheckpoint,
+    targets: dict[str, Target],
+    config: LowRAConfig,
+    adapter: AdapterRecipe | None,
+    calibration: Calibration | None,
+    work: pathlib.Path,
+    output: pathlib.Path,
+    folder: pathlib.Path,
+    model: str,
+    device: torch.device,
+    progress: bool,
+) -> dict:
+    """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `work/final`."""
     seconds = {}
     clock = time.perf_counter()
     planner = Planner(config, work / "learned", calibration)
@@ -116,16 +142,12 @@ def quantize_checkpoint(
     seconds["quantise and initialise" if adapter else "quantise"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    report = _assemble(work, output, folder, model, skeleton, targets, plan, pieces, config, adapter)
+    report = _assemble(work, output, folder, model, source.model, targets, plan, pieces, config, adapter)
     seconds["write"] = time.perf_counter() - clock
     if calibration is not None:
         calibration.save(work / "final" / CALIBRATION_FILE)
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     save_json(report, work / "final" / "lowra_report.json")
-    if output.exists():
-        output.rmdir()
-    (work / "final").rename(output)
-    shutil.rmtree(work)
     return report
 
 
