@@ -112,7 +112,9 @@ def run(config: str, overrides: list[str], names: list[str], folder: pathlib.Pat
 
 def _work(config: str, overrides: list[str], cells: list[Cell], folder: pathlib.Path) -> None:
     torch.set_num_threads(1)
-    run_cells(load_recipe(CONFIGS / config, overrides), cells, folder, progress=False)
+    # On the CPU: each small step that waits for a shared GPU waits for the time slices of all other processes as well,
+    # 70 s for a base that takes 3 s on one core.
+    run_cells(load_recipe(CONFIGS / config, overrides), cells, folder, progress=False, quantize_on="cpu")
 
 
 def best(config: str, overrides: list[str], names: list[str], folder: pathlib.Path) -> str:

@@ -14,6 +14,8 @@ import re
 import tempfile
 import time
 
+import torch
+
 from ..atomic import save_json, save_text
 from .data import load_data
 from .finetune import train, training_arguments
@@ -99,10 +101,13 @@ def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: 
     }
 
 
-def run_cells(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True) -> list[dict]:
+def run_cells(
+    recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True, quantize_on: str | None = None
+) -> list[dict]:
     """The result of every cell, from its file where it is finished.
 
-    Data is read once, each base is quantised once, and untuned metrics are taken once for each base.
+    Data is read once, each base is quantised once (on the device `quantize_on`, or where it is trained), and untuned
+    metrics are taken once for each base.
     """
     results = {cell.name: _finished(cell, output) for cell in cells}
     missing = [cell for cell in cells if results[cell.name] is None]
@@ -112,7 +117,8 @@ def run_cells(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(cell.recipe, pathlib.Path(scratch) / "checkpoints")
-            base = prepare_base(cell.recipe, output / "bases" / cell.base_key, arguments.device, progress)
+            device = torch.device(quantize_on or arguments.device)
+            base = prepare_base(cell.recipe, output / "bases" / cell.base_key, device, progress)
             ready = time.perf_counter()
             result = train(cell.recipe, base, data, arguments, untuned.get(cell.base_key), progress)[0]
         gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
