@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 2048
 CONTEXT = 256
 _BATCH = 12
-_STEPS = 400
+_STEPS = 320
 _PEAK_LR = 4e-3
 
 
