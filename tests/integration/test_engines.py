@@ -114,6 +114,7 @@ def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert all("checked" in output for output in outputs)
 
 
 def test_fsdp1_is_refused(packed_llama, monkeypatch):
