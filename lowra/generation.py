@@ -4,7 +4,7 @@ import pathlib
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .adapters import load_packed
 from .adapters.storage import PACKED_FILE
@@ -49,8 +49,3 @@ def generate_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = model.generate(**inputs, max_new_tokens=new_tokens, **sampling)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with a checkpoint."""
-    return AutoTokenizer.from_pretrained(folder)

@@ -21,15 +21,11 @@ def learn_codebook(weight: torch.Tensor, config: LowRAConfig) -> Codebook:
     levels, thresholds = initial_tables(weight.device)
     iterations = 0 if config.codebook == "normal_float" else config.iterations
     squared = config.block_weight == "absmax_squared"
-
-    def search(start_levels, start_thresholds, limit):
-        return Codebook(
-            *torch.ops.bitsandbytes.lowra_lloyd_max(
-                weight, start_levels, start_thresholds, None, config.group_size, limit, squared
-            )
+    codebook = Codebook(
+        *torch.ops.bitsandbytes.lowra_lloyd_max(
+            weight, levels, thresholds, None, config.group_size, iterations, squared
         )
-
-    codebook = search(levels, thresholds, iterations)
+    )
     if config.thresholds == "matrix" and iterations > 0:
         return _share_thresholds(weight, codebook, config)
     return codebook

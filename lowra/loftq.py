@@ -124,15 +124,6 @@ def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(gram.device), vectors.to(gram.device)
 
 
-def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, ascending, and vectors of a small symmetric matrix, in double precision on the CPU.
-
-    A GPU's solver takes longer for a matrix of this size than the way there and back.
-    """
-    values, vectors = torch.linalg.eigh(gram.double().cpu())
-    return values.to(gram.device), vectors.to(gram.device)
-
-
 def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of the same product with the square root of its singular values on both sides."""
     basis, rest = torch.linalg.qr(left)

@@ -9,10 +9,10 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import __version__, card
@@ -225,15 +225,13 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
 def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
     final = work / "final"
     pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
-    total = _write_shards(pieces, final)
-    packed_keys = {f"{target.name}." for target in targets.values()}
-    sizes = _stored_bits(pieces, packed_keys)
+    total, packed_bytes = _write_shards(pieces, final, {target.name for target in targets.values()})
     parameters = sum(t.out_features * t.in_features for t in targets.values())
     nominal = sum(int(plan.row_bits[name].sum()) * targets[name].in_features for name in targets) / parameters
     reached = dataclasses.replace(
         config,
         nominal_bits=round(nominal, 6),
-        true_bits=round(sizes / parameters, 6),
+        true_bits=round(8 * packed_bytes / parameters, 6),
         error=plan.error,
         base=str(model),
         fingerprint=plan.fingerprint,
@@ -252,7 +250,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         "nominal_bits": reached.nominal_bits,
         "true_bits": reached.true_bits,
         "quantised_parameters": parameters,
-        "packed_bytes": sizes // 8,
+        "packed_bytes": packed_bytes,
         "checkpoint_bytes": total,
         "error": plan.error,
         "assigner": {
@@ -272,7 +270,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
 def _write_adapter(work, folder, base, targets, adapter, config) -> None:
     tensors = {}
     for path in sorted((work / "adapter").glob("*.safetensors")):
-        tensors.update(_read(path))
+        tensors.update(load_file(path))
     save_tensors(tensors, folder / "adapter_model.safetensors")
     save_json(
         {
@@ -292,8 +290,12 @@ def _write_adapter(work, folder, base, targets, adapter, config) -> None:
     save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)
 
 
-def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path) -> int:
-    """Gathers the pieces into shards of at most `SHARD_BYTES`, with an index where there are several."""
+def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[str]) -> tuple[int, int]:
+    """Gathers the pieces into shards of at most `SHARD_BYTES`, with an index where there are several.
+
+    Returns:
+        bytes of the files, and of the tensors of the modules named in `packed`, their biases not counted.
+    """
     shards: list[list[pathlib.Path]] = [[]]
     size = total = 0
     for piece in pieces:
@@ -304,33 +306,21 @@ def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path) -> int:
         shards[-1].append(piece)
         size += length
         total += length
-    weight_map = {}
+    weight_map, packed_bytes = {}, 0
     for number, members in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for piece in members:
-            tensors.update(_read(piece))
+            tensors.update(load_file(piece))
         save_tensors(tensors, final / name)
         weight_map.update(dict.fromkeys(tensors, name))
+        for key, tensor in tensors.items():
+            module, _, leaf = key.rpartition(".")
+            if module in packed and leaf != "bias":
+                packed_bytes += tensor.nbytes
     if len(shards) > 1:
         save_json({"metadata": {"total_size": total}, "weight_map": weight_map}, final / "model.safetensors.index.json")
-    return sum(path.stat().st_size for path in final.glob("*.safetensors"))
-
-
-def _read(path: pathlib.Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as content:
-        return {key: content.get_tensor(key) for key in content.keys()}
-
-
-def _stored_bits(pieces: Iterable[pathlib.Path], prefixes: set[str]) -> int:
-    """Bits of the packed tensors, everything but biases counted."""
-    total = 0
-    for piece in pieces:
-        for key, tensor in _read(piece).items():
-            prefix, _, leaf = key.rpartition(".")
-            if f"{prefix}." in prefixes and leaf != "bias":
-                total += 8 * tensor.numel() * tensor.element_size()
-    return total
+    return sum(path.stat().st_size for path in final.glob("*.safetensors")), packed_bytes
 
 
 def _bar(names: list[str], what: str, progress: bool) -> Iterator[str]:

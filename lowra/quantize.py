@@ -6,7 +6,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.lloyd import LEVELS
-from bitsandbytes.backends.lowra.reference import decode_scales
+from bitsandbytes.backends.lowra.reference import decode_scales, pack_codes
 
 from .codebook import Codebook
 from .config import LowRAConfig
@@ -110,21 +110,12 @@ def _quantize_refined(weight, codebook, row_bits, order, config) -> PackedWeight
         scales.append(fitted)
     stored, steps = store_scales(torch.cat(scales), config.scales)
     decoded = decode_scales(stored, steps).split([len(members) for members in rows])
-    codes = [
-        _pack_codes(nearest_codes(weight[members].float(), levels.float(), scale, config.group_size), bits)
-        for (bits, _, _), members, levels, scale in zip(segments, rows, tables, decoded, strict=True)
-    ]
+    codes = []
+    for (bits, _, _), members, table, scale in zip(segments, rows, tables, decoded, strict=True):
+        nearest = nearest_codes(weight[members].float(), table.float(), scale, config.group_size)
+        codes.append(pack_codes(nearest, bits, layout.row_bytes(weight.shape[1], bits)).reshape(-1))
     levels = torch.cat([table.reshape(-1) for table in tables])
     return PackedWeight(torch.cat(codes), row_bits, stored, steps, levels, weight.shape[1], config.group_size)
-
-
-def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes [rows, K] of one precision to the bytes of packed format 1, flat."""
-    places = 8 // bits
-    width = layout.row_bytes(codes.shape[1], bits) * places
-    parts = torch.nn.functional.pad(codes, (0, width - codes.shape[1])).view(codes.shape[0], width // places, places)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (parts << shifts).sum(dim=2, dtype=torch.uint8).reshape(-1)
 
 
 def store_scales(absmax: torch.Tensor, storage: str) -> tuple[torch.Tensor, torch.Tensor | None]:

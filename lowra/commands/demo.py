@@ -5,7 +5,8 @@ import pathlib
 import time
 
 from ..demo import train_base, write_texts
-from ..generation import generate_text, load_model, load_tokenizer
+from ..generation import generate_text, load_model
+from ..training.data import load_tokenizer
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe
 
@@ -74,7 +75,7 @@ def run(args) -> dict:
     print(f"Table: {result['table']}. Picture: {result['picture']}.")
     smallest = next(path for path in (args.output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
     loaded = load_model(str(smallest), str(smallest / "initial_adapter"))
-    words = generate_text(loaded, load_tokenizer(str(smallest)), "The class statement", 24, 0.0, args.seed)
+    words = generate_text(loaded, load_tokenizer(smallest), "The class statement", 24, 0.0, args.seed)
     print(f"The 1.5-bit base with its initial adapter, before training, continues: {words!r}")
     seconds = round(time.perf_counter() - start, 1)
     print(f"Done in {seconds:.0f} s.")

@@ -3,7 +3,8 @@
 import argparse
 import time
 
-from ..generation import generate_text, load_model, load_tokenizer
+from ..generation import generate_text, load_model
+from ..training.data import load_tokenizer
 
 
 def add_parser(subparsers) -> None:

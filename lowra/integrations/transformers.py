@@ -112,7 +112,7 @@ class LowRAHfQuantizer(HfQuantizer):
         return _Pack(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
-        stored = parameters = 0
+        nominal = stored = parameters = 0
         for target in self._targets.values():
             module = model.get_submodule(target.name)
             for name in TENSOR_NAMES:
@@ -121,14 +121,13 @@ class LowRAHfQuantizer(HfQuantizer):
             if module.row_bits.device.type != "meta":
                 _check_sizes(target.name, module)
                 module.prepare()
-            stored += 0 if self._plan is None else module.packed.stored_bits
-            parameters += target.out_features * target.in_features
+            if self._plan is not None:
+                nominal += module.packed.nominal_bits
+                stored += module.packed.stored_bits
+                parameters += target.out_features * target.in_features
         if self._plan is not None:
             config = self.quantization_config
-            config.nominal_bits = round(self._plan.assignment.bits_used / parameters, 6)
-            if config.budget == "true":
-                nominal = sum(int(b.sum()) * self._targets[n].in_features for n, b in self._plan.row_bits.items())
-                config.nominal_bits = round(nominal / parameters, 6)
+            config.nominal_bits = round(nominal / parameters, 6)
             config.true_bits = round(stored / parameters, 6)
             config.error = self._plan.error
             config.fingerprint = self._plan.fingerprint

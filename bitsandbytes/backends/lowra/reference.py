@@ -53,7 +53,7 @@ def quantize(
             table = thresholds[threshold_start : threshold_start + count * cuts].view(count, 1, cuts)
             for cut in range(cuts):
                 code += normal > (table[:, :, cut] * absmax[start:stop])[:, :, None]
-            packed = _pack(code.view(count, -1)[:, :in_features], bits, stride)
+            packed = pack_codes(code.view(count, -1)[:, :in_features], bits, stride)
             codes[code_start : code_start + count * stride] = packed.reshape(-1)
             code_start += count * stride
             threshold_start += count * cuts
@@ -157,7 +157,7 @@ def _row_slices(first: int, end: int, in_features: int) -> Iterator[tuple[int, i
         yield start, min(start + step, end)
 
 
-def _pack(code: torch.Tensor, bits: int, stride: int) -> torch.Tensor:
+def pack_codes(code: torch.Tensor, bits: int, stride: int) -> torch.Tensor:
     """uint8 codes [rows, K] to bytes [rows, stride], first code in the lowest bits."""
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(code, (0, stride * per_byte - code.shape[1])).view(code.shape[0], stride, per_byte)
@@ -168,6 +168,6 @@ def _pack(code: torch.Tensor, bits: int, stride: int) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of `_pack`: uint8 codes [rows, stride * 8 / bits]."""
+    """Inverse of `pack_codes`: uint8 codes [rows, stride * 8 / bits]."""
     places = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(places, dim=2).view(packed.shape[0], -1)
