@@ -5,12 +5,13 @@
     python scripts/experiments.py report table2 table3 --output DIR ... # tables and pictures
 
 `run` writes one JSON file per cell and needs no plotting library, so that it runs on a bare GPU machine; `report` reads
-them. Finished cells are not redone, and sets share cells. Several processes share one GPU, which a model of 30 million
+them. Finished cells are not redone, and sets share cells. Several processes share each GPU, which a model of 30 million
 parameters leaves mostly idle: its steps wait for Python.
 """
 
 import argparse
 import multiprocessing
+import os
 import pathlib
 
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "best", "report"))
     parser.add_argument("sets", nargs="+", metavar="SET", help=f"of {', '.join(SETS)}; or overrides key=value")
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the machine's one device")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the machine's GPUs")
     args = parser.parse_intermixed_args()
     names = [entry for entry in args.sets if "=" not in entry]
     overrides = [entry for entry in args.sets if "=" in entry]
@@ -100,18 +101,27 @@ def run(config: str, overrides: list[str], names: list[str], folder: pathlib.Pat
     for cell in cells:  # cells on the same packed base go to the same process, which quantises it once
         packed = METHODS[cell.recipe.method].quantization is not None
         groups.setdefault(cell.base_key if packed else cell.name, []).append(cell)
-    shares = [[cell for group in list(groups.values())[i::jobs] for cell in group] for i in range(jobs)]
     print(f"{config}: {len(cells)} cells in {len(groups)} groups, {jobs} processes", flush=True)
-    work = [(config, overrides, share, folder) for share in shares if share]
+    work = [(config, overrides, group, folder) for group in groups.values()]
     if jobs == 1:
-        _work(*work[0])
+        for arguments in work:
+            _work(*arguments)
         return
-    with multiprocessing.get_context("spawn").Pool(len(work)) as pool:
-        pool.starmap(_work, work)
+    context = multiprocessing.get_context("spawn")
+    gpus = context.Queue()
+    for process in range(jobs):
+        gpus.put(process % max(1, torch.cuda.device_count()))
+    with context.Pool(jobs, _start, (gpus,)) as pool:
+        pool.starmap(_work, work, chunksize=1)
+
+
+def _start(gpus: multiprocessing.Queue) -> None:
+    """A process sees one GPU, the first time it looks for any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+    torch.set_num_threads(1)
 
 
 def _work(config: str, overrides: list[str], cells: list[Cell], folder: pathlib.Path) -> None:
-    torch.set_num_threads(1)
     # On the CPU: each small step that waits for a shared GPU waits for the time slices of all other processes as well,
     # 70 s for a base that takes 3 s on one core.
     run_cells(load_recipe(CONFIGS / config, overrides), cells, folder, progress=False, quantize_on="cpu")
