@@ -30,7 +30,7 @@ except ImportError:  # the arithmetic of lowra needs neither PEFT nor an install
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import bitsandbytes.backends.lowra.ops  # noqa: E402, F401
 from bitsandbytes.backends.lowra import layout  # noqa: E402
@@ -39,9 +39,10 @@ from lowra.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.config import LowRAConfig  # noqa: E402
 from lowra.loftq import initialize  # noqa: E402
 from lowra.planning import Planner  # noqa: E402
-from lowra.quantize import quantize_matrix  # noqa: E402
+from lowra.quantize import quantize_matrix, store_scales  # noqa: E402
 from lowra.refine import widen  # noqa: E402
 from lowra.targets import find_targets, replace_module  # noqa: E402
+from lowra.training import hqq  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -49,14 +50,18 @@ class Variant:
     """One row of the table: switches of `LowRAConfig` and `AdapterRecipe`, and experiments that are not in the library.
 
     Attributes:
+        model: folder of another model than the first argument.
         power: sensitivity energy^-power of the matrix in place of `sensitivity`.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
         feedback: rounds of codes with error feedback after the initialisation, each with a new low-rank fit.
         train: what is trained beside the adapter: "lora" (nothing), "levels", "scales" or "both".
         table_rate: learning rate of levels and scales over that of the adapter.
+        method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
     """
 
+    model: str = ""
     bits: float = 16.0
+    budget: str = "nominal"
     sensitivity: str = "layer"
     refine: int = 0
     method: str = "loftq"
@@ -80,6 +85,28 @@ class Variant:
 DEFAULTS = dataclasses.asdict(Variant())
 
 
+class Tables(torch.autograd.Function):
+    """levels[codes] * scales * gain, [N, K]; its gradient is summed over the weights of a code and of a group."""
+
+    @staticmethod
+    def forward(ctx, levels, gain, codes, scales, group):
+        ctx.save_for_backward(levels, gain, codes, scales)
+        ctx.group = group
+        return levels.gather(1, codes.long()) * widen(scales * gain, group, codes.shape[1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        levels, gain, codes, scales = ctx.saved_tensors
+        codes, for_gain, for_levels = codes.long(), None, None
+        if ctx.needs_input_grad[1]:
+            product = nn.functional.pad(gradient * levels.gather(1, codes), (0, -codes.shape[1] % ctx.group))
+            for_gain = product.view(len(codes), -1, ctx.group).sum(dim=2) * scales
+        if ctx.needs_input_grad[0]:
+            product = gradient * widen(scales * gain, ctx.group, codes.shape[1])
+            for_levels = torch.zeros_like(levels).scatter_add_(1, codes, product)
+        return for_levels, for_gain, None, None, None
+
+
 class Adapted(nn.Module):
     """x (W + B A)^T; W frozen, or levels[codes] * scales with both trainable."""
 
@@ -89,23 +116,28 @@ class Adapted(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
         self.parts = None
         if parts is not None:
-            codes, levels, scales, group, which = parts
-            self.parts = (codes, group)
+            codes, levels, scales, self.order, group, which = parts
+            self.parts = (codes, scales, group)
             self.levels = nn.Parameter(levels.clone(), requires_grad=which in ("levels", "both"))
             # as a relative change per group, so that one learning rate suits all of them
-            self.register_buffer("scales", scales, persistent=False)
             self.gain = nn.Parameter(torch.ones_like(scales), requires_grad=which in ("scales", "both"))
 
     def forward(self, x):
-        if self.parts is None:
-            weight = self.dense
-        else:
-            codes, group = self.parts
-            wide = (self.scales * self.gain).repeat_interleave(group, 1)[:, : codes.shape[1]]
-            weight = self.levels.gather(1, codes) * wide
+        weight = self.dense if self.parts is None else Tables.apply(self.levels, self.gain, *self.parts)
         weight = weight.to(torch.bfloat16) if x.is_cuda else weight
         low = nn.functional.linear(nn.functional.linear(x, self.lora_a.to(weight.dtype)), self.lora_b.to(weight.dtype))
         return nn.functional.linear(x, weight) + low
+
+    @torch.no_grad()
+    def pack(self, storage):
+        """Levels and scales as the format stores them."""
+        codes, scales, group = self.parts
+        stored, steps = store_scales((scales * self.gain).clamp(min=0).cpu()[self.order], storage)
+        decoded = torch.empty(stored.shape)
+        decoded[self.order] = decode_scales(stored, steps)
+        self.parts = (codes, decoded.to(scales.device), group)
+        self.gain.fill_(1)
+        self.levels.copy_(self.levels.half())
 
 
 class Session:
@@ -117,7 +149,7 @@ class Session:
         tokenizer = AutoTokenizer.from_pretrained(model)
         self.train = self._blocks(tokenizer, text / "train.txt")
         self.valid = self._blocks(tokenizer, text / "validation.txt")[:eval_blocks]
-        self.model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
         self.targets = find_targets(self.model, None)
         modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
@@ -166,8 +198,11 @@ def quantise(session: Session, v: Variant):
 
     On the CPU because many processes that wait for one GPU at every small step make each other slow.
     """
+    if v.method == "hqq":
+        dense = {name: hqq.hqq(weight, int(v.bits)) for name, weight in session.weights.items()}
+        return {name: (w, *plain_start(w, v.rank), None, 0) for name, w in dense.items()}, hqq.true_bits(int(v.bits))
     config = LowRAConfig(
-        bits=v.bits, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
+        bits=v.bits, budget=v.budget, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
         scales=v.scales, codebook=v.codebook, assigner=v.assigner,
     )  # fmt: skip
     planner = Experiment(config, session.calibration, v.power)
@@ -190,7 +225,8 @@ def quantise(session: Session, v: Variant):
             _, factors = initialize(weight, lambda m, q=fixed: q, v.rank, v.rank, v.method, 1, v.seed, moment)
             a, b = factors.lora_A, factors.lora_B
         dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
-        return dense, a, b, (codes, levels, scales), packed.stored_bits
+        order = layout.row_order(row_bits).long()
+        return dense, a, b, (codes.byte(), levels, scales, order), packed.stored_bits
 
     for name, target in session.targets.items():
         planner.add(name, target, session.weights[name])
@@ -220,7 +256,14 @@ def tables_of(packed):
         start += count
     wide = widen(scales, packed.group_size, packed.in_features)
     normal = torch.where(wide > 0, packed.dequantize() / wide, torch.zeros_like(wide))
-    return _nearest(normal, levels), levels, scales
+    # a value a rounding above a repeated level would count as the last of them
+    codes = torch.minimum(_nearest(normal, levels), 2 ** packed.row_bits.long()[:, None] - 1)
+    return codes, levels, scales
+
+
+def plain_start(weight, rank):
+    a = (torch.rand(rank, weight.shape[1]) * 2 - 1) * weight.shape[1] ** -0.5
+    return a, torch.zeros(weight.shape[0], rank)
 
 
 def _nearest(normal, levels):
@@ -266,23 +309,26 @@ def run(session: Session, v: Variant) -> dict:
             dense, a, b, parts, _ = fitted[name]
             left, moment = weight - dense - b @ a, session.calibration.moment(name)
             output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
-            dense, a, b, parts = dense.to(device), a.to(device), b.to(device), tuple(t.to(device) for t in parts)
         else:
-            dense, parts = weight.to(device), None
-            a = ((torch.rand(v.rank, weight.shape[1]) * 2 - 1) * weight.shape[1] ** -0.5).to(device)
-            b = torch.zeros(weight.shape[0], v.rank, device=device)
-        parts = None if v.train == "lora" or parts is None else (*parts, v.group_size, v.train)
+            dense, parts = weight, None
+            a, b = plain_start(weight, v.rank)
+        dense, a, b = dense.to(device), a.to(device), b.to(device)
+        if v.train == "lora" or parts is None:
+            parts = None
+        else:
+            *tables, order = parts
+            parts = (*(table.to(device) for table in tables), order, v.group_size, v.train)
         dense = dense.to(torch.bfloat16) if device.type == "cuda" else dense
         replace_module(model, target.name, Adapted(dense, a, b, parts))
     prepared = time.perf_counter() - start
     untuned = session.perplexity()
-    tuned = fine_tune(session, v) if v.train_steps else float("nan")
+    trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
         "true_bits": true_bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
-        "tuned": tuned,
+        **trained,
         "prepared_s": prepared,
         "seconds": time.perf_counter() - start,
     }
@@ -324,16 +370,28 @@ def fine_tune(session, v, batch=8, warmup=0.03):
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-    return session.perplexity()
+    counts = {"trained_tables": sum(p.numel() for p in tables), "trained_adapter": sum(p.numel() for p in adapters)}
+    if not tables:
+        return {"tuned": session.perplexity(), **counts}
+    counts["tuned_unpacked"] = session.perplexity()
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.pack(v.scales)
+    return {"tuned": session.perplexity(), **counts}
 
 
 def _work(jobs, results, arguments):
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    session = Session(*arguments)
+    model, *others = arguments
+    sessions = {}
     while (job := jobs.get()) is not None:
         try:
-            results.put(run(session, Variant(**job)))
+            variant = Variant(**job)
+            folder = variant.model or model
+            if folder not in sessions:
+                sessions[folder] = Session(folder, *others)
+            results.put(run(sessions[folder], variant))
         except Exception as error:  # one bad variant must not cost the table
             results.put({**job, "failed": f"{type(error).__name__}: {error}"})
     results.put(None)
