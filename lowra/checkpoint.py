@@ -141,8 +141,15 @@ class TensorMatch:
     reader: "_Reader"
 
 
-def match_tensors(files: list[pathlib.Path], model: PreTrainedModel) -> list[TensorMatch]:
-    """Places every tensor of a checkpoint in the model, by Transformers' own renamings; reads headers only.
+def match_tensors(
+    files: list[pathlib.Path], model: PreTrainedModel, placed: dict[str, str] | None = None
+) -> list[TensorMatch]:
+    """Places the tensors of a checkpoint in the model, by Transformers' own renamings; reads headers only.
+
+    Args:
+        files: of the checkpoint.
+        model: its parameters may be on "meta".
+        placed: model names by the names in the files, of tensors whose place is known; left out of the result.
 
     Raises:
         ValueError: a file is cut short, or tensors that the model needs are missing.
@@ -152,8 +159,10 @@ def match_tensors(files: list[pathlib.Path], model: PreTrainedModel) -> list[Ten
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    matches, provided = [], set()
-    for key, reader in sorted(_tensors(files), key=lambda item: dot_natural_key(item[0])):
+    placed = placed or {}
+    matches, provided = [], set(placed.values())
+    unplaced = (item for item in _tensors(files) if item[0] not in placed)
+    for key, reader in sorted(unplaced, key=lambda item: dot_natural_key(item[0])):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
         if name not in expected and key in expected:
             name, pattern = key, None
@@ -175,17 +184,24 @@ def match_tensors(files: list[pathlib.Path], model: PreTrainedModel) -> list[Ten
     return matches
 
 
-def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel) -> None:
+def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel, packed: dict[str, str]) -> None:
     """Holds the tensors of a packed checkpoint against its model, whose layers are packed already (on "meta").
 
     Transformers itself fills a missing tensor with random numbers and leaves an unknown one out, with a warning.
+
+    Args:
+        files: of the checkpoint.
+        model: with packed layers.
+        packed: model names of the packed tensors by their names in the files.
 
     Raises:
         ValueError: a tensor that the model needs is missing, or one has no place in it.
     """
     ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"]))
     unknown = [
-        match.key for match in match_tensors(files, model) if match.name is None and not ignored.search(match.key)
+        match.key
+        for match in match_tensors(files, model, packed)
+        if match.name is None and not ignored.search(match.key)
     ]
     if unknown:
         raise ValueError(

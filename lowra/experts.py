@@ -31,10 +31,10 @@ class LowRAExperts(PackedModule):
         self.experts = experts
         self._runs: list[list[tuple[int, int]]] = []
 
-    def prepare(self) -> None:
-        super().prepare()
+    def count_rows(self, row_bits: torch.Tensor) -> None:
+        super().count_rows(row_bits)
         # places of each expert's rows among the packed rows: one run per precision
-        bits = self.row_bits.detach().cpu().view(self.experts, -1)
+        bits = row_bits.view(self.experts, -1)
         starts = dict.fromkeys(layout.PRECISIONS, 0)
         starts[2], starts[1] = self._rows[0], sum(self._rows)
         self._runs = []

@@ -38,17 +38,24 @@ class PackedModule(nn.Module):
         self.out_features = out_features
         self.group_size = group_size
         self.compute_dtype = compute_dtype
-        for name in TENSOR_NAMES:
-            tensor = packed.get(name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        self.set_tensors({name: packed.get(name) for name in TENSOR_NAMES})
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._rows: tuple[int, int] | None = None
         self._row_order: dict[torch.device, torch.Tensor] = {}
 
+    def set_tensors(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        """Puts packed tensors in their places, frozen."""
+        for name, tensor in tensors.items():
+            self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+    def packed_tensors(self) -> dict[str, nn.Parameter]:
+        """The packed tensors that this module has, by name."""
+        return {name: self._parameters[name] for name in TENSOR_NAMES if self._parameters[name] is not None}
+
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, sharing this module's tensors."""
-        tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
+        tensors = {name: self._parameters[name] for name in TENSOR_NAMES}
         return PackedWeight(**tensors, in_features=self.in_features, group_size=self.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,13 +64,32 @@ class PackedModule(nn.Module):
             self.weight, *self._layout(), *self._decoding(), *self._rows, self.in_features, self.group_size, dtype
         )
 
+    @property
+    def row_counts(self) -> tuple[int, int] | None:
+        """Rows of 4 and of 2 bits; None until they have been counted."""
+        return self._rows
+
     def prepare(self) -> None:
-        """Counts the rows of each precision and builds the row order. Done once; the only step that waits for a GPU."""
-        row_bits = self.row_bits.detach().cpu()
-        self._rows = int((row_bits == 4).sum()), int((row_bits == 2).sum())
+        """Makes everything that the first forward would have to make."""
+        if self._rows is None:
+            self.count_rows(self.row_bits.detach().cpu())  # the only step that waits for a GPU
+        self._layout()
+
+    def count_rows(self, row_bits: torch.Tensor) -> None:
+        """Counts the rows of each precision and builds the row order.
+
+        Args:
+            row_bits: this module's, on the CPU.
+
+        Raises:
+            ValueError: other precisions than 4, 2 and 1.
+        """
+        counts = torch.bincount(row_bits, minlength=5).tolist()
+        if counts[4] + counts[2] + counts[1] != self.out_features:
+            raise ValueError("row_bits holds other values than 1, 2 and 4: the packed checkpoint is damaged.")
+        self._rows = counts[4], counts[2]
         order = layout.row_order(row_bits)
         self._row_order = {order.device: order}
-        self._layout()
 
     def _layout(self) -> tuple[torch.Tensor]:
         if self._rows is None:

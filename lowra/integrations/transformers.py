@@ -11,23 +11,28 @@ import pathlib
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from bitsandbytes.backends.lowra import layout
-
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
-from ..linear import LowRALinear, PackedModule
+from ..linear import LowRALinear
 from ..pipeline import learn
 from ..planning import Plan, Planner
 from ..quantize import TENSOR_NAMES, quantize_matrix
 from ..targets import Target, find_targets, replace_module
-from .modules import make_dense, mend_casts_to_weight_dtype, packed_module, use_experts_one_by_one
+from .direct_loading import DirectLoading
+from .modules import (
+    check_sizes,
+    make_dense,
+    mend_casts_to_weight_dtype,
+    packed_module,
+    use_experts_one_by_one,
+)
+from .packed_files import PackedFiles
 
 
 @register_quantizer("lowra")
@@ -41,8 +46,11 @@ class LowRAHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._targets: dict[str, Target] = {}
         self._plan: Plan | None = None
+        self._loading: DirectLoading | None = None
+        self._device_map: dict | str | None = None
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        self._device_map = device_map  # called again once "auto" and the like have been resolved
         if (
             os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
             and os.environ.get("FSDP_VERSION", "1") == "1"
@@ -72,12 +80,12 @@ class LowRAHfQuantizer(HfQuantizer):
         # Transformers is under torch.device("meta") here; the plan needs real memory.
         with torch.device("cpu"):
             if self.pre_quantized:
-                shapes = _packed_tensors_on_meta(files, self._targets)
+                packed_files = PackedFiles(files, self._targets)
             else:
                 self._plan_model(model, files)
         for target in self._targets.values():
             if self.pre_quantized:
-                packed = shapes[target.name]
+                packed = packed_files.placeholders(target.name)
             elif target.experts is not None:
                 continue  # the loader merges into the dense parameter, and `_Pack` replaces it then
             else:
@@ -92,9 +100,18 @@ class LowRAHfQuantizer(HfQuantizer):
             replace_module(model, target.name, module)
         mend_casts_to_weight_dtype(model)
         use_experts_one_by_one(model, self._targets)
-        # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
-        if self.pre_quantized and type(model).__name__ in (model.config.architectures or []):
-            check_packed_names(files, model)
+        if self.pre_quantized:
+            # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
+            if type(model).__name__ in (model.config.architectures or []):
+                check_packed_names(files, model, packed_files.names())
+            self._loading = DirectLoading(model, packed_files, self._only_device)
+
+    def _only_device(self) -> torch.device | None:
+        """Where the whole model goes; None where it is spread over several devices, or the disk."""
+        if not isinstance(self._device_map, dict):
+            return torch.device("cpu") if self._device_map is None else None
+        devices = set(self._device_map.values())
+        return torch.device(*devices) if len(devices) == 1 and "disk" not in devices else None
 
     def _plan_model(self, model, files):
         planner = Planner(self.quantization_config)
@@ -113,13 +130,15 @@ class LowRAHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
         nominal = stored = parameters = 0
+        if self._loading is not None:
+            self._loading.finish()
+            self._loading = None
         for target in self._targets.values():
             module = model.get_submodule(target.name)
-            for name in TENSOR_NAMES:
-                if getattr(module, name) is not None:
-                    getattr(module, name).requires_grad_(False)  # the loader turns gradients on for float tensors
+            for parameter in module.packed_tensors().values():
+                parameter.requires_grad_(False)  # the loader turns gradients on for float tensors
             if module.row_bits.device.type != "meta":
-                _check_sizes(target.name, module)
+                check_sizes(target.name, module)
                 module.prepare()
             if self._plan is not None:
                 nominal += module.packed.nominal_bits
@@ -170,27 +189,6 @@ def _is_dense(modules: dict[str, nn.Module], name: str) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, LowRALinear)
 
 
-def _check_sizes(name: str, module: PackedModule) -> None:
-    """Raises ValueError where the loaded tensors of a layer do not fit one another."""
-    bits, groups = module.row_bits.cpu(), layout.group_count(module.in_features, module.group_size)
-    if not torch.isin(bits, torch.tensor(layout.PRECISIONS, dtype=bits.dtype)).all():
-        raise ValueError(f"{name}.row_bits holds other values than 1, 2 and 4: the packed checkpoint is damaged.")
-    rows = module.out_features, int((bits == 4).sum()), int((bits == 2).sum())
-    sizes = {
-        "weight": layout.codes_size(*rows, module.in_features),
-        "scales": module.out_features * groups,
-        "levels": layout.levels_size(*rows),
-    }
-    if module.scale_steps is not None:
-        sizes["scale_steps"] = layout.scale_step_count(module.out_features, module.in_features, module.group_size)
-    for tensor, size in sizes.items():
-        if getattr(module, tensor).numel() != size:
-            raise ValueError(
-                f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits "
-                f"and groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
-            )
-
-
 class _Pack(ConversionOps):
     """Packs one dense weight by the plan while it is loaded."""
 
@@ -222,48 +220,6 @@ class _Pack(ConversionOps):
         if missing_keys is not None:
             missing_keys.difference_update(tensors)
         return tensors
-
-
-def _packed_tensors_on_meta(
-    files: list[pathlib.Path], targets: dict[str, Target]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Shapes of the packed tensors of every target, from the headers of the shards.
-
-    Raises:
-        ValueError: a file is cut short, or a target's tensors are missing or of another size.
-    """
-    dtypes = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
-    out_features = {target.name: target.out_features for target in targets.values()}
-    names = set(out_features)
-    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as content:
-                for key in content.keys():
-                    module, _, leaf = key.rpartition(".")
-                    # the model may be known by its base's names in the file, and the other way round
-                    match = next((m for m in (module, module.partition(".")[2]) if m in names), None)
-                    if match is None:
-                        match = next((n for n in names if n.partition(".")[2] == module), None)
-                    if match is not None and leaf in TENSOR_NAMES:
-                        header = content.get_slice(key)
-                        dtype = dtypes[header.get_dtype()]
-                        found[match][leaf] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): it is cut short or damaged.") from error
-    for name, tensors in found.items():
-        needed = {"weight", "row_bits", "scales", "levels"}
-        if "scales" in tensors and tensors["scales"].dtype == torch.uint8:
-            needed.add("scale_steps")
-        absent = needed - set(tensors)
-        if absent:
-            raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {name}.")
-        rows = tensors["row_bits"].numel()
-        if rows != out_features[name]:
-            raise ValueError(
-                f"{name}.row_bits has {rows} channels, but the layer of this config.json has {out_features[name]}."
-            )
-    return found
 
 
 register_quantization_config("lowra")(LowRAConfig)
