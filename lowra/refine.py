@@ -23,8 +23,8 @@ def refine(
     for _ in range(iterations):
         codes = nearest_codes(weight, levels, scales, group_size)
         value = levels.gather(1, codes.long())
-        numerator = _group_sums(weight * value, group_size)
-        denominator = _group_sums(value.square(), group_size)
+        numerator = group_sums(weight * value, group_size)
+        denominator = group_sums(value.square(), group_size)
         # a scale below zero has no storage; where all codes sit on a level of zero any scale is as good
         scales = torch.where((denominator > 0) & (numerator > 0), numerator / denominator, scales)
         wide = widen(scales, group_size, weight.shape[1])
@@ -53,6 +53,6 @@ def widen(scales: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
     return scales.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def _group_sums(values: torch.Tensor, group_size: int) -> torch.Tensor:
+def group_sums(values: torch.Tensor, group_size: int) -> torch.Tensor:
     padding = -values.shape[1] % group_size
     return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, group_size).sum(dim=2)

@@ -1,0 +1,279 @@
+"""Levels and group scales trained together with an adapter: the codes stay, what they stand for is learned.
+
+LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adapters, with a mapping for each task.
+
+    parameters = train_tables(model, scales=True)  # a PeftModel on a packed base; by name, for a trainer's checkpoints
+    ...                                            # any training loop
+    bake_tables(model)                             # what was learned, in packed format 1: the kernels run as before
+    save_tables(model, "adapter")                  # beside the adapter; the packed model itself is for all adapters
+    load_tables(model, "adapter")                  # on the base again
+"""
+
+import pathlib
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.reference import decode_scales
+
+from .atomic import save_tensors
+from .linear import LowRALinear
+from .planning import weight_digest
+from .quantize import store_scales
+from .refine import group_sums, widen
+from .targets import replace_module
+
+FILE = "tables.safetensors"
+# What a step of the optimiser moves a level or a scale's factor by, beside what it moves an adapter's weight by.
+RATE = 0.3
+
+_SLICE_WEIGHTS = 1 << 22
+_STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
+
+
+def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Parameter]:
+    """Makes the levels of every packed linear layer trainable, and a factor of each group's scale if asked.
+
+    What is trained are changes, float32 and zero at first, in units of `RATE`, so that they can take the adapter's
+    learning rate and weight decay. PEFT does not keep them: a trainer that resumes has to.
+
+    Args:
+        model: after the adapter has been put on it; changed in place.
+        scales: train scales as well; a number for every `group_size` weights, where levels are some for each channel.
+
+    Returns:
+        the new parameters by name.
+
+    Raises:
+        ValueError: there is no packed linear layer, or tables are trained already.
+    """
+    layers = _packed_layers(model)
+    if any(isinstance(layer, TrainedTablesLinear) for layer in layers.values()):
+        raise ValueError("The tables of this model are being trained already: bake_tables ends that.")
+    for name, layer in layers.items():
+        replace_module(model, name, TrainedTablesLinear(layer, scales))
+    endings = ("level_change", "scale_change")
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in endings}
+
+
+def bake_tables(model: nn.Module) -> None:
+    """Puts plain packed layers with the trained levels and scales in the places of those that train them.
+
+    Levels are rounded to float16 and scales to their storage, so outputs change by that rounding, once.
+
+    Raises:
+        ValueError: no tables are being trained.
+    """
+    trained = {n: layer for n, layer in _packed_layers(model).items() if isinstance(layer, TrainedTablesLinear)}
+    if not trained:
+        raise ValueError("No tables are being trained in this model: train_tables comes first.")
+    for name, layer in trained.items():
+        replace_module(model, name, layer.baked())
+
+
+def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = True) -> pathlib.Path:
+    """Writes levels and, unless told otherwise, scales of all packed linear layers to `folder/tables.safetensors`.
+
+    Raises:
+        ValueError: tables are still being trained.
+    """
+    tensors = {}
+    for name, layer in _packed_layers(model).items():
+        if isinstance(layer, TrainedTablesLinear):
+            raise ValueError("The tables of this model are still being trained: bake_tables comes before saving.")
+        name = _base_name(name)
+        tensors[f"{name}.codes"] = _codes_digest(name, layer)
+        for part in ("levels", "scales", "scale_steps") if scales else ("levels",):
+            if getattr(layer, part) is not None:
+                tensors[f"{name}.{part}"] = getattr(layer, part).detach().cpu()
+    path = pathlib.Path(folder) / FILE
+    save_tensors(tensors, path)
+    return path
+
+
+def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
+    """Puts the levels and scales of `folder/tables.safetensors` into the packed linear layers, all or none.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's.
+    """
+    path = pathlib.Path(folder) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
+    stored = load_file(path)
+    layers = {_base_name(name): layer for name, layer in _packed_layers(model).items()}
+    pending = []
+    for key, tensor in sorted(stored.items(), key=lambda item: not item[0].endswith(".codes")):
+        name, _, part = key.rpartition(".")
+        if name not in layers or part not in ("codes", "levels", "scales", "scale_steps"):
+            raise ValueError(f"{path} holds {key}, which this model does not have: it belongs to another base.")
+        layer = layers[name]
+        if isinstance(layer, TrainedTablesLinear):
+            raise ValueError("The tables of this model are being trained: load others after bake_tables, or before.")
+        if part == "codes":
+            if not torch.equal(tensor, _codes_digest(name, layer)):
+                raise ValueError(
+                    f"{path} belongs to other codes of {name} than this model has: load it on the packed base that the "
+                    "adapter was trained on."
+                )
+            continue
+        own = getattr(layer, part)
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            found = "none" if own is None else f"{own.dtype} {list(own.shape)}"
+            raise ValueError(f"{path} has {key} as {tensor.dtype} {list(tensor.shape)}, this model has {found}.")
+        pending.append((own, tensor))
+    if missing := [name for name in layers if f"{name}.levels" not in stored]:
+        raise ValueError(f"{path} is cut short: it has no levels of {', '.join(missing[:3])}.")
+    for own, tensor in pending:
+        own.data.copy_(tensor)
+
+
+class TrainedTablesLinear(LowRALinear):
+    """A packed linear layer whose levels, and scales if asked, are parameters.
+
+    Attributes:
+        level_change: float32 [entries], packed row order: what is added to `levels`, over `RATE`.
+        scale_change: float32 [N, groups], packed row order: relative change of a scale, over `RATE`; or None.
+    """
+
+    def __init__(self, layer: LowRALinear, scales: bool):
+        super().__init__(
+            layer.in_features, layer.out_features, layer.group_size, layer.packed.tensors(), None, layer.compute_dtype
+        )
+        self.bias = layer.bias
+        self.prepare()
+        self.level_change = nn.Parameter(torch.zeros_like(layer.levels, dtype=torch.float32))
+        change = nn.Parameter(torch.zeros_like(layer.scales, dtype=torch.float32)) if scales else None
+        self.register_parameter("scale_change", change)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels [entries] and scales [N, groups] as they are now, float32, packed row order."""
+        scales = decode_scales(self.scales, self.scale_steps)
+        if self.scale_change is not None:
+            scales = scales * (1 + RATE * self.scale_change).clamp(min=0)  # one below zero has no storage
+        return self.levels.float() + RATE * self.level_change, scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        levels, scales = self.tables()
+        return TabledLinear.apply(x, levels, scales, bias, self.weight, *self._layout(), *self._rows, self.group_size)
+
+    @torch.no_grad()
+    def baked(self) -> LowRALinear:
+        """The plain packed layer with these tables; on the same codes."""
+        levels, scales = self.tables()
+        tensors = {**self.packed.tensors(), "levels": levels.half()}
+        if self.scale_change is not None:
+            stored, steps = store_scales(scales, _STORAGES[self.scales.dtype])
+            tensors["scales"] = stored
+            if steps is not None:
+                tensors["scale_steps"] = steps
+        layer = LowRALinear(self.in_features, self.out_features, self.group_size, tensors, None, self.compute_dtype)
+        layer.bias = self.bias
+        layer.prepare()
+        return layer
+
+
+class TabledLinear(torch.autograd.Function):
+    """x W^T + bias with gradients for the levels and the scales of the packed W [N, K].
+
+    Backward makes the gradient of the dense weight, in the dtype of the output, and sums it over the weights of each
+    code and of each group; nothing dense stays alive between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, levels, scales, bias, codes, row_order, rows_4bit, rows_2bit, group_size):
+        """Args: x [..., K], levels float32 [entries] and scales float32 [N, groups] in packed row order, the rest as
+        in `bitsandbytes::lowra_linear`.
+        """
+        ctx.save_for_backward(x, levels, scales, codes, row_order)
+        ctx.rows, ctx.group_size, ctx.with_bias = (rows_4bit, rows_2bit), group_size, bias is not None
+        return torch.ops.bitsandbytes.lowra_linear(
+            x, codes, row_order, scales, None, levels.half(), bias, rows_4bit, rows_2bit, group_size
+        )
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, levels, scales, codes, row_order = ctx.saved_tensors
+        for_x = for_levels = for_scales = for_bias = None
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ torch.ops.bitsandbytes.lowra_dequantize(
+                codes, row_order, scales, None, levels.half(), *ctx.rows, x.shape[-1], ctx.group_size, gradient.dtype
+            )
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_weight = flat.T @ x.reshape(-1, x.shape[-1])
+            for_levels, for_scales = table_gradients(
+                of_weight, levels, scales, codes, row_order, *ctx.rows, ctx.group_size, ctx.needs_input_grad[2]
+            )
+        if ctx.with_bias and ctx.needs_input_grad[3]:
+            for_bias = flat.sum(dim=0)
+        return for_x, for_levels, for_scales, for_bias, None, None, None, None, None
+
+
+def table_gradients(
+    gradient: torch.Tensor,
+    levels: torch.Tensor,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    row_order: torch.Tensor,
+    rows_4bit: int,
+    rows_2bit: int,
+    group_size: int,
+    with_scales: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of levels [entries] and scales [N, groups], float32, from that of the dense weight [N, K].
+
+    Args: see `TabledLinear`.
+    """
+    rows, columns = gradient.shape
+    classes = layout.segments(rows, rows_4bit, rows_2bit)
+    # the decoder, asked for the codes themselves: scales of one, and each level its own number
+    numbers = [torch.arange(2**bits, device=codes.device).repeat(end - first) for bits, first, end in classes]
+    chosen = torch.ops.bitsandbytes.lowra_dequantize(
+        codes,
+        row_order,
+        torch.ones_like(scales),
+        None,
+        torch.cat(numbers).half(),
+        rows_4bit,
+        rows_2bit,
+        columns,
+        group_size,
+        torch.float16,
+    )
+    for_levels, for_scales, entry = [], [], 0
+    step = max(1, _SLICE_WEIGHTS // columns)
+    for bits, first, end in classes:
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            members, entries = row_order[start:stop].long(), (stop - start) * 2**bits
+            part, code = gradient[members].float(), chosen[members]
+            scaled = part * widen(scales[start:stop], group_size, columns)
+            for_levels += [torch.stack([(scaled * (code == c)).sum(dim=1) for c in range(2**bits)], dim=1).view(-1)]
+            if with_scales:
+                table = levels[entry : entry + entries].view(-1, 2**bits)
+                for_scales.append(group_sums(part * table.gather(1, code.long()), group_size))
+            entry += entries
+    return torch.cat(for_levels), torch.cat(for_scales) if with_scales else None
+
+
+def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRALinear)}
+    if not layers:
+        raise ValueError("This model has no packed linear layer: load one that `lowra quantize` wrote.")
+    return layers
+
+
+def _base_name(name: str) -> str:
+    """Name of a layer in the base, without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _codes_digest(name: str, layer: LowRALinear) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(weight_digest(name, layer.weight)), dtype=torch.uint8)
