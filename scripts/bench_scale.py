@@ -12,6 +12,7 @@ import os
 import pathlib
 import resource
 import shutil
+import statistics
 import threading
 import time
 
@@ -23,6 +24,7 @@ import lowra
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 _LAYERS_PER_SHARD = 4
+_LOADS = 5
 
 
 def write_checkpoint(folder: pathlib.Path, layers: int, device: str) -> int:
@@ -92,28 +94,43 @@ class PeakMemory:
             self.peak = max(self.peak, anonymous * 1024)
 
 
-def timed_load(folder: pathlib.Path, device: str) -> dict:
-    """Seconds and GPU memory of `from_pretrained`, second time (files in the page cache)."""
-    for _ in range(2):
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        del model
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"seconds": round(seconds, 2), "bytes": size, "GB/s": round(size / seconds / 1e9, 2), "gpu_bytes": held}
+def timed_loads(folders: dict[str, pathlib.Path], device: str) -> dict:
+    """Seconds and GPU memory of `from_pretrained`: the first, and the median of the later ones (files in the cache)."""
+    seconds: dict[str, list[float]] = {name: [] for name in folders}
+    held = {}
+    for _ in range(1 + _LOADS):
+        for name, folder in folders.items():  # in turns, so that a disturbance meets all
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            start = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+            if device == "cuda":
+                torch.cuda.synchronize()
+                held[name] = torch.cuda.memory_allocated()
+            else:  # mapped so far
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.clone()
+            seconds[name].append(time.perf_counter() - start)
+            del model
+    results = {}
+    for name, folder in folders.items():
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        median = statistics.median(seconds[name][1:])
+        results[name] = {
+            "first": round(seconds[name][0], 3),
+            "seconds": round(median, 3),
+            "bytes": size,
+            "GB/s": round(size / median / 1e9, 2),
+            "gpu_bytes": held.get(name, 0),
+        }
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0 for none")
     parser.add_argument("--bits", type=float, default=1.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", action="store_true", help="leave both checkpoints for other benchmarks")
@@ -125,9 +142,8 @@ def main() -> None:
 
     start = time.perf_counter()
     with PeakMemory() as memory:
-        report = lowra.quantize_checkpoint(
-            str(dense), packed, lowra.LowRAConfig(bits=args.bits), lowra.AdapterRecipe(args.rank), args.device
-        )
+        adapter = lowra.AdapterRecipe(args.rank) if args.rank else None
+        report = lowra.quantize_checkpoint(str(dense), packed, lowra.LowRAConfig(bits=args.bits), adapter, args.device)
     result = {
         "layers": args.layers,
         "rank": args.rank,
@@ -138,8 +154,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
         "largest_shard": max(path.stat().st_size for path in dense.glob("*.safetensors")),
         "report": report,
-        "load_packed": timed_load(packed, args.device),
-        "load_dense": timed_load(dense, args.device),
+        "load": timed_loads({"packed": packed, "dense": dense}, args.device),
     }
     if not args.keep:
         shutil.rmtree(args.folder)

@@ -99,4 +99,5 @@ def inputs_of(model, batch: int = 2, length: int = 12) -> dict[str, torch.Tensor
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
     """Logits of `inputs_of`, on the CPU."""
-    return model(**inputs_of(model), use_cache=False).logits
+    inputs = {name: tokens.to(model.device) for name, tokens in inputs_of(model).items()}
+    return model(**inputs, use_cache=False).logits.cpu()
