@@ -49,9 +49,9 @@ SETS = {
     "ablation": (_WIKITEXT, ["qlora", "loftq", "assigner_only", "lowra"], [2, 2.5, 3, 4], _SEEDS),
     "initialisation": (_WIKITEXT, ["pissa", "loftq"], [2, 2.5, 3, 4], _SEEDS),
     "hqq": (_WIKITEXT, ["hqq"], [1, 2, 3, 4], _SEEDS),
-    "readings": (_WIKITEXT, _READINGS, [1.25, 1.5, 2], _SEEDS),
+    "readings": (_WIKITEXT, _READINGS, [1.5, 2], _SEEDS),
     "menu": (_WIKITEXT, ["lowra", "lowra:quantization.menu=[2,4]"], [2, 2.5, 3], _SEEDS),
-    "two_level": (_WIKITEXT, ["lowra", _TWO_LEVEL, _AS_PRINTED], [1.25, 1.5, 2], _SEEDS),
+    "two_level": (_WIKITEXT, ["lowra", _TWO_LEVEL, _AS_PRINTED], [1.5, 2], _SEEDS),
     "summaries": (
         "small-bart-xsum.yaml",
         ["lora16", "qlora", "loftq", "assigner_only", "lowra"],
@@ -107,17 +107,20 @@ def run(config: str, overrides: list[str], names: list[str], folder: pathlib.Pat
         for arguments in work:
             _work(*arguments)
         return
-    context = multiprocessing.get_context("spawn")
-    gpus = context.Queue()
-    for process in range(jobs):
-        gpus.put(process % max(1, torch.cuda.device_count()))
-    with context.Pool(jobs, _start, (gpus,)) as pool:
-        pool.starmap(_work, work, chunksize=1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(gpu) for gpu in range(max(1, torch.cuda.device_count()))] if visible is None else visible.split(",")
+    gpus = gpus[:jobs]
+    pools = []
+    for number, gpu in enumerate(gpus):
+        # A process must find its GPU in its environment when it starts: importing bitsandbytes already chooses one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        pools.append(multiprocessing.get_context("spawn").Pool(len(range(number, jobs, len(gpus))), _one_thread))
+    running = [pool.starmap_async(_work, work[i :: len(gpus)], chunksize=1) for i, pool in enumerate(pools)]
+    for results in running:
+        results.get()
 
 
-def _start(gpus: multiprocessing.Queue) -> None:
-    """A process sees one GPU, the first time it looks for any."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+def _one_thread() -> None:
     torch.set_num_threads(1)
 
 

@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="quantise a model (where it is not yet) and fine-tune an adapter on it",
         description="Run the recipe of a YAML file: quantise the base by the chosen method, fine-tune the adapter, and "
         "write adapter, loss curve and metrics to the recipe's output folder.",
-        epilog="example: lowra finetune configs/llama2-7b-wikitext2.yaml model=PATH bits=1.75 output=runs/first",
+        epilog="example: lowra finetune configs/wikitext2.yaml model=PATH bits=1.75 output=runs/first",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
