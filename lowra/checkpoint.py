@@ -91,12 +91,18 @@ class DenseCheckpoint:
         self.model = model
         self._expected = model.state_dict()
         self._mappings: dict[str, WeightRenaming | WeightConverter] = {}
-        for match in match_tensors(files, model):
+        matches = match_tensors(files, model)
+        ties = getattr(model, "all_tied_weights_keys", {})
+        present = {match.name for match in matches}
+        for match in matches:
             if match.name is None:
                 continue  # rotary caches and the like that the model does not keep
-            made_by = WeightRenaming(match.key, match.name) if match.converter is None else match.converter
-            mapping = self._mappings.setdefault(match.name, copy.deepcopy(made_by))
-            mapping.add_tensor(match.name, match.key, match.pattern, match.reader)
+            name = match.name
+            if name in ties and ties[name] not in present:  # some checkpoints hold a tied weight as the head alone
+                name = ties[name]
+            made_by = WeightRenaming(match.key, name) if match.converter is None else match.converter
+            mapping = self._mappings.setdefault(name, copy.deepcopy(made_by))
+            mapping.add_tensor(name, match.key, match.pattern, match.reader)
 
     def names(self) -> list[str]:
         """One name per conversion, in natural order; `load` may give several tensors for one."""
@@ -175,7 +181,9 @@ def match_tensors(
             first, *others = converter.target_patterns
             provided.update(name.replace(first, other) for other in others)
         matches.append(TensorMatch(key, name, pattern or key, converter, reader))
-    missing = set(expected) - provided - set(getattr(model, "all_tied_weights_keys", {}))
+    ties = getattr(model, "all_tied_weights_keys", {})
+    provided.update(source for tied, source in ties.items() if tied in provided)
+    missing = set(expected) - provided - set(ties)
     if missing:
         raise ValueError(
             f"The checkpoint lacks {_listed(missing)} that {type(model).__name__} needs. Download it again or check "

@@ -41,7 +41,9 @@ class LowRAConfig(QuantizationConfigMixin):
             paper's plain squared error) or "fisher" (squared output gradients x squared inputs, from a calibration).
         refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
             paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
-        quantize_head: pack the output head as well; not where it is tied to the embeddings. Adapters are not put on it.
+        quantize_head: pack the output head as well. Where it is tied to the embeddings, pack those. No adapter on it.
+        quantize_embeddings: pack the token embeddings as well, and with them the head that is tied to them. Only the
+            rows that are looked up are decoded. No adapter on them.
         modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
 
     The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
@@ -63,6 +65,7 @@ class LowRAConfig(QuantizationConfigMixin):
     sensitivity: str = "layer"
     refine: int = 0
     quantize_head: bool = False
+    quantize_embeddings: bool = False
     modules_to_not_convert: list[str] | None = None
     format_version: int = FORMAT_VERSION
     nominal_bits: float | None = None

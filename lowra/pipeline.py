@@ -93,7 +93,7 @@ def quantize_checkpoint(
     skeleton = empty_model(folder)
     if getattr(skeleton.config, "quantization_config", None):
         raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
-    targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head)
+    targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
         limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.adapted)
         if adapter.rank > limit:

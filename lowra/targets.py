@@ -21,8 +21,9 @@ class Target:
         out_features, in_features: N and K; for fused experts N counts the rows of all of them.
         transposed: the dense weight is stored [K, N] (GPT-2's Conv1D).
         experts: E of a fused weight [E, N / E, K], or None.
-        adapted: whether an adapter goes with it: not with fused experts, which PEFT does not know, and not with the
-            head, because PEFT would save the whole head with every adapter.
+        adapted: whether an adapter goes with it: not with fused experts, which PEFT does not know, and not with head
+            and embeddings, because PEFT would save them whole with every adapter.
+        tied: further modules that use the same weight, such as a head tied to the embeddings.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     transposed: bool = False
     experts: int | None = None
     adapted: bool = True
+    tied: tuple[str, ...] = ()
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The stored dense weight as [N, K]."""
@@ -39,15 +41,23 @@ class Target:
         return weight.T if self.transposed else weight
 
 
-def find_targets(model: nn.Module, skip: list[str] | None, head: bool = False) -> dict[str, Target]:
+def find_targets(
+    model: nn.Module, skip: list[str] | None, head: bool = False, embeddings: bool = False
+) -> dict[str, Target]:
     """Every linear layer of the transformer blocks by the name of its weight, in model order.
 
     A block is a member of an `nn.ModuleList`, so embeddings, heads and poolers stay dense; so do layers whose name
     contains an entry of `skip`. Fused experts [E, N, K] are quantised where the model's own forward takes them one by
     one; other tensors of three dimensions stay dense, with a warning that gives their size.
 
+    Args:
+        model: may be on "meta".
+        skip: parts of names.
+        head: take the output head too.
+        embeddings: take the token embeddings too, and the head that is tied to them.
+
     Raises:
-        ValueError: nothing is left to quantise, or `head` asks for a head that cannot be.
+        ValueError: nothing is left to quantise, or head or embeddings are asked for that cannot be.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -77,7 +87,10 @@ def find_targets(model: nn.Module, skip: list[str] | None, head: bool = False) -
             next(iter(dense)),
             "this model multiplies them all at once or transposed.",
         )
-    if head:
+    if embeddings:
+        targets.update(_embedding_target(model))
+    taken = {name for target in targets.values() for name in (target.name, *target.tied)}
+    if head and _name_of(model, output) not in taken:
         targets.update(_head_target(model, output))
     if not targets:
         raise ValueError(
@@ -87,16 +100,43 @@ def find_targets(model: nn.Module, skip: list[str] | None, head: bool = False) -
     return targets
 
 
+def _embedding_target(model: nn.Module) -> dict[str, Target]:
+    table = model.get_input_embeddings()
+    name = _name_of(model, table)
+    if name is None or not isinstance(table, nn.Embedding):
+        raise ValueError(f"{type(model).__name__} has no token embeddings to quantise: leave quantize_embeddings out.")
+    if type(table).forward is not nn.Embedding.forward and not isinstance(embedding_scale(table), float):
+        raise ValueError(
+            f"{name} of this {type(model).__name__} is a {type(table).__name__}, which does more than look rows up: "
+            "leave quantize_embeddings out."
+        )
+    ties = getattr(model, "all_tied_weights_keys", {})
+    first = ties.get(f"{name}.weight", f"{name}.weight")
+    tied = tuple(key.removesuffix(".weight") for key, source in ties.items() if source == first)
+    target = Target(first.removesuffix(".weight"), table.num_embeddings, table.embedding_dim, adapted=False, tied=tied)
+    return {first: target}
+
+
+def embedding_scale(table: nn.Embedding) -> float | None:
+    """What the model multiplies all embeddings with, where its class does that; None where there is no such number."""
+    scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0))
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
 def _head_target(model: nn.Module, head: nn.Module | None) -> dict[str, Target]:
-    name = next((name for name, module in model.named_modules() if module is head), None)
+    name = _name_of(model, head)
     if name is None or not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear output head to quantise: leave quantize_head out.")
     if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
         raise ValueError(
-            f"{name} of this {type(model).__name__} is tied to the embeddings, which stay dense: leave "
-            "quantize_head out."
+            f"{name} of this {type(model).__name__} is tied to the embeddings: quantise both with "
+            "quantize_embeddings=True (--embeddings), or leave quantize_head out."
         )
     return {f"{name}.weight": Target(name, head.out_features, head.in_features, adapted=False)}
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 def _taken_one_by_one(module: nn.Module) -> bool:

@@ -47,7 +47,8 @@ def add_parser(subparsers) -> None:
     recipe.add_argument("--iterations", type=int, default=20, help="limit of the Lloyd-Max iterations (the paper: 2)")
     recipe.add_argument("--block-weight", default="absmax_squared", help="absmax_squared or absmax (the paper's text)")
     recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
-    recipe.add_argument("--head", action="store_true", help="pack the output head too, where it is not tied")
+    recipe.add_argument("--head", action="store_true", help="pack the output head too")
+    recipe.add_argument("--embeddings", action="store_true", help="pack the embeddings too, and a head tied to them")
     recipe.add_argument("--refine", type=int, default=0, help="rounds of least squares on scales and levels")
     recipe.add_argument(
         "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
@@ -72,6 +73,7 @@ def run(args) -> dict:
         refine=args.refine,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
+        quantize_embeddings=args.embeddings,
     )
     calibration = _calibration(args)
     adapter = None

@@ -84,7 +84,9 @@ class PackedFolder:
             )
         self.config = LowRAConfig.from_dict(described)
         skeleton = empty_model(self.folder)
-        self.targets = find_targets(skeleton, self.config.modules_to_not_convert, self.config.quantize_head)
+        self.targets = find_targets(
+            skeleton, self.config.modules_to_not_convert, self.config.quantize_head, self.config.quantize_embeddings
+        )
         self._files: dict[str, pathlib.Path] = {}
         self.total_bytes = 0
         for path in safetensors_files(self.folder):

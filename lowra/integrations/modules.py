@@ -9,9 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from bitsandbytes.backends.lowra import layout
 
+from ..embedding import LowRAEmbedding
 from ..experts import LowRAExperts
 from ..linear import LowRALinear, PackedModule
-from ..targets import Target, replace_module
+from ..quantize import TENSOR_NAMES
+from ..targets import Target, embedding_scale, replace_module
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:
@@ -23,6 +25,9 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
             weight = module.dequantize(dtype).view(target.experts, -1, target.in_features)
             replace_module(model, target.name, nn.Parameter(weight, requires_grad=False))
             continue
+        if isinstance(module, LowRAEmbedding):
+            make_embedding_dense(model, target, module.dequantize(dtype))
+            continue
         if isinstance(module, LowRALinear):
             module = dense_linear(module, dtype)
             replace_module(model, target.name, module)
@@ -31,6 +36,23 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
     for module in model.modules():
         if _casts_to_weight_dtype(module):
             module.__dict__.pop("forward", None)
+
+
+def make_embedding_dense(model: nn.Module, target: Target, weight: torch.Tensor) -> None:
+    """Puts dense modules that share a weight [V, K] in the place of packed embeddings and what is tied to them."""
+    weight = nn.Parameter(weight, requires_grad=False)
+    for name in (target.name, *target.tied):
+        module = model.get_submodule(name)
+        if isinstance(module, LowRAEmbedding):
+            (dense,) = module.dense_form
+            if module.round_scale:  # its own buffer is still on "meta"
+                dense.embed_scale = torch.tensor(module.scale, device=weight.device)
+        elif isinstance(module, LowRALinear):
+            dense = dense_linear(module, weight.dtype, weight)
+        else:
+            continue  # a head that an adapter was merged into
+        dense.weight = weight
+        replace_module(model, name, dense)
 
 
 def dense_linear(module: LowRALinear, dtype: torch.dtype, weight: torch.Tensor | None = None) -> nn.Linear:
@@ -52,13 +74,51 @@ def _conv1d(linear: nn.Linear) -> Conv1D:
     return conv
 
 
-def packed_module(model: PreTrainedModel, target: Target, group_size: int, packed: dict) -> PackedModule:
-    """The module that takes the place of a dense layer, or of the parameter of fused experts."""
+def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: dict) -> list[PackedModule]:
+    """Puts packed modules in the place of a dense layer and those tied to it, or of the parameter of fused experts."""
     sizes = (target.in_features, target.out_features, group_size, packed)
-    if target.experts is not None:
-        return LowRAExperts(target.experts, *sizes, model.get_parameter(target.name).dtype)
-    dense = model.get_submodule(target.name)
-    return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
+    modules: list[PackedModule] = []
+    for name in (target.name, *target.tied):
+        if target.experts is not None:
+            module = LowRAExperts(target.experts, *sizes, model.get_parameter(name).dtype)
+        else:
+            module = _packed_layer(model.get_submodule(name), *sizes)
+        replace_module(model, name, module)
+        modules.append(module)
+    return modules
+
+
+def _packed_layer(dense: nn.Linear | Conv1D | nn.Embedding, *sizes) -> PackedModule:
+    if not isinstance(dense, nn.Embedding):
+        return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
+    rounded = hasattr(dense, "scalar_embed_scale")
+    packed = LowRAEmbedding(*sizes, dense.weight.dtype, dense.padding_idx, embedding_scale(dense), rounded)
+    packed.dense_form.append(dense)
+    return packed
+
+
+def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
+    """Tells Transformers that tied modules share all packed tensors, for loading and saving."""
+    ties = {
+        f"{name}.{leaf}": f"{target.name}.{leaf}"
+        for target in targets.values()
+        for name in target.tied
+        for leaf in TENSOR_NAMES
+        if model.get_submodule(target.name)._parameters[leaf] is not None
+    }
+    if ties:
+        model._adjust_bias = lambda head, table: None  # would pad a tied head's bias to the bytes of its weight
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+
+
+def share_tied(model: PreTrainedModel, target: Target) -> None:
+    """Lets the modules tied to a packed one hold its parameters."""
+    source = model.get_submodule(target.name)
+    for name in target.tied:
+        module = model.get_submodule(name)
+        module._parameters.update(source.packed_tensors())
+        module.prepare()
 
 
 def count_rows(name: str, module: PackedModule, row_bits: torch.Tensor) -> None:

@@ -20,11 +20,13 @@ from transformers.utils import cached_file
 
 from ..atomic import save_json
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..embedding import LowRAEmbedding
 from ..linear import LowRALinear
+from ..lora import lora_linear
 from ..pipeline import BASE_RECORD
 from ..planning import fingerprint_of, weight_digest
 from ..targets import find_targets, replace_module
-from .modules import dense_linear
+from .modules import dense_linear, make_embedding_dense
 
 _NEEDS_ORIGINAL = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
 
@@ -51,6 +53,37 @@ class LowRALoraLinear(LoraLinear):
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """PEFT's forward; one plain adapter without dropout goes through `lora_linear`, which computes the same."""
+        adapter = None if args or kwargs else self._plain_adapter(x)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return lora_linear(x, self.base_layer, a, b, self.scaling[adapter])
+
+    def _plain_adapter(self, x: torch.Tensor) -> str | None:
+        """Name of the only active adapter, if `lora_linear` covers it here."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self._packed or self.disable_adapters or len(active) != 1 or torch.compiler.is_compiling():
+            return None
+        (name,) = active
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        bias = self.base_layer.bias
+        plain = (
+            name not in self.lora_variant  # DoRA and others
+            and b.bias is None
+            and (bias is None or not bias.requires_grad)
+            and (isinstance(dropout, nn.Identity) or not self.training)
+            # sharded and offloaded weights come together in the modules' own forward
+            and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and not _hooked(m) for m in (a, b))
+            and not _hooked(self.base_layer)
+            and a.weight.device == x.device
+            and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype)
+        )
+        return name if plain else None
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into a dense copy of the base. See PEFT for the arguments."""
         adapter_names = check_adapters_to_merge(self, adapter_names)
@@ -73,6 +106,12 @@ class LowRALoraLinear(LoraLinear):
             device = self.base_layer.weight.device
             self.base_layer = self._packed.pop().to(device)
         self.merged_adapters.clear()
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether something waits for the module's own forward: hooks, or accelerate's offloading in its place."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def prepare_for_training(
@@ -146,7 +185,8 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
     folder = resolve_folder(str(original))
     skeleton = empty_model(folder)
-    targets = find_targets(skeleton, _packing(model, "modules_to_not_convert"), _packing(model, "quantize_head"))
+    which = ("modules_to_not_convert", "quantize_head", "quantize_embeddings")
+    targets = find_targets(skeleton, *(_packing(model, name) for name in which))
     source = DenseCheckpoint(safetensors_files(folder), skeleton)
     digests = {name: weight_digest(name, target.as_matrix(source.load(name)[name])) for name, target in targets.items()}
     _check_fingerprint(
@@ -164,6 +204,9 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
             continue
         layer = base.get_submodule(target.name)
         weight = target.as_matrix(source.load(name)[name]).float()
+        if isinstance(layer, LowRAEmbedding):
+            make_embedding_dense(base, target, weight.to(layer.weight.device, layer.compute_dtype))
+            continue
         if isinstance(layer, LowRALinear):
             replace_module(base, target.name, dense_linear(layer, layer.compute_dtype, weight.to(layer.weight.device)))
             continue

@@ -19,17 +19,19 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import LowRAConfig
-from ..linear import LowRALinear
+from ..linear import PackedModule
 from ..pipeline import learn
 from ..planning import Plan, Planner
 from ..quantize import TENSOR_NAMES, quantize_matrix
-from ..targets import Target, find_targets, replace_module
+from ..targets import Target, find_targets
 from .direct_loading import DirectLoading
 from .modules import (
     check_sizes,
+    declare_ties,
     make_dense,
     mend_casts_to_weight_dtype,
-    packed_module,
+    put_packed,
+    share_tied,
     use_experts_one_by_one,
 )
 from .packed_files import PackedFiles
@@ -45,6 +47,7 @@ class LowRAHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LowRAConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         self._targets: dict[str, Target] = {}
+        self._targets_by_weight: dict[str, Target] = {}  # under the names of tied weights too
         self._plan: Plan | None = None
         self._loading: DirectLoading | None = None
         self._device_map: dict | str | None = None
@@ -73,7 +76,10 @@ class LowRAHfQuantizer(HfQuantizer):
         config = self.quantization_config
         # The bare model or another task's head on a packed checkpoint has no use for the packed head.
         head = config.quantize_head and not (self.pre_quantized and model.get_output_embeddings() is None)
-        self._targets = find_targets(model, config.modules_to_not_convert, head)
+        self._targets = find_targets(model, config.modules_to_not_convert, head, config.quantize_embeddings)
+        self._targets_by_weight = dict(self._targets)
+        for target in self._targets.values():
+            self._targets_by_weight.update({f"{name}.weight": target for name in target.tied})
         files = [pathlib.Path(path) for path in checkpoint_files or []]
         if not files or not all(path.suffix == ".safetensors" for path in files):
             raise ValueError("lowra reads safetensors checkpoints only; this one has none.")
@@ -93,11 +99,11 @@ class LowRAHfQuantizer(HfQuantizer):
                 # and the device map counts quantized_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
                 packed["weight"] = model.get_submodule(target.name).weight.detach()
-            module = packed_module(model, target, self.quantization_config.group_size, packed)
+            modules = put_packed(model, target, self.quantization_config.group_size, packed)
             # Layers left on disk never meet the loader, and Transformers would draw random numbers into their bytes.
-            for parameter in module.parameters():
+            for parameter in (parameter for module in modules for parameter in module.parameters()):
                 parameter._is_hf_initialized = self.pre_quantized
-            replace_module(model, target.name, module)
+        declare_ties(model, self._targets)
         mend_casts_to_weight_dtype(model)
         use_experts_one_by_one(model, self._targets)
         if self.pre_quantized:
@@ -123,7 +129,7 @@ class LowRAHfQuantizer(HfQuantizer):
         return [n for n in TENSOR_NAMES if n != "scale_steps" or self.quantization_config.scales == "double_quant"]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
-        return not self.pre_quantized and param_name in self._targets
+        return not self.pre_quantized and param_name in self._targets_by_weight
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)
@@ -140,6 +146,7 @@ class LowRAHfQuantizer(HfQuantizer):
             if module.row_bits.device.type != "meta":
                 check_sizes(target.name, module)
                 module.prepare()
+                share_tied(model, target)
             if self._plan is not None:
                 nominal += module.packed.nominal_bits
                 stored += module.packed.stored_bits
@@ -180,13 +187,15 @@ class LowRAHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        make_dense(model, self._targets, dtype or model.config.dtype)
+        dtype = dtype or model.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name, once the model has been saved
+        make_dense(model, self._targets, dtype)
         return model
 
 
 def _is_dense(modules: dict[str, nn.Module], name: str) -> bool:
     module = modules.get(f"{name}.base_layer", modules.get(name))
-    return isinstance(module, nn.Linear) and not isinstance(module, LowRALinear)
+    return isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, PackedModule)
 
 
 class _Pack(ConversionOps):
@@ -199,18 +208,20 @@ class _Pack(ConversionOps):
     def convert(self, input_dict: dict[str, Any], full_layer_name=None, missing_keys=None, model=None, **kwargs):
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
-        plan, target = self.quantizer._plan, self.quantizer._targets[full_layer_name]
+        plan, target = self.quantizer._plan, self.quantizer._targets_by_weight[full_layer_name]
+        name = target.name if target.experts is not None else f"{target.name}.weight"
+        if name not in plan.codebooks:
+            return {}  # a tied weight that the checkpoint holds twice
         packed = quantize_matrix(
             target.as_matrix(weight),
-            plan.codebooks.pop(full_layer_name),
-            plan.row_bits[full_layer_name],
+            plan.codebooks.pop(name),
+            plan.row_bits[name],
             self.quantizer.quantization_config,
         )
         tensors = {f"{target.name}.{name}": tensor for name, tensor in packed.tensors().items()}
         if target.experts is not None:
             meta = {name: tensor.to("meta") for name, tensor in packed.tensors().items()}
-            module = packed_module(model, target, packed.group_size, meta)
-            replace_module(model, target.name, module)
+            put_packed(model, target, packed.group_size, meta)
             missing_keys = set() if missing_keys is None else missing_keys
             missing_keys.discard(full_layer_name)
         module = model.get_submodule(target.name)
@@ -242,4 +253,20 @@ def _accept_load_in_lowra() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _know_the_dtype_of_packed_models() -> None:
+    """`model.dtype` is that of the first floating parameter: with packed embeddings, one of their tables."""
+    original = PreTrainedModel.dtype.fget
+
+    def dtype(self) -> torch.dtype:
+        first = next((module for module in self.modules() if _has_floats(module)), None)
+        return first.compute_dtype if isinstance(first, PackedModule) else original(self)
+
+    PreTrainedModel.dtype = property(dtype, doc=PreTrainedModel.dtype.__doc__)
+
+
+def _has_floats(module: nn.Module) -> bool:
+    return any(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+
+
 _accept_load_in_lowra()
+_know_the_dtype_of_packed_models()

@@ -99,5 +99,6 @@ def inputs_of(model, batch: int = 2, length: int = 12) -> dict[str, torch.Tensor
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
     """Logits of `inputs_of`, on the CPU."""
-    inputs = {name: tokens.to(model.device) for name, tokens in inputs_of(model).items()}
+    device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    inputs = {name: tokens.to(device) for name, tokens in inputs_of(model).items()}
     return model(**inputs, use_cache=False).logits.cpu()
