@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from .atomic import save_tensors
 from .checkpoint import empty_model, resolve_folder
-from .targets import find_targets
+from .observers import ExpertObserver, TableObserver
+from .targets import Target, find_targets
 
 FILE = "calibration.safetensors"
 TOKENS = 25_000
@@ -32,8 +33,9 @@ class Calibration:
     """Statistics of every quantised layer, by the name of its weight, float32 on the CPU.
 
     Attributes:
-        inputs: [K], mean squared input of each column.
-        gradients: [N], mean squared gradient of the summed loss at each output channel.
+        inputs: [K], mean squared input of each column; ones for embeddings without a tied head.
+        gradients: [N], mean squared gradient of the summed loss at each output channel. Fused experts [E * N] count by
+            their share of the tokens and relative to the inputs of all; rows of embeddings by how often they occur.
         moments: [K, K], mean x x^T, or empty where it was not asked for.
     """
 
@@ -102,8 +104,10 @@ def calibrate(
     device: str | torch.device | None = None,
     moments: bool = False,
     progress: bool = True,
+    head: bool = False,
+    embeddings: bool = False,
 ) -> Calibration:
-    """Statistics of every linear layer of a dense model's blocks over running text.
+    """Statistics of every linear layer of a dense model's blocks, fused experts included, over running text.
 
     Memory holds the model in its stored dtype, the activations at the borders of its blocks for one sequence, and the
     sums. On GPUs the model is spread over all of them and the CPU if it has to be.
@@ -114,15 +118,14 @@ def calibrate(
         tokens: how many to use at most.
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` needs.
+        head, embeddings: those too, as `LowRAConfig.quantize_head` and `quantize_embeddings`.
 
     Raises:
         FileNotFoundError, ValueError: model or text that cannot be used.
     """
     folder = resolve_folder(model)
     skeleton = empty_model(folder)
-    targets = find_targets(skeleton, None)
-    if any(target.experts is not None for target in targets.values()):
-        raise ValueError("Calibration does not see into fused experts: quantise this model with sensitivity=layer.")
+    targets = find_targets(skeleton, None, head, embeddings)
     sequences = _sequences(folder, text, tokens, skeleton.config)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
@@ -133,8 +136,33 @@ def calibrate(
         for module in dense.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    modules = {name: dense.get_submodule(target.name) for name, target in targets.items()}
-    return collect(dense, modules, sequences, moments, progress)
+    observers = _observers(dense, targets)
+    modules = {}
+    for name, target in targets.items():
+        for place in (target.name, *target.tied) if target.experts is None else ():
+            if not isinstance(dense.get_submodule(place), nn.Embedding):
+                modules[name] = dense.get_submodule(place)
+    calibration = collect(dense, modules, sequences, moments, progress)
+    for observer in observers:
+        observer.close()
+        observer.add_to(calibration, DAMPING)
+    return calibration
+
+
+def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObserver | TableObserver]:
+    """For the targets that are no linear layers."""
+    experts: dict[str, dict[str, str]] = {}
+    observers: list[ExpertObserver | TableObserver] = []
+    for name, target in targets.items():
+        if target.experts is not None:
+            module, _, leaf = target.name.rpartition(".")
+            experts.setdefault(module, {})[leaf] = name
+            continue
+        places = [model.get_submodule(place) for place in (target.name, *target.tied)]
+        tables = [place for place in places if isinstance(place, nn.Embedding)]
+        if tables:
+            observers.append(TableObserver(name, tables))
+    return observers + [ExpertObserver(model.get_submodule(module), leaves) for module, leaves in experts.items()]
 
 
 def _sequences(folder, text, tokens, config) -> torch.Tensor:
@@ -216,18 +244,23 @@ def _add(totals, name, value):
 def collect(model: nn.Module, modules: dict[str, nn.Module], sequences: torch.Tensor, moments: bool, progress: bool):
     """Statistics of `modules` over token sequences [count, length], one sequence at a time.
 
-    The parameters are frozen: gradients flow through activations alone, and the embeddings' output starts them.
+    The parameters are frozen: gradients flow through activations alone, and the outputs of embeddings start them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+    handles = [
+        table.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        for table in model.modules()
+        if isinstance(table, nn.Embedding)
+    ]
     collector = Collector(modules, moments)
     for sequence in tqdm(sequences, desc="calibrating", unit="sequence", disable=not progress):
         ids = sequence[None].to(model.get_input_embeddings().weight.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss * ids.shape[1]  # the sum
         loss.backward()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     for parameter in trainable:
         parameter.requires_grad_(True)
     return collector.result()

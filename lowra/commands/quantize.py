@@ -104,7 +104,15 @@ def _calibration(args) -> Calibration | None:
     if args.calibrate.endswith(".safetensors"):
         return Calibration.load(args.calibrate)
     moments = args.rank is not None and args.init in (None, "cloq")
-    return calibrate(args.model, args.calibrate, args.calibration_tokens, args.device, moments)
+    return calibrate(
+        args.model,
+        args.calibrate,
+        args.calibration_tokens,
+        args.device,
+        moments,
+        head=args.head,
+        embeddings=args.embeddings,
+    )
 
 
 def _menu(text: str) -> tuple[int, ...]:
