@@ -144,10 +144,14 @@ class LowRALinear(PackedModule, nn.Linear):
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         # Compiled code has no host to spare, and the compiler knows the op but not the function.
         linear = torch.ops.bitsandbytes.lowra_linear if torch.compiler.is_compiling() else PackedLinear.apply
-        return linear(x, self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size)
+        return linear(x, *self.operands(x.dtype))
+
+    def operands(self, dtype: torch.dtype) -> tuple:
+        """What `bitsandbytes::lowra_linear` takes after an x of this dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
 
     def extra_repr(self) -> str:
         rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"

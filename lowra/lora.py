@@ -1,0 +1,57 @@
+"""A LoRA layer on a packed base as one function: y = x W^T + bias + scaling (x A^T) B^T.
+
+The usual composition runs a dozen small operations a layer and pass; at the sizes of a fine-tuning step the host needs
+longer for them than the GPU. It also keeps two more copies of x, one of them in float32.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .linear import LowRALinear
+
+
+def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The output of a packed layer with one low-rank adapter, differentiable in x, A and B.
+
+    Args:
+        x: [..., K]; its dtype is that of the computation and of the result.
+        base: packed W [N, K]; a bias must not be trained.
+        a: A [r, K], of any floating dtype, rounded to that of x.
+        b: B [N, r], likewise.
+        scaling: factor of the adapter's term.
+    """
+    return _LoraLinear.apply(x, a, b, scaling, *base.operands(x.dtype))
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, b, scaling, codes, row_order, scales, scale_steps, levels, bias, *numbers):
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        out = torch.ops.bitsandbytes.lowra_linear(rows, codes, row_order, scales, scale_steps, levels, bias, *numbers)
+        inner = rows @ a.t()
+        out.addmm_(inner, b.t(), alpha=scaling)
+        ctx.save_for_backward(rows, inner, a, b, codes, row_order, scales, scale_steps, levels)
+        ctx.shape, ctx.scaling, ctx.numbers = x.shape, scaling, numbers
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, inner, a, b, *packed = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        grad_x = grad_a = grad_b = None
+        if needs_b:
+            grad_b = torch.addmm(b, grad.t(), inner, beta=0, alpha=ctx.scaling)
+        if needs_x or needs_a:
+            grad_inner = torch.addmm(inner, grad, b, beta=0, alpha=ctx.scaling)
+        if needs_a:
+            grad_a = grad_inner.t() @ rows
+        if needs_x:
+            *counts, group_size = ctx.numbers
+            weight = torch.ops.bitsandbytes.lowra_dequantize(*packed, *counts, rows.shape[1], group_size, grad.dtype)
+            grad_x = grad @ weight
+            del weight  # the largest tensor of a training step's peak
+            grad_x = grad_x.addmm_(grad_inner, a).view(ctx.shape)
+        return grad_x, grad_a, grad_b, *[None] * (len(packed) + 5)
