@@ -1,0 +1,166 @@
+"""Tables and the picture of docs/accuracy.md from the rows that accuracy_grid.py measured.
+
+python scripts/accuracy_report.py docs/accuracy.json --picture docs/accuracy.png
+python scripts/accuracy_report.py docs/accuracy.json --add results.json --source "H200, 22 Nov 2026"   # more rows
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+# A variant by the switches that differ from accuracy_grid.py's defaults; the rest of them name what is measured.
+_SWITCHES = (
+    "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
+    "aware", "feedback", "train", "table_rate", "moment_rank", "distill", "distill_blocks", "rank", "train_steps",
+)  # fmt: skip
+_DEFAULTS = {
+    "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
+    "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
+    "train": "lora", "table_rate": 1.0, "moment_rank": 0, "distill": 0, "distill_blocks": 24, "rank": 8,
+    "train_steps": 120,
+}  # fmt: skip
+_CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq"}
+_NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
+_NAMES = {
+    "calibrated": _CALIBRATED,
+    "data-free": {"refine": 2},
+    "defaults": {},
+    "LoftQ": _NORMAL_FLOAT,
+    "QLoRA": {**_NORMAL_FLOAT, "method": "lora"},
+    "HQQ": {"method": "hqq"},
+}
+_STYLES = {
+    "LoftQ": ("tab:gray", "s--"),
+    "QLoRA": ("tab:olive", "v--"),
+    "HQQ": ("tab:brown", "^--"),
+    "data-free": ("tab:blue", "o-"),
+    "calibrated": ("tab:red", "o-"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=pathlib.Path, help="JSON list; docs/accuracy.json")
+    parser.add_argument("--add", type=pathlib.Path, help="results of accuracy_grid.py to put into it")
+    parser.add_argument("--source", help="with --add: machine and date of these results")
+    parser.add_argument("--picture", type=pathlib.Path)
+    args = parser.parse_args()
+    rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
+    if args.add:
+        rows += [compact(row, args.source) for row in json.loads(args.add.read_text()) if "failed" not in row]
+        args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    groups = summarize(rows)
+    print(markdown(groups))
+    if args.picture:
+        draw(groups, args.picture)
+
+
+def compact(row: dict, source: str | None) -> dict:
+    """A row of the grid without defaults and with rounded numbers."""
+    kept = {key: row[key] for key in _SWITCHES if key in row and row[key] != _DEFAULTS[key]}
+    if "train" not in kept:
+        kept.pop("table_rate", None)
+    if "distill" not in kept:
+        kept.pop("distill_blocks", None)
+    numbers = ("true_bits", "output_error", "untuned", "distilled", "tuned", "tuned_unpacked", "trained_tables")
+    kept.update({key: round(row[key], 4) for key in numbers if row.get(key) is not None})
+    model = pathlib.Path(row["model"]).name or "base-30m"
+    return {"model": model, "lr": row["lr"], "seed": row["seed"], "bits": row["bits"], **kept, "source": source}
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """One entry for each model, learning rate, budget and set of switches: mean and spread over seeds."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        switches = {key: row[key] for key in _SWITCHES if key in row}
+        key = (row["model"], row["lr"], row["bits"], row.get("budget"), name_of(row["bits"], switches))
+        found.setdefault(key, []).append(row)
+    groups = []
+    for (model, rate, bits, _, name), members in found.items():
+        tuned = [member["tuned"] for member in members]
+        groups.append(
+            {
+                "model": model,
+                "lr": rate,
+                "bits": bits,
+                "name": name,
+                "true_bits": true_bits(name, bits, members[0]["true_bits"]),
+                "untuned": statistics.fmean(member["untuned"] for member in members),
+                "tuned": statistics.fmean(tuned),
+                "spread": statistics.stdev(tuned) if len(tuned) > 1 else None,
+                "seeds": len(tuned),
+                "output_error": members[0]["output_error"],
+            }
+        )
+    dense = {(group["model"], group["lr"]): group["tuned"] for group in groups if group["name"] == "16-bit"}
+    for group in groups:
+        base = dense.get((group["model"], group["lr"]))
+        group["over"] = None if base is None else 100 * (group["tuned"] / base - 1)
+    return sorted(groups, key=lambda group: (group["model"], group["lr"], group["name"], group["true_bits"]))
+
+
+def name_of(bits: float, switches: dict) -> str:
+    """The nearest of the known names and what differs from it."""
+    if bits >= 16:
+        return "16-bit"
+
+    def differences(name):
+        wanted = {**_DEFAULTS, **_NAMES[name]}
+        return {key: value for key, value in {**_DEFAULTS, **switches}.items() if value != wanted[key]}
+
+    name = min(_NAMES, key=lambda name: len(differences(name)))
+    return ", ".join([name, *(f"{key} {value}" for key, value in differences(name).items())])
+
+
+def true_bits(name: str, bits: float, measured: float) -> float:
+    """What is stored; NormalFloat needs no tables of its own, so those baselines pay for codes and scales alone."""
+    return bits + 8.125 / 64 if name in ("LoftQ", "QLoRA") else measured
+
+
+def markdown(groups: list[dict]) -> str:
+    lines = [
+        "| model | rate | method | bits | true bits | output error | untuned | tuned | over 16-bit | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for g in groups:
+        spread = "" if g["spread"] is None else f" ± {g['spread']:.2f}"
+        over = "" if g["over"] is None else f"{g['over']:+.1f} %"
+        lines.append(
+            f"| {g['model']} | {g['lr']:g} | {g['name']} | {g['bits']:g} | {g['true_bits']:.3f} | "
+            f"{g['output_error']:.3f} | {g['untuned']:.0f} | {g['tuned']:.2f}{spread} | {over} | {g['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(groups: list[dict], path: pathlib.Path, rate: float = 4e-3) -> None:
+    """Perplexity after fine-tuning over true bits, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = [group for group in groups if group["lr"] == rate]
+    models = list(dict.fromkeys(group["model"] for group in groups))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        mine = [group for group in groups if group["model"] == model]
+        for name, (colour, style) in _STYLES.items():
+            points = sorted((g["true_bits"], g["tuned"], g["spread"] or 0) for g in mine if g["name"] == name)
+            if points:
+                x, y, spread = zip(*points, strict=True)
+                panel.errorbar(x, y, spread, fmt=style, color=colour, label=name, markersize=4, capsize=2)
+        for group in mine:
+            if group["name"] == "16-bit":
+                panel.axhline(group["tuned"], color="black", linewidth=1, label="16-bit")
+        panel.set(title=model, xlabel="true bits per weight", ylabel="perplexity after fine-tuning", yscale="log")
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_minor_formatter("{x:.0f}")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
