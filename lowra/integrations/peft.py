@@ -72,7 +72,8 @@ class LowRALoraLinear(LoraLinear):
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         bias = self.base_layer.bias
         plain = (
-            name not in self.lora_variant  # DoRA and others
+            type(self.base_layer) is LowRALinear  # and not one whose tables are trained
+            and name not in self.lora_variant  # DoRA and others
             and b.bias is None
             and (bias is None or not bias.requires_grad)
             and (isinstance(dropout, nn.Identity) or not self.training)
