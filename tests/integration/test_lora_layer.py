@@ -1,4 +1,4 @@
-"""A LoRA layer on a packed base as one function: what PEFT's own composition computes, and who still goes through that."""
+"""A LoRA layer on a packed base as one function: it computes what PEFT's composition does, and knows where to leave it."""
 
 import pytest
 import torch
