@@ -8,6 +8,7 @@ plain LoRA on every linear layer of the blocks: AdamW, cosine schedule, warmup 0
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -35,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 import bitsandbytes.backends.lowra.ops  # noqa: E402, F401
 from bitsandbytes.backends.lowra import layout  # noqa: E402
 from bitsandbytes.backends.lowra.reference import decode_scales  # noqa: E402
+from lowra import quantize as lowra_quantize  # noqa: E402
 from lowra.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.config import LowRAConfig  # noqa: E402
 from lowra.loftq import initialize  # noqa: E402
@@ -57,6 +59,11 @@ class Variant:
         train: what is trained beside the adapter: "lora" (nothing), "levels", "scales" or "both".
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
+        scales: also "log4", four bits on a logarithmic grid between the extremes of 256 scales; simulated.
+        fit: tables fitted in the outputs after each round of feedback: "" (none), "levels", "scales" or "both".
+        moment_rank: of the inputs' second moment beside its diagonal, 0 for the whole of it.
+        distill: steps that draw the model's outputs to those of the dense one before fine-tuning.
+        distill_blocks: of the training text, whose labels are not used, in these steps.
     """
 
     model: str = ""
@@ -76,6 +83,10 @@ class Variant:
     feedback: int = 0
     train: str = "lora"
     table_rate: float = 1.0
+    fit: str = ""
+    moment_rank: int = 0
+    distill: int = 0
+    distill_blocks: int = 24
     rank: int = 8
     lr: float = 4e-3
     seed: int = 0
@@ -132,7 +143,8 @@ class Adapted(nn.Module):
     def pack(self, storage):
         """Levels and scales as the format stores them."""
         codes, scales, group = self.parts
-        stored, steps = store_scales((scales * self.gain).clamp(min=0).cpu()[self.order], storage)
+        wanted = (scales * self.gain).clamp(min=0).cpu()[self.order]
+        stored, steps = log_scales(wanted) if storage == "log4" else store_scales(wanted, storage)
         decoded = torch.empty(stored.shape)
         decoded[self.order] = decode_scales(stored, steps)
         self.parts = (codes, decoded.to(scales.device), group)
@@ -151,6 +163,7 @@ class Session:
         self.valid = self._blocks(tokenizer, text / "validation.txt")[:eval_blocks]
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.targets = find_targets(self.model, None)
         modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
@@ -203,13 +216,15 @@ def quantise(session: Session, v: Variant):
         return {name: (w, *plain_start(w, v.rank), None, 0) for name, w in dense.items()}, hqq.true_bits(int(v.bits))
     config = LowRAConfig(
         bits=v.bits, budget=v.budget, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
-        scales=v.scales, codebook=v.codebook, assigner=v.assigner,
+        scales="float32" if v.scales == "log4" else v.scales, codebook=v.codebook, assigner=v.assigner,
     )  # fmt: skip
     planner = Experiment(config, session.calibration, v.power)
 
     def fit(name, book, row_bits):
         weight = session.weights[name]
         moment = session.calibration.moment(name) if v.method == "cloq" or v.feedback else None
+        if v.moment_rank:
+            moment = diagonal_and_rank(moment, v.moment_rank)
 
         def pack(matrix):
             return quantize_matrix(matrix, book, row_bits, config)
@@ -218,7 +233,11 @@ def quantise(session: Session, v: Variant):
         a, b = factors.lora_A, factors.lora_B
         codes, levels, scales = tables_of(packed)
         for _ in range(v.feedback):
-            codes = feed_back(weight - b @ a, levels, scales, moment, v.group_size)
+            codes = feed_back(weight - b @ a, levels, scales, moment, v.group_size, row_bits)
+            if v.fit in ("scales", "both"):
+                scales = output_scales(weight - b @ a, codes, levels, scales, moment, v.group_size)
+            if v.fit in ("levels", "both"):
+                codes, levels = output_levels(weight - b @ a, codes, levels, scales, moment, v.group_size, row_bits)
             dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
             # an exact quantiser that always answers with these codes: one more low-rank fit and nothing else
             fixed = types.SimpleNamespace(dequantize=lambda dense=dense: dense)
@@ -238,9 +257,13 @@ def quantise(session: Session, v: Variant):
 
             planner.see_correction(name, left_over)
     plan = planner.assign()
+    lowra_quantize.store_scales = log_scales if v.scales == "log4" else store_scales
     fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
-    parameters = sum(weight.numel() for weight in session.weights.values())
-    return fitted, sum(entry[-1] for entry in fitted.values()) / parameters
+    lowra_quantize.store_scales = store_scales
+    stored = sum(entry[-1] for entry in fitted.values())
+    if v.scales == "log4":  # 4 bits and a share in two float32 for 256 scales, in the place of 32
+        stored -= sum(entry[3][2].numel() for entry in fitted.values()) * (32 - 4 - 64 / 256)
+    return fitted, stored / sum(weight.numel() for weight in session.weights.values())
 
 
 def tables_of(packed):
@@ -261,6 +284,25 @@ def tables_of(packed):
     return codes, levels, scales
 
 
+def log_scales(absmax, storage="float32", block=256):
+    """float32 [N, groups] rounded to 16 steps of equal ratio between the least and the greatest of each block."""
+    flat = absmax.reshape(-1)
+    padded = nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    used = padded > 0
+    low = torch.where(used, padded, math.inf).amin(dim=1, keepdim=True).log()
+    ratio = (padded.amax(dim=1, keepdim=True).log() - low).clamp(min=1e-6)
+    code = ((padded.clamp(min=1e-30).log() - low) / ratio * 15).round().clamp(0, 15)
+    rounded = torch.where(used, (low + code / 15 * ratio).exp(), 0)
+    return rounded.view(-1)[: len(flat)].view(absmax.shape), None
+
+
+def diagonal_and_rank(moment, rank):
+    values, vectors = torch.linalg.eigh(moment)
+    left = vectors[:, -rank:] * values[-rank:].sqrt()
+    main = left @ left.T
+    return main + torch.diag((moment.diagonal() - main.diagonal()).clamp(min=1e-3))
+
+
 def plain_start(weight, rank):
     a = (torch.rand(rank, weight.shape[1]) * 2 - 1) * weight.shape[1] ** -0.5
     return a, torch.zeros(weight.shape[0], rank)
@@ -270,30 +312,69 @@ def _nearest(normal, levels):
     return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), normal.contiguous())
 
 
-def feed_back(weight, levels, scales, moment, group_size, block=128):
+def feed_back(weight, levels, scales, moment, group_size, row_bits, block=128):
     """Codes chosen by falling input energy, each column's error carried to the later ones (GPTQ, Frantar et al. 2022).
 
     Args:
         weight: [N, K].
-        levels: [N, 16], ascending; repeated ones are never chosen before their first.
+        levels: [N, 16], ascending, the last of a row's own repeated.
         moment: [K, K], positive definite.
     """
     order = moment.diagonal().argsort(descending=True)
     rest, wide = weight[:, order].clone(), widen(scales, group_size, weight.shape[1])[:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    codes = torch.empty(weight.shape, dtype=torch.int64)
+    codes, last = torch.empty(weight.shape, dtype=torch.int64), 2 ** row_bits.long()[:, None] - 1
     for first in range(0, weight.shape[1], block):
         end = min(first + block, weight.shape[1])
         errors = torch.empty(weight.shape[0], end - first)
         for column in range(first, end):
             scale, value = wide[:, column : column + 1], rest[:, column : column + 1]
-            code = _nearest(torch.where(scale > 0, value / scale, torch.zeros_like(value)), levels)
+            code = torch.minimum(_nearest(torch.where(scale > 0, value / scale, torch.zeros_like(value)), levels), last)
             error = (value - levels.gather(1, code) * scale) / upper[column, column]
             rest[:, column + 1 : end].addmm_(error, upper[column : column + 1, column + 1 : end], alpha=-1)
             codes[:, column : column + 1], errors[:, column - first : column - first + 1] = code, error
         rest[:, end:].addmm_(errors, upper[first:end, end:], alpha=-1)
     return torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes)
+
+
+def output_levels(weight, codes, levels, scales, moment, group_size, row_bits, ridge=1e-4):
+    """Levels [N, 16], ascending, that leave the least error in the outputs with these codes and scales; and codes."""
+    fitted, codes, wide = levels.clone(), codes.clone(), widen(scales, group_size, weight.shape[1])
+    for bits in (1, 2, 4):
+        for rows in (row_bits == bits).nonzero()[:, 0].split(512 >> bits):
+            count = 2**bits
+            basis = nn.functional.one_hot(codes[rows], count) * wide[rows][:, :, None]  # [n, K, levels]
+            seen = (moment @ basis.transpose(0, 1).reshape(len(moment), -1)).view(len(moment), -1, count)
+            system = torch.einsum("nkl,knm->nlm", basis, seen)
+            wanted = torch.einsum("knl,nk->nl", seen, weight[rows])
+            weighted = ridge * system.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]  # an empty cell keeps its level
+            system = system + torch.diag_embed(weighted.expand(-1, count))
+            own = torch.linalg.solve(system, wanted + weighted * levels[rows, :count]).half().float()
+            order = own.argsort(dim=1)
+            own, codes[rows] = own.gather(1, order), order.argsort(dim=1).gather(1, codes[rows])
+            fitted[rows, :count], fitted[rows, count:] = own, own[:, -1:]
+    return codes, fitted
+
+
+def output_scales(weight, codes, levels, scales, moment, group_size, ridge=1e-4):
+    """Scales [N, groups] that leave the least error in the outputs for these codes and levels."""
+    rows, groups = scales.shape
+    value = nn.functional.pad(levels.gather(1, codes), (0, -weight.shape[1] % group_size))
+    blocks = nn.functional.pad(moment, (0, value.shape[1] - weight.shape[1]) * 2).view(groups, group_size, -1)
+    value = value.view(rows, groups, group_size)
+    system = torch.empty(rows, groups, groups)
+    for group in range(groups):
+        seen = value[:, group] @ blocks[group]  # [N, K]
+        system[:, group] = (seen.view(rows, groups, group_size) * value).sum(dim=2)
+    wanted = nn.functional.pad(weight @ moment, (0, groups * group_size - weight.shape[1]))
+    wanted = (wanted.view(rows, groups, group_size) * value).sum(dim=2)
+    weighted = ridge * system.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]
+    system = system + torch.diag_embed(weighted.expand(-1, groups))
+    fitted = torch.linalg.solve(system, wanted + weighted * scales)
+    fitted = torch.where(fitted > 0, fitted, scales)
+    stored, steps = store_scales(fitted, "double_quant")
+    return decode_scales(stored, steps)
 
 
 def run(session: Session, v: Variant) -> dict:
@@ -322,19 +403,49 @@ def run(session: Session, v: Variant) -> dict:
         replace_module(model, target.name, Adapted(dense, a, b, parts))
     prepared = time.perf_counter() - start
     untuned = session.perplexity()
+    if v.distill:
+        distill(session, v)
+    distilled = session.perplexity() if v.distill else untuned
     trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
         "true_bits": true_bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
+        "distilled": distilled,
         **trained,
         "prepared_s": prepared,
         "seconds": time.perf_counter() - start,
     }
 
 
-def fine_tune(session, v, batch=8, warmup=0.03):
+def distill(session, v):
+    """Adapter and tables drawn to the dense model's distribution of the next token, without labels."""
+
+    def loss(ids):
+        with torch.no_grad():
+            wanted = session.teacher(input_ids=ids).logits.float().softmax(-1).flatten(0, 1)
+        return nn.functional.cross_entropy(session.model(input_ids=ids).logits.flatten(0, 1).float(), wanted)
+
+    optimise(session, v, session.train[: v.distill_blocks], v.distill, loss)
+
+
+def fine_tune(session, v):
+    adapters, tables = optimise(
+        session, v, session.train, v.train_steps, lambda ids: session.model(input_ids=ids, labels=ids).loss
+    )
+    counts = {"trained_tables": sum(p.numel() for p in tables), "trained_adapter": sum(p.numel() for p in adapters)}
+    if not tables:
+        return {"tuned": session.perplexity(), **counts}
+    counts["tuned_unpacked"] = session.perplexity()
+    for module in session.model.modules():
+        if isinstance(module, Adapted):
+            module.pack(v.scales)
+    return {"tuned": session.perplexity(), **counts}
+
+
+def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
+    """Trains adapters, and tables where the variant says so; returns both lists of parameters."""
     model = session.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -348,36 +459,29 @@ def fine_tune(session, v, batch=8, warmup=0.03):
     tables = [p for p in tables if p.requires_grad]
     groups = [{"params": adapters, "lr": v.lr}, {"params": tables, "lr": v.lr * v.table_rate, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups[: 2 if tables else 1], weight_decay=0.1)
-    warm = max(1, round(warmup * v.train_steps))
+    warm = max(1, round(warmup * steps))
 
     def factor(step):
         if step < warm:
             return step / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, v.train_steps - warm)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     generator = torch.Generator().manual_seed(v.seed)
-    order = torch.cat([torch.randperm(len(session.train), generator=generator) for _ in range(8)])
-    while len(order) < batch * v.train_steps:
-        order = torch.cat([order, torch.randperm(len(session.train), generator=generator)])
+    order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(8)])
+    while len(order) < batch * steps:
+        order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
     model.train()
-    for step in range(v.train_steps):
-        ids = session.train[order[step * batch : (step + 1) * batch]].to(session.device)
+    for step in range(steps):
+        ids = blocks[order[step * batch : (step + 1) * batch]].to(session.device)
         with torch.autocast(session.device.type, torch.bfloat16, enabled=session.device.type == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = loss_of(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters + tables, 0.3)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-    counts = {"trained_tables": sum(p.numel() for p in tables), "trained_adapter": sum(p.numel() for p in adapters)}
-    if not tables:
-        return {"tuned": session.perplexity(), **counts}
-    counts["tuned_unpacked"] = session.perplexity()
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            module.pack(v.scales)
-    return {"tuned": session.perplexity(), **counts}
+    return adapters, tables
 
 
 def _work(jobs, results, arguments):
