@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import __version__, card
-from .atomic import save_json, save_tensors, save_text
+from .atomic import move_folder, refuse_existing, save_json, save_tensors, save_text
 from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
 from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
@@ -85,8 +85,7 @@ def quantize_checkpoint(
         FileNotFoundError, ValueError: input that cannot be used; nothing has been written to `output` then.
     """
     output = pathlib.Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty: give another --output, or remove it first.")
+    refuse_existing(output)
     folder = resolve_folder(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     files = safetensors_files(folder)
@@ -108,9 +107,7 @@ def quantize_checkpoint(
     except ValueError:
         shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
         raise
-    if output.exists():
-        output.rmdir()
-    (work / "final").rename(output)
+    move_folder(work / "final", output)
     shutil.rmtree(work)
     return report
 
@@ -241,7 +238,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
     skeleton.config.save_pretrained(final)
     for pattern in _COMPANIONS:
         for path in folder.glob(pattern):
-            shutil.copy2(path, final / path.name)
+            shutil.copyfile(path, final / path.name)
     if adapter is not None:
         _write_adapter(work, final / ADAPTER_FOLDER, output, targets, adapter, reached)
     report = {

@@ -34,6 +34,11 @@ class Target:
     adapted: bool = True
     tied: tuple[str, ...] = ()
 
+    @property
+    def weight_name(self) -> str:
+        """Name of the dense weight."""
+        return self.name if self.experts is not None else f"{self.name}.weight"
+
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The stored dense weight as [N, K]."""
         if self.experts is not None:

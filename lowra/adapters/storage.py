@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lowra.adapters.formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
 from lowra.adapters.source import CONFIG_FILE, LoraAdapter, read_json, read_tensors
+from lowra.atomic import save_json, save_tensors
 
 FORMAT = 1
 PACKED_FILE = "lowra_adapter.safetensors"
@@ -174,38 +171,17 @@ def pack(
     return PackedAdapter(method, form, bits, [layer for layer, _ in coded], tensors, adapter.config)
 
 
-@contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place `output` when the block ends well, and goes away when it does not."""
-    refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_existing(output: Path) -> None:
-    """Raise ValueError if something other than an empty folder is in the output's place."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"{output} already exists and is not empty; give another --output, or remove it first.")
-
-
 def write_packed(folder: Path, packed: PackedAdapter) -> None:
     """Write one packed adapter into an existing folder; its label gets the hash of what is written."""
     packed.label["sha256"] = packed.sha256
-    save_file(packed.tensors, folder / PACKED_FILE, metadata={_HEADER: packed.header})
+    save_tensors(packed.tensors, folder / PACKED_FILE, {_HEADER: packed.header})
     for name, content in ((CONFIG_FILE, packed.config), (LABEL_FILE, packed.label)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_json(content, folder / name)
 
 
 def write_shared(folder: Path, shared: SharedBasis) -> None:
     """Write the basis of JD-Diagonal adapters into the folder above theirs."""
-    save_file(shared.tensors, folder / SHARED_FILE, metadata={"adapters": str(shared.adapters)})
+    save_tensors(shared.tensors, folder / SHARED_FILE, {"adapters": str(shared.adapters)})
 
 
 def read_shared(folder: Path) -> SharedBasis:

@@ -32,12 +32,11 @@ from lowra.adapters.storage import (
     PACKED_FILE,
     PackedAdapter,
     read_packed,
-    refuse_existing,
     tensor_bytes,
     write_packed,
     write_shared,
-    written_beside,
 )
+from lowra.atomic import refuse_existing, written_beside
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
 _TAKES_BITS = ("loraquant", "rtn", "gptq")

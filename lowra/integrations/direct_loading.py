@@ -5,56 +5,100 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..linear import PackedModule
+from ..targets import Target, replace_module
 from .modules import count_rows
 from .packed_files import PackedFiles
+from .reading import read
 
 
 class DirectLoading:
-    """Loads the packed tensors of a model from its files, where all of the model goes to one device.
+    """Loads the packed tensors of a model, and its large dense ones, where all of the model goes to one device.
 
     Transformers loads what it finds in the state dict of the model, once its device map is settled. Until `finish` a
-    hook leaves the packed tensors out of it. Spread models are left to Transformers, which knows how to offload.
+    hook leaves out of it what is read here, for a GPU at the same time. Spread models are left to Transformers, which
+    knows how to offload.
     """
 
-    def __init__(self, model: PreTrainedModel, files: PackedFiles, only_device: Callable[[], torch.device | None]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: dict[str, Target],
+        files: PackedFiles,
+        only_device: Callable[[], torch.device | None],
+    ):
         """
         Args:
             model: with packed modules on "meta".
+            targets: what is packed.
             files: of the checkpoint.
             only_device: the device of the whole model, or None where it is spread; asked when the map is settled.
         """
-        self._model = model
-        self._files = files
-        self._only_device = only_device
-        names = files.names()
+        self._model, self._files, self._only_device = model, files, only_device
+        self._packed = [target.name for target in targets.values()]
+        in_packed = {f"{name}.{leaf}" for name in self._packed for leaf in files.of(name)}
+        self._dense = [name for name in files.places if name not in in_packed]
+        for name in self._dense:
+            model.get_parameter(name)._is_hf_initialized = True
+        self._reader = concurrent.futures.ThreadPoolExecutor(1)
+        self._reading: concurrent.futures.Future | None = None
 
         def hide(model, state_dict, prefix, metadata):
-            if only_device() is not None:
-                for name in names.values():
-                    state_dict.pop(name, None)
+            device = only_device()
+            if device is None:
+                return
+            for name in files.places:
+                state_dict.pop(name, None)
+            if self._reading is None and device.type == "cuda":
+                self._reading = self._reader.submit(read, files.places, device)
 
         self._hook = model.register_state_dict_post_hook(hide)
         # What the state dict lacks is reported as unexpected. Block numbers are left open: a thousand names are slow.
-        unexpected = {re.sub(r"\d+", r"\\d+", re.escape(key)) for key in names}
+        unexpected = {re.sub(r"\d+", r"\\d+", re.escape(place.key)) for place in files.places.values()}
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(self._unexpected or ()) | {f"^{name}$" for name in unexpected}
 
     def finish(self) -> None:
-        """Reads what was hidden and puts it into the modules."""
+        """Puts what was read into the modules."""
         self._hook.remove()
         self._model._keys_to_ignore_on_load_unexpected = self._unexpected
         device = self._only_device()
-        if device is None:
-            return
-        modules: dict[str, PackedModule] = {name: self._model.get_submodule(name) for name in self._files.places}
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            reading = reader.submit(self._files.load, device)
-            if device.type != "cpu":  # there it would only be in the way
-                for name, tensors in self._files.mapped(("row_bits",)).items():
-                    count_rows(name, modules[name], tensors["row_bits"])
-            loaded = reading.result()
+        if device is not None:
+            self._fill(device)
+        self._reader.shutdown(wait=False)
+
+    def _fill(self, device: torch.device) -> None:
+        modules: dict[str, PackedModule] = {name: self._model.get_submodule(name) for name in self._packed}
+        if self._reading is not None:  # no need to wait for the device
+            bits = {name: self._files.places[f"{name}.row_bits"] for name in self._packed}
+            for name, row_bits in read(bits, torch.device("cpu")).items():
+                count_rows(name, modules[name], row_bits)
+            loaded = self._reading.result()
+        else:
+            loaded = read(self._files.places, device)
         for name, module in modules.items():
-            module.set_tensors(loaded[name])
+            module.set_tensors({leaf: loaded[f"{name}.{leaf}"] for leaf in self._files.of(name)})
+        for name in self._dense:
+            parameter = nn.Parameter(loaded[name])
+            for place in (
+                name,
+                *(tied for tied, source in self._model.all_tied_weights_keys.items() if source == name),
+            ):
+                replace_module(self._model, place, parameter)
+
+
+def large_dense_tensors(model: PreTrainedModel, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
+    """Dense weights of embeddings and head by name, which next to packed layers are most of what is to be read."""
+    taken = {f"{name}.weight" for target in targets.values() for name in (target.name, *target.tied)}
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {}
+    for module_name, module in model.named_modules():
+        name = f"{module_name}.weight"
+        name = model.all_tied_weights_keys.get(name, name)
+        if any(module is table for table in tables) and name not in taken and not any(part in name for part in kept):
+            found[name] = model.get_parameter(name)
+    return found

@@ -18,13 +18,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
-from ..config import LowRAConfig
+from ..config import PRECISIONS, LowRAConfig
 from ..linear import PackedModule
 from ..pipeline import learn
 from ..planning import Plan, Planner
-from ..quantize import TENSOR_NAMES, quantize_matrix
+from ..quantize import TENSOR_NAMES, quantize_matrix, stored_bits
 from ..targets import Target, find_targets
-from .direct_loading import DirectLoading
+from .direct_loading import DirectLoading, large_dense_tensors
 from .modules import (
     check_sizes,
     declare_ties,
@@ -68,9 +68,15 @@ class LowRAHfQuantizer(HfQuantizer):
                 "`lowra quantize MODEL --output DIR` and load that."
             )
 
-    @property
-    def quantized_element_size(self) -> float:
-        return self.quantization_config.bits / 8
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes that one element will take, for the device map: by the plan, where a weight is still to be packed."""
+        target = None if self._plan is None else self._targets_by_weight.get(param_name)
+        if target is None:
+            return param.element_size()
+        shape = target.out_features, target.in_features
+        counts = torch.bincount(self._plan.row_bits[target.weight_name], minlength=5).tolist()
+        bits = sum(counts[b] * stored_bits(*shape, b, self.quantization_config) for b in PRECISIONS)
+        return bits / 8 / param.numel()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
         config = self.quantization_config
@@ -86,17 +92,17 @@ class LowRAHfQuantizer(HfQuantizer):
         # Transformers is under torch.device("meta") here; the plan needs real memory.
         with torch.device("cpu"):
             if self.pre_quantized:
-                packed_files = PackedFiles(files, self._targets)
+                packed_files = PackedFiles(files, self._targets, large_dense_tensors(model, self._targets))
             else:
                 self._plan_model(model, files)
         for target in self._targets.values():
             if self.pre_quantized:
-                packed = packed_files.placeholders(target.name)
+                packed = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
             elif target.experts is not None:
                 continue  # the loader merges into the dense parameter, and `_Pack` replaces it then
             else:
                 # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds,
-                # and the device map counts quantized_element_size per dense element.
+                # and the device map counts param_element_size per dense element.
                 packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
                 packed["weight"] = model.get_submodule(target.name).weight.detach()
             modules = put_packed(model, target, self.quantization_config.group_size, packed)
@@ -109,8 +115,8 @@ class LowRAHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
             if type(model).__name__ in (model.config.architectures or []):
-                check_packed_names(files, model, packed_files.names())
-            self._loading = DirectLoading(model, packed_files, self._only_device)
+                check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
+            self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
 
     def _only_device(self) -> torch.device | None:
         """Where the whole model goes; None where it is spread over several devices, or the disk."""
@@ -209,7 +215,7 @@ class _Pack(ConversionOps):
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
         plan, target = self.quantizer._plan, self.quantizer._targets_by_weight[full_layer_name]
-        name = target.name if target.experts is not None else f"{target.name}.weight"
+        name = target.weight_name
         if name not in plan.codebooks:
             return {}  # a tied weight that the checkpoint holds twice
         packed = quantize_matrix(

@@ -25,11 +25,11 @@ def true_bits(bits: int) -> float:
 
 
 def quantize_model(model: nn.Module, bits: int) -> None:
-    """Replaces every target weight by its quantised and dequantised value, in place."""
+    """Replaces every target weight, fused experts included, by its quantised and dequantised value, in place."""
     for name, target in find_targets(model, None).items():
         weight = model.get_parameter(name)
         dense = hqq(target.as_matrix(weight.detach()).float(), bits)
-        weight.data.copy_(dense.T if target.transposed else dense)
+        weight.data.copy_((dense.T if target.transposed else dense).view_as(weight))
 
 
 def hqq(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -98,6 +98,8 @@ def check_method(recipe: Recipe) -> None:
         )
     if METHODS[recipe.method].quantization is None and recipe.quantization:
         raise ValueError(f"{recipe.method} does not use quantization options; got {', '.join(recipe.quantization)}.")
+    if METHODS[recipe.method].quantization is None and recipe.tables != "frozen":
+        raise ValueError(f"{recipe.method} has no tables that could be trained; tables must be frozen.")
     quantization_config(recipe)
 
 
@@ -194,5 +196,8 @@ def _adapted(model: PreTrainedModel) -> list[str]:
     if getattr(model, "quantization_method", None) == "lowra":
         from ..linear import LowRALinear
 
-        return [name for name, module in model.named_modules() if isinstance(module, LowRALinear)]
-    return list(find_targets(model, None))
+        head = model.get_output_embeddings()  # may be packed, but an adapter on it would be saved with the whole head
+        return [
+            name for name, module in model.named_modules() if isinstance(module, LowRALinear) and module is not head
+        ]
+    return [name for name, target in find_targets(model, None).items() if target.adapted]

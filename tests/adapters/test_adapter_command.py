@@ -229,6 +229,6 @@ def test_other_refusals(adapter_folder, adapter_folders, base_folder, tmp_path):
         call("quantize", *twins, "--method", "jd-diagonal", "--output", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(ValueError, match="exists and is not empty"):
         call("quantize", adapter_folder, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "kept"

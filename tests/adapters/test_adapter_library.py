@@ -10,7 +10,8 @@ from test_adapter_storage import store
 from lowra.adapters import AdapterLibrary, LabelError, LoraQuantSettings, load_packed, quantize_loraquant, read_adapter
 from lowra.adapters.joint import quantize_joint
 from lowra.adapters.labels import make_label
-from lowra.adapters.storage import read_packed, write_packed, write_shared, written_beside
+from lowra.adapters.storage import read_packed, write_packed, write_shared
+from lowra.atomic import written_beside
 
 NAMES = ("law", "news", "code")
 

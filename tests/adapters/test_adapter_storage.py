@@ -11,7 +11,8 @@ from lowra.adapters import LoraQuantSettings, load_packed, quantize_loraquant, r
 from lowra.adapters.labels import make_label
 from lowra.adapters.loraquant import simulate_loraquant
 from lowra.adapters.source import CONFIG_FILE
-from lowra.adapters.storage import PACKED_FILE, factor_state, write_packed, written_beside
+from lowra.adapters.storage import PACKED_FILE, factor_state, write_packed
+from lowra.atomic import written_beside
 
 VARIANTS = {
     "2@0.9": {},

@@ -13,6 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import lowra
 from lowra.commands import main
+from lowra.integrations import reading
+from lowra.integrations.transformers import LowRAHfQuantizer
+from lowra.linear import PackedModule
 
 TARGET = "model.layers.1.mlp.up_proj"
 
@@ -47,6 +50,53 @@ def test_device_map_auto(packed_llama, dense_llama, source):
     else:
         model, plain = load(packed_llama, **options), load(packed_llama)
     assert torch.equal(logits_of(model).cpu(), logits_of(plain))
+
+
+def test_nothing_is_missing_or_left_over(packed_llama):
+    model, info = AutoModelForCausalLM.from_pretrained(packed_llama, output_loading_info=True)
+    assert not any(info.values()), info
+    tensors = load_file(packed_llama / "model.safetensors")
+    state = model.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(state[name].dtype == t.dtype and torch.equal(state[name], t) for name, t in tensors.items())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"model.embed_tokens.weight", "lm_head.weight", *(n for n in tensors if "norm" in n)}
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_files_are_cut_into_pieces_without_loss(packed_llama, monkeypatch, chunk):
+    """What the threads for a GPU do, without one."""
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk)
+    path = packed_llama / "model.safetensors"
+    places = reading.places_of(path)[1::2]  # with gaps
+    tensors = [torch.empty(place.shape, dtype=place.dtype) for place in places]
+    content = path.read_bytes()
+    chunks = reading._chunks([(p, t.view(-1).view(torch.uint8)) for p, t in zip(places, tensors, strict=True)])
+    assert all(0 < piece.length <= chunk for piece in chunks)
+    for piece in chunks:
+        held = torch.frombuffer(bytearray(content[piece.start : piece.start + piece.length]), dtype=torch.uint8)
+        for part, at in piece.parts:
+            part.copy_(held[at : at + part.numel()])
+    expected = load_file(path)
+    assert all(torch.equal(t, expected[place.key]) for place, t in zip(places, tensors, strict=True))
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_the_device_map_counts_the_bytes_of_the_plan(dense_llama, embeddings, monkeypatch):
+    sizes = {}
+    original = LowRAHfQuantizer.preprocess_model
+
+    def preprocess_model(self, model, **options):
+        original(self, model, **options)
+        for name, parameter in model.named_parameters():
+            sizes[name] = self.param_element_size(model, name, parameter) * parameter.numel()
+
+    monkeypatch.setattr(LowRAHfQuantizer, "preprocess_model", preprocess_model)
+    config = lowra.LowRAConfig(bits=1.5, quantize_embeddings=embeddings)
+    model = load(dense_llama, quantization_config=config)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            assert sizes[f"{name}.weight"] == pytest.approx(module.packed.stored_bits / 8)
 
 
 def test_disk_offload_of_a_packed_checkpoint(packed_llama, tmp_path):
