@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from .adapters import load_packed
 from .adapters.storage import PACKED_FILE
 from .checkpoint import resolve_folder
+from .tables import FILE as TABLES_FILE
+from .tables import load_tables
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 
@@ -35,6 +37,8 @@ def load_model(folder: str, adapter: str | None = None, device: str | None = Non
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
+    if adapter is not None and (pathlib.Path(adapter) / TABLES_FILE).exists():
+        load_tables(model, adapter)
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 OUTPUT/base         packed base with its initial adapter; absent for dense bases and for models packed already
 OUTPUT/checkpoints  of the Trainer, from which a run resumes
-OUTPUT/adapter      the trained PEFT adapter
+OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables were trained
 OUTPUT/curve.json, curve.png, metrics.json
 """
 
@@ -23,11 +23,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..atomic import save_json
+from ..tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, save_curve
 from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, check_method, load_base, prepare_base
 from .recipe import Recipe
+from .tables import TableCheckpoints
 
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:
@@ -53,6 +55,8 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
         # the adapter belongs to the packed base: with the dense one it would add the error it makes up for
         model.peft_config["default"].base_model_name_or_path = str(base.folder)
         model.save_pretrained(output / "adapter")
+        if recipe.tables != "frozen":
+            save_tables(model, output / "adapter", scales=recipe.tables == "levels_and_scales")
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
         save_json(result, output / "metrics.json")
     return result
@@ -81,13 +85,24 @@ def train(
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     if untuned is None:
         untuned = measure(model, recipe, data, progress and main)
+    tables = {}
+    if recipe.tables != "frozen":
+        tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = _trainer(model, recipe, data, arguments, progress and main)
     checkpoint = get_last_checkpoint(arguments.output_dir) if recipe.resume and _exists(arguments.output_dir) else None
+    if tables:
+        checkpoints = TableCheckpoints(tables)
+        trainer.add_callback(checkpoints)
+        if checkpoint is not None:
+            checkpoints.restore(checkpoint)
     started = time.perf_counter()
     state = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
+    if tables:
+        bake_tables(model)
     tuned = measure(model, recipe, data, progress and main)
     result = finite(
         {
@@ -104,7 +119,7 @@ def train(
             "steps": trainer.state.global_step,
             "train_seconds": round(seconds, 3),
             "peak_bytes": peak,
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trainable_parameters": trainable,
             "device": str(arguments.device),
             "base": str(base.folder),
         }

@@ -139,7 +139,8 @@ def _finished(cell: Cell, output: pathlib.Path) -> dict | None:
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
-    ours, theirs = ({k: v for k, v in r.items() if k not in paths} for r in (cell.recipe.to_dict(), result["recipe"]))
+    recipes = (cell.recipe, Recipe.from_dict(result["recipe"]))  # fields newer than the result take their defaults
+    ours, theirs = ({k: v for k, v in r.to_dict().items() if k not in paths} for r in recipes)
     return result if ours == theirs else None
 
 

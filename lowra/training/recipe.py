@@ -10,6 +10,7 @@ import yaml
 from ..config import check_keys
 
 TASKS = ("language_modeling", "instruction", "summarization")
+TABLES = ("frozen", "levels", "levels_and_scales")
 
 
 @dataclasses.dataclass
@@ -26,6 +27,8 @@ class Recipe:
         rank, alpha, dropout: of LoRA; alpha None means alpha = rank, the paper's choice. A packed model that brings its
             initial adapter keeps that one's.
         init_steps: LoftQ's alternating steps.
+        tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "levels", or
+            "levels_and_scales".
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.
         train_file, validation_file: local text, one paragraph a line, or JSON lines with the columns below.
@@ -62,6 +65,7 @@ class Recipe:
     alpha: float | None = None
     dropout: float = 0.0
     init_steps: int = 5
+    tables: str = "frozen"
     quantization: dict = dataclasses.field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
@@ -109,6 +113,8 @@ class Recipe:
             setattr(self, name, _checked(name, getattr(self, name), kind))
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+        if self.tables not in TABLES:
+            raise ValueError(f"tables must be one of {', '.join(TABLES)}; got {self.tables!r}.")
         if not self.model:
             raise ValueError("The recipe names no model: give model=PATH.")
         if not self.train_file and not self.dataset:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowra.generation import load_model
 from lowra.training import finetune
 from lowra.training.finetune import load_data, measure
 
@@ -42,8 +43,23 @@ def test_bfloat16_with_gradient_checkpointing_has_the_same_loss(recipe):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
-def test_resuming_gives_the_same_curve(recipe):
-    recipe = dataclasses.replace(recipe, dropout=0.1)
+@pytest.mark.parametrize("tables", ["levels", "levels_and_scales"])
+def test_tables_are_trained_saved_and_reloaded(recipe, tables):
+    frozen = finetune(recipe, progress=False)
+    recipe = dataclasses.replace(recipe, tables=tables, output=recipe.output + "-tables")
+    result = finetune(recipe, progress=False)
+    assert result["trainable_parameters"] > frozen["trainable_parameters"]
+    assert result["untuned"] == frozen["untuned"]
+    assert result["tuned"]["perplexity"] < frozen["tuned"]["perplexity"]
+    output = pathlib.Path(recipe.output)
+    model = load_model(str(output / "base"), str(output / "adapter"), "cpu").float()
+    again = measure(model, recipe, load_data(recipe, progress=False), progress=False)
+    assert again["perplexity"] == pytest.approx(result["tuned"]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tables", ["frozen", "levels_and_scales"])
+def test_resuming_gives_the_same_curve(recipe, tables):
+    recipe = dataclasses.replace(recipe, dropout=0.1, tables=tables)
     whole = finetune(recipe, progress=False)
     halves = dataclasses.replace(recipe, output=recipe.output + "-halves", save_steps=3)
     finetune(halves, progress=False)

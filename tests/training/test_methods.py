@@ -43,6 +43,7 @@ def test_budgets():
         (dict(method="hqq", bits=2.5), "whole numbers from 1 to 4"),
         (dict(bits=5), "lowra has no form at 5"),
         (dict(quantization={"sensitivty": "none"}), "Did you mean 'sensitivity'"),
+        (dict(method="lora16", tables="levels"), "lora16 has no tables"),
         (dict(method="lora16", quantization={"sensitivity": "none"}), "does not use quantization options"),
     ],
 )
