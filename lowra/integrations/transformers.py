@@ -68,6 +68,9 @@ class LowRAHfQuantizer(HfQuantizer):
                 "`lowra quantize MODEL --output DIR` and load that."
             )
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Nothing: packed weights are not split over devices. The default walks all parameters to find that out."""
+
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes that one element will take, for the device map: by the plan, where a weight is still to be packed."""
         target = None if self._plan is None else self._targets_by_weight.get(param_name)
