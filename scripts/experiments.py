@@ -16,7 +16,7 @@ import pathlib
 
 import torch
 
-from lowra.training.grid import Cell, plan_grid, run_cells, run_grid
+from lowra.training.grid import Cell, finished_cells, plan_grid, run_cells, write_report
 from lowra.training.methods import METHODS
 from lowra.training.recipe import load_recipe
 
@@ -132,18 +132,20 @@ def _work(config: str, overrides: list[str], cells: list[Cell], folder: pathlib.
 
 def best(config: str, overrides: list[str], names: list[str], folder: pathlib.Path) -> str:
     """The overrides of the finished cell with the lowest perplexity."""
-    results = run_cells(load_recipe(CONFIGS / config, overrides), cells_of(config, overrides, names), folder)
-    finished = [result for result in results if result["tuned"]["perplexity"] is not None]
+    finished = [r for r in finished_cells(cells_of(config, overrides, names), folder) if r["tuned"]["perplexity"]]
     return " ".join(min(finished, key=lambda result: result["tuned"]["perplexity"])["label"].split(":")[1:])
 
 
 def report(config: str, overrides: list[str], names: list[str], folder: pathlib.Path) -> None:
-    recipe = load_recipe(CONFIGS / config, overrides)
     for name in names:
-        run_grid(recipe, cells_of(config, overrides, [name]), folder, progress=False)
-        for part in ("table.md", "table.json", "comparison.png"):
-            (folder / part).replace(folder / f"{name}{pathlib.Path(part).suffix}")
-        print(f"## {name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
+        cells = cells_of(config, overrides, [name])
+        results = finished_cells(cells, folder)
+        print(f"## {name}: {len(results)} of {len(cells)} runs\n")
+        if results:
+            write_report(results, folder)
+            for part in ("table.md", "table.json", "comparison.png"):
+                (folder / part).replace(folder / f"{name}{pathlib.Path(part).suffix}")
+            print((folder / f"{name}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -87,11 +87,8 @@ def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: 
     Returns:
         {"rows": the table, "cells": number of cells, "run": number of them run now, paths}.
     """
-    finished = sum(_finished(cell, output) is not None for cell in cells)
-    rows = summarize(run_cells(recipe, cells, output, progress))
-    save_json(rows, output / "table.json")
-    save_text(markdown(rows), output / "table.md")
-    draw(rows, output / "comparison.png")
+    finished = len(finished_cells(cells, output))
+    rows = write_report(run_cells(recipe, cells, output, progress), output)
     return {
         "rows": rows,
         "cells": len(cells),
@@ -99,6 +96,20 @@ def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: 
         "table": str(output / "table.md"),
         "picture": str(output / "comparison.png"),
     }
+
+
+def write_report(results: list[dict], output: pathlib.Path) -> list[dict]:
+    """Writes table and picture of some cells' results; returns the table's rows."""
+    rows = summarize(results)
+    save_json(rows, output / "table.json")
+    save_text(markdown(rows), output / "table.md")
+    draw(rows, output / "comparison.png")
+    return rows
+
+
+def finished_cells(cells: list[Cell], output: pathlib.Path) -> list[dict]:
+    """The results of those cells that have run already."""
+    return [result for cell in cells if (result := _finished(cell, output)) is not None]
 
 
 def run_cells(

@@ -44,12 +44,21 @@ def summarize(results: list[dict]) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     metrics = [key for key in _METRICS if key in rows[0]["tuned"]]
-    head = ["method", "bits", "true bits", f"untuned {_METRICS[metrics[0]]}", *(_METRICS[key] for key in metrics)]
+    head = [
+        "method",
+        "bits",
+        "true bits",
+        f"untuned {_METRICS[metrics[0]]}",
+        *(_METRICS[key] for key in metrics),
+        "runs",
+    ]
     lines = [head, [":--" if i == 0 else "--:" for i in range(len(head))]]
     for row in rows:
         bits = [f"{row['nominal_bits']:.3g}", f"{row['true_bits']:.3f}"]
         tuned = [_number(row["tuned"][key], key) for key in metrics]
-        lines.append([row["label"], *bits, _number(row["untuned"][metrics[0]], metrics[0]), *tuned])
+        lines.append(
+            [row["label"], *bits, _number(row["untuned"][metrics[0]], metrics[0]), *tuned, str(len(row["seeds"]))]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
