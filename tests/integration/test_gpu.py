@@ -130,6 +130,26 @@ def test_device_map_auto_with_too_little_gpu_memory(packed_llama, dense_llama, s
     )
 
 
+def test_packed_embeddings_with_a_tied_head(tmp_path):
+    make_model("LlamaForCausalLM", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    config = lowra.LowRAConfig(bits=2.0, quantize_embeddings=True)
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", config, device=GPU, progress=False)
+    model, reference = load(tmp_path / "packed", device_map={"": 0}), load(tmp_path / "packed")
+    assert_same_tensors(model, reference)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    table, tokens = model.get_input_embeddings(), inputs_of(model)["input_ids"].to(GPU)
+    assert torch.equal(table(tokens), table.dequantize()[tokens])
+    torch.testing.assert_close(logits_of(model), logits_of(reference), **CLOSE)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(tokens, **greedy)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **greedy), plain)
+    offloaded = load(
+        tmp_path / "packed",
+        device_map={**OFFLOADED, "model.embed_tokens": "cpu", "lm_head": "cpu", "model.layers.1": 0},
+    )
+    assert torch.equal(logits_of(offloaded), logits_of(model))
+
+
 def training_losses(folder, device, **options):
     torch.manual_seed(0)
     model = lowra.prepare_for_training(load(folder, device_map={"": device}, **options))
