@@ -16,8 +16,8 @@ tags: [lowra, quantized]
 
 # {base} in {true_bits:.3f} bits per parameter
 
-Linear layers packed by [lowra](https://pypi.org/project/lowra) {version}: every output channel has 1, 2 or 4 bits and
-its own level table. Embeddings, norms and head are as in the base.
+{packed} packed by [lowra](https://pypi.org/project/lowra) {version}: every output channel has its own precision and
+level table. Everything else is as in the base.
 
 | | |
 |---|---|
@@ -34,15 +34,28 @@ its own level table. Embeddings, norms and head are as in the base.
 
 ```python
 import lowra  # registers the format with Transformers and PEFT
-from transformers import AutoModelForCausalLM
+from transformers import {architecture}
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+model = {architecture}.from_pretrained("THIS FOLDER")
+```
+"""
+
+_ADAPTED = """
+To train from the adapter that was fitted to the quantisation error:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(lowra.prepare_for_training(model), "THIS FOLDER/initial_adapter", is_trainable=True)
 ```
 """
 
 
-def model_card(config: LowRAConfig, report: dict, adapter) -> str:
+def model_card(config: LowRAConfig, report: dict, adapter, architecture: str) -> str:
     """Text of README.md for a packed checkpoint: base, recipe, bits, error, versions, how to load."""
+    packed = ["Linear layers"]
+    packed += ["embeddings (with a head that is tied to them)"] if config.quantize_embeddings else []
+    packed += ["output head"] if config.quantize_head else []
     recipe = ", ".join(
         f"{name}={getattr(config, name)}"
         for name in ("bits", "menu", "budget", "group_size", "scales", "codebook", "thresholds", "sensitivity")
@@ -50,7 +63,10 @@ def model_card(config: LowRAConfig, report: dict, adapter) -> str:
     initial = "none"
     if adapter is not None:
         initial = f"`initial_adapter`, r = {adapter.rank}, alpha = {adapter.alpha:g}, {adapter.method}"
-    return _CARD.format(
+    card = _CARD if adapter is None else _CARD + _ADAPTED
+    return card.format(
+        packed=" and ".join(packed),
+        architecture=architecture,
         base=config.base,
         fingerprint=config.fingerprint,
         nominal_bits=config.nominal_bits,

@@ -21,6 +21,7 @@ from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
 from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from .config import LowRAConfig
+from .feedback import with_feedback
 from .loftq import METHODS, initialize
 from .planning import Plan, Planner
 from .quantize import quantize_matrix
@@ -98,8 +99,12 @@ def quantize_checkpoint(
         if adapter.rank > limit:
             raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
     source = DenseCheckpoint(files, skeleton)
-    if adapter is not None and adapter.method == "cloq" and not (calibration and calibration.moments):
-        raise ValueError("method=cloq needs second moments of the inputs: calibrate with moments=True.")
+    for wanted, name in (
+        (adapter is not None and adapter.method == "cloq", "method=cloq"),
+        (config.feedback, "feedback"),
+    ):
+        if wanted and not (calibration and calibration.has_moments):
+            raise ValueError(f"{name} needs second moments of the inputs: calibrate with moments=True.")
     work = _open_work_folder(output, files, config, adapter, calibration)
 
     try:
@@ -200,12 +205,22 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
         def pack(matrix, codebook=codebook, row_bits=row_bits):
             return quantize_matrix(matrix, codebook, row_bits, config)
 
+        # experts and embeddings are calibrated without second moments
+        feedback = config.feedback if calibration is not None and calibration.has_moment(name) else 0
+        cloq = adapter is not None and target.adapted and adapter.method == "cloq"
+        moment = calibration.moment(name) if feedback or cloq else None
         if adapter is None or not target.adapted:
-            packed = pack(weight)
+            packed = with_feedback(weight.float(), pack(weight), moment, feedback)
         else:
-            moment = calibration.moment(name) if adapter.method == "cloq" else None
             packed, factors = initialize(
-                weight.float(), pack, adapter.rank, adapter.alpha, adapter.method, adapter.steps, moment=moment
+                weight.float(),
+                pack,
+                adapter.rank,
+                adapter.alpha,
+                adapter.method,
+                adapter.steps,
+                moment=moment,
+                feedback=feedback,
             )
             prefix = f"base_model.model.{target.name}"
             save_tensors(
@@ -260,7 +275,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
             "channels": len(plan.assignment.row_bits),
         },
     }
-    save_text(card.model_card(reached, report, adapter), final / "README.md")
+    save_text(card.model_card(reached, report, adapter, type(skeleton).__name__), final / "README.md")
     return report
 
 

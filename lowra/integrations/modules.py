@@ -1,5 +1,6 @@
 """Packed modules put into a Transformers model and taken out again, with what single architectures need for it."""
 
+import functools
 import types
 
 import torch
@@ -33,6 +34,7 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
             replace_module(model, target.name, module)
         if target.transposed and isinstance(module, nn.Linear):
             replace_module(model, target.name, _conv1d(module))
+    forget_ties(model)
     for module in model.modules():
         if _casts_to_weight_dtype(module):
             module.__dict__.pop("forward", None)
@@ -110,6 +112,34 @@ def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
         model._adjust_bias = lambda head, table: None  # would pad a tied head's bias to the bytes of its weight
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
         model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+
+
+def forget_ties(model: PreTrainedModel) -> None:
+    """Takes back what `declare_ties` and `refuse_resizing` did, for a model that is dense again."""
+    for name in ("_tied_weights_keys", "_adjust_bias", "resize_token_embeddings"):
+        model.__dict__.pop(name, None)
+    packed = tuple(f".{leaf}" for leaf in TENSOR_NAMES if leaf != "weight")
+    ties = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {tied: source for tied, source in ties if not tied.endswith(packed)}
+
+
+def refuse_resizing(model: PreTrainedModel) -> None:
+    """Makes `resize_token_embeddings` say why it cannot change a packed table."""
+    table = model.get_input_embeddings()
+
+    @functools.wraps(model.resize_token_embeddings)
+    def resize_token_embeddings(new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs):
+        rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        if rows != table.num_embeddings:
+            raise ValueError(
+                f"The packed embeddings have {table.num_embeddings} rows and cannot be resized to {rows}: resize the "
+                "dense model and quantise that, or leave quantize_embeddings out."
+            )
+        return table
+
+    model.resize_token_embeddings = resize_token_embeddings
 
 
 def share_tied(model: PreTrainedModel, target: Target) -> None:

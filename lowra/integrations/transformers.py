@@ -31,6 +31,7 @@ from .modules import (
     make_dense,
     mend_casts_to_weight_dtype,
     put_packed,
+    refuse_resizing,
     share_tied,
     use_experts_one_by_one,
 )
@@ -113,6 +114,8 @@ class LowRAHfQuantizer(HfQuantizer):
             for parameter in (parameter for module in modules for parameter in module.parameters()):
                 parameter._is_hf_initialized = self.pre_quantized
         declare_ties(model, self._targets)
+        if config.quantize_embeddings:
+            refuse_resizing(model)
         mend_casts_to_weight_dtype(model)
         use_experts_one_by_one(model, self._targets)
         if self.pre_quantized:

@@ -193,3 +193,19 @@ def test_the_dtype_of_the_model_is_that_of_its_activations(tmp_path):
     tokens = inputs_of(packed)["input_ids"]
     plain = packed.generate(tokens, **greedy)
     assert torch.equal(packed.generate(tokens, cache_implementation="static", disable_compile=True, **greedy), plain)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "PhiForCausalLM", "BartForConditionalGeneration"])
+def test_resizing_is_refused_and_tying_again_does_no_harm(tmp_path, architecture):
+    _, packed, _ = pack(architecture, tmp_path, **TIED)
+    rows = packed.config.vocab_size
+    assert packed.resize_token_embeddings(rows) is packed.get_input_embeddings()
+    with pytest.raises(ValueError, match=f"cannot be resized to {rows + 1}"):
+        packed.resize_token_embeddings(rows + 1)
+    with pytest.raises(ValueError, match="cannot be resized to 128"):
+        packed.resize_token_embeddings(pad_to_multiple_of=64)
+    logits = logits_of(packed)
+    packed.tie_weights()
+    assert torch.equal(logits_of(packed), logits)
+    packed.dequantize()
+    assert packed.resize_token_embeddings(rows + 1).weight.shape[0] == rows + 1
