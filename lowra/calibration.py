@@ -18,12 +18,15 @@ from transformers import AutoTokenizer
 
 from .atomic import save_tensors
 from .checkpoint import empty_model, resolve_folder
+from .loftq import truncated_svd
 from .observers import ExpertObserver, TableObserver
 from .targets import Target, find_targets
 
 FILE = "calibration.safetensors"
 TOKENS = 25_000
 SEQUENCE = 1024
+# Directions of the inputs' second moment in a file, beside its diagonal (docs/accuracy.md).
+MOMENT_RANK = 64
 # Columns that hardly saw an input keep this share of the mean: 25,000 tokens do not prove that they never will.
 DAMPING = 0.01
 
@@ -37,11 +40,21 @@ class Calibration:
         gradients: [N], mean squared gradient of the summed loss at each output channel. Fused experts [E * N] count by
             their share of the tokens and relative to the inputs of all; rows of embeddings by how often they occur.
         moments: [K, K], mean x x^T, or empty where it was not asked for.
+        factors: [K, r], F with F F^T + a diagonal for mean x x^T; what a file keeps of the moments.
     """
 
     inputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    factors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_moments(self) -> bool:
+        return bool(self.moments or self.factors)
+
+    def has_moment(self, name: str) -> bool:
+        """Whether `moment` knows this layer."""
+        return name in self.moments or name in self.factors
 
     def channel_weights(self, name: str) -> torch.Tensor:
         """[N]: what a unit of squared error costs in each channel.
@@ -59,12 +72,18 @@ class Calibration:
         Raises:
             ValueError: second moments were not collected.
         """
-        if name not in self.moments:
+        if not self.has_moment(name):
             raise ValueError(
-                f"There is no second moment of the inputs of {name}; they are not stored with a checkpoint: calibrate "
-                "with moments=True, or start the adapter with loftq."
+                f"There is no second moment of the inputs of {name}: calibrate with moments=True, or start the adapter "
+                "with loftq and without feedback."
             )
-        moment = self.moments[name] / self.inputs[name].mean().clamp(min=torch.finfo(torch.float32).tiny)
+        if name in self.moments:
+            moment = self.moments[name]
+        else:
+            factor = self.factors[name].float()
+            rest = self.inputs[name] - factor.square().sum(dim=1)
+            moment = factor @ factor.T + rest.clamp(min=0).diag()
+        moment = moment / self.inputs[name].mean().clamp(min=torch.finfo(torch.float32).tiny)
         return moment + DAMPING * torch.eye(moment.shape[0])
 
     def digest(self) -> str:
@@ -73,8 +92,20 @@ class Calibration:
         return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes inputs and gradients; second moments are larger than the packed model and are left out."""
-        parts = {"inputs": self.inputs, "gradients": self.gradients}
+        """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
+        `MOMENT_RANK` directions; one copy for layers that see the same inputs.
+        """
+        parts = {"inputs": self.inputs, "gradients": self.gradients, "factors": {}, "shared": {}}
+        first: dict[bytes, str] = {}
+        for name in {**self.moments, **self.factors}:
+            owner = first.setdefault(self.inputs[name].numpy().tobytes(), name)
+            if owner != name:
+                parts["shared"][name] = torch.tensor(list(owner.encode()), dtype=torch.uint8)
+            elif name in self.factors:
+                parts["factors"][name] = self.factors[name]
+            else:
+                rank = min(MOMENT_RANK, len(self.inputs[name]))
+                parts["factors"][name] = truncated_svd(self.moments[name], rank)[0].half()
         save_tensors({f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, path)
 
     @classmethod
@@ -88,12 +119,14 @@ class Calibration:
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
-        parts = {"inputs": {}, "gradients": {}}
+        parts = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
         for key, tensor in load_file(path).items():
             part, _, name = key.partition(".")
             if part not in parts:
                 raise ValueError(f"{path} holds {key}, which no calibration has.")
             parts[part][name] = tensor
+        for name, owner in parts.pop("shared").items():
+            parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
         return cls(**parts)
 
 
@@ -117,7 +150,8 @@ def calibrate(
         text: a UTF-8 text file, or texts such as the rows of a data set.
         tokens: how many to use at most.
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
-        moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` needs.
+        moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
+            `LowRAConfig.feedback` need.
         head, embeddings: those too, as `LowRAConfig.quantize_head` and `quantize_embeddings`.
 
     Raises:

@@ -41,6 +41,8 @@ class LowRAConfig(QuantizationConfigMixin):
             paper's plain squared error) or "fisher" (squared output gradients x squared inputs, from a calibration).
         refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
             paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
+        feedback: rounds after that which choose codes and levels for the layers' outputs (`lowra.feedback`), of the
+            layers whose inputs' second moments a calibration has. No more bits; only with learned codebooks.
         quantize_head: pack the output head as well. Where it is tied to the embeddings, pack those. No adapter on it.
         quantize_embeddings: pack the token embeddings as well, and with them the head that is tied to them. Only the
             rows that are looked up are decoded. No adapter on them.
@@ -64,6 +66,7 @@ class LowRAConfig(QuantizationConfigMixin):
     assigner: str = "exact"
     sensitivity: str = "layer"
     refine: int = 0
+    feedback: int = 0
     quantize_head: bool = False
     quantize_embeddings: bool = False
     modules_to_not_convert: list[str] | None = None
@@ -90,10 +93,12 @@ class LowRAConfig(QuantizationConfigMixin):
             )
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
-        if self.iterations < 0 or self.refine < 0:
-            raise ValueError(f"iterations and refine must not be negative; got {self.iterations} and {self.refine}.")
-        if self.refine and self.codebook != "learned":
-            raise ValueError("refine fits levels, which codebook=normal_float keeps fixed: use refine=0 with it.")
+        for name in ("iterations", "refine", "feedback"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        for name in ("refine", "feedback"):
+            if getattr(self, name) and self.codebook != "learned":
+                raise ValueError(f"{name} fits levels, which codebook=normal_float keeps fixed: use {name}=0 with it.")
         if self.budget == "nominal" and not self.menu[0] <= self.bits <= self.menu[-1]:
             raise ValueError(
                 f"A budget of {self.bits} nominal bits cannot be met with channels of {_words(self.menu)} bits: give "

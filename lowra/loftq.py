@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .feedback import recode, with_feedback
 from .quantize import PackedWeight
 
 METHODS = ("loftq", "cloq", "pissa", "lora")
@@ -37,6 +38,7 @@ def initialize(
     steps: int = STEPS,
     seed: int = 0,
     moment: torch.Tensor | None = None,
+    feedback: int = 0,
 ) -> tuple[PackedWeight, LowRank]:
     """Quantises a weight and fits adapter factors to what is left.
 
@@ -51,29 +53,37 @@ def initialize(
         quantize: packs a matrix of this shape.
         rank: r, at most min(N, K).
         alpha: LoRA's alpha; the factors are divided by the scaling alpha / r.
-        moment: [K, K], positive definite, mean x x^T of the inputs; for cloq alone.
+        moment: [K, K], positive definite, mean x x^T of the inputs; for cloq and feedback.
+        feedback: rounds after the last step that choose codes and levels for the outputs (`feedback.recode`), each with
+            a new low-rank fit.
 
     Raises:
-        ValueError: unknown method or a rank that does not fit.
+        ValueError: unknown method, a rank that does not fit, or no moment where one is needed.
     """
     if method not in METHODS:
         raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {method!r}.")
     if not 0 < rank <= min(weight.shape):
         raise ValueError(f"A rank of {rank} does not fit a weight {list(weight.shape)}: give 1 to {min(weight.shape)}.")
+    if moment is None and (method == "cloq" or feedback):
+        raise ValueError("cloq and feedback need the second moment of the inputs.")
     scaling = alpha / rank
     if method == "lora":
         bound = math.sqrt(6 / ((1 + 5) * weight.shape[1]))  # Kaiming with a = sqrt(5), as PEFT initialises A
         generator = torch.Generator().manual_seed(seed)
         lora_a = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * bound
         lora_b = torch.zeros(weight.shape[0], rank)
-        return quantize(weight), LowRank(lora_a.to(weight.device), lora_b.to(weight.device))
+        packed = with_feedback(weight, quantize(weight), moment, feedback)
+        return packed, LowRank(lora_a.to(weight.device), lora_b.to(weight.device))
     if method == "pissa":
         left, right = truncated_svd(weight, rank, seed)
-        return quantize(weight - left @ right), _scaled(left, right, scaling)
+        rest = weight - left @ right
+        return with_feedback(rest, quantize(rest), moment, feedback), _scaled(left, right, scaling)
     root = torch.linalg.cholesky(moment.to(weight.device).double()).float() if method == "cloq" else None
     packed, left, right = quantize(weight), None, None
-    for step in range(steps):
-        if step:
+    for step in range(steps + feedback):
+        if step >= steps:
+            packed = recode(weight - left @ right, packed, moment)
+        elif step:
             packed = quantize(weight - left @ right)
         residual = weight - packed.dequantize()
         left, right = truncated_svd(residual if root is None else residual @ root, rank, seed)

@@ -8,6 +8,7 @@ plain LoRA on every linear layer of the blocks: AdamW, cosine schedule, warmup 0
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 import bitsandbytes.backends.lowra.ops  # noqa: E402, F401
 from bitsandbytes.backends.lowra import layout  # noqa: E402
 from bitsandbytes.backends.lowra.reference import decode_scales  # noqa: E402
+from lowra import feedback  # noqa: E402
 from lowra import quantize as lowra_quantize  # noqa: E402
 from lowra.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.config import LowRAConfig  # noqa: E402
@@ -55,12 +57,11 @@ class Variant:
         model: folder of another model than the first argument.
         power: sensitivity energy^-power of the matrix in place of `sensitivity`.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
-        feedback: rounds of codes with error feedback after the initialisation, each with a new low-rank fit.
+        feedback_part: of a round of feedback: "codes", "levels" or "both".
         train: what is trained beside the adapter: "lora" (nothing), "levels", "scales" or "both".
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
         scales: also "log4", four bits on a logarithmic grid between the extremes of 256 scales; simulated.
-        fit: tables fitted in the outputs after each round of feedback: "" (none), "levels", "scales" or "both".
         moment_rank: of the inputs' second moment beside its diagonal, 0 for the whole of it.
         distill: steps that draw the model's outputs to those of the dense one before fine-tuning.
         distill_blocks: of the training text, whose labels are not used, in these steps.
@@ -83,7 +84,7 @@ class Variant:
     feedback: int = 0
     train: str = "lora"
     table_rate: float = 1.0
-    fit: str = ""
+    feedback_part: str = "both"
     moment_rank: int = 0
     distill: int = 0
     distill_blocks: int = 24
@@ -199,11 +200,10 @@ class Experiment(Planner):
         return super()._sensitivity(name) if self.power is None else self._energy[name] ** -self.power
 
     def see_correction(self, name, fit) -> None:
-        """Replaces a matrix's errors [N, 3] by those of `fit(row_bits)`, which returns what is left of the weight."""
+        """Replaces a matrix's errors [N, 3] by those that `fit(book, row_bits)` leaves in its channels, [N]."""
         book = self._codebooks[name]
         for place, bits in enumerate((4, 2, 1)):
-            left = fit(book, torch.full((len(book.errors),), bits, dtype=torch.uint8))
-            book.errors[:, place] = left.square().sum(dim=1)
+            book.errors[:, place] = fit(book, torch.full((len(book.errors),), bits, dtype=torch.uint8))
 
 
 def quantise(session: Session, v: Variant):
@@ -229,20 +229,9 @@ def quantise(session: Session, v: Variant):
         def pack(matrix):
             return quantize_matrix(matrix, book, row_bits, config)
 
-        packed, factors = initialize(weight, pack, v.rank, v.rank, v.method, v.steps, v.seed, moment)
+        packed, factors = initialize(weight, pack, v.rank, v.rank, v.method, v.steps, v.seed, moment, v.feedback)
         a, b = factors.lora_A, factors.lora_B
         codes, levels, scales = tables_of(packed)
-        for _ in range(v.feedback):
-            codes = feed_back(weight - b @ a, levels, scales, moment, v.group_size, row_bits)
-            if v.fit in ("scales", "both"):
-                scales = output_scales(weight - b @ a, codes, levels, scales, moment, v.group_size)
-            if v.fit in ("levels", "both"):
-                codes, levels = output_levels(weight - b @ a, codes, levels, scales, moment, v.group_size, row_bits)
-            dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
-            # an exact quantiser that always answers with these codes: one more low-rank fit and nothing else
-            fixed = types.SimpleNamespace(dequantize=lambda dense=dense: dense)
-            _, factors = initialize(weight, lambda m, q=fixed: q, v.rank, v.rank, v.method, 1, v.seed, moment)
-            a, b = factors.lora_A, factors.lora_B
         dense = levels.gather(1, codes) * widen(scales, v.group_size, weight.shape[1])
         order = layout.row_order(row_bits).long()
         return dense, a, b, (codes.byte(), levels, scales, order), packed.stored_bits
@@ -253,17 +242,32 @@ def quantise(session: Session, v: Variant):
 
             def left_over(book, row_bits, name=name):
                 dense, a, b, _, _ = fit(name, book, row_bits)
-                return session.weights[name] - dense - b @ a
+                left = session.weights[name] - dense - b @ a
+                seen = left @ session.calibration.moment(name) if v.method == "cloq" else left
+                return (seen * left).sum(dim=1)
 
             planner.see_correction(name, left_over)
     plan = planner.assign()
-    lowra_quantize.store_scales = log_scales if v.scales == "log4" else store_scales
-    fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
-    lowra_quantize.store_scales = store_scales
+    with replaced(v):
+        fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
     stored = sum(entry[-1] for entry in fitted.values())
     if v.scales == "log4":  # 4 bits and a share in two float32 for 256 scales, in the place of 32
         stored -= sum(entry[3][2].numel() for entry in fitted.values()) * (32 - 4 - 64 / 256)
     return fitted, stored / sum(weight.numel() for weight in session.weights.values())
+
+
+@contextlib.contextmanager
+def replaced(v):
+    """Functions of the library in the place of which an experiment's stand for the time of quantising."""
+    kept = lowra_quantize.store_scales, feedback.feed_back, feedback.fit_levels
+    if v.scales == "log4":
+        lowra_quantize.store_scales = log_scales
+    if v.feedback_part == "codes":
+        feedback.fit_levels = lambda weight, levels, codes, wide, moment: (levels, codes)
+    if v.feedback_part == "levels":
+        feedback.feed_back = lambda weight, levels, wide, moment: _nearest(weight / wide.clamp(min=1e-30), levels)
+    yield
+    lowra_quantize.store_scales, feedback.feed_back, feedback.fit_levels = kept
 
 
 def tables_of(packed):
@@ -271,16 +275,14 @@ def tables_of(packed):
     order = layout.row_order(packed.row_bits).long()
     scales = torch.empty(packed.scales.shape)
     scales[order] = decode_scales(packed.scales, packed.scale_steps)
-    levels, start = torch.empty(len(order), 16), 0
-    for row in order.tolist():
-        count = 2 ** int(packed.row_bits[row])
-        levels[row, :count] = packed.levels[start : start + count].float()
-        levels[row, count:] = levels[row, count - 1]
-        start += count
+    levels = torch.empty(len(order), 16)
+    levels[order] = feedback.padded_levels(packed)
+    own = packed.row_bits.long()[:, None]
+    levels = torch.where(levels.isfinite(), levels, levels.gather(1, 2**own - 1))
     wide = widen(scales, packed.group_size, packed.in_features)
     normal = torch.where(wide > 0, packed.dequantize() / wide, torch.zeros_like(wide))
     # a value a rounding above a repeated level would count as the last of them
-    codes = torch.minimum(_nearest(normal, levels), 2 ** packed.row_bits.long()[:, None] - 1)
+    codes = torch.minimum(_nearest(normal, levels), 2**own - 1)
     return codes, levels, scales
 
 
@@ -310,71 +312,6 @@ def plain_start(weight, rank):
 
 def _nearest(normal, levels):
     return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), normal.contiguous())
-
-
-def feed_back(weight, levels, scales, moment, group_size, row_bits, block=128):
-    """Codes chosen by falling input energy, each column's error carried to the later ones (GPTQ, Frantar et al. 2022).
-
-    Args:
-        weight: [N, K].
-        levels: [N, 16], ascending, the last of a row's own repeated.
-        moment: [K, K], positive definite.
-    """
-    order = moment.diagonal().argsort(descending=True)
-    rest, wide = weight[:, order].clone(), widen(scales, group_size, weight.shape[1])[:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order].double()))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    codes, last = torch.empty(weight.shape, dtype=torch.int64), 2 ** row_bits.long()[:, None] - 1
-    for first in range(0, weight.shape[1], block):
-        end = min(first + block, weight.shape[1])
-        errors = torch.empty(weight.shape[0], end - first)
-        for column in range(first, end):
-            scale, value = wide[:, column : column + 1], rest[:, column : column + 1]
-            code = torch.minimum(_nearest(torch.where(scale > 0, value / scale, torch.zeros_like(value)), levels), last)
-            error = (value - levels.gather(1, code) * scale) / upper[column, column]
-            rest[:, column + 1 : end].addmm_(error, upper[column : column + 1, column + 1 : end], alpha=-1)
-            codes[:, column : column + 1], errors[:, column - first : column - first + 1] = code, error
-        rest[:, end:].addmm_(errors, upper[first:end, end:], alpha=-1)
-    return torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes)
-
-
-def output_levels(weight, codes, levels, scales, moment, group_size, row_bits, ridge=1e-4):
-    """Levels [N, 16], ascending, that leave the least error in the outputs with these codes and scales; and codes."""
-    fitted, codes, wide = levels.clone(), codes.clone(), widen(scales, group_size, weight.shape[1])
-    for bits in (1, 2, 4):
-        for rows in (row_bits == bits).nonzero()[:, 0].split(512 >> bits):
-            count = 2**bits
-            basis = nn.functional.one_hot(codes[rows], count) * wide[rows][:, :, None]  # [n, K, levels]
-            seen = (moment @ basis.transpose(0, 1).reshape(len(moment), -1)).view(len(moment), -1, count)
-            system = torch.einsum("nkl,knm->nlm", basis, seen)
-            wanted = torch.einsum("knl,nk->nl", seen, weight[rows])
-            weighted = ridge * system.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]  # an empty cell keeps its level
-            system = system + torch.diag_embed(weighted.expand(-1, count))
-            own = torch.linalg.solve(system, wanted + weighted * levels[rows, :count]).half().float()
-            order = own.argsort(dim=1)
-            own, codes[rows] = own.gather(1, order), order.argsort(dim=1).gather(1, codes[rows])
-            fitted[rows, :count], fitted[rows, count:] = own, own[:, -1:]
-    return codes, fitted
-
-
-def output_scales(weight, codes, levels, scales, moment, group_size, ridge=1e-4):
-    """Scales [N, groups] that leave the least error in the outputs for these codes and levels."""
-    rows, groups = scales.shape
-    value = nn.functional.pad(levels.gather(1, codes), (0, -weight.shape[1] % group_size))
-    blocks = nn.functional.pad(moment, (0, value.shape[1] - weight.shape[1]) * 2).view(groups, group_size, -1)
-    value = value.view(rows, groups, group_size)
-    system = torch.empty(rows, groups, groups)
-    for group in range(groups):
-        seen = value[:, group] @ blocks[group]  # [N, K]
-        system[:, group] = (seen.view(rows, groups, group_size) * value).sum(dim=2)
-    wanted = nn.functional.pad(weight @ moment, (0, groups * group_size - weight.shape[1]))
-    wanted = (wanted.view(rows, groups, group_size) * value).sum(dim=2)
-    weighted = ridge * system.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]
-    system = system + torch.diag_embed(weighted.expand(-1, groups))
-    fitted = torch.linalg.solve(system, wanted + weighted * scales)
-    fitted = torch.where(fitted > 0, fitted, scales)
-    stored, steps = store_scales(fitted, "double_quant")
-    return decode_scales(stored, steps)
 
 
 def run(session: Session, v: Variant) -> dict:

@@ -65,10 +65,28 @@ def test_a_calibrated_checkpoint_serves_another_budget(tiny_llama, calibration, 
         str(tiny_llama), tmp_path / "b", LowRAConfig(bits=1.25, sensitivity="fisher"), None, "cpu", False, stored
     )
     assert report["nominal_bits"] <= 1.25
-    with pytest.raises(ValueError, match="second moments"):
-        quantize_checkpoint(
-            str(tiny_llama), tmp_path / "c", config, AdapterRecipe(4, method="cloq"), "cpu", False, stored
-        )
+    config = LowRAConfig(bits=1.5, sensitivity="fisher", feedback=1)
+    quantize_checkpoint(str(tiny_llama), tmp_path / "c", config, AdapterRecipe(4, method="cloq"), "cpu", False, stored)
+    assert Calibration.load(tmp_path / "c").digest() == calibration.digest()
+    without = Calibration(stored.inputs, stored.gradients)
+    for wanted, recipe in ((config, None), (LowRAConfig(bits=1.5), AdapterRecipe(4, method="cloq"))):
+        with pytest.raises(ValueError, match="second moments"):
+            quantize_checkpoint(str(tiny_llama), tmp_path / "d", wanted, recipe, "cpu", False, without)
+
+
+def test_stored_moments_keep_the_diagonal_and_the_main_directions(calibration, tmp_path):
+    calibration.save(tmp_path / FILE)
+    stored = Calibration.load(tmp_path)
+    assert not stored.moments and stored.factors.keys() == calibration.moments.keys()
+    for name in calibration.moments:
+        exact, near = calibration.moment(name), stored.moment(name)
+        torch.testing.assert_close(near.diagonal(), exact.diagonal(), rtol=0.02, atol=1e-3)
+        torch.linalg.cholesky(near)
+        assert (near - exact).norm() < 0.05 * exact.norm()
+    same = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    assert stored.factors[same[0]] is stored.factors[same[1]] is stored.factors[same[2]]
+    stored.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / FILE).read_bytes()
 
 
 def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):
