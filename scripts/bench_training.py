@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lowra  # noqa: F401 - registers the format
 
 RANK = 64
-SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512)]
+SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]
 WARMUP, STEPS = 2, 7
 
 
