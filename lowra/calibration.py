@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from .atomic import save_tensors
 from .checkpoint import empty_model, resolve_folder
+from .device import choose_device
 from .loftq import truncated_svd
 from .observers import ExpertObserver, TableObserver
 from .targets import Target, find_targets
@@ -161,7 +162,7 @@ def calibrate(
     skeleton = empty_model(folder)
     targets = find_targets(skeleton, None, head, embeddings)
     sequences = _sequences(folder, text, tokens, skeleton.config)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
     dense = type(skeleton).from_pretrained(folder, **where)
     if dense.supports_gradient_checkpointing:

@@ -37,8 +37,9 @@ class LowRAConfig(QuantizationConfigMixin):
         thresholds: one set per "channel", or per "matrix" (averaged, levels refitted; section 5's remark on stability).
         assigner: "exact", "two_level" (the paper's integer programs) or "layer_order" (4 bits for the first layers, 2
             for the rest, as LoftQ and QLoRA below 4 bits do).
-        sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix), "none" (the
-            paper's plain squared error) or "fisher" (squared output gradients x squared inputs, from a calibration).
+        sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix; head and
+            embeddings also by their size), "none" (the paper's plain squared error) or "fisher" (squared output
+            gradients x squared inputs, from a calibration).
         refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
             paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
         feedback: rounds after that which choose codes and levels for the layers' outputs (`lowra.feedback`), of the

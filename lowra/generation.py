@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from .adapters import load_packed
 from .adapters.storage import PACKED_FILE
 from .checkpoint import resolve_folder
+from .device import choose_device
 from .tables import FILE as TABLES_FILE
 from .tables import load_tables
 
@@ -31,7 +32,7 @@ def load_model(folder: str, adapter: str | None = None, device: str | None = Non
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
     folder = resolve_folder(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
     if adapter is not None and (pathlib.Path(adapter) / PACKED_FILE).exists():
         model = load_packed(model, adapter, force=force)

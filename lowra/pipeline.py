@@ -21,11 +21,12 @@ from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
 from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from .config import LowRAConfig
+from .device import choose_device
 from .feedback import with_feedback
 from .loftq import METHODS, initialize
 from .planning import Plan, Planner
 from .quantize import quantize_matrix
-from .targets import Target, find_targets
+from .targets import Target, check_skips, find_targets
 
 SHARD_BYTES = 4 << 30
 ADAPTER_FOLDER = "initial_adapter"
@@ -88,11 +89,12 @@ def quantize_checkpoint(
     output = pathlib.Path(output)
     refuse_existing(output)
     folder = resolve_folder(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     files = safetensors_files(folder)
     skeleton = empty_model(folder)
     if getattr(skeleton.config, "quantization_config", None):
         raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
+    check_skips(skeleton, config.modules_to_not_convert)
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
         limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.adapted)

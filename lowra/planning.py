@@ -133,8 +133,17 @@ class Planner:
             return self.calibration.channel_weights(name).double().numpy()[:, None]
         if self.config.sensitivity == "layer":
             # relative to the matrix: plain squared error starves whole layers of small norm
-            return 1.0 / max(self._energy[name], 1e-300)
+            return self._share(name) / max(self._energy[name], 1e-300)
         return 1.0
+
+    def _share(self, name: str) -> float:
+        """Weight of a matrix's relative error: that of head and embeddings by size, or as one of many they starve."""
+        target = self._targets[name]
+        blocks = [] if target.in_block else [other for other in self._targets.values() if other.in_block]
+        if not blocks:
+            return 1.0
+        size = target.out_features * target.in_features
+        return size * len(blocks) / sum(block.out_features * block.in_features for block in blocks)
 
     def _channel_costs(self, target: Target) -> np.ndarray:
         if self.config.budget == "nominal":

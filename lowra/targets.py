@@ -35,6 +35,11 @@ class Target:
     tied: tuple[str, ...] = ()
 
     @property
+    def in_block(self) -> bool:
+        """Whether it is part of a transformer block, not head or embeddings."""
+        return self.adapted or self.experts is not None
+
+    @property
     def weight_name(self) -> str:
         """Name of the dense weight."""
         return self.name if self.experts is not None else f"{self.name}.weight"
@@ -103,6 +108,17 @@ def find_targets(
             + (f" outside modules_to_not_convert={skip}." if skip else ".")
         )
     return targets
+
+
+def check_skips(model: nn.Module, skip: list[str] | None) -> None:
+    """Raises ValueError where an entry of `skip` is part of no module's name: most likely it is misspelt."""
+    names = [name for name, _ in model.named_modules()]
+    for entry in skip or []:
+        if not any(entry in name for name in names):
+            raise ValueError(
+                f"No module of this {type(model).__name__} has {entry!r} in its name, so nothing would stay dense for "
+                f"it. Its last layer is {names[-1]}."
+            )
 
 
 def _embedding_target(model: nn.Module) -> dict[str, Target]:

@@ -221,3 +221,15 @@ def test_base_30m_meets_the_projects_own_bounds(base_30m, tmp_path):
     assert report["true_bits"] <= report["nominal_bits"] + 0.35
     assert report["assigner"]["bits_used"] <= report["assigner"]["budget"]
     assert report["assigner"]["gap"] < 1e-4
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there(tiny_llama, tmp_path, device):
+    with pytest.raises(ValueError, match="There is no cuda:99|is no device"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(), device=device)
+
+
+def test_a_misspelt_name_of_a_dense_module(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="'donw_proj' in its name"):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(modules_to_not_convert=["donw_proj"]))
+    assert not list(tmp_path.iterdir())

@@ -102,7 +102,7 @@ def _print_totals(total: dict) -> None:
         (f"as NF4 ({NF4_BITS} bits)", "nf4_bytes"),
     ):
         print(f"  {name:<20} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
-    print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  embeddings, norms, head, biases")
+    print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  everything that is not packed")
     if total["error"] is not None:
         print(f"  squared error / energy of the weights, before any adapter: {total['error']:.5f}")
 

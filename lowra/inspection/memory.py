@@ -55,7 +55,7 @@ def footprints(layers: list[LayerContent], dense_bytes: int, rank: int, training
     }
     extra = _training(layers, rank) if training else _inference(layers)
     return [
-        Footprint(label, {**parts, "embeddings, norms, head": float(dense_bytes), **extra})
+        Footprint(label, {**parts, "not packed": float(dense_bytes), **extra})
         for label, parts in weights.items()
     ]
 

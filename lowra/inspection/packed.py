@@ -27,13 +27,13 @@ class LayerContent:
     Attributes:
         name: of the module.
         kind: the name without block numbers, such as "self_attn.q_proj".
-        block: number of the transformer block, -1 for the head.
+        block: number of the transformer block, -1 for head and embeddings.
         out_features, in_features: N and K.
         channels: channels at 4, 2 and 1 bits.
         code_bytes: bytes of the codes at 4, 2 and 1 bits, padding included.
         scale_bytes: group scales and their steps.
         table_bytes: levels and the precision of each channel.
-        adapted: whether adapters are put on it; fused experts and the head have none.
+        adapted: whether adapters are put on it; fused experts, head and embeddings have none.
     """
 
     name: str
@@ -142,7 +142,7 @@ def kind_of(name: str) -> str:
 
 
 def block_of(name: str) -> int:
-    """Number of the transformer block that a module belongs to; -1 for the head."""
+    """Number of the transformer block that a module belongs to; -1 for head and embeddings."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found.group(1)) if found else -1
 

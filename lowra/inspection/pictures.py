@@ -26,7 +26,7 @@ _PARTS = {
     "1-bit codes": _COLOURS[1],
     "scales": "#9b5de5",
     "level tables": "#f15bb5",
-    "embeddings, norms, head": "#c9cdd4",
+    "not packed": "#c9cdd4",
     "activations (estimated)": "#d9ed92",
     "gradients (estimated)": "#f4a3a0",
     "AdamW state (estimated)": "#d1495b",
@@ -104,7 +104,7 @@ def draw_bits(layers: list[LayerContent]) -> Figure:
                 left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=_ink(value))
     left.set_yticks(range(len(kinds)), kinds)
     step = max(1, len(blocks) // 16)
-    left.set_xticks(range(0, len(blocks), step), ["head" if block < 0 else block for block in blocks[::step]])
+    left.set_xticks(range(0, len(blocks), step), ["–" if block < 0 else block for block in blocks[::step]])
     left.set_xlabel("transformer block")
     left.set_title("Mean bits per weight")
     figure.colorbar(image, ax=left, label="bits")

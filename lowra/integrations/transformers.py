@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import PRECISIONS, LowRAConfig
+from ..device import choose_device
 from ..linear import PackedModule
 from ..pipeline import learn
 from ..planning import Plan, Planner
@@ -133,8 +134,7 @@ class LowRAHfQuantizer(HfQuantizer):
 
     def _plan_model(self, model, files):
         planner = Planner(self.quantization_config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        learn(planner, DenseCheckpoint(files, model), self._targets, device, progress=True)
+        learn(planner, DenseCheckpoint(files, model), self._targets, choose_device(), progress=True)
         self._plan = planner.assign()
 
     def _stored_names(self) -> list[str]:

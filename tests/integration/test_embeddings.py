@@ -209,3 +209,10 @@ def test_resizing_is_refused_and_tying_again_does_no_harm(tmp_path, architecture
     assert torch.equal(logits_of(packed), logits)
     packed.dequantize()
     assert packed.resize_token_embeddings(rows + 1).weight.shape[0] == rows + 1
+
+
+def test_a_large_table_is_not_starved(tmp_path):
+    """A vocabulary much larger than the blocks: as one matrix of many it would get the lowest precision throughout."""
+    config = lowra.LowRAConfig(bits=2.5, quantize_embeddings=True)
+    _, packed, _ = pack("LlamaForCausalLM", tmp_path, config, vocab_size=4096, **TIED)
+    assert packed.get_input_embeddings().row_bits.float().mean() > 2

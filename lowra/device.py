@@ -1,0 +1,21 @@
+"""Where the arithmetic runs."""
+
+import torch
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """A device by name, or a GPU if there is one.
+
+    Raises:
+        ValueError: no device, or one that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:0 and so on.") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"There is no {name}: PyTorch {torch.__version__} sees {gpus} GPUs here. Give cpu instead.")
+    return device
