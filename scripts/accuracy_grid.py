@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import pathlib
 import queue
 import sys
@@ -421,8 +422,8 @@ def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
     return adapters, tables
 
 
-def _work(jobs, results, arguments):
-    torch.set_num_threads(1)
+def _work(jobs, results, threads, arguments):
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     model, *others = arguments
     sessions = {}
@@ -469,7 +470,11 @@ def main():
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks)
-    workers = [context.Process(target=_work, args=(jobs, results, arguments), daemon=True) for _ in range(args.workers)]
+    threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
+    workers = [
+        context.Process(target=_work, args=(jobs, results, threads, arguments), daemon=True)
+        for _ in range(args.workers)
+    ]
     for worker in workers:
         worker.start()
     rows, running, waiting = [], 0, list(variants)

@@ -1,7 +1,7 @@
 """Trains a small LLaMA of chosen proportions from nothing with a larger model's next-token distribution as its teacher.
 
     python scripts/train_small_llama.py models/base-30m --text encyclopaedia/train.txt more.txt \\
-        --validation encyclopaedia/validation.txt --output runs/narrow-deep --seconds 90
+        --validation encyclopaedia/validation.txt --output runs/wide-shallow --seconds 90
 
 A few megabytes of text are too little to learn a language from, and enough to copy one: the loss is the cross entropy
 to the teacher's distribution of the next token, on blocks at random places of the text. The student takes the teacher's
@@ -25,13 +25,13 @@ def main() -> None:
     parser.add_argument("--text", type=pathlib.Path, nargs="+", required=True, help="UTF-8 text")
     parser.add_argument("--validation", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the model")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--key-value-heads", type=int, default=2)
-    parser.add_argument("--inner", type=int, default=1152, help="width of the gated product")
+    parser.add_argument("--inner", type=int, default=1728, help="width of the gated product")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a block")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop earlier, with the schedule cut to fit")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
