@@ -19,7 +19,7 @@ from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .atomic import save_tensors
-from .linear import LowRALinear
+from .linear import LowRALinear, PackedModule
 from .planning import weight_digest
 from .quantize import store_scales
 from .refine import group_sums, widen
@@ -264,7 +264,10 @@ def table_gradients(
 
 
 def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRALinear)}
+    modules = dict(model.named_modules())
+    # a head tied to embeddings has no tables of its own
+    tied = {id(m.levels) for m in modules.values() if isinstance(m, PackedModule) and not isinstance(m, LowRALinear)}
+    layers = {n: m for n, m in modules.items() if isinstance(m, LowRALinear) and id(m.levels) not in tied}
     if not layers:
         raise ValueError("This model has no packed linear layer: load one that `lowra quantize` wrote.")
     return layers

@@ -140,6 +140,17 @@ def test_levels_alone_leave_the_scales(packed, tmp_path):
     assert {key.rpartition(".")[2] for key in load_file(path)} == {"levels", "codes"}
 
 
+def test_a_head_tied_to_embeddings_keeps_their_tables(tiny_llama, tmp_path):
+    config = LowRAConfig(bits=1.5, quantize_embeddings=True)
+    quantize_checkpoint(str(tiny_llama), tmp_path / "packed", config, device="cpu", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert isinstance(model.lm_head, LowRALinear)
+    names = train_tables(model)
+    assert len(names) == 14 and not any("lm_head" in name for name in names)
+    bake_tables(model)
+    assert model.lm_head.levels is model.model.embed_tokens.levels
+
+
 def test_misuse_is_refused(packed, tiny_llama, tmp_path):
     model = adapted(packed)
     with pytest.raises(ValueError, match="No tables are being trained"):
