@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -21,7 +22,7 @@ from transformers.utils import cached_file
 from ..atomic import save_json
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from ..embedding import LowRAEmbedding
-from ..linear import LowRALinear
+from ..linear import LowRALinear, PackedModule
 from ..lora import lora_linear
 from ..pipeline import BASE_RECORD
 from ..planning import fingerprint_of, weight_digest
@@ -84,6 +85,14 @@ class LowRALoraLinear(LoraLinear):
             and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype)
         )
         return name if plain else None
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """PEFT's, which takes the type of the factors from the base weight."""
+        packed, self.base_layer = self.base_layer, nn.Linear(0, 0, device="meta", dtype=self.base_layer.compute_dtype)
+        try:
+            super().orthogonal_init(adapter_name)
+        finally:
+            self.base_layer = packed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into a dense copy of the base. See PEFT for the arguments."""
@@ -248,6 +257,12 @@ def _records(model: PeftModel) -> dict[str, dict]:
     return model.__dict__.setdefault("_lowra_records", {})
 
 
+def _refuse_embeddings(base_layer: LowRAEmbedding, *args, **kwargs):
+    raise ValueError(
+        "Packed embeddings take no adapter: leave them out of target_modules, or quantise without quantize_embeddings."
+    )
+
+
 def _register_layer() -> None:
     """Puts `LowRALoraLinear` into every LoraConfig; PEFT does not save custom layers, so a reload must find it too."""
     original = LoraConfig.__post_init__
@@ -255,9 +270,26 @@ def _register_layer() -> None:
     @functools.wraps(original)
     def __post_init__(self):
         original(self)
-        self._register_custom_module({LowRALinear: LowRALoraLinear})
+        self._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: _refuse_embeddings})
 
     LoraConfig.__post_init__ = __post_init__
+
+
+def _refuse_training_of_packed_weights() -> None:
+    """Says why modules_to_save and trainable_token_indices cannot name a packed module; PyTorch's message would not."""
+    original = AuxiliaryTrainingWrapper.__init__
+
+    @functools.wraps(original)
+    def __init__(self, module_to_save, *args, **kwargs):
+        if isinstance(module_to_save, PackedModule):
+            raise ValueError(
+                f"{type(self).__name__} would train a packed weight (modules_to_save, trainable_token_indices): leave "
+                "it out there, or keep it dense when quantising (modules_to_not_convert, or no quantize_head and "
+                "quantize_embeddings)."
+            )
+        original(self, module_to_save, *args, **kwargs)
+
+    AuxiliaryTrainingWrapper.__init__ = __init__
 
 
 def _record_base() -> None:
@@ -309,4 +341,5 @@ def _read_record(model_id, subfolder: str | None) -> dict:
 
 
 _register_layer()
+_refuse_training_of_packed_weights()
 _record_base()

@@ -216,3 +216,29 @@ def test_a_large_table_is_not_starved(tmp_path):
     config = lowra.LowRAConfig(bits=2.5, quantize_embeddings=True)
     _, packed, _ = pack("LlamaForCausalLM", tmp_path, config, vocab_size=4096, **TIED)
     assert packed.get_input_embeddings().row_bits.float().mean() > 2
+
+
+REFUSED = {
+    "target_modules": ({"target_modules": ["q_proj", "embed_tokens"]}, "take no adapter"),
+    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "would train a packed"),
+    "packed layer": ({"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]}, "would train a packed"),
+    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "would train a packed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_peft_cannot_train_says_why(tmp_path, case):
+    _, packed, _ = pack("LlamaForCausalLM", tmp_path, **TIED)
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(packed, LoraConfig(r=4, **options))
+
+
+def test_orthogonal_start(tmp_path):
+    _, packed, _ = pack("LlamaForCausalLM", tmp_path, **TIED)
+    model = get_peft_model(packed, LoraConfig(r=4, target_modules="all-linear", init_lora_weights="orthogonal"))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert a.dtype == b.dtype == torch.float32 and a.shape == (4, 64) and b.shape == (104, 4)
+    assert a.abs().max() > 0 and (b @ a).abs().max() < 1e-5
+    assert torch.isfinite(logits_of(model)).all()
