@@ -124,4 +124,65 @@ inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(
 int launched();
 int keep_error(cudaError_t error);
 
+struct device_limits {
+  int major, processors, shared_bytes;  // shared_bytes: most that one block can have
+};
+
+// Of the current device; asked for once, since the queries cost more than a launch.
+int limits_of_current_device(device_limits &limits);
+
+// Programmatic dependent launch (Hopper on): a kernel may be put on the chip while the one before it on the stream drains.
+// Nothing may be read from or written to global memory before wait_for_earlier_kernels, which every block must reach:
+// only then have all earlier kernels finished and their writes arrived. Prefetches into the L2 cache may come before,
+// since they move no value. let_later_kernels_start must come after the wait, so that a kernel that starts early follows
+// at most one unfinished kernel, the one that it waits for.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_later_kernels_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for [begin, end) in the L2 cache. The ends are rounded inwards to 16 bytes.
+__device__ __forceinline__ void prefetch_to_l2(const void *begin, const void *end) {
+#if __CUDA_ARCH__ >= 900
+  const uint64_t from = (reinterpret_cast<uint64_t>(begin) + 15) & ~uint64_t{15};
+  const uint64_t to = reinterpret_cast<uint64_t>(end) & ~uint64_t{15};
+  if (from < to) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"((uint32_t)(to - from)) : "memory");
+  }
+#endif
+}
+
+// A launch of a kernel that calls wait_for_earlier_kernels, in clusters of `cluster` blocks.
+template <class... Parameters, class... Arguments>
+int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, unsigned cluster,
+                 cudaStream_t stream, const Arguments &...arguments) {
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  if (shared > 48 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (error != cudaSuccess) return keep_error(error);
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = attributes;
+#ifdef NO_PDL
+  config.attrs = attributes + 1;
+  config.numAttrs = limits.major < 9 ? 0 : 1;
+#else
+  config.numAttrs = limits.major < 9 ? 0 : cluster > 1 ? 2 : 1;
+#endif
+  return keep_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
 }  // namespace lowra

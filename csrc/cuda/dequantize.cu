@@ -168,6 +168,8 @@ template <class Out>
 __global__ void __launch_bounds__(32 * kWarps)
     dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, Out *out) {
   const int row = blockIdx.y * kWarps + threadIdx.y;
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   if (row >= layout.rows()) return;
   const row_place place = place_of<0>(layout, row);
   Out *target = out + (size_t)__ldg(p.row_order + row) * shape.in_features;
@@ -191,8 +193,7 @@ int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
                              divisor_of((uint32_t)s.group_size / 8),
                              aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
   const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
-  dequantize_kernel<Out><<<grid, block, 0, stream>>>(p, layout, shape, static_cast<Out *>(out));
-  return launched();
+  return launch_early(dequantize_kernel<Out>, grid, block, 0, 1, stream, p, layout, shape, static_cast<Out *>(out));
 }
 
 }  // namespace

@@ -22,7 +22,10 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.tokens = (int)tokens, q.in_features = (int)s.in_features;
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
-  constexpr int kSmall = 2;  // up to here product_small was the faster one on an H200 (docs/kernels.md)
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  return tokens <= kSmall && product_small_fits(q) ? product_small(q, type, on) : product_tensor(q, type, on);
+  if (tokens <= 8) {
+    const int status = product_small(q, type, on);
+    if (status != LOWRA_UNSUPPORTED) return status;  // x did not fit into shared memory
+  }
+  return product_tensor(q, type, on);
 }

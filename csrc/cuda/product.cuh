@@ -12,7 +12,6 @@ __device__ __forceinline__ void store_output(const product &q, int token, int pl
   static_cast<T *>(q.out)[(size_t)token * q.layout.rows() + place] = static_cast<T>(total);
 }
 
-bool product_small_fits(const product &q);
 int product_small(const product &q, int32_t type, cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Format version and error texts of the CUDA library.
+// Format version, error texts and limits of the device.
 #include "common.cuh"
 
 namespace lowra {
@@ -12,6 +12,22 @@ int keep_error(cudaError_t error) {
 }
 
 int launched() { return keep_error(cudaGetLastError()); }
+
+int limits_of_current_device(device_limits &limits) {
+  int device = 0;
+  if (const int status = keep_error(cudaGetDevice(&device))) return status;
+  constexpr int kDevices = 64;
+  static thread_local device_limits known[kDevices];
+  if (device >= kDevices) return LOWRA_UNSUPPORTED;
+  device_limits &found = known[device];
+  if (found.major == 0) {
+    cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  limits = found;
+  return LOWRA_OK;
+}
 
 }  // namespace lowra
 

@@ -42,12 +42,23 @@ def test_quantize_equals_the_reference(device, shape, dtype):
     same_bits(absmax, case.scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30, 1e-39])
-def test_quantize_of_huge_and_tiny_weights(device, magnitude):
-    case = packed_case(3, 3, 3, 160, dtype=torch.float32, magnitude=magnitude)
+def test_quantize_of_huge_and_tiny_weights(device, magnitude, dtype):
+    case = packed_case(3, 3, 3, 160, dtype=dtype, magnitude=magnitude)
     codes, absmax = OPS.lowra_quantize(*case.to(device).quantize_arguments)
     same_bits(codes, case.codes)
     same_bits(absmax, case.scales)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_counts_thresholds_in_any_order(device, dtype):
+    case = packed_case(5, 5, 5, 320, dtype=dtype)
+    thresholds = case.thresholds[torch.randperm(15 * 5 + 3 * 5 + 5, generator=torch.Generator().manual_seed(0))]
+    expected, _ = reference.quantize(case.weight, case.row_order, thresholds, 5, 5, 64)
+    moved = case.to(device)
+    codes, _ = OPS.lowra_quantize(moved.weight, moved.row_order, thresholds.to(device), 5, 5, 64)
+    same_bits(codes, expected)
 
 
 def test_quantize_of_a_weight_that_is_not_aligned(device):

@@ -1,10 +1,12 @@
 """lowra_linear, forward and backward, against float64 products of the reference's weights: kernels and fallback."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import reference
+from bitsandbytes.backends.lowra import layout, reference
 
 OPS = torch.ops.bitsandbytes
 SHAPES = [
@@ -20,18 +22,32 @@ SHAPES = [
 ]
 
 
-def close(out, x, weight, bias, fused):
-    """Sums are float32 in some order, then rounded once to the type of x; cuBLAS may also round parts of a sum."""
-    exact = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    if not fused:
-        assert (out.double() - exact).norm() <= 2 * torch.finfo(out.dtype).eps * exact.norm() + 1e-6 * size.norm()
-        return
-    unit = torch.finfo(out.dtype).eps
-    bound = unit * exact.abs() + 1e-6 * size + torch.finfo(out.dtype).smallest_normal
-    assert bool(((out.double() - exact).abs() <= bound).all())
+def largest_weights(case):
+    """Every weight of a row at the size of its largest level: what the sums of 1-bit rows are made of."""
+    levels, start = case.levels.clone(), 0
+    for bits, first, end in layout.segments(case.row_order.numel(), case.rows_4bit, case.rows_2bit):
+        rows = levels[start : start + (end - first) * 2**bits].view(end - first, 2**bits)
+        rows[:] = rows.abs().amax(dim=1, keepdim=True)
+        start += rows.numel()
+    return reference.dequantize(*replace(case, levels=levels).dequantize_arguments(torch.float32))
+
+
+def close(out, x, case, bias, fused):
+    """The exact product, rounded once to the type of x, of the weights as `dequantize` rounds them to that type (these
+    a dense product sums) or of the unrounded ones (these the kernels for few tokens sum); float32 sums in any order.
+    cuBLAS may also round parts of a sum."""
+    unit, errors = torch.finfo(out.dtype).eps, []
+    size = x.double().abs() @ largest_weights(case).double().T
+    for dtype in {out.dtype, torch.float32}:
+        exact = x.double() @ reference.dequantize(*case.dequantize_arguments(dtype)).double().T
+        if bias is not None:
+            exact = exact + bias.double()
+        if fused:
+            bound = unit * exact.abs() + 1e-6 * size + torch.finfo(out.dtype).smallest_normal
+            errors.append(((out.double() - exact).abs() / bound).max())
+        else:
+            errors.append((out.double() - exact).norm() / (2 * unit * exact.norm() + 1e-6 * size.norm()))
+    assert min(errors) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -44,12 +60,32 @@ def test_linear_equals_the_exact_product(device, shape, tokens, dtype):
     random = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, in_features, generator=random).to(dtype)
     bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
-    weight = reference.dequantize(*case.dequantize_arguments(dtype))
     moved = None if bias is None else bias.to(device)
     out = OPS.lowra_linear(*case.to(device).linear_arguments(x.to(device), moved))
     assert out.dtype == dtype and out.shape == (tokens, sum(mix))
     fused = device == "cpu" or (tokens <= 64 and in_features % 32 == 0 and group_size >= 32 and dtype != torch.float32)
-    close(out.cpu(), x, weight, bias, fused)
+    close(out.cpu(), x, case, bias, fused)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_reaches_every_output(device, value):
+    case = packed_case(20, 20, 20, 512).to(device)
+    x = torch.ones(2, 512, device=device, dtype=torch.bfloat16)
+    x[0, 100] = value
+    out = OPS.lowra_linear(*case.linear_arguments(x))
+    assert not out[0].isfinite().any() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e38])
+def test_tiny_and_huge_x(device, size):
+    case = packed_case(20, 20, 20, 512, scales=torch.uint8)
+    x = (torch.rand(2, 512, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
+    x[:, ::7] *= 2.0**-20  # far below the largest of their 64
+    out = OPS.lowra_linear(*case.to(device).linear_arguments(x.to(device)))
+    fits = (x.double() @ reference.dequantize(*case.dequantize_arguments(torch.float32)).double().T).abs() < 3e38
+    assert torch.equal(out.cpu().isfinite(), fits)
+    if fits.all():
+        close(out.cpu(), x, case, None, True)
 
 
 def test_leading_dimensions_and_unaligned_x(device):
