@@ -176,12 +176,7 @@ int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t sh
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = attributes;
-#ifdef NO_PDL
-  config.attrs = attributes + 1;
-  config.numAttrs = limits.major < 9 ? 0 : 1;
-#else
   config.numAttrs = limits.major < 9 ? 0 : cluster > 1 ? 2 : 1;
-#endif
   return keep_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

@@ -34,13 +34,15 @@ template <class T>
 __device__ __forceinline__ uint32_t greater(uint32_t values, uint32_t edges);
 template <>
 __device__ __forceinline__ uint32_t greater<bf16>(uint32_t values, uint32_t edges) {
-  return __hgt2_mask(*reinterpret_cast<const __nv_bfloat162 *>(&values), *reinterpret_cast<const __nv_bfloat162 *>(&edges));
+  return __hgt2_mask(*reinterpret_cast<const __nv_bfloat162 *>(&values),
+                     *reinterpret_cast<const __nv_bfloat162 *>(&edges));
 }
 template <>
 __device__ __forceinline__ uint32_t greater<fp16>(uint32_t values, uint32_t edges) {
   return __hgt2_mask(*reinterpret_cast<const __half2 *>(&values), *reinterpret_cast<const __half2 *>(&edges));
 }
 
+// The larger absolute value in each half.
 template <class T>
 __device__ __forceinline__ uint32_t larger_sizes(uint32_t a, uint32_t b);
 template <>
@@ -51,11 +53,14 @@ __device__ __forceinline__ uint32_t larger_sizes<bf16>(uint32_t a, uint32_t b) {
 }
 template <>
 __device__ __forceinline__ uint32_t larger_sizes<fp16>(uint32_t a, uint32_t b) {
-  const __half2 out = __hmax2(__habs2(*reinterpret_cast<const __half2 *>(&a)), __habs2(*reinterpret_cast<const __half2 *>(&b)));
+  const __half2 out = __hmax2(__habs2(*reinterpret_cast<const __half2 *>(&a)),
+                              __habs2(*reinterpret_cast<const __half2 *>(&b)));
   return *reinterpret_cast<const uint32_t *>(&out);
 }
 
-__device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) { return (mask & yes) | (~mask & no); }
+__device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
+  return (mask & yes) | (~mask & no);
+}
 
 // The codes of two weights, given to bits `low` and up of the first and `high` and up of the second.
 // edge: ascending.
@@ -240,12 +245,14 @@ __device__ __forceinline__ void quantize_span(const In *row, int in_features, in
   }
 }
 
-// What a kernel of this file is given. PAIRS: whether lanes take 32 weights and compare two at a time.
+// PAIRS: whether lanes take 32 weights and compare two at a time.
 template <bool PAIRS, class In>
 __global__ void __launch_bounds__(32 * kWarps)
     quantize_kernel(const In *weight, const int32_t *row_order, const float *thresholds, uint8_t *codes, float *absmax,
                     rows_layout layout, int in_features, int group_shift, int groups, bool vector) {
   const int row = blockIdx.y * kWarps + threadIdx.y;
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   if (row >= layout.rows()) return;
   const row_place place = place_of<-1>(layout, row);
   const In *source = weight + (size_t)row_order[row] * in_features;
@@ -281,23 +288,21 @@ int quantize(const lowra_shape &s, const void *weight, const int32_t *row_order,
   const bool pairs = vector && s.in_features % 32 == 0 && s.group_size >= 32;
   const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
   const auto launch = [&](auto *kernel) {
-    kernel<<<grid, block, 0, stream>>>(static_cast<const In *>(weight), row_order, thresholds, codes, absmax, layout,
-                                       (int)s.in_features, __builtin_ctz((unsigned)s.group_size / 8), groups, vector);
+    return launch_early(kernel, grid, block, 0, 1, stream, static_cast<const In *>(weight), row_order, thresholds, codes,
+                        absmax, layout, (int)s.in_features, __builtin_ctz((unsigned)s.group_size / 8), groups, vector);
   };
   if constexpr (sizeof(In) == 2) {
-    if (pairs) {
-      launch(quantize_kernel<true, In>);
-      return launched();
-    }
+    if (pairs) return launch(quantize_kernel<true, In>);
   }
-  launch(quantize_kernel<false, In>);
-  return launched();
+  return launch(quantize_kernel<false, In>);
 }
 
 // One block for each 256 scales. Reference: reference.encode_scales.
 __global__ void __launch_bounds__(LOWRA_SCALE_BLOCK)
     encode_scales_kernel(const float *absmax, int64_t count, uint8_t *scales, float *scale_steps) {
   __shared__ float of_warp[LOWRA_SCALE_BLOCK / 32];
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   const int64_t index = (int64_t)blockIdx.x * LOWRA_SCALE_BLOCK + threadIdx.x;
   const float value = index < count ? absmax[index] : 0.f;
   float largest = value;
@@ -336,7 +341,6 @@ int lowra_cuda_encode_scales(const float *absmax, int64_t count, uint8_t *scales
   if (count == 0) return LOWRA_OK;
   if (!absmax || !scales || !scale_steps) return LOWRA_NULL_POINTER;
   const unsigned blocks = (unsigned)((count + LOWRA_SCALE_BLOCK - 1) / LOWRA_SCALE_BLOCK);
-  encode_scales_kernel<<<blocks, LOWRA_SCALE_BLOCK, 0, static_cast<cudaStream_t>(stream)>>>(absmax, count, scales,
-                                                                                           scale_steps);
-  return launched();
+  return launch_early(encode_scales_kernel, dim3(blocks), dim3(LOWRA_SCALE_BLOCK), 0, 1,
+                      static_cast<cudaStream_t>(stream), absmax, count, scales, scale_steps);
 }
