@@ -280,14 +280,20 @@ def main():
         if "product" in options.parts:
             bench_product(timer, shape, options.bits, options.tokens, results, not options.no_peers)
         torch.cuda.empty_cache()
+        save(options.out, ceiling, results)
     if "learner" in options.parts:
         bench_learner(results)
     print_tables(results, ceiling)
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "copy_gbs": ceiling, "results": results}, file, indent=1)
+    save(options.out, ceiling, results)
     if options.picture:
         picture(results, ceiling, options.picture)
+
+
+def save(path, ceiling, results):
+    """What has been measured so far; after every shape, so that a run that is cut keeps its numbers."""
+    if path:
+        with open(path, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "copy_gbs": ceiling, "results": results}, file, indent=1)
 
 
 def print_tables(results, ceiling):

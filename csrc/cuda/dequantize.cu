@@ -128,6 +128,12 @@ struct dense_shape {
   bool vector;  // rows of the output start on multiples of 16 bytes
 };
 
+// Reads scattered among writes cost several times as long as their bytes would alone, so rows are read in batches: the
+// first blocks of a batch ask for the codes and scales of the next.
+struct read_ahead {
+  int row_blocks, askers;  // blocks of rows of a batch, and blocks that share its reads
+};
+
 template <int BITS, class Out>
 __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, size_t first_scale,
                                                 const dense_shape &shape, Out *row) {
@@ -164,10 +170,36 @@ __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row
   }
 }
 
+__device__ __forceinline__ void prefetch_part(const uint8_t *begin, size_t bytes, int part, int parts) {
+  const size_t share = bytes / parts + 16;
+  prefetch_to_l2(begin + min(part * share, bytes), begin + min((part + 1) * share, bytes));
+}
+
+// Part `part` of `parts` of the codes and scales of packed rows [first, end), into the L2 cache.
+__device__ __forceinline__ void ask_for_rows(const lowra_packed &p, const rows_layout &layout, const dense_shape &shape,
+                                             int first, int end, int part, int parts) {
+  end = min(end, layout.rows());
+  if (first >= end) return;
+  const row_place last = place_of<0>(layout, end - 1);
+  const size_t from = place_of<0>(layout, first).code_offset;
+  prefetch_part(p.codes + from, last.code_offset + last.stride - from, part, parts);
+  const size_t groups = shape.groups * (p.scale_type == LOWRA_UINT8 ? 1 : p.scale_type == LOWRA_FLOAT16 ? 2 : 4);
+  prefetch_part(static_cast<const uint8_t *>(p.scales) + first * groups, (end - first) * groups, part, parts);
+}
+
 template <class Out>
 __global__ void __launch_bounds__(32 * kWarps)
-    dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, Out *out) {
+    dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, read_ahead ahead,
+                      Out *out) {
   const int row = blockIdx.y * kWarps + threadIdx.y;
+  if (threadIdx.x == 0 && threadIdx.y == 0) {
+    const int batch = blockIdx.y / ahead.row_blocks, rows = ahead.row_blocks * kWarps;
+    const int part = (blockIdx.y - batch * ahead.row_blocks) * gridDim.x + blockIdx.x;
+    if (part < ahead.askers) {
+      if (batch == 0) ask_for_rows(p, layout, shape, 0, rows, part, ahead.askers);
+      ask_for_rows(p, layout, shape, (batch + 1) * rows, (batch + 2) * rows, part, ahead.askers);
+    }
+  }
   wait_for_earlier_kernels();
   let_later_kernels_start();
   if (row >= layout.rows()) return;
@@ -193,7 +225,15 @@ int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
                              divisor_of((uint32_t)s.group_size / 8),
                              aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
   const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
-  return launch_early(dequantize_kernel<Out>, grid, block, 0, 1, stream, p, layout, shape, static_cast<Out *>(out));
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  constexpr int64_t kBatch = 16 << 20;  // bytes written
+  const int64_t row_bytes = s.in_features * sizeof(Out) * kWarps;
+  const int row_blocks = kBatch / row_bytes < 1 ? 1 : (int)(kBatch / row_bytes);
+  const int in_batch = (int)grid.x * (row_blocks < (int)grid.y ? row_blocks : (int)grid.y);
+  const read_ahead ahead = {row_blocks, limits.processors < in_batch ? limits.processors : in_batch};
+  return launch_early(dequantize_kernel<Out>, grid, block, 0, 1, stream, p, layout, shape, ahead,
+                      static_cast<Out *>(out));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Codes to operands of the tensor cores, in registers: what both product kernels share.
+// Codes to operands of the tensor cores, in registers: weights rounded to the type of x (product_tensor.cu).
 //
 // The weight is operand A of mma.m16n8k16 (16 packed rows), x is operand B (8 tokens), sums are float32. Which 16 columns
 // of W meet in one mma is free as long as A and B agree, so it is chosen for cheap decoding: lane t of a quad takes
