@@ -1,32 +1,29 @@
 """Calibration of fused experts, heads and embeddings: against autograd's own sums, and through to a packed model."""
 
-import pathlib
-import sys
 from functools import partial
 
 import pytest
 import torch
 import transformers
+from small_models import make_model
+from transformers import AutoTokenizer
 
 import lowra
 from lowra.calibration import DAMPING, calibrate
 from lowra.observers import ExpertStatistics
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "integration"))
-from small_models import make_model  # noqa: E402
-
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_llama):
     """Writes a small model with a byte tokenizer."""
-    from conftest import byte_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
     def write(architecture, **changes):
         path = tmp_path_factory.mktemp(architecture)
         make_model(architecture, vocab_size=256, **changes).save_pretrained(path)
-        byte_tokenizer().save_pretrained(path)
+        tokenizer.save_pretrained(path)
         return path
 
     return write
