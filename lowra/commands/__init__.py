@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         result = args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"lowra: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -54,10 +54,7 @@ def footprints(layers: list[LayerContent], dense_bytes: int, rank: int, training
         "all 1 bit": _packed(layers, 1),
     }
     extra = _training(layers, rank) if training else _inference(layers)
-    return [
-        Footprint(label, {**parts, "not packed": float(dense_bytes), **extra})
-        for label, parts in weights.items()
-    ]
+    return [Footprint(label, {**parts, "not packed": float(dense_bytes), **extra}) for label, parts in weights.items()]
 
 
 def _packed(layers: list[LayerContent], bits: int | None) -> dict[str, float]:

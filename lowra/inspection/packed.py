@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-import pathlib
 import re
 from collections.abc import Iterator
 
 import torch
-from safetensors import safe_open
 
 from bitsandbytes.backends.lowra import layout
 
 from ..checkpoint import empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig
+from ..integrations.packed_files import PackedFiles
+from ..integrations.reading import read
 from ..pipeline import ADAPTER_FOLDER
 from ..quantize import TENSOR_NAMES, PackedWeight
 from ..targets import Target, find_targets
@@ -76,7 +76,10 @@ class PackedFolder:
         self.folder = resolve_folder(model)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
-        described = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
+        try:
+            described = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.folder / 'config.json'} is damaged: {error}.") from None
         if described.get("quant_method") != "lowra":
             method = described.get("quant_method", "not quantised")
             raise ValueError(
@@ -87,25 +90,21 @@ class PackedFolder:
         self.targets = find_targets(
             skeleton, self.config.modules_to_not_convert, self.config.quantize_head, self.config.quantize_embeddings
         )
-        self._files: dict[str, pathlib.Path] = {}
-        self.total_bytes = 0
-        for path in safetensors_files(self.folder):
-            self.total_bytes += path.stat().st_size
-            with safe_open(path, framework="pt") as content:
-                self._files.update(dict.fromkeys(content.keys(), path))
-        missing = [t.name for t in self.targets.values() if f"{t.name}.row_bits" not in self._files]
-        if missing:
-            raise ValueError(f"The packed checkpoint lacks the packed tensors of {missing[0]}.")
+        paths = safetensors_files(self.folder)
+        self.total_bytes = sum(path.stat().st_size for path in paths)
+        self._files = PackedFiles(paths, self.targets, self.config.group_size)
+        extra = [key for key in self._files.unplaced if key.endswith(".row_bits")]
+        if extra:
+            raise ValueError(
+                f"The packed checkpoint holds {len(extra)} packed layer(s), first {extra[0].rpartition('.')[0]}, that "
+                "its config.json has no place for: files of two checkpoints are mixed, or config.json was changed."
+            )
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""
-        tensors = dict.fromkeys(TENSOR_NAMES)
-        for name in TENSOR_NAMES:
-            key = f"{target.name}.{name}"
-            if key in self._files:
-                with safe_open(self._files[key], framework="pt") as content:
-                    tensors[name] = content.get_tensor(key)
-        return PackedWeight(**tensors, in_features=target.in_features, group_size=self.config.group_size)
+        tensors = read(self._files.of(target.name), torch.device("cpu"))
+        named = {name: tensors.get(name) for name in TENSOR_NAMES}
+        return PackedWeight(**named, in_features=target.in_features, group_size=self.config.group_size)
 
     def contents(self) -> Iterator[LayerContent]:
         """Every layer in model order."""

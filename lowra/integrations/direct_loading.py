@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..linear import PackedModule
 from ..targets import Target, replace_module
-from .modules import count_rows
 from .packed_files import PackedFiles
 from .reading import read
 
@@ -72,13 +71,9 @@ class DirectLoading:
 
     def _fill(self, device: torch.device) -> None:
         modules: dict[str, PackedModule] = {name: self._model.get_submodule(name) for name in self._packed}
-        if self._reading is not None:  # no need to wait for the device
-            bits = {name: self._files.places[f"{name}.row_bits"] for name in self._packed}
-            for name, row_bits in read(bits, torch.device("cpu")).items():
-                count_rows(name, modules[name], row_bits)
-            loaded = self._reading.result()
-        else:
-            loaded = read(self._files.places, device)
+        for name, module in modules.items():
+            module.count_rows(self._files.row_bits[name])  # no need to wait for the device
+        loaded = read(self._files.places, device) if self._reading is None else self._reading.result()
         for name, module in modules.items():
             module.set_tensors({leaf: loaded[f"{name}.{leaf}"] for leaf in self._files.of(name)})
         for name in self._dense:

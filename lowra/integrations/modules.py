@@ -8,8 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bitsandbytes.backends.lowra import layout
-
 from ..embedding import LowRAEmbedding
 from ..experts import LowRAExperts
 from ..linear import LowRALinear, PackedModule
@@ -149,35 +147,6 @@ def share_tied(model: PreTrainedModel, target: Target) -> None:
         module = model.get_submodule(name)
         module._parameters.update(source.packed_tensors())
         module.prepare()
-
-
-def count_rows(name: str, module: PackedModule, row_bits: torch.Tensor) -> None:
-    """`module.count_rows`, whose errors say which layer."""
-    try:
-        module.count_rows(row_bits)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
-
-
-def check_sizes(name: str, module: PackedModule) -> None:
-    """Raises ValueError where the loaded tensors of a layer do not fit one another."""
-    if module.row_counts is None:
-        count_rows(name, module, module.row_bits.cpu())
-    rows = module.out_features, *module.row_counts
-    groups = layout.group_count(module.in_features, module.group_size)
-    sizes = {
-        "weight": layout.codes_size(*rows, module.in_features),
-        "scales": module.out_features * groups,
-        "levels": layout.levels_size(*rows),
-    }
-    if module.scale_steps is not None:
-        sizes["scale_steps"] = layout.scale_step_count(module.out_features, module.in_features, module.group_size)
-    for tensor, size in sizes.items():
-        if getattr(module, tensor).numel() != size:
-            raise ValueError(
-                f"{name}.{tensor} has {getattr(module, tensor).numel()} elements where {size} belong to its row_bits "
-                f"and groups of {module.group_size}: the packed checkpoint is damaged or its config.json was changed."
-            )
 
 
 def use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:

@@ -1,12 +1,15 @@
-"""Where the tensors of a packed checkpoint lie in its files, and whether all are there."""
+"""Where the tensors of a packed checkpoint lie in its files, and whether they are what its layers need."""
 
+import math
 import pathlib
 
 import torch
 
+from bitsandbytes.backends.lowra import layout
+
 from ..quantize import TENSOR_NAMES
 from ..targets import Target
-from .reading import Place, places_of
+from .reading import Place, places_of, read
 
 _PACKED_DTYPES = (torch.uint8, torch.float16, torch.float32)
 
@@ -16,20 +19,31 @@ class PackedFiles:
 
     Attributes:
         places: by the model's name of the tensor, such as "model.layers.0.mlp.up_proj.row_bits".
+        row_bits: precisions of each target's channels, by the target's name, on the CPU.
+        unplaced: the other tensors in the files.
     """
 
-    def __init__(self, files: list[pathlib.Path], targets: dict[str, Target], dense: dict[str, torch.Tensor]):
-        """Reads headers only.
+    def __init__(
+        self,
+        files: list[pathlib.Path],
+        targets: dict[str, Target],
+        group_size: int,
+        dense: dict[str, torch.Tensor] | None = None,
+    ):
+        """Reads headers and the precisions of the channels, from which all sizes follow.
 
         Args:
             files: of the checkpoint.
             targets: packed weights.
+            group_size: weights that share a scale.
             dense: further tensors by name; those are left out that the files do not have in the same type and shape.
 
         Raises:
             ValueError: a file is cut short, or a target's tensors are missing or of another type or size.
         """
+        dense = dense or {}
         self.places: dict[str, Place] = {}
+        self.unplaced: list[str] = []
         modules = _names_with_and_without_base([target.name for target in targets.values()])
         others = _names_with_and_without_base(list(dense))
         for place in (place for path in files for place in places_of(path)):
@@ -41,34 +55,59 @@ class PackedFiles:
             name = others.get(place.key) or others.get(place.key.partition(".")[2])
             if name is not None and (place.dtype, place.shape) == (dense[name].dtype, tuple(dense[name].shape)):
                 self.places[name] = place
+            else:
+                self.unplaced.append(place.key)
         for target in targets.values():
-            self._check(target)
+            self._check_presence(target)
+        cpu = torch.device("cpu")
+        self.row_bits = read({name: self.places[f"{name}.row_bits"] for name in modules.values()}, cpu)
+        for target in targets.values():
+            self._check_sizes(target, group_size)
 
     def of(self, name: str) -> dict[str, Place]:
         """The places of one target's tensors by leaf."""
         keys = {leaf: f"{name}.{leaf}" for leaf in TENSOR_NAMES}
         return {leaf: self.places[key] for leaf, key in keys.items() if key in self.places}
 
-    def _check(self, target: Target) -> None:
+    def _check_presence(self, target: Target) -> None:
         places = self.of(target.name)
-        for place in places.values():
-            if place.dtype not in _PACKED_DTYPES:
-                raise ValueError(
-                    f"{place.key} has another type than packed tensors have: this is no checkpoint written by lowra, "
-                    "or it was converted by another program."
-                )
         needed = {"weight", "row_bits", "scales", "levels"}
         if "scales" in places and places["scales"].dtype == torch.uint8:
             needed.add("scale_steps")
         absent = needed - set(places)
         if absent:
             raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {target.name}.")
-        (rows,) = places["row_bits"].shape
-        if rows != target.out_features:
+        for place in places.values():
+            if place.dtype not in _PACKED_DTYPES:
+                raise ValueError(
+                    f"{place.key} has another type than packed tensors have: this is no checkpoint written by lowra, "
+                    "or it was converted by another program."
+                )
+
+    def _check_sizes(self, target: Target, group_size: int) -> None:
+        row_bits, name = self.row_bits[target.name], target.name
+        if row_bits.numel() != target.out_features:
             raise ValueError(
-                f"{target.name}.row_bits has {rows} channels, but the layer of this config.json has "
+                f"{name}.row_bits has {row_bits.numel()} channels, but the layer of this config.json has "
                 f"{target.out_features}."
             )
+        counts = torch.bincount(row_bits, minlength=5).tolist()
+        if sum(counts[bits] for bits in layout.PRECISIONS) != target.out_features:
+            raise ValueError(f"{name}.row_bits holds other values than 1, 2 and 4: the packed checkpoint is damaged.")
+        rows = target.out_features, counts[4], counts[2]
+        sizes = {
+            "weight": layout.codes_size(*rows, target.in_features),
+            "scales": target.out_features * layout.group_count(target.in_features, group_size),
+            "levels": layout.levels_size(*rows),
+            "scale_steps": layout.scale_step_count(target.out_features, target.in_features, group_size),
+        }
+        for leaf, place in self.of(name).items():
+            size = math.prod(place.shape)
+            if size != sizes.get(leaf, size):
+                raise ValueError(
+                    f"{name}.{leaf} has {size} elements where {sizes[leaf]} belong to its row_bits and groups of "
+                    f"{group_size}: the packed checkpoint is damaged or its config.json was changed."
+                )
 
 
 def _names_with_and_without_base(names: list[str]) -> dict[str, str]:

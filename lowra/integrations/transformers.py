@@ -27,7 +27,6 @@ from ..quantize import TENSOR_NAMES, quantize_matrix, stored_bits
 from ..targets import Target, find_targets
 from .direct_loading import DirectLoading, large_dense_tensors
 from .modules import (
-    check_sizes,
     declare_ties,
     make_dense,
     mend_casts_to_weight_dtype,
@@ -97,7 +96,9 @@ class LowRAHfQuantizer(HfQuantizer):
         # Transformers is under torch.device("meta") here; the plan needs real memory.
         with torch.device("cpu"):
             if self.pre_quantized:
-                packed_files = PackedFiles(files, self._targets, large_dense_tensors(model, self._targets))
+                packed_files = PackedFiles(
+                    files, self._targets, config.group_size, large_dense_tensors(model, self._targets)
+                )
             else:
                 self._plan_model(model, files)
         for target in self._targets.values():
@@ -156,7 +157,6 @@ class LowRAHfQuantizer(HfQuantizer):
             for parameter in module.packed_tensors().values():
                 parameter.requires_grad_(False)  # the loader turns gradients on for float tensors
             if module.row_bits.device.type != "meta":
-                check_sizes(target.name, module)
                 module.prepare()
                 share_tied(model, target)
             if self._plan is not None:

@@ -1,6 +1,7 @@
 """`lowra inspect`: its numbers add up to the files, and its pictures are drawn."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,3 +116,31 @@ def test_misuse_is_refused(packed_llama, dense_llama, tmp_path, capsys):
     for arguments, message in cases:
         assert main(["inspect", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
+
+
+DAMAGED = {
+    "cut short": (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "cut short or damaged"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+    "a layer more": (
+        lambda f: replace(f, '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+        "lacks levels, row_bits",
+    ),
+    "a layer less": (lambda f: replace(f, '"num_hidden_layers": 2', '"num_hidden_layers": 1'), "has no place for"),
+    "another group": (lambda f: replace(f, '"group_size": 64', '"group_size": 32'), "and groups of 32"),
+    "another format": (lambda f: replace(f, '"format_version": 1', '"format_version": 9'), "packed format 9"),
+}
+
+
+def replace(folder, old, new):
+    path = folder / "config.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_checkpoints_are_refused(packed_llama, tmp_path, capsys, case):
+    change, message = DAMAGED[case]
+    shutil.copytree(packed_llama, tmp_path / "damaged")
+    change(tmp_path / "damaged")
+    assert main(["inspect", str(tmp_path / "damaged")]) == 2
+    assert message in capsys.readouterr().err
