@@ -23,9 +23,12 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (tokens <= 8) {
+  // Up to here product_small is the faster one on an H200 (docs/kernels.md); 4-bit rows cost it more.
+  const int few = 2 * s.rows4 > row_count(s) ? 4 : 8;
+  if (tokens <= few) {
     const int status = product_small(q, type, on);
     if (status != LOWRA_UNSUPPORTED) return status;  // x did not fit into shared memory
   }
-  return product_tensor(q, type, on);
+  const int status = product_wgmma(q, type, on);
+  return status == LOWRA_UNSUPPORTED ? product_tensor(q, type, on) : status;
 }

@@ -14,5 +14,6 @@ __device__ __forceinline__ void store_output(const product &q, int token, int pl
 
 int product_small(const product &q, int32_t type, cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
+int product_wgmma(const product &q, int32_t type, cudaStream_t stream);  // LOWRA_UNSUPPORTED on chips without wgmma
 
 }  // namespace lowra

@@ -17,6 +17,7 @@ SHAPES = [
     (20, 40, 300, 1056, 32),
     (17, 130, 33, 3008, 128),
     (9, 3, 150, 5504, 64),
+    (70, 1, 300, 2080, 256),
     (2, 2, 2, 96, 24),
     (3, 3, 3, 1004, 64),
     (100, 300, 900, 576, 64),  # more tiles of 16 rows than blocks
@@ -52,7 +53,7 @@ def close(out, x, case, bias, fused):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 17, 33, 64, 65, 512])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_equals_the_exact_product(device, shape, tokens, dtype):
     *mix, in_features, group_size = shape

@@ -1,0 +1,118 @@
+// Hopper's asynchronous matrix product of a warpgroup (wgmma, sm_90a) and the barriers in shared memory that feed it.
+#pragma once
+
+#include "common.cuh"
+
+namespace lowra {
+
+__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
+  return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Returns once the phase of this parity is complete.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Ordinary stores of this thread to shared memory become visible to the tensor cores.
+__device__ __forceinline__ void fence_stores_for_tensor_cores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Address, for the whole cluster, of what lies at a shared address in block `rank`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ float load_from_cluster(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// REGISTERS: of each thread of the calling warpgroup from here on.
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Operand B: rows of 128 bytes (64 columns of one token), eight of them a block of 1024 bytes, 16-byte units of row r
+// exchanged by exclusive-or with r % 8. The address is that of the first of 16 columns in row 0; blocks are 1024-aligned.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
+  return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (address >> 4);
+}
+
+// Registers written by ordinary instructions are ready for the products that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// PENDING: youngest committed groups that may still be under way.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// sum[64 x TOKENS] += a[64 x 16] * b[16 x TOKENS]; fragments as in mma.m16n8k16, a warp of the group has 16 rows.
+// T: float16 or bfloat16.
+template <int TOKENS, class T>
+struct wgmma;
+
+#define LOWRA_SUMS4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define LOWRA_SUMS8(i) LOWRA_SUMS4(i), LOWRA_SUMS4(i + 4)
+#define LOWRA_SUMS16(i) LOWRA_SUMS8(i), LOWRA_SUMS8(i + 8)
+#define LOWRA_SUMS32(i) LOWRA_SUMS16(i), LOWRA_SUMS16(i + 16)
+#define LOWRA_NAMES4 "%0,%1,%2,%3"
+#define LOWRA_NAMES8 LOWRA_NAMES4 ",%4,%5,%6,%7"
+#define LOWRA_NAMES16 LOWRA_NAMES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LOWRA_NAMES32 LOWRA_NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+// NAMES, A, B: names of the operands, numbered in this order; the rest are the registers of the sums.
+#define LOWRA_WGMMA(TOKENS, TYPE, PTX_TYPE, NAMES, A, B, ...)                                                       \
+  template <>                                                                                                       \
+  struct wgmma<TOKENS, TYPE> {                                                                                      \
+    static __device__ __forceinline__ void add(float (&sum)[TOKENS / 2], uint32_t a0, uint32_t a1, uint32_t a2,     \
+                                               uint32_t a3, uint64_t b) {                                           \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." PTX_TYPE "." PTX_TYPE " {" NAMES "}, {" A \
+                   "}, " B ", 1, 1, 1, 0;"                                                                          \
+                   : __VA_ARGS__                                                                                    \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                   \
+    }                                                                                                               \
+  };
+#define LOWRA_WGMMA_TYPES(TOKENS, NAMES, A, B, ...)              \
+  LOWRA_WGMMA(TOKENS, bf16, "bf16", NAMES, A, B, __VA_ARGS__) \
+  LOWRA_WGMMA(TOKENS, fp16, "f16", NAMES, A, B, __VA_ARGS__)
+LOWRA_WGMMA_TYPES(8, LOWRA_NAMES4, "%4,%5,%6,%7", "%8", LOWRA_SUMS4(0))
+LOWRA_WGMMA_TYPES(16, LOWRA_NAMES8, "%8,%9,%10,%11", "%12", LOWRA_SUMS8(0))
+LOWRA_WGMMA_TYPES(32, LOWRA_NAMES16, "%16,%17,%18,%19", "%20", LOWRA_SUMS16(0))
+LOWRA_WGMMA_TYPES(64, LOWRA_NAMES32, "%32,%33,%34,%35", "%36", LOWRA_SUMS32(0))
+#undef LOWRA_WGMMA_TYPES
+#undef LOWRA_WGMMA
+#undef LOWRA_NAMES32
+#undef LOWRA_NAMES16
+#undef LOWRA_NAMES8
+#undef LOWRA_NAMES4
+#undef LOWRA_SUMS32
+#undef LOWRA_SUMS16
+#undef LOWRA_SUMS8
+#undef LOWRA_SUMS4
+
+}  // namespace lowra
