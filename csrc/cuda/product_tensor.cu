@@ -119,35 +119,17 @@ __global__ void __launch_bounds__(32 * kWarps, 2) product_tensor_kernel(const __
 #endif
 }
 
-// Asked for once: the queries would cost more than the launch.
-struct device_facts {
-  int major = 0, processors = 0;
-};
-
-int facts_of_current_device(device_facts &facts) {
-  int device = 0;
-  if (const int status = keep_error(cudaGetDevice(&device))) return status;
-  static thread_local device_facts known[64];
-  if (device >= 64) return LOWRA_UNSUPPORTED;
-  if (known[device].major == 0) {
-    cudaDeviceGetAttribute(&known[device].major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&known[device].processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  facts = known[device];
-  return LOWRA_OK;
-}
-
 // NT, T: as above.
 template <int NT, class T>
 int launch(product q, cudaStream_t stream) {
   q.tiles = tiles_of(q.layout, kBlockRows);
   const int tiles = q.tiles.total(), steps = (q.in_features + kTileColumns - 1) / kTileColumns;
-  device_facts facts;
-  if (const int status = facts_of_current_device(facts)) return status;
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
   // As many blocks as run at once, two on each multiprocessor, with at least two tiles of columns each.
   int splits = 1;
-  if (facts.major >= 9) {
-    while (splits < kMaxSplits && tiles * (splits + 1) <= 2 * facts.processors && 2 * (splits + 1) <= steps) ++splits;
+  if (limits.major >= 9) {
+    while (splits < kMaxSplits && tiles * (splits + 1) <= 2 * limits.processors && 2 * (splits + 1) <= steps) ++splits;
   }
   const int slice = (steps + splits - 1) / splits * kTileColumns;
   constexpr int kX = kStages * 8 * NT * kTileUnits * 16, kSums = 8 * NT * (kBlockRows + 1) * 4;
@@ -165,7 +147,7 @@ int launch(product q, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = splits, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
-  config.numAttrs = facts.major >= 9 ? 1 : 0;
+  config.numAttrs = limits.major >= 9 ? 1 : 0;
   return keep_error(cudaLaunchKernelEx(&config, kernel, q, slice));
 }
 

@@ -44,9 +44,10 @@ struct ring_place {
 // Tiles of 64 rows are dealt out to the blocks one by one, 4-bit ones first, so that the dear ones do not meet in a few.
 __device__ __forceinline__ int tile_of_group(int group) { return blockIdx.y + group * gridDim.y; }
 
+// Past the first-level cache: x was written by the kernel before, and each block reads it once.
 __device__ __forceinline__ uint4 load_x(const void *at) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
   return v;
 }
