@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -233,3 +235,13 @@ def test_a_misspelt_name_of_a_dense_module(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="'donw_proj' in its name"):
         quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(modules_to_not_convert=["donw_proj"]))
     assert not list(tmp_path.iterdir())
+
+
+def test_files_follow_the_umask(tiny_llama, tmp_path):
+    before = os.umask(0o027)
+    try:
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(), AdapterRecipe(4), progress=False)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}

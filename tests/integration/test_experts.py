@@ -131,3 +131,16 @@ def test_inspection_counts_experts(moe, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["packed_bytes"] == json.loads((moe[2] / "lowra_report.json").read_text())["packed_bytes"]
     assert "mlp.experts.gate_up_proj" in [kind["name"] for kind in result["kinds"]]
+
+
+def test_hqq_rounds_experts_too(moe):
+    from lowra.training.hqq import hqq, quantize_model
+
+    model_class, dense, _ = moe
+    model, before = model_class.from_pretrained(dense), model_class.from_pretrained(dense)
+    quantize_model(model, 2)
+    name = "model.layers.0.mlp.experts.down_proj"
+    weight = before.get_parameter(name).detach()
+    expected = torch.stack([hqq(expert, 2) for expert in weight])
+    torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=0.2, atol=0.02)
+    assert not torch.equal(model.get_parameter(name), weight)
