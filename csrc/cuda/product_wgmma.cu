@@ -89,7 +89,9 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
                             make_uint4(in[0].w, in[1].w, in[2].w, in[3].w)};
       uint8_t *stage = target + ring.stage * shape::kStageBytes + 4 * s * 1024;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4 *>(stage + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint4 *>(stage + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
+      }
     }
     fence_stores_for_tensor_cores();
     __syncwarp();

@@ -97,7 +97,7 @@ struct wgmma;
                    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                   \
     }                                                                                                               \
   };
-#define LOWRA_WGMMA_TYPES(TOKENS, NAMES, A, B, ...)              \
+#define LOWRA_WGMMA_TYPES(TOKENS, NAMES, A, B, ...)           \
   LOWRA_WGMMA(TOKENS, bf16, "bf16", NAMES, A, B, __VA_ARGS__) \
   LOWRA_WGMMA(TOKENS, fp16, "f16", NAMES, A, B, __VA_ARGS__)
 LOWRA_WGMMA_TYPES(8, LOWRA_NAMES4, "%4,%5,%6,%7", "%8", LOWRA_SUMS4(0))
