@@ -158,6 +158,13 @@ __device__ __forceinline__ void prefetch_to_l2(const void *begin, const void *en
 #endif
 }
 
+// Asks for the 32 bytes around `at` in the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void *at) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+#endif
+}
+
 // A launch of a kernel that calls wait_for_earlier_kernels, in clusters of `cluster` blocks.
 template <class... Parameters, class... Arguments>
 int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, unsigned cluster,

@@ -199,8 +199,17 @@ struct lane_tile {
       codes[h] = q.packed.codes + rows.codes + (size_t)row * stride + byte;
       levels[h] = q.packed.levels + rows.levels + ((size_t)row << (4 >> spot.kind));
       first_scale[h] = (size_t)(rows.first + row) * q.groups;
-      first_levels[h] = __ldg(reinterpret_cast<const uint32_t *>(levels[h]));
     }
+  }
+  __device__ __forceinline__ void ask_for_codes(int quad) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (byte + quad * 16 < stride) prefetch_to_l2(codes[h] + quad * 16);
+    }
+  }
+  __device__ __forceinline__ void fetch_levels() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) first_levels[h] = __ldg(reinterpret_cast<const uint32_t *>(levels[h]));
   }
   // Zeros past the end of the row. kind: of the rows.
   __device__ __forceinline__ void fetch(int kind, int quad, uint32_t (&words)[2][4]) const {
@@ -287,14 +296,16 @@ struct x_piece {
   uint2 raw[2];
 };
 
-template <class S, class T>
+// number: of the piece, token by token. None past the last.
+template <class S>
 __device__ __forceinline__ x_piece fetch_x(const product &q, const division &d, int begin, int end, int number) {
   x_piece piece = {};
+  if (number >= d.slice / 8 * q.tokens) return piece;
   piece.token = S::TOKENS == 1 ? 0 : (int)d.per_token.divide(number);
   piece.unit = number - piece.token * (d.slice / 8);
   const int column = begin + piece.unit / 4 * 32 + piece.unit % 4 * 4;  // and 16 further on
   if (column < end) {
-    const T *source = static_cast<const T *>(q.x) + (size_t)piece.token * q.in_features + column;
+    const uint16_t *source = static_cast<const uint16_t *>(q.x) + (size_t)piece.token * q.in_features + column;
     piece.raw[0] = __ldg(reinterpret_cast<const uint2 *>(source));
     piece.raw[1] = __ldg(reinterpret_cast<const uint2 *>(source + 16));
   }
@@ -305,16 +316,14 @@ __device__ __forceinline__ x_piece fetch_x(const product &q, const division &d, 
 // a chunk's half holds columns j and j + 16 of its 32; unit 8 holds the sums of both halves, the power of two that was
 // divided out, and the sum of both sums (the sums are divided as well). `folded`: column j is multiplied by
 // fold(j % 8). plain, folded: null where no row of the block needs them; without `folded` there are no sums.
+// next: piece threadIdx.x, fetched.
 template <class S, class T>
 __device__ __forceinline__ void stage_x(const product &q, const division &d, int begin, int end, int threads,
-                                        uint4 *plain, uint4 *folded) {
+                                        x_piece next, uint4 *plain, uint4 *folded) {
   const int count = d.slice / 8 * q.tokens;  // a multiple of 64, so a warp is never divided
-  int number = threadIdx.x;
-  x_piece next = {};
-  if (number < count) next = fetch_x<S, T>(q, d, begin, end, number);
-  for (; number < count; number += threads) {
+  for (int number = threadIdx.x; number < count; number += threads) {
     const x_piece now = next;
-    if (number + threads < count) next = fetch_x<S, T>(q, d, begin, end, number + threads);
+    next = fetch_x<S>(q, d, begin, end, number + threads);
     const T *value = reinterpret_cast<const T *>(now.raw);
     float x[8], largest = 0.f;
 #pragma unroll

@@ -93,6 +93,30 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
   }
 }
 
+// Asks for the scales, levels and places of a kind of this team's rows; two blocks share them out.
+__device__ __forceinline__ void ask_for_facts(const product &q, const division &d, int kind, int team, int rank) {
+  const kind_rows &rows = d.kinds[kind];
+  int from = min(d.first[kind][team] * kTileRows, rows.count), to = min(d.first[kind][team + 1] * kTileRows, rows.count);
+  if (d.splits > 1) (rank == 0 ? to : from) = (from + to) / 2;
+  if (from >= to) return;
+  const size_t groups = q.groups * (q.packed.scale_type == LOWRA_UINT8 ? 1 : q.packed.scale_type == LOWRA_FLOAT16 ? 2 : 4);
+  const uint8_t *scales = static_cast<const uint8_t *>(q.packed.scales) + rows.first * groups;
+  prefetch_to_l2(scales + from * groups, scales + to * groups);
+  const uint16_t *levels = q.packed.levels + rows.levels;
+  prefetch_to_l2(levels + ((size_t)from << (4 >> kind)), levels + ((size_t)to << (4 >> kind)));
+  prefetch_to_l2(q.packed.row_order + rows.first + from, q.packed.row_order + rows.first + to);
+}
+
+// Row of W of row `cell` of the team's tiles, -1 for none.
+__device__ __forceinline__ int row_of_weight(const product &q, const division &d, const int (&tiles)[kKinds], int team,
+                                             int cell) {
+  int kind = 0, number = cell / kTileRows;
+  if (number >= tiles[0]) number -= tiles[0], kind = 1;
+  if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
+  const int row = (d.first[kind][team] + number) * kTileRows + cell % kTileRows;
+  return row < d.kinds[kind].count ? __ldg(q.packed.row_order + d.kinds[kind].first + row) : -1;
+}
+
 __device__ __forceinline__ void store_sum(const product &q, int32_t type, int token, int row, float sum) {
   if (type == LOWRA_FLOAT16) {
     store_output<fp16>(q, token, row, sum);
@@ -151,25 +175,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int last_unit = units < kWarps ? min(units, warp + 1) : units * (warp + 1) / kWarps;
   tile_spot spot = spot_of_unit(d, tiles, unit < last_unit ? unit : 0);
   lane_tile<S> tile;
-  uint32_t next[2][4];
+  tile.place(q, d, spot, team, begin, lane);
+  if (unit < last_unit) tile.ask_for_codes(lane % 4);
+  if (warp >= kWarps - kKinds && lane == 0) ask_for_facts(q, d, warp - (kWarps - kKinds), team, rank);
   wait_for_earlier_kernels();
   let_later_kernels_start();
+  const x_piece first_piece = fetch_x<S>(q, d, begin, end, thread);
+  const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
+  const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
+  uint32_t next[2][4] = {};
   if (unit < last_unit) {
-    tile.place(q, d, spot, team, begin, lane);
+    tile.fetch_levels();
     tile.fetch(spot.kind, lane % 4, next);
   }
   uint4 *wanted_plain = tiles[0] + tiles[1] > 0 ? plain : nullptr, *wanted_folded = tiles[2] > 0 ? folded : nullptr;
   if (type == LOWRA_FLOAT16) {
-    stage_x<S, fp16>(q, d, begin, end, kThreads, wanted_plain, wanted_folded);
+    stage_x<S, fp16>(q, d, begin, end, kThreads, first_piece, wanted_plain, wanted_folded);
   } else {
-    stage_x<S, bf16>(q, d, begin, end, kThreads, wanted_plain, wanted_folded);
-  }
-  for (int i = kThreads - 1 - thread; i < all_tiles * kTileRows; i += kThreads) {
-    int kind = 0, number = i / kTileRows;
-    if (number >= tiles[0]) number -= tiles[0], kind = 1;
-    if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
-    const int row = (d.first[kind][team] + number) * kTileRows + i % kTileRows;
-    places[i] = row < d.kinds[kind].count ? __ldg(q.packed.row_order + d.kinds[kind].first + row) : -1;
+    stage_x<S, bf16>(q, d, begin, end, kThreads, first_piece, wanted_plain, wanted_folded);
   }
   __syncthreads();
   uint32_t b[2][4] = {};
@@ -192,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (unit < last_unit) {
       spot = spot_of_unit(d, tiles, unit);
       tile.place(q, d, spot, team, begin, lane);
+      tile.fetch_levels();
       tile.fetch(spot.kind, lane % 4, next);
     }
 #pragma unroll
@@ -206,6 +230,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane % 4 < S::LANES) mine[token * kTileRows + lane / 4 + i / 2 * 8] = value;
       }
     }
+  }
+  for (int i = cell; i < all_tiles * kTileRows; i += kThreads) {
+    places[i] = i == cell ? cell_place : row_of_weight(q, d, tiles, team, i);
   }
   __syncthreads();
   if (!alone) team_blocks::wait();  // the other blocks have started: their memory can be written
