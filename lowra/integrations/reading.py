@@ -20,7 +20,7 @@ _DTYPES = {
     "F32": torch.float32,
 }
 _CHUNK_BYTES = 8 << 20
-_THREADS = 8
+_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,12 @@ def _copied(places: dict[str, Place], device: torch.device) -> dict[str, torch.T
     torch.empty(sum(place.stop - place.start for place in places.values()), dtype=torch.uint8, device=device)
     # The block just freed is cut into the tensors: one allocation, where a thousand would cost as much as the copy.
     tensors = {name: torch.empty(place.shape, dtype=place.dtype, device=device) for name, place in places.items()}
-    chunks: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
-    for chunk in _chunks([(place, tensors[name].view(-1).view(torch.uint8)) for name, place in places.items()]):
-        chunks.put(chunk)
+    chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+    pieces = _chunks([(place, tensors[name].view(-1).view(torch.uint8)) for name, place in places.items()])
+    count = min(_THREADS, len(pieces))
+    for piece in [*pieces, *(None for _ in range(count))]:  # None ends a thread
+        chunks.put(piece)
     allocated = torch.cuda.current_stream(device).record_event()
-    count = min(_THREADS, chunks.qsize())
     with concurrent.futures.ThreadPoolExecutor(count) as threads:
         for done in [threads.submit(_copy_chunks, chunks, device, allocated) for _ in range(count)]:
             done.result()
@@ -122,20 +123,17 @@ def _chunks(wanted: list[tuple[Place, torch.Tensor]]) -> list[_Chunk]:
 
 def _copy_chunks(chunks: queue.SimpleQueue, device: torch.device, allocated: torch.cuda.Event) -> None:
     """Reads and copies chunks until none is left; one of several threads."""
-    buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-    bytes_of_buffer = memoryview(buffer.numpy())
-    stream = torch.cuda.Stream(device)
-    stream.wait_event(allocated)
-    with torch.cuda.stream(stream):
-        while True:
-            try:
-                chunk = chunks.get_nowait()
-            except queue.Empty:
-                return
-            with open(chunk.path, "rb", buffering=0) as file:
-                file.seek(chunk.start)
-                if file.readinto(bytes_of_buffer[: chunk.length]) != chunk.length:
-                    raise ValueError(f"{chunk.path} was changed while it was read.")
-            for content, at in chunk.parts:
-                content.copy_(buffer[at : at + content.numel()], non_blocking=True)
-            stream.synchronize()  # before the buffer is filled again
+    with torch.cuda.device(device):  # or the page-locked memory would open a context on the first GPU
+        buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        bytes_of_buffer = memoryview(buffer.numpy())
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(allocated)
+        with torch.cuda.stream(stream):
+            for chunk in iter(chunks.get, None):
+                with open(chunk.path, "rb", buffering=0) as file:
+                    file.seek(chunk.start)
+                    if file.readinto(bytes_of_buffer[: chunk.length]) != chunk.length:
+                        raise ValueError(f"{chunk.path} was changed while it was read.")
+                for content, at in chunk.parts:
+                    content.copy_(buffer[at : at + content.numel()], non_blocking=True)
+                stream.synchronize()  # before the buffer is filled again
