@@ -96,35 +96,46 @@ class LowRAHfQuantizer(HfQuantizer):
         # Transformers is under torch.device("meta") here; the plan needs real memory.
         with torch.device("cpu"):
             if self.pre_quantized:
-                packed_files = PackedFiles(
-                    files, self._targets, config.group_size, large_dense_tensors(model, self._targets)
-                )
+                self._put_stored(model, files)
             else:
-                self._plan_model(model, files)
-        for target in self._targets.values():
-            if self.pre_quantized:
-                packed = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
-            elif target.experts is not None:
-                continue  # the loader merges into the dense parameter, and `_Pack` replaces it then
-            else:
-                # Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds,
-                # and the device map counts param_element_size per dense element.
-                packed = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
-                packed["weight"] = model.get_submodule(target.name).weight.detach()
-            modules = put_packed(model, target, self.quantization_config.group_size, packed)
-            # Layers left on disk never meet the loader, and Transformers would draw random numbers into their bytes.
-            for parameter in (parameter for module in modules for parameter in module.parameters()):
-                parameter._is_hf_initialized = self.pre_quantized
-        declare_ties(model, self._targets)
+                self._put_planned(model, files)
         if config.quantize_embeddings:
             refuse_resizing(model)
         mend_casts_to_weight_dtype(model)
         use_experts_one_by_one(model, self._targets)
-        if self.pre_quantized:
-            # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
-            if type(model).__name__ in (model.config.architectures or []):
-                check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
-            self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
+
+    def _put_stored(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
+        """Packed modules with the shapes in the files."""
+        group_size = self.quantization_config.group_size
+        packed_files = PackedFiles(files, self._targets, group_size, large_dense_tensors(model, self._targets))
+        for target in self._targets.values():
+            stored = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
+            for module in put_packed(model, target, group_size, stored):
+                # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = True
+        declare_ties(model, self._targets)
+        # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
+        if type(model).__name__ in (model.config.architectures or []):
+            check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
+        self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
+
+    def _put_planned(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
+        """The plan of the whole model, and modules for `_Pack` to fill.
+
+        Until it is packed, `weight` keeps the dense shape and type: the loader casts to the type it finds, and the
+        device map counts param_element_size per dense element. The loader merges fused experts into their dense
+        parameter, and `_Pack` replaces that.
+        """
+        planner = Planner(self.quantization_config)
+        learn(planner, DenseCheckpoint(files, model), self._targets, choose_device(), progress=True)
+        self._plan = planner.assign()
+        for target in self._targets.values():
+            if target.experts is None:
+                empty = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
+                empty["weight"] = model.get_submodule(target.name).weight.detach()
+                put_packed(model, target, self.quantization_config.group_size, empty)
+        declare_ties(model, self._targets)
 
     def _only_device(self) -> torch.device | None:
         """Where the whole model goes; None where it is spread over several devices, or the disk."""
@@ -132,11 +143,6 @@ class LowRAHfQuantizer(HfQuantizer):
             return torch.device("cpu") if self._device_map is None else None
         devices = set(self._device_map.values())
         return torch.device(*devices) if len(devices) == 1 and "disk" not in devices else None
-
-    def _plan_model(self, model, files):
-        planner = Planner(self.quantization_config)
-        learn(planner, DenseCheckpoint(files, model), self._targets, choose_device(), progress=True)
-        self._plan = planner.assign()
 
     def _stored_names(self) -> list[str]:
         return [n for n in TENSOR_NAMES if n != "scale_steps" or self.quantization_config.scales == "double_quant"]
