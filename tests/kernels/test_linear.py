@@ -91,15 +91,17 @@ def test_tiny_and_huge_x(device, size):
 
 
 def test_leading_dimensions_and_unaligned_x(device):
-    case = packed_case(8, 8, 16, 256).to(device)
+    on_cpu = packed_case(8, 8, 16, 256)
+    case = on_cpu.to(device)
     x = torch.randn(2, 3, 257, device=device).bfloat16()[..., 1:]
     out = OPS.lowra_linear(*case.linear_arguments(x))
     flat = OPS.lowra_linear(*case.linear_arguments(x.reshape(6, 256).clone()))
     assert out.shape == (2, 3, 32) and torch.equal(out.view(6, 32), flat)
-    row = torch.randn(257, device=device).bfloat16()[1:]  # contiguous, yet not on a multiple of 16 bytes
-    assert torch.equal(
-        OPS.lowra_linear(*case.linear_arguments(row)), OPS.lowra_linear(*case.linear_arguments(row.clone()))
-    )
+    row = torch.randn(1, 257, device=device).bfloat16()[:, 1:]  # contiguous, yet not on a multiple of 16 bytes
+    assert row.is_contiguous() and row.data_ptr() % 16 != 0
+    for aligned, x_row in ((False, row), (True, row.clone())):  # a kernel where x is aligned, else cuBLAS
+        out = OPS.lowra_linear(*case.linear_arguments(x_row))
+        close(out.cpu(), x_row.cpu(), on_cpu, None, aligned or device == "cpu")
     assert OPS.lowra_linear(*case.linear_arguments(x[:0])).shape == (0, 3, 32)
 
 
