@@ -6,6 +6,7 @@ OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables 
 OUTPUT/curve.json, curve.png, metrics.json
 """
 
+import os
 import pathlib
 import time
 
@@ -43,7 +44,9 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     """
     check_method(recipe)
     output = pathlib.Path(recipe.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not recipe.resume:
+    # Of several processes the first decides: to one that starts later the folder is already the run's own.
+    first = os.environ.get("RANK", "0") == "0"
+    if first and output.exists() and (not output.is_dir() or any(output.iterdir())) and not recipe.resume:
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
     data = load_data(recipe, progress)
     arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several

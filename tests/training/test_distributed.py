@@ -32,3 +32,20 @@ def test_two_processes_have_the_loss_of_one(recipe, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert together["tuned"]["perplexity"] == pytest.approx(alone["tuned"]["perplexity"], rel=1e-4)
     assert together["untuned"] == alone["untuned"]
+
+
+def test_a_process_that_starts_late_finds_the_folder_of_its_own_run(recipe, tmp_path, monkeypatch):
+    """Seen with NCCL, where the first process does not wait for the others before it quantises."""
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "base").touch()
+    recipe = dataclasses.replace(recipe, output=str(tmp_path / "begun"))
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        finetune(recipe, progress=False)
+    monkeypatch.setattr("lowra.training.finetune.load_data", _reached)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InterruptedError, match="reading data"):
+        finetune(recipe, progress=False)
+
+
+def _reached(*_):
+    raise InterruptedError("reading data")
