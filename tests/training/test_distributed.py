@@ -41,7 +41,7 @@ def test_a_process_that_starts_late_finds_the_folder_of_its_own_run(recipe, tmp_
     recipe = dataclasses.replace(recipe, output=str(tmp_path / "begun"))
     with pytest.raises(ValueError, match="exists and is not empty"):
         finetune(recipe, progress=False)
-    monkeypatch.setattr("lowra.training.finetune.load_data", _reached)
+    monkeypatch.setitem(finetune.__globals__, "load_data", _reached)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InterruptedError, match="reading data"):
         finetune(recipe, progress=False)
