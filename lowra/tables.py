@@ -26,8 +26,6 @@ from .refine import group_sums, widen
 from .targets import replace_module
 
 FILE = "tables.safetensors"
-# What a step of the optimiser moves a level or a scale's factor by, beside what it moves an adapter's weight by.
-RATE = 0.3
 
 _SLICE_WEIGHTS = 1 << 22
 _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
@@ -36,8 +34,8 @@ _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float3
 def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Parameter]:
     """Makes the levels of every packed linear layer trainable, and a factor of each group's scale if asked.
 
-    What is trained are changes, float32 and zero at first, in units of `RATE`, so that they can take the adapter's
-    learning rate and weight decay. PEFT does not keep them: a trainer that resumes has to.
+    What is trained are changes, float32 and zero at first: the adapter's learning rate and weight decay suit them
+    (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to.
 
     Args:
         model: after the adapter has been put on it; changed in place.
@@ -134,8 +132,8 @@ class TrainedTablesLinear(LowRALinear):
     """A packed linear layer whose levels, and scales if asked, are parameters.
 
     Attributes:
-        level_change: float32 [entries], packed row order: what is added to `levels`, over `RATE`.
-        scale_change: float32 [N, groups], packed row order: relative change of a scale, over `RATE`; or None.
+        level_change: float32 [entries], packed row order: what is added to `levels`.
+        scale_change: float32 [N, groups], packed row order: relative change of a scale; or None.
     """
 
     def __init__(self, layer: LowRALinear, scales: bool):
@@ -152,8 +150,8 @@ class TrainedTablesLinear(LowRALinear):
         """Levels [entries] and scales [N, groups] as they are now, float32, packed row order."""
         scales = decode_scales(self.scales, self.scale_steps)
         if self.scale_change is not None:
-            scales = scales * (1 + RATE * self.scale_change).clamp(min=0)  # one below zero has no storage
-        return self.levels.float() + RATE * self.level_change, scales
+            scales = scales * (1 + self.scale_change).clamp(min=0)  # one below zero has no storage
+        return self.levels.float() + self.level_change, scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device_type = x.device.type

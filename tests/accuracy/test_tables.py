@@ -11,7 +11,7 @@ from lowra import LowRAConfig, LowRALinear, quantize_checkpoint
 from lowra.learner import learn_codebook
 from lowra.quantize import quantize_matrix
 from lowra.refine import widen
-from lowra.tables import FILE, RATE, TrainedTablesLinear, bake_tables, load_tables, save_tables, train_tables
+from lowra.tables import FILE, TrainedTablesLinear, bake_tables, load_tables, save_tables, train_tables
 
 
 def packed_layer(row_bits, columns=136, group_size=64, scales="double_quant", bias=False) -> LowRALinear:
@@ -54,9 +54,9 @@ def test_gradients_are_those_of_the_plain_formula(row_bits, with_scales):
     other = x.detach().clone().requires_grad_()
     (torch.nn.functional.linear(other, plain_weight(plain, levels, scales), plain.bias) * target).sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.level_change.grad, RATE * levels.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.level_change.grad, levels.grad, rtol=1e-4, atol=1e-4)
     if with_scales:
-        expected = RATE * scales.grad * scales.detach()
+        expected = scales.grad * scales.detach()
         torch.testing.assert_close(layer.scale_change.grad, expected, rtol=1e-4, atol=1e-4)
     else:
         assert layer.scale_change is None
