@@ -166,7 +166,8 @@ class LowRAHfQuantizer(HfQuantizer):
                 module.prepare()
                 share_tied(model, target)
             if self._plan is not None:
-                nominal += module.packed.nominal_bits
+                # from the plan: the tensors of offloaded layers are on "meta" by now
+                nominal += int(self._plan.row_bits[target.weight_name].sum()) * target.in_features
                 stored += module.packed.stored_bits
                 parameters += target.out_features * target.in_features
         if self._plan is not None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -112,6 +113,22 @@ def test_disk_offload_of_a_packed_checkpoint(packed_llama, tmp_path):
     model = load(packed_llama, device_map=device_map, offload_folder=tmp_path)
     assert model.get_submodule(TARGET).weight.device.type == "meta"
     assert torch.equal(logits_of(model), logits_of(load(packed_llama)))
+
+
+def test_quantising_while_loading_with_layers_offloaded_to_the_cpu(dense_llama, monkeypatch):
+    """As in front of a GPU: the tensors of offloaded layers are on "meta" when loading ends."""
+
+    def dispatch(model, *args, **options):
+        accelerate.cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+
+    monkeypatch.setattr(transformers.modeling_utils, "accelerate_dispatch", dispatch)
+    spread = {"model": "cpu", "lm_head": torch.device("cpu")}  # two keys for one device, so that it counts as spread
+    model = load(dense_llama, load_in_lowra=True, lowra_bits=1.5, device_map=spread)
+    assert model.get_submodule(TARGET).weight.device.type == "meta"
+    whole = load(dense_llama, load_in_lowra=True, lowra_bits=1.5)
+    assert torch.equal(logits_of(model), logits_of(whole))
+    mine, theirs = model.config.quantization_config, whole.config.quantization_config
+    assert (mine.nominal_bits, mine.true_bits) == (theirs.nominal_bits, theirs.true_bits)
 
 
 def test_quantising_while_loading_cannot_offload_to_disk(dense_llama, tmp_path):
