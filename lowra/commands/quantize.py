@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--rank", type=int, help="rank of the adapter; without it no adapter is written")
     parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the rank)")
     parser.add_argument(
-        "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate TEXT), pissa, lora"
+        "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate), pissa, lora"
     )
     parser.add_argument("--loftq-steps", type=int, default=5, help="alternating steps of LoftQ")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
@@ -32,6 +32,9 @@ def add_parser(subparsers) -> None:
         "--calibrate",
         metavar="FILE",
         help="UTF-8 text, or the calibration.safetensors of an earlier run",
+    )
+    calibration.add_argument(
+        "--feedback", type=int, default=0, help="rounds that choose codes and levels for the layers' outputs"
     )
     calibration.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of the text to use at most")
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
@@ -71,6 +74,7 @@ def run(args) -> dict:
         assigner=args.assigner,
         sensitivity=args.sensitivity or ("fisher" if args.calibrate else "layer"),
         refine=args.refine,
+        feedback=args.feedback,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
         quantize_embeddings=args.embeddings,
@@ -78,7 +82,7 @@ def run(args) -> dict:
     calibration = _calibration(args)
     adapter = None
     if args.rank is not None:
-        method = args.init or ("cloq" if calibration and calibration.moments else "loftq")
+        method = args.init or ("cloq" if calibration and calibration.has_moments else "loftq")
         adapter = AdapterRecipe(args.rank, args.alpha, method, args.loftq_steps)
     report = quantize_checkpoint(args.model, args.output, config, adapter, args.device, calibration=calibration)
     parameters, assigner = report["quantised_parameters"], report["assigner"]
@@ -98,12 +102,12 @@ def run(args) -> dict:
 
 
 def _calibration(args) -> Calibration | None:
-    """Statistics from a text, or those an earlier run left; these have no second moments, so no cloq start."""
+    """Statistics from a text, or those an earlier run left."""
     if args.calibrate is None:
         return None
     if args.calibrate.endswith(".safetensors"):
         return Calibration.load(args.calibrate)
-    moments = args.rank is not None and args.init in (None, "cloq")
+    moments = args.feedback > 0 or (args.rank is not None and args.init in (None, "cloq"))
     return calibrate(
         args.model,
         args.calibrate,
