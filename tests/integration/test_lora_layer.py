@@ -1,4 +1,4 @@
-"""A LoRA layer on a packed base as one function: it computes what PEFT's composition does, and knows where to leave it."""
+"""LoRA layers on a packed base in one function: they compute what PEFT composes, and know where to leave it to PEFT."""
 
 import pytest
 import torch
