@@ -17,19 +17,13 @@ import multiprocessing
 import os
 import pathlib
 import queue
+import signal
 import sys
 import time
-import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-try:
-    import peft  # noqa: F401
-except ImportError:  # the arithmetic of lowra needs neither PEFT nor an installed bitsandbytes, only its package does
-    package = types.ModuleType("lowra")
-    package.__path__, package.__version__ = [str(ROOT / "lowra")], "source"
-    sys.modules["lowra"] = package
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -63,7 +57,6 @@ class Variant:
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
         scales: also "log4", four bits on a logarithmic grid between the extremes of 256 scales; simulated.
-        moment_rank: of the inputs' second moment beside its diagonal, 0 for the whole of it.
         distill: steps that draw the model's outputs to those of the dense one before fine-tuning.
         distill_blocks: of the training text, whose labels are not used, in these steps.
     """
@@ -86,7 +79,6 @@ class Variant:
     train: str = "lora"
     table_rate: float = 1.0
     feedback_part: str = "both"
-    moment_rank: int = 0
     distill: int = 0
     distill_blocks: int = 24
     rank: int = 8
@@ -137,7 +129,7 @@ class Adapted(nn.Module):
 
     def forward(self, x):
         weight = self.dense if self.parts is None else Tables.apply(self.levels, self.gain, *self.parts)
-        weight = weight.to(torch.bfloat16) if x.is_cuda else weight
+        weight = weight.to(torch.bfloat16)
         low = nn.functional.linear(nn.functional.linear(x, self.lora_a.to(weight.dtype)), self.lora_b.to(weight.dtype))
         return nn.functional.linear(x, weight) + low
 
@@ -183,7 +175,7 @@ class Session:
     def perplexity(self):
         self.model.eval()
         total = 0.0
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             for part in self.valid.split(16):
                 part = part.to(self.device)
                 total += float(self.model(input_ids=part, labels=part).loss) * len(part)
@@ -224,8 +216,6 @@ def quantise(session: Session, v: Variant):
     def fit(name, book, row_bits):
         weight = session.weights[name]
         moment = session.calibration.moment(name) if v.method == "cloq" or v.feedback else None
-        if v.moment_rank:
-            moment = diagonal_and_rank(moment, v.moment_rank)
 
         def pack(matrix):
             return quantize_matrix(matrix, book, row_bits, config)
@@ -299,13 +289,6 @@ def log_scales(absmax, storage="float32", block=256):
     return rounded.view(-1)[: len(flat)].view(absmax.shape), None
 
 
-def diagonal_and_rank(moment, rank):
-    values, vectors = torch.linalg.eigh(moment)
-    left = vectors[:, -rank:] * values[-rank:].sqrt()
-    main = left @ left.T
-    return main + torch.diag((moment.diagonal() - main.diagonal()).clamp(min=1e-3))
-
-
 def plain_start(weight, rank):
     a = (torch.rand(rank, weight.shape[1]) * 2 - 1) * weight.shape[1] ** -0.5
     return a, torch.zeros(weight.shape[0], rank)
@@ -337,7 +320,7 @@ def run(session: Session, v: Variant) -> dict:
         else:
             *tables, order = parts
             parts = (*(table.to(device) for table in tables), order, v.group_size, v.train)
-        dense = dense.to(torch.bfloat16) if device.type == "cuda" else dense
+        dense = dense.to(torch.bfloat16)
         replace_module(model, target.name, Adapted(dense, a, b, parts))
     prepared = time.perf_counter() - start
     untuned = session.perplexity()
@@ -412,7 +395,7 @@ def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
     model.train()
     for step in range(steps):
         ids = blocks[order[step * batch : (step + 1) * batch]].to(session.device)
-        with torch.autocast(session.device.type, torch.bfloat16, enabled=session.device.type == "cuda"):
+        with torch.autocast(session.device.type, torch.bfloat16):
             loss = loss_of(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters + tables, 0.3)
@@ -465,6 +448,7 @@ def main():
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--eval-blocks", type=int, default=10_000)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
     variants = json.loads(args.variants.read_text())
     context = multiprocessing.get_context("spawn")

@@ -12,12 +12,12 @@ import statistics
 # A variant by the switches that differ from accuracy_grid.py's defaults; the rest of them name what is measured.
 _SWITCHES = (
     "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
-    "aware", "feedback", "train", "table_rate", "moment_rank", "distill", "distill_blocks", "rank", "train_steps",
+    "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill", "distill_blocks", "rank", "train_steps",
 )  # fmt: skip
 _DEFAULTS = {
     "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
     "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
-    "train": "lora", "table_rate": 1.0, "moment_rank": 0, "distill": 0, "distill_blocks": 24, "rank": 8,
+    "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0, "distill_blocks": 24, "rank": 8,
     "train_steps": 120,
 }  # fmt: skip
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq"}
@@ -80,10 +80,10 @@ def summarize(rows: list[dict]) -> list[dict]:
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         switches = {key: row[key] for key in _SWITCHES if key in row}
-        key = (row["model"], row["lr"], row["bits"], row.get("budget"), name_of(row["bits"], switches))
+        key = (row["model"], row["lr"], row["bits"], name_of(row["bits"], switches))
         found.setdefault(key, []).append(row)
     groups = []
-    for (model, rate, bits, _, name), members in found.items():
+    for (model, rate, bits, name), members in found.items():
         tuned = [member["tuned"] for member in members]
         groups.append(
             {
