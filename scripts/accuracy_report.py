@@ -12,13 +12,14 @@ import statistics
 # A variant by the switches that differ from accuracy_grid.py's defaults; the rest of them name what is measured.
 _SWITCHES = (
     "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
-    "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill", "distill_blocks", "rank", "train_steps",
+    "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill",
+    "distill_blocks", "rank", "train_steps",
 )  # fmt: skip
 _DEFAULTS = {
     "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
     "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
-    "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0, "distill_blocks": 24, "rank": 8,
-    "train_steps": 120,
+    "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0,
+    "distill_blocks": 24, "rank": 8, "train_steps": 120,
 }  # fmt: skip
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq"}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
