@@ -73,6 +73,16 @@ def test_without_correlation_codes_are_the_nearest_and_levels_the_centroids():
             assert float(fitted[row, code]) == pytest.approx(float(mean), rel=2e-3, abs=2e-3)
 
 
+def test_codes_stay_inside_the_table_of_their_row():
+    weight, moment = weight_and_moment()
+    weight *= 1 + 9 * (torch.arange(weight.shape[1]) % 5 == 0)  # far beyond the outer levels of the others
+    packed = quantizer(weight)(weight)
+    rows, wide, levels = in_packed_order(3 * weight, packed)
+    codes = feed_back(rows, levels, wide, moment)
+    own = levels.isfinite().sum(dim=1)
+    assert (codes.amax(dim=1) == own - 1).all() and (codes.amin(dim=1) == 0).all()
+
+
 def test_rows_and_groups_of_zeros_stay_zero():
     weight, moment = weight_and_moment()
     weight[1] = 0
