@@ -352,21 +352,20 @@ def distill(session, v):
 
 
 def fine_tune(session, v):
-    adapters, tables = optimise(
+    tables = optimise(
         session, v, session.train, v.train_steps, lambda ids: session.model(input_ids=ids, labels=ids).loss
     )
-    counts = {"trained_tables": sum(p.numel() for p in tables), "trained_adapter": sum(p.numel() for p in adapters)}
     if not tables:
-        return {"tuned": session.perplexity(), **counts}
-    counts["tuned_unpacked"] = session.perplexity()
+        return {"tuned": session.perplexity()}
+    unpacked = session.perplexity()
     for module in session.model.modules():
         if isinstance(module, Adapted):
             module.pack(v.scales)
-    return {"tuned": session.perplexity(), **counts}
+    return {"tuned": session.perplexity(), "tuned_unpacked": unpacked}
 
 
 def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
-    """Trains adapters, and tables where the variant says so; returns both lists of parameters."""
+    """Trains adapters, and tables where the variant says so; returns the parameters of these."""
     model = session.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -402,7 +401,7 @@ def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-    return adapters, tables
+    return tables
 
 
 def _work(jobs, results, threads, arguments):

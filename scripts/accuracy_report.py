@@ -70,7 +70,7 @@ def compact(row: dict, source: str | None) -> dict:
         kept.pop("table_rate", None)
     if "distill" not in kept:
         kept.pop("distill_blocks", None)
-    numbers = ("true_bits", "output_error", "untuned", "distilled", "tuned", "tuned_unpacked", "trained_tables")
+    numbers = ("true_bits", "output_error", "untuned", "distilled", "tuned", "tuned_unpacked")
     kept.update({key: round(row[key], 4) for key in numbers if row.get(key) is not None})
     model = pathlib.Path(row["model"]).name or "base-30m"
     return {"model": model, "lr": row["lr"], "seed": row["seed"], "bits": row["bits"], **kept, "source": source}
