@@ -160,11 +160,11 @@ def merge_into_dense(
         model: adapters on a packed base; taken apart by this.
         original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name
             of the 16-bit base merges into that instead.
-        initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ or
-            PiSSA: that makes up for the quantisation and is taken off again, so that only the training is merged.
+        initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ,
+            CLoQ or PiSSA: that makes up for the quantisation and is taken off again, so that only the training is merged.
 
     Raises:
-        ValueError: no packed base; `original` is another model; an adapter that began as LoftQ or PiSSA is to be merged
+        ValueError: no packed base; `original` is another model; an adapter that began as one of these is to be merged
             into the original without its start.
     """
     base = model.get_base_model()
@@ -176,7 +176,7 @@ def merge_into_dense(
     if original is not None:
         for name in model.active_adapters:
             start = _records(model).get(name, {}).get("init")
-            if start in ("loftq", "pissa") and initial is None:
+            if start not in (None, "lora") and initial is None:
                 raise ValueError(
                     f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not "
                     "belong on the original weights. Give initial='DIR/initial_adapter' to take its start off, or "

@@ -182,6 +182,16 @@ def test_an_untrained_adapter_merges_into_the_original_itself(packed_llama, dens
     torch.testing.assert_close(logits_of(merged), logits_of(load(dense_llama)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["cloq", "pissa"])
+def test_every_start_that_makes_up_for_the_quantisation_is_asked_for(packed_llama, dense_llama, tmp_path, start):
+    shutil.copytree(packed_llama / "initial_adapter", tmp_path / "adapter")
+    record = tmp_path / "adapter" / "lowra_base.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "init": start}))
+    model = PeftModel.from_pretrained(load(packed_llama), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"began as {start}"):
+        lowra.merge_into_dense(model, original=dense_llama)
+
+
 def test_another_original_is_refused(packed_llama, tmp_path):
     make_model("LlamaForCausalLM", seed=9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="belongs to another base"):
