@@ -161,7 +161,8 @@ def merge_into_dense(
         original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name
             of the 16-bit base merges into that instead.
         initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ,
-            CLoQ or PiSSA: that makes up for the quantisation and is taken off again, so that only the training is merged.
+            CLoQ or PiSSA: that makes up for the quantisation and is taken off again, so that only the training is
+            merged.
 
     Raises:
         ValueError: no packed base; `original` is another model; an adapter that began as one of these is to be merged
