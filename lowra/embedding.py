@@ -6,6 +6,7 @@ from torch import nn
 from bitsandbytes.backends.lowra import layout
 
 from .linear import PackedModule
+from .refine import widen
 
 _SLICE_WEIGHTS = 1 << 22
 
@@ -94,8 +95,8 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         if steps is not None:
             groups = torch.arange(scales.shape[1], device=indices.device)
             scale = scale * scale * steps[(place * scales.shape[1] + groups) // layout.SCALE_BLOCK]
-        scale = scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
-        return (levels[level_start + codes].float() * scale).to(dtype)
+        wide = widen(scale, self.group_size, self.in_features)
+        return (levels[level_start + codes].float() * wide).to(dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype

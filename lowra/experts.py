@@ -6,7 +6,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from .linear import PackedModule
+from .linear import PackedModule, as_autocast
 
 
 class LowRAExperts(PackedModule):
@@ -102,9 +102,7 @@ class ExpertWeight(NamedTuple):
 
 
 def _linear(input: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    x, device_type = input, input.device.type
-    if torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = as_autocast(input)
     bias = None if bias is None else bias.to(x.dtype)
     return torch.ops.bitsandbytes.lowra_linear(
         x, weight.codes, weight.row_order, weight.scales, None, weight.levels, bias, *weight.rows, weight.group_size

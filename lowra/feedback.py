@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales, pack_codes
 
-from .quantize import PackedWeight
+from .quantize import PackedWeight, row_counts
 from .refine import widen
 
 _BLOCK = 128
@@ -132,5 +132,4 @@ def fit_levels(
 
 
 def _classes(packed: PackedWeight) -> list[tuple[int, int, int]]:
-    counts = [int((packed.row_bits == bits).sum()) for bits in (4, 2)]
-    return layout.segments(packed.row_bits.numel(), *counts)
+    return layout.segments(packed.row_bits.numel(), *row_counts(packed.row_bits))

@@ -11,6 +11,12 @@ from .quantize import TENSOR_NAMES, PackedWeight
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
 
 
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of autocast where that is on: it does not know our ops and functions."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
+
 class PackedModule(nn.Module):
     """Holds W [N, K] in packed format 1 (csrc/lowra.h).
 
@@ -141,9 +147,7 @@ class LowRALinear(PackedModule, nn.Linear):
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x = as_autocast(x)
         # Compiled code has no host to spare, and the compiler knows the op but not the function.
         linear = torch.ops.bitsandbytes.lowra_linear if torch.compiler.is_compiling() else PackedLinear.apply
         return linear(x, *self.operands(x.dtype))

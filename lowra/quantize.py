@@ -50,8 +50,7 @@ class PackedWeight:
             self.scales,
             self.scale_steps,
             self.levels,
-            int((self.row_bits == 4).sum()),
-            int((self.row_bits == 2).sum()),
+            *row_counts(self.row_bits),
             self.in_features,
             self.group_size,
             dtype,
@@ -66,6 +65,11 @@ class PackedWeight:
     def nominal_bits(self) -> int:
         """The codes alone."""
         return int(self.row_bits.sum()) * self.in_features
+
+
+def row_counts(row_bits: torch.Tensor) -> tuple[int, int]:
+    """Rows of 4 and of 2 bits, as ops and `layout` take them."""
+    return int((row_bits == 4).sum()), int((row_bits == 2).sum())
 
 
 def quantize_matrix(
@@ -87,7 +91,7 @@ def quantize_matrix(
         return _quantize_refined(weight, codebook.to(weight.device), row_bits, order.long(), config)
     thresholds, levels = codebook.to(weight.device).pack(order, row_bits)
     codes, absmax = torch.ops.bitsandbytes.lowra_quantize(
-        weight, order, thresholds, int((row_bits == 4).sum()), int((row_bits == 2).sum()), config.group_size
+        weight, order, thresholds, *row_counts(row_bits), config.group_size
     )
     scales, steps = store_scales(absmax, config.scales)
     return PackedWeight(codes, row_bits, scales, steps, levels, weight.shape[1], config.group_size)
@@ -95,7 +99,7 @@ def quantize_matrix(
 
 def _quantize_refined(weight, codebook, row_bits, order, config) -> PackedWeight:
     """Scales and levels by least squares, then the codes nearest under what is stored of them."""
-    segments = layout.segments(len(order), int((row_bits == 4).sum()), int((row_bits == 2).sum()))
+    segments = layout.segments(len(order), *row_counts(row_bits))
     segments = [(bits, first, end) for bits, first, end in segments if end > first]
     rows = [order[first:end] for _, first, end in segments]
     groups = layout.group_count(weight.shape[1], config.group_size)

@@ -19,7 +19,7 @@ from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .atomic import save_tensors
-from .linear import LowRALinear, PackedModule
+from .linear import LowRALinear, PackedModule, as_autocast
 from .planning import weight_digest
 from .quantize import store_scales
 from .refine import group_sums, widen
@@ -154,9 +154,7 @@ class TrainedTablesLinear(LowRALinear):
         return self.levels.float() + self.level_change, scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x = as_autocast(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         levels, scales = self.tables()
         return TabledLinear.apply(x, levels, scales, bias, self.weight, *self._layout(), *self._rows, self.group_size)

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from ..atomic import save_json
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from ..embedding import LowRAEmbedding
-from ..linear import LowRALinear, PackedModule
+from ..linear import LowRALinear, PackedModule, as_autocast
 from ..lora import lora_linear
 from ..pipeline import BASE_RECORD
 from ..planning import fingerprint_of, weight_digest
@@ -59,8 +59,7 @@ class LowRALoraLinear(LoraLinear):
         adapter = None if args or kwargs else self._plain_adapter(x)
         if adapter is None:
             return super().forward(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast(x)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lora_linear(x, self.base_layer, a, b, self.scaling[adapter])
 

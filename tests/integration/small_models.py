@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from lowra.linear import PackedModule
+
 HIDDEN, VOCABULARY = 64, 96
 
 _DECODER = {
@@ -102,3 +104,27 @@ def logits_of(model) -> torch.Tensor:
     device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     inputs = {name: tokens.to(device) for name, tokens in inputs_of(model).items()}
     return model(**inputs, use_cache=False).logits.cpu()
+
+
+def packed_layers(model) -> dict[str, PackedModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def assert_same_tensors(one, other):
+    """The same names, types and bits, on whatever devices."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor.cpu(), second[name].cpu()), name
+
+
+def losses_of(model, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Trains on the same tokens again and again."""
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -3,23 +3,11 @@
 import pytest
 import torch
 import transformers
-from small_models import ARCHITECTURES, logits_of, make_model
+from small_models import ARCHITECTURES, assert_same_tensors, logits_of, make_model, packed_layers
 
 import lowra
-from lowra.linear import PackedModule
 
 BITS = 1.5
-
-
-def packed_layers(model) -> dict[str, PackedModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
-
-
-def assert_same_tensors(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

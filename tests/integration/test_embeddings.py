@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_models import ARCHITECTURES, inputs_of, logits_of, make_model
+from small_models import ARCHITECTURES, assert_same_tensors, inputs_of, logits_of, losses_of, make_model
 
 import lowra
 from lowra.embedding import LowRAEmbedding
@@ -22,13 +22,6 @@ def pack(architecture, folder, config=WITH_EMBEDDINGS, **changes):
 
 def load(architecture, folder, **options):
     return getattr(transformers, architecture).from_pretrained(folder, **options).eval()
-
-
-def assert_same_tensors(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.parametrize("scales", ["double_quant", "float16", "float32"])
@@ -140,13 +133,7 @@ def test_adapters_train_and_merge(tmp_path, original):
     assert not any("embed" in name or "head" in name for name, p in model.named_parameters() if p.requires_grad)
     tokens = inputs_of(model)["input_ids"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, tokens, optimizer, steps=3)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(load("LlamaForCausalLM", tmp_path / "packed"), tmp_path / "adapter").eval()

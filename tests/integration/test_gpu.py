@@ -4,11 +4,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_models import ARCHITECTURES, inputs_of, logits_of, make_model
+from small_models import ARCHITECTURES, assert_same_tensors, inputs_of, logits_of, losses_of, make_model, packed_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import lowra
-from lowra.linear import PackedModule
 
 GPU = "cuda:0"
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # float32, other orders of summation
@@ -30,17 +29,6 @@ def full_float32():
 
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def packed_layers(model) -> dict[str, PackedModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
-
-
-def assert_same_tensors(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype and torch.equal(tensor.cpu(), second[name].cpu()), name
 
 
 def devices_of(model) -> set[str]:
@@ -156,14 +144,7 @@ def training_losses(folder, device, **options):
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tokens = inputs_of(model)["input_ids"].to(device)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return model, losses
+    return model, losses_of(model, tokens, optimizer, steps=4)
 
 
 def test_training_steps_are_those_of_the_cpu(packed_llama, tmp_path):

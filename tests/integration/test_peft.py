@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from small_models import inputs_of, logits_of, make_model
+from small_models import inputs_of, logits_of, losses_of, make_model
 from transformers import AutoModelForCausalLM
 
 import lowra
@@ -51,14 +51,7 @@ def test_trains_saves_reloads_and_merges(packed_llama, tmp_path, kind):
     assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, LowRALoraLinear)
     before = packed_bytes(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(3):
-        tokens = inputs_of(model)["input_ids"]
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, inputs_of(model)["input_ids"], optimizer, steps=3)
     assert losses[-1] < losses[0]
     after = packed_bytes(model)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
