@@ -27,10 +27,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, scaling, codes, row_order, scales, scale_steps, levels, bias, *numbers):
         rows = x.reshape(-1, x.shape[-1])
-        a, b = a.to(x.dtype), b.to(x.dtype)
         out = torch.ops.bitsandbytes.lowra_linear(rows, codes, row_order, scales, scale_steps, levels, bias, *numbers)
-        inner = rows @ a.t()
-        out.addmm_(inner, b.t(), alpha=scaling)
+        inner = rows @ a.to(x.dtype).t()
+        out.addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
+        # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
         ctx.save_for_backward(rows, inner, a, b, codes, row_order, scales, scale_steps, levels)
         ctx.shape, ctx.scaling, ctx.numbers = x.shape, scaling, numbers
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -40,6 +40,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad):
         rows, inner, a, b, *packed = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
+        a, b = a.to(grad.dtype), b.to(grad.dtype)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         grad_x = grad_a = grad_b = None
         if needs_b:

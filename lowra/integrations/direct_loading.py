@@ -17,9 +17,9 @@ from .reading import read
 class DirectLoading:
     """Loads the packed tensors of a model, and its large dense ones, where all of the model goes to one device.
 
-    Transformers loads what it finds in the state dict of the model, once its device map is settled. Until `finish` a
-    hook leaves out of it what is read here, for a GPU at the same time. Spread models are left to Transformers, which
-    knows how to offload.
+    Transformers loads what it finds in the state dict of the model. Until `finish` a hook leaves out of it what is read
+    here: for a GPU from the moment its device map is settled, beside all that Transformers and we have to do before and
+    after it loads the rest. Spread models are left to Transformers, which knows how to offload.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class DirectLoading:
     ):
         """
         Args:
-            model: with packed modules on "meta".
+            model: on "meta", with packed modules by the time it is loaded.
             targets: what is packed.
             files: of the checkpoint.
-            only_device: the device of the whole model, or None where it is spread; asked when the map is settled.
+            only_device: the device of the whole model; None where it is spread or, before it is loaded, not settled.
         """
         self._model, self._files, self._only_device = model, files, only_device
         self._packed = [target.name for target in targets.values()]
@@ -45,20 +45,25 @@ class DirectLoading:
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._reading: concurrent.futures.Future | None = None
 
+        self._start()
+
         def hide(model, state_dict, prefix, metadata):
-            device = only_device()
-            if device is None:
+            if only_device() is None:
                 return
             for name in files.places:
                 state_dict.pop(name, None)
-            if self._reading is None and device.type == "cuda":
-                self._reading = self._reader.submit(read, files.places, device)
+            self._start()
 
         self._hook = model.register_state_dict_post_hook(hide)
         # What the state dict lacks is reported as unexpected. Block numbers are left open: a thousand names are slow.
         unexpected = {re.sub(r"\d+", r"\\d+", re.escape(place.key)) for place in files.places.values()}
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(self._unexpected or ()) | {f"^{name}$" for name in unexpected}
+
+    def _start(self) -> None:
+        device = self._only_device()
+        if self._reading is None and device is not None and device.type == "cuda":
+            self._reading = self._reader.submit(read, self._files.places, device)
 
     def finish(self) -> None:
         """Puts what was read into the modules."""

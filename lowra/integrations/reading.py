@@ -20,7 +20,7 @@ _DTYPES = {
     "F32": torch.float32,
 }
 _CHUNK_BYTES = 8 << 20
-_THREADS = 4
+_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)

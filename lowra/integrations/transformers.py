@@ -108,6 +108,7 @@ class LowRAHfQuantizer(HfQuantizer):
         """Packed modules with the shapes in the files."""
         group_size = self.quantization_config.group_size
         packed_files = PackedFiles(files, self._targets, group_size, large_dense_tensors(model, self._targets))
+        self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
         for target in self._targets.values():
             stored = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
             for module in put_packed(model, target, group_size, stored):
@@ -118,7 +119,6 @@ class LowRAHfQuantizer(HfQuantizer):
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
             check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
-        self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
 
     def _put_planned(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
         """The plan of the whole model, and modules for `_Pack` to fill.
