@@ -62,7 +62,7 @@ class Adapted(nn.Module):
 
     def __init__(self, dense, a, b, parts=None):
         super().__init__()
-        self.lora_a, self.lora_b = nn.Parameter(a.float()), nn.Parameter(b.float())
+        self.lora_a, self.lora_b = nn.Parameter(a.float().clone()), nn.Parameter(b.float().clone())
         self.register_buffer("dense", dense, persistent=False)
         self.parts = None
         if parts is not None:
@@ -108,6 +108,7 @@ class Session:
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
         count = max(1, calibration_tokens // SEQUENCE)
         self.calibration = collect(self.model, modules, self.train[:count], True, False)
+        self._fitted = None, None  # the last variant's quantisation and its result
 
     def _blocks(self, tokenizer, path):
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -116,6 +117,13 @@ class Session:
             ids = tokenizer("".join(rows[first : first + 1000])).input_ids
             blocks += [ids[i : i + SEQUENCE] for i in range(0, len(ids) - SEQUENCE + 1, SEQUENCE)]
         return torch.tensor(blocks)
+
+    def quantised(self, v: Variant):
+        """What `quantise` returns, made once for variants in a row that differ in their training alone."""
+        key = quantisation_of(v)
+        if self._fitted[0] != key:
+            self._fitted = key, quantise(self, v)
+        return self._fitted[1]
 
     def perplexity(self):
         self.model.eval()
@@ -127,13 +135,19 @@ class Session:
         return math.exp(total / len(self.valid))
 
 
+def quantisation_of(v: Variant) -> dict:
+    """The switches that decide what is trained later."""
+    training = ("train", "table_rate", "distill", "distill_blocks", "lr", "train_steps")
+    return {key: value for key, value in dataclasses.asdict(v).items() if key not in training}
+
+
 def run(session: Session, v: Variant) -> dict:
     start = time.perf_counter()
     torch.manual_seed(v.seed)
     device, model = session.device, session.model
     true_bits, output_error = 16.0, 0.0
     if v.bits < 16:
-        fitted, true_bits = quantise(session, v)
+        fitted, true_bits = session.quantised(v)
     for name, target in session.targets.items():
         weight = session.weights[name]
         if v.bits < 16:
@@ -238,20 +252,21 @@ def _work(jobs, results, threads, arguments):
     torch.set_float32_matmul_precision("high")
     model, *others = arguments
     sessions = {}
-    while (job := jobs.get()) is not None:
-        try:
-            variant = Variant(**job)
-            folder = variant.model or model
-            if folder not in sessions:
-                sessions[folder] = Session(folder, *others)
-            results.put(run(sessions[folder], variant))
-        except Exception as error:  # one bad variant must not cost the table
-            results.put({**job, "failed": f"{type(error).__name__}: {error}"})
-    results.put(None)
+    while True:
+        for job in jobs.get():
+            try:
+                variant = Variant(**job)
+                folder = variant.model or model
+                if folder not in sessions:
+                    sessions[folder] = Session(folder, *others)
+                results.put(run(sessions[folder], variant))
+            except Exception as error:  # one bad variant must not cost the table
+                results.put({**job, "failed": f"{type(error).__name__}: {error}"})
+        results.put(None)  # ready for the next variants
 
 
 def _next(results, workers):
-    """The next row.
+    """The next row, or None when a worker has none left to make.
 
     Raises:
         RuntimeError: a worker has died, so that its row will never come.
@@ -279,6 +294,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
     variants = json.loads(args.variants.read_text())
+    groups = {}  # a process quantises once for variants that differ in their training alone
+    for variant in variants:
+        groups.setdefault(json.dumps(quantisation_of(Variant(**variant))), []).append(variant)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks)
@@ -289,22 +307,24 @@ def main():
     ]
     for worker in workers:
         worker.start()
-    rows, running, waiting = [], 0, list(variants)
-    for _ in range(args.workers):
-        if waiting:
-            jobs.put(waiting.pop(0))
-            running += 1
+    rows, waiting = [], list(groups.values())
+    for group in waiting[: args.workers]:
+        jobs.put(group)
+    running = min(args.workers, len(waiting))
+    del waiting[: args.workers]
     while running:
         row = _next(results, workers)
-        running -= 1
+        if row is None:
+            running -= 1
+            if waiting and time.perf_counter() - start < args.seconds:
+                jobs.put(waiting.pop(0))
+                running += 1
+            continue
         rows.append(row)
         changed = {k: x for k, x in row.items() if k not in DEFAULTS or x != DEFAULTS[k]}
         print(json.dumps({k: round(x, 4) if isinstance(x, float) else x for k, x in changed.items()}), flush=True)
         if args.output:
             args.output.write_text(json.dumps(rows, indent=1))
-        if waiting and time.perf_counter() - start < args.seconds:
-            jobs.put(waiting.pop(0))
-            running += 1
     print(f"{len(rows)} of {len(variants)} variants in {time.perf_counter() - start:.0f} s")
 
 
