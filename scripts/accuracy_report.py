@@ -21,9 +21,9 @@ _DEFAULTS = {
     "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0,
     "distill_blocks": 24, "rank": 8, "train_steps": 120,
 }  # fmt: skip
-_CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq"}
+_CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq", "feedback": 1}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
-_TABLES = {"train": "both", "table_rate": 0.3}
+_TABLES = {"train": "both"}
 _NAMES = {
     "calibrated, tables trained": {**_CALIBRATED, **_TABLES},
     "calibrated": _CALIBRATED,
