@@ -34,7 +34,10 @@ def add_parser(subparsers) -> None:
         help="UTF-8 text, or the calibration.safetensors of an earlier run",
     )
     calibration.add_argument(
-        "--feedback", type=int, default=0, help="rounds that choose codes and levels for the layers' outputs"
+        "--feedback",
+        type=int,
+        help="rounds that choose codes and levels for the layers' outputs (default: 1 where there are second moments, "
+        "otherwise 0)",
     )
     calibration.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of the text to use at most")
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
@@ -52,7 +55,11 @@ def add_parser(subparsers) -> None:
     recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
     recipe.add_argument("--head", action="store_true", help="pack the output head too")
     recipe.add_argument("--embeddings", action="store_true", help="pack the embeddings too, and a head tied to them")
-    recipe.add_argument("--refine", type=int, default=0, help="rounds of least squares on scales and levels")
+    recipe.add_argument(
+        "--refine",
+        type=int,
+        help="rounds of least squares on scales and levels (default: 2 with --calibrate, otherwise 0)",
+    )
     recipe.add_argument(
         "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
@@ -61,6 +68,8 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> dict:
     """Quantises and prints what came out."""
+    stored = Calibration.load(args.calibrate) if (args.calibrate or "").endswith(".safetensors") else None
+    has_moments = _wants_moments(args) if stored is None else stored.has_moments
     config = LowRAConfig(
         bits=args.bits,
         menu=_menu(args.menu),
@@ -73,17 +82,27 @@ def run(args) -> dict:
         thresholds=args.thresholds,
         assigner=args.assigner,
         sensitivity=args.sensitivity or ("fisher" if args.calibrate else "layer"),
-        refine=args.refine,
-        feedback=args.feedback,
+        refine=(2 if args.calibrate else 0) if args.refine is None else args.refine,
+        feedback=int(has_moments) if args.feedback is None else args.feedback,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
         quantize_embeddings=args.embeddings,
     )
-    calibration = _calibration(args)
     adapter = None
     if args.rank is not None:
-        method = args.init or ("cloq" if calibration and calibration.has_moments else "loftq")
+        method = args.init or ("cloq" if has_moments else "loftq")
         adapter = AdapterRecipe(args.rank, args.alpha, method, args.loftq_steps)
+    calibration = stored
+    if args.calibrate and stored is None:
+        calibration = calibrate(
+            args.model,
+            args.calibrate,
+            args.calibration_tokens,
+            args.device,
+            has_moments,
+            head=args.head,
+            embeddings=args.embeddings,
+        )
     report = quantize_checkpoint(args.model, args.output, config, adapter, args.device, calibration=calibration)
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")
@@ -101,22 +120,10 @@ def run(args) -> dict:
     return {"output": str(args.output), **report}
 
 
-def _calibration(args) -> Calibration | None:
-    """Statistics from a text, or those an earlier run left."""
-    if args.calibrate is None:
-        return None
-    if args.calibrate.endswith(".safetensors"):
-        return Calibration.load(args.calibrate)
-    moments = args.feedback > 0 or (args.rank is not None and args.init in (None, "cloq"))
-    return calibrate(
-        args.model,
-        args.calibrate,
-        args.calibration_tokens,
-        args.device,
-        moments,
-        head=args.head,
-        embeddings=args.embeddings,
-    )
+def _wants_moments(args) -> bool:
+    """Whether a pass over text has to collect second moments, for feedback or for the adapter's start."""
+    cloq = args.rank is not None and args.init in (None, "cloq")
+    return args.calibrate is not None and (cloq or args.feedback != 0)
 
 
 def _menu(text: str) -> tuple[int, ...]:
