@@ -8,7 +8,6 @@ plain LoRA on every linear layer of the blocks: AdamW, cosine schedule, warmup 0
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -102,7 +101,6 @@ class Session:
         self.valid = self._blocks(tokenizer, text / "validation.txt")[:eval_blocks]
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
-        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.targets = find_targets(self.model, None)
         modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
@@ -137,7 +135,7 @@ class Session:
 
 def quantisation_of(v: Variant) -> dict:
     """The switches that decide what is trained later."""
-    training = ("train", "table_rate", "distill", "distill_blocks", "lr", "train_steps")
+    training = ("train", "table_rate", "lr", "train_steps")
     return {key: value for key, value in dataclasses.asdict(v).items() if key not in training}
 
 
@@ -167,37 +165,20 @@ def run(session: Session, v: Variant) -> dict:
         replace_module(model, target.name, Adapted(dense, a, b, parts))
     prepared = time.perf_counter() - start
     untuned = session.perplexity()
-    if v.distill:
-        distill(session, v)
-    distilled = session.perplexity() if v.distill else untuned
     trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
         "true_bits": true_bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
-        "distilled": distilled,
         **trained,
         "prepared_s": prepared,
         "seconds": time.perf_counter() - start,
     }
 
 
-def distill(session, v):
-    """Adapter and tables drawn to the dense model's distribution of the next token, without labels."""
-
-    def loss(ids):
-        with torch.no_grad():
-            wanted = session.teacher(input_ids=ids).logits.float().softmax(-1).flatten(0, 1)
-        return nn.functional.cross_entropy(session.model(input_ids=ids).logits.flatten(0, 1).float(), wanted)
-
-    optimise(session, v, session.train[: v.distill_blocks], v.distill, loss)
-
-
 def fine_tune(session, v):
-    tables = optimise(
-        session, v, session.train, v.train_steps, lambda ids: session.model(input_ids=ids, labels=ids).loss
-    )
+    tables = optimise(session, v)
     if not tables:
         return {"tuned": session.perplexity()}
     unpacked = session.perplexity()
@@ -207,9 +188,9 @@ def fine_tune(session, v):
     return {"tuned": session.perplexity(), "tuned_unpacked": unpacked}
 
 
-def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
+def optimise(session, v, batch=8, warmup=0.03):
     """Trains adapters, and tables where the variant says so; returns the parameters of these."""
-    model = session.model
+    model, blocks, steps = session.model, session.train, v.train_steps
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapters, tables = [], []
@@ -238,7 +219,7 @@ def optimise(session, v, blocks, steps, loss_of, batch=8, warmup=0.03):
     for step in range(steps):
         ids = blocks[order[step * batch : (step + 1) * batch]].to(session.device)
         with torch.autocast(session.device.type, torch.bfloat16):
-            loss = loss_of(ids)
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters + tables, 0.3)
         optimiser.step()

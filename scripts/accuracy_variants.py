@@ -26,15 +26,11 @@ class Variant:
 
     Attributes:
         model: folder of another model than the first argument.
-        power: sensitivity energy^-power of the matrix in place of `sensitivity`.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
-        feedback_part: of a round of feedback: "codes", "levels" or "both".
         train: what is trained beside the adapter: "lora" (nothing), "levels", "scales" or "both".
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
         scales: also "log4", four bits on a logarithmic grid between the extremes of 256 scales; simulated.
-        distill: steps that draw the model's outputs to those of the dense one before fine-tuning.
-        distill_blocks: of the training text, whose labels are not used, in these steps.
     """
 
     model: str = ""
@@ -49,14 +45,10 @@ class Variant:
     scales: str = "double_quant"
     codebook: str = "learned"
     assigner: str = "exact"
-    power: float | None = None
     aware: bool = False
     feedback: int = 0
     train: str = "lora"
     table_rate: float = 1.0
-    feedback_part: str = "both"
-    distill: int = 0
-    distill_blocks: int = 24
     rank: int = 8
     lr: float = 4e-3
     seed: int = 0
@@ -67,14 +59,7 @@ DEFAULTS = dataclasses.asdict(Variant())
 
 
 class Experiment(Planner):
-    """The planner with the sensitivities and errors of a variant."""
-
-    def __init__(self, config, calibration, power):
-        super().__init__(config, None, calibration)
-        self.power = power
-
-    def _sensitivity(self, name):
-        return super()._sensitivity(name) if self.power is None else self._energy[name] ** -self.power
+    """The planner with other errors than the learner's."""
 
     def see_correction(self, name, fit) -> None:
         """Replaces a matrix's errors [N, 3] by those that `fit(book, row_bits)` leaves in its channels, [N]."""
@@ -97,7 +82,7 @@ def quantise(session, v: Variant):
         bits=v.bits, budget=v.budget, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
         scales="float32" if v.scales == "log4" else v.scales, codebook=v.codebook, assigner=v.assigner,
     )  # fmt: skip
-    planner = Experiment(config, session.calibration, v.power)
+    planner = Experiment(config, None, session.calibration)
 
     def fit(name, book, row_bits):
         weight = session.weights[name]
@@ -125,7 +110,7 @@ def quantise(session, v: Variant):
 
             planner.see_correction(name, left_over)
     plan = planner.assign()
-    with replaced(v):
+    with stored_as(v.scales):
         fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
     stored = sum(entry[-1] for entry in fitted.values())
     if v.scales == "log4":  # 4 bits and a share in two float32 for 256 scales, in the place of 32
@@ -134,17 +119,13 @@ def quantise(session, v: Variant):
 
 
 @contextlib.contextmanager
-def replaced(v):
-    """Functions of the library in the place of which an experiment's stand for the time of quantising."""
-    kept = lowra_quantize.store_scales, feedback.feed_back, feedback.fit_levels
-    if v.scales == "log4":
+def stored_as(scales: str):
+    """ "log4" in the place of the library's storage of scales, for the time of quantising."""
+    kept = lowra_quantize.store_scales
+    if scales == "log4":
         lowra_quantize.store_scales = log_scales
-    if v.feedback_part == "codes":
-        feedback.fit_levels = lambda weight, levels, codes, wide, moment: (levels, codes)
-    if v.feedback_part == "levels":
-        feedback.feed_back = lambda weight, levels, wide, moment: _nearest(weight / wide.clamp(min=1e-30), levels)
     yield
-    lowra_quantize.store_scales, feedback.feed_back, feedback.fit_levels = kept
+    lowra_quantize.store_scales = kept
 
 
 def tables_of(packed):
