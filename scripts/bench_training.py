@@ -1,6 +1,6 @@
 """Fine-tuning a LLaMA-2-7B-shaped model: seconds of a step and peak GPU memory, lowra beside QLoRA (bitsandbytes NF4).
 
-    python scripts/bench_training.py --dense FOLDER --packed FOLDER
+    python scripts/bench_training.py --dense FOLDER --packed FOLDER [FOLDER ...]
 
 FOLDERs as `scripts/bench_scale.py --keep` leaves them. Both bases get the same adapters (r = 64 on all linear layers of
 the blocks, float32), gradient checkpointing, AdamW and bfloat16 autocast, in one process, one after the other; medians
@@ -23,11 +23,12 @@ import lowra  # noqa: F401 - registers the format
 RANK = 64
 SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]
 WARMUP, STEPS = 2, 7
+_PEER = "QLoRA NF4"
 
 
-def load(name: str, args) -> torch.nn.Module:
+def load(folder: pathlib.Path, nf4: bool) -> torch.nn.Module:
     """The base with frozen weights on the GPU."""
-    if name == "QLoRA NF4":
+    if nf4:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -35,14 +36,14 @@ def load(name: str, args) -> torch.nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         return AutoModelForCausalLM.from_pretrained(
-            args.dense, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cuda"}
+            folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cuda"}
         )
-    return AutoModelForCausalLM.from_pretrained(args.packed, device_map={"": "cuda"})
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cuda"})
 
 
-def measure(name: str, args) -> list[dict]:
+def measure(name: str, folder: pathlib.Path) -> list[dict]:
     """Rows of the table for one base."""
-    model = load(name, args)
+    model = load(folder, name == _PEER)
     base_bytes = torch.cuda.memory_allocated()
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,11 +88,14 @@ def measure(name: str, args) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=pathlib.Path, required=True)
-    parser.add_argument("--packed", type=pathlib.Path, required=True)
+    parser.add_argument("--packed", type=pathlib.Path, nargs="+", required=True)
     args = parser.parse_args()
-    ours = f"lowra {json.loads((args.packed / 'lowra_report.json').read_text())['bits']:g} bits"
-    rows = [row for name in ("QLoRA NF4", ours) for row in measure(name, args)]
-    peers = {(row["batch"], row["length"]): row for row in rows if row["base"] == "QLoRA NF4"}
+    bases = {_PEER: args.dense}
+    for folder in args.packed:
+        report = json.loads((folder / "lowra_report.json").read_text())
+        bases[f"lowra {report['bits']:g} bits ({report['true_bits']:.2f} true)"] = folder
+    rows = [row for name, folder in bases.items() for row in measure(name, folder)]
+    peers = {(row["batch"], row["length"]): row for row in rows if row["base"] == _PEER}
     print(f"| base | batch x length | ms a step | of QLoRA | peak GiB | of QLoRA |  on {torch.cuda.get_device_name()}")
     for row in rows:
         peer = peers[row["batch"], row["length"]]
