@@ -113,6 +113,12 @@ LOWRA_API int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int6
                                    const float *column_weights, int32_t iterations, int32_t squared, float *levels,
                                    float *thresholds, float *errors, void *stream);
 
+// Gradients (bitsandbytes/backends/lowra/table_gradients.py) of the levels, float32 in the order of packed->levels, and of
+// the scales, float32 [N, groups], unless null, from that of the dense weight [N, K] of `type`, rows in the order of W.
+// K up to 97,000 where the scales' are asked for.
+LOWRA_API int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient, int32_t type,
+                                         float *for_levels, float *for_scales, void *stream);
+
 // What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR.
 LOWRA_API const char *lowra_cuda_error(void);
 

@@ -15,19 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .atomic import save_tensors
 from .linear import LowRALinear, PackedModule, as_autocast
 from .planning import weight_digest
 from .quantize import store_scales
-from .refine import group_sums, widen
 from .targets import replace_module
 
 FILE = "tables.safetensors"
 
-_SLICE_WEIGHTS = 1 << 22
 _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -196,67 +193,21 @@ class TabledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, levels, scales, codes, row_order = ctx.saved_tensors
+        packed, rounded = (codes, row_order, scales, None), levels.half()
         for_x = for_levels = for_scales = for_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
             for_x = gradient @ torch.ops.bitsandbytes.lowra_dequantize(
-                codes, row_order, scales, None, levels.half(), *ctx.rows, x.shape[-1], ctx.group_size, gradient.dtype
+                *packed, rounded, *ctx.rows, x.shape[-1], ctx.group_size, gradient.dtype
             )
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = flat.T @ x.reshape(-1, x.shape[-1])
-            for_levels, for_scales = table_gradients(
-                of_weight, levels, scales, codes, row_order, *ctx.rows, ctx.group_size, ctx.needs_input_grad[2]
+            for_levels, for_scales = torch.ops.bitsandbytes.lowra_table_gradients(
+                of_weight, *packed, rounded, *ctx.rows, ctx.group_size, ctx.needs_input_grad[2]
             )
         if ctx.with_bias and ctx.needs_input_grad[3]:
             for_bias = flat.sum(dim=0)
         return for_x, for_levels, for_scales, for_bias, None, None, None, None, None
-
-
-def table_gradients(
-    gradient: torch.Tensor,
-    levels: torch.Tensor,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    row_order: torch.Tensor,
-    rows_4bit: int,
-    rows_2bit: int,
-    group_size: int,
-    with_scales: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of levels [entries] and scales [N, groups], float32, from that of the dense weight [N, K].
-
-    Args: see `TabledLinear`.
-    """
-    rows, columns = gradient.shape
-    classes = layout.segments(rows, rows_4bit, rows_2bit)
-    # the decoder, asked for the codes themselves: scales of one, and each level its own number
-    numbers = [torch.arange(2**bits, device=codes.device).repeat(end - first) for bits, first, end in classes]
-    chosen = torch.ops.bitsandbytes.lowra_dequantize(
-        codes,
-        row_order,
-        torch.ones_like(scales),
-        None,
-        torch.cat(numbers).half(),
-        rows_4bit,
-        rows_2bit,
-        columns,
-        group_size,
-        torch.float16,
-    )
-    for_levels, for_scales, entry = [], [], 0
-    step = max(1, _SLICE_WEIGHTS // columns)
-    for bits, first, end in classes:
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            members, entries = row_order[start:stop].long(), (stop - start) * 2**bits
-            part, code = gradient[members].float(), chosen[members]
-            scaled = part * widen(scales[start:stop], group_size, columns)
-            for_levels += [torch.stack([(scaled * (code == c)).sum(dim=1) for c in range(2**bits)], dim=1).view(-1)]
-            if with_scales:
-                table = levels[entry : entry + entries].view(-1, 2**bits)
-                for_scales.append(group_sums(part * table.gather(1, code.long()), group_size))
-            entry += entries
-    return torch.cat(for_levels), torch.cat(for_scales) if with_scales else None
 
 
 def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:

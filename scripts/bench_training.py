@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import lowra  # noqa: F401 - registers the format
+import lowra
 
 RANK = 64
 SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]
@@ -41,14 +41,16 @@ def load(folder: pathlib.Path, nf4: bool) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cuda"})
 
 
-def measure(name: str, folder: pathlib.Path) -> list[dict]:
-    """Rows of the table for one base."""
+def measure(name: str, folder: pathlib.Path, tables: bool = False) -> list[dict]:
+    """Rows of the table for one base; with levels and scales trained beside the adapter."""
     model = load(folder, name == _PEER)
     base_bytes = torch.cuda.memory_allocated()
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
+    if tables:
+        lowra.train_tables(model, scales=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
@@ -89,12 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=pathlib.Path, required=True)
     parser.add_argument("--packed", type=pathlib.Path, nargs="+", required=True)
+    parser.add_argument("--tables", action="store_true", help="the first packed base again, with its tables trained")
     args = parser.parse_args()
     bases = {_PEER: args.dense}
     for folder in args.packed:
         report = json.loads((folder / "lowra_report.json").read_text())
         bases[f"lowra {report['bits']:g} bits ({report['true_bits']:.2f} true)"] = folder
     rows = [row for name, folder in bases.items() for row in measure(name, folder)]
+    if args.tables:
+        name = list(bases)[1]
+        rows += measure(f"{name}, tables trained", args.packed[0], tables=True)
     peers = {(row["batch"], row["length"]): row for row in rows if row["base"] == _PEER}
     print(f"| base | batch x length | ms a step | of QLoRA | peak GiB | of QLoRA |  on {torch.cuda.get_device_name()}")
     for row in rows:

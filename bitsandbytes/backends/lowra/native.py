@@ -62,6 +62,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), _P, _I, _P],
     "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
     "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
+    "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
 }
 _UNSUPPORTED = 5
 
@@ -321,3 +322,28 @@ def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, g
         return None
     check(status, "Lloyd-Max", shape)
     return out
+
+
+def cuda_table_gradients(
+    gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size, with_scales
+):
+    """`table_gradients.table_gradients` on the CUDA library; None where a row has too many groups."""
+    in_features = gradient.shape[1]
+    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    gradient = gradient.contiguous()
+    for_levels = torch.empty_like(levels, dtype=torch.float32)
+    for_scales = torch.empty_like(scales, dtype=torch.float32) if with_scales else scales.new_empty(0).float()
+    status = _call_cuda(
+        "lowra_cuda_table_gradients",
+        gradient.device,
+        ctypes.byref(packed),
+        gradient.data_ptr(),
+        _TYPES[gradient.dtype],
+        for_levels.data_ptr(),
+        for_scales.data_ptr() if with_scales else None,
+        _stream(gradient),
+    )
+    if status == _UNSUPPORTED:
+        return None
+    check(status, "gradients of the tables", packed.shape)
+    return for_levels, for_scales

@@ -67,7 +67,8 @@ def _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size):
     )
 
 
-def _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size):
+def check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size):
+    """Raises where the tensors of a packed weight do not fit one another (`torch._check`)."""
     rows = row_order.numel()
     _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size)
     size = layout.codes_size(rows, rows_4bit, rows_2bit, in_features)
@@ -102,11 +103,11 @@ _checked = set()
 
 
 def _check_packed_once(codes, row_order, scales, scale_steps, levels, *numbers):
-    """`_check_packed` for kernels: known sizes pass at once, since the checks take longer than a launch."""
+    """`check_packed` for kernels: known sizes pass at once, since the checks take longer than a launch."""
     steps = (None, None) if scale_steps is None else (scale_steps.numel(), scale_steps.dtype)
     key = tuple((tensor.numel(), tensor.dtype) for tensor in (codes, row_order, scales, levels)) + steps + numbers
     if key not in _checked:
-        _check_packed(codes, row_order, scales, scale_steps, levels, *numbers)
+        check_packed(codes, row_order, scales, scale_steps, levels, *numbers)
         _checked.add(key)
 
 
@@ -169,14 +170,14 @@ def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize")
 def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
-    _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
     torch._check(dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return codes.new_empty(row_order.numel(), in_features, dtype=dtype)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_linear")
 def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-    _check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size)
+    check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size)
     return x.new_empty(*x.shape[:-1], row_order.numel())
 
 
@@ -189,7 +190,7 @@ def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
 def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
     packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-    _check_packed(*packed)
+    check_packed(*packed)
     return reference.dequantize(*packed, dtype)
 
 

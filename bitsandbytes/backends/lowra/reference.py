@@ -85,19 +85,29 @@ def dequantize(
     groups = layout.group_count(in_features, group_size)
     absmax = decode_scales(scales, scale_steps).view(rows, groups)
     out = torch.empty(rows, in_features, dtype=dtype, device=codes.device)
-    code_start = level_start = 0
+    for bits, part, entries, code in rows_of_codes(codes, rows, rows_4bit, rows_2bit, in_features):
+        normal = torch.gather(levels[entries].view(-1, 2**bits).float(), 1, code.long())
+        scale = absmax[part].repeat_interleave(group_size, dim=1)[:, :in_features]
+        out[row_order[part].long()] = (normal * scale).to(dtype)
+    return out
+
+
+def rows_of_codes(
+    codes: torch.Tensor, rows: int, rows_4bit: int, rows_2bit: int, in_features: int
+) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
+    """Slices of a weight's rows, each of one precision, as: its bits, its rows in packed order, their entries of `levels`,
+    and codes uint8 [rows of the slice, K].
+    """
+    code_start = entry = 0
     for bits, first, end in layout.segments(rows, rows_4bit, rows_2bit):
-        stride, entries = layout.row_bytes(in_features, bits), 2**bits
+        stride = layout.row_bytes(in_features, bits)
         for start, stop in _row_slices(first, end, in_features):
             count = stop - start
             packed = codes[code_start : code_start + count * stride].view(count, stride)
-            table = levels[level_start : level_start + count * entries].view(count, entries).float()
-            normal = torch.gather(table, 1, _unpack(packed, bits)[:, :in_features].long())
-            scale = absmax[start:stop].repeat_interleave(group_size, dim=1)[:, :in_features]
-            out[row_order[start:stop].long()] = (normal * scale).to(dtype)
+            entries = slice(entry, entry + count * 2**bits)
+            yield bits, slice(start, stop), entries, _unpack(packed, bits)[:, :in_features]
             code_start += count * stride
-            level_start += count * entries
-    return out
+            entry = entries.stop
 
 
 def linear(

@@ -1,0 +1,87 @@
+"""Op `bitsandbytes::lowra_table_gradients`: what the gradient of a dense weight says about its levels and scales.
+
+A weight is level[code] * scale. So the gradient of a level is the sum of scale * gradient over the weights of its row
+that have its code, and that of a scale the sum of level * gradient over its group.
+"""
+
+import torch
+
+from . import layout, native
+from .ops import check_packed
+from .reference import decode_scales, rows_of_codes
+
+torch.library.define(
+    "bitsandbytes::lowra_table_gradients",
+    "(Tensor gradient, Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels,"
+    " int rows_4bit, int rows_2bit, int group_size, bool with_scales) -> (Tensor, Tensor)",
+)
+
+
+def table_gradients(
+    gradient: torch.Tensor,
+    codes: torch.Tensor,
+    row_order: torch.Tensor,
+    scales: torch.Tensor,
+    scale_steps: torch.Tensor | None,
+    levels: torch.Tensor,
+    rows_4bit: int,
+    rows_2bit: int,
+    group_size: int,
+    with_scales: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification, in plain PyTorch.
+
+    Args:
+        gradient: of the dense weight, floating point [N, K], rows in the order of W; the rest as in
+            `reference.dequantize`.
+        with_scales: whether the scales' is wanted.
+
+    Returns:
+        float32, in packed order: for levels [entries], and for scales [N, groups] or, if not wanted, [0].
+    """
+    rows, columns = gradient.shape
+    groups = layout.group_count(columns, group_size)
+    absmax = decode_scales(scales, scale_steps).view(rows, groups)
+    for_levels = torch.empty(levels.shape, dtype=torch.float32, device=gradient.device)
+    for_scales = torch.empty(absmax.shape if with_scales else 0, dtype=torch.float32, device=gradient.device)
+    for bits, part, entries, code in rows_of_codes(codes, rows, rows_4bit, rows_2bit, columns):
+        own = gradient[row_order[part].long()].float()
+        scaled = own * absmax[part].repeat_interleave(group_size, dim=1)[:, :columns]
+        sums = [(scaled * (code == level)).sum(dim=1) for level in range(2**bits)]
+        for_levels[entries] = torch.stack(sums, dim=1).view(-1)
+        if with_scales:
+            normal = levels[entries].float().view(-1, 2**bits).gather(1, code.long())
+            padded = torch.nn.functional.pad(own * normal, (0, groups * group_size - columns))
+            for_scales[part] = padded.view(-1, groups, group_size).sum(dim=2)
+    return for_levels, for_scales
+
+
+def _check(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size):
+    rows = row_order.numel()
+    torch._check(
+        gradient.dim() == 2 and gradient.shape[0] == rows and gradient.is_floating_point(),
+        lambda: f"gradient must be floating point [{rows}, K], got {gradient.dtype} {tuple(gradient.shape)}",
+    )
+    packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, gradient.shape[1], group_size)
+    check_packed(*packed)
+
+
+@torch.library.register_fake("bitsandbytes::lowra_table_gradients")
+def _(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size, with_scales):
+    _check(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size)
+    for_scales = scales.shape if with_scales else 0
+    return levels.new_empty(levels.shape, dtype=torch.float32), levels.new_empty(for_scales, dtype=torch.float32)
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_table_gradients", None)
+def _(*arguments):
+    _check(*arguments[:-1])
+    return table_gradients(*arguments)
+
+
+if native.cuda_available():
+
+    @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", "cuda")
+    def _(*arguments):
+        _check(*arguments[:-1])
+        return native.cuda_table_gradients(*arguments) or table_gradients(*arguments)
