@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import lowra
+import lowra  # noqa: F401 - registers the format
+from lowra.tables import train_tables
 
 RANK = 64
 SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]
@@ -50,7 +51,7 @@ def measure(name: str, folder: pathlib.Path, tables: bool = False) -> list[dict]
     model.enable_input_require_grads()
     model.train()
     if tables:
-        lowra.train_tables(model, scales=True)
+        train_tables(model, scales=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()

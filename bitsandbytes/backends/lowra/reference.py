@@ -95,8 +95,8 @@ def dequantize(
 def rows_of_codes(
     codes: torch.Tensor, rows: int, rows_4bit: int, rows_2bit: int, in_features: int
 ) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
-    """Slices of a weight's rows, each of one precision, as: its bits, its rows in packed order, their entries of `levels`,
-    and codes uint8 [rows of the slice, K].
+    """Slices of a weight's rows, each of one precision, as: bits, rows in packed order, their entries of `levels`, and
+    codes uint8 [rows of the slice, K].
     """
     code_start = entry = 0
     for bits, first, end in layout.segments(rows, rows_4bit, rows_2bit):
