@@ -3,8 +3,8 @@
     python scripts/accuracy_grid.py MODEL TEXT_FOLDER --variants list.json --workers 12 --output results.json
 
 Every variant is a dictionary of the keys of `Variant`; variants run in parallel processes on one GPU. Weights are
-quantised by the library's own functions and then kept dense, which gives the same values as packed ones. Fine-tuning is
-plain LoRA on every linear layer of the blocks: AdamW, cosine schedule, warmup 0.03, gradients clipped at 0.3.
+quantised by the library's own functions; layers and trained tables are the library's too. Fine-tuning is plain LoRA on
+every linear layer of the blocks: AdamW, cosine schedule, warmup 0.03, gradients clipped at 0.3.
 """
 
 import argparse
@@ -24,70 +24,36 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from accuracy_variants import DEFAULTS, Variant, log_scales, plain_start, quantise  # noqa: E402
+from accuracy_variants import DEFAULTS, Variant, plain_start, quantise  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from bitsandbytes.backends.lowra.reference import decode_scales  # noqa: E402
 from lowra.calibration import SEQUENCE, collect  # noqa: E402
-from lowra.quantize import store_scales  # noqa: E402
-from lowra.refine import group_sums, widen  # noqa: E402
+from lowra.linear import LowRALinear  # noqa: E402
+from lowra.quantize import PackedWeight  # noqa: E402
+from lowra.tables import bake_tables, train_tables  # noqa: E402
 from lowra.targets import find_targets, replace_module  # noqa: E402
 
 
-class Tables(torch.autograd.Function):
-    """levels[codes] * scales * gain, [N, K]; its gradient is summed over the weights of a code and of a group."""
-
-    @staticmethod
-    def forward(ctx, levels, gain, codes, scales, group):
-        ctx.save_for_backward(levels, gain, codes, scales)
-        ctx.group = group
-        return levels.gather(1, codes.long()) * widen(scales * gain, group, codes.shape[1])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        levels, gain, codes, scales = ctx.saved_tensors
-        codes, for_gain, for_levels = codes.long(), None, None
-        if ctx.needs_input_grad[1]:
-            for_gain = group_sums(gradient * levels.gather(1, codes), ctx.group) * scales
-        if ctx.needs_input_grad[0]:
-            product = gradient * widen(scales * gain, ctx.group, codes.shape[1])
-            for_levels = torch.zeros_like(levels).scatter_add_(1, codes, product)
-        return for_levels, for_gain, None, None, None
-
-
 class Adapted(nn.Module):
-    """x (W + B A)^T; W frozen, or levels[codes] * scales with both trainable."""
+    """x (W + B A)^T with W frozen: packed, or dense for the 16-bit runs and HQQ."""
 
-    def __init__(self, dense, a, b, parts=None):
+    def __init__(self, base, a, b):
         super().__init__()
+        self.base = base
         self.lora_a, self.lora_b = nn.Parameter(a.float().clone()), nn.Parameter(b.float().clone())
-        self.register_buffer("dense", dense, persistent=False)
-        self.parts = None
-        if parts is not None:
-            codes, levels, scales, self.order, group, which = parts
-            self.parts = (codes, scales, group)
-            self.levels = nn.Parameter(levels.clone(), requires_grad=which in ("levels", "both"))
-            # as a relative change per group, so that one learning rate suits all of them
-            self.gain = nn.Parameter(torch.ones_like(scales), requires_grad=which in ("scales", "both"))
 
     def forward(self, x):
-        weight = self.dense if self.parts is None else Tables.apply(self.levels, self.gain, *self.parts)
-        weight = weight.to(torch.bfloat16)
-        low = nn.functional.linear(nn.functional.linear(x, self.lora_a.to(weight.dtype)), self.lora_b.to(weight.dtype))
-        return nn.functional.linear(x, weight) + low
+        low = nn.functional.linear(nn.functional.linear(x, self.lora_a), self.lora_b)
+        return self.base(x) + low
 
-    @torch.no_grad()
-    def pack(self, storage):
-        """Levels and scales as the format stores them."""
-        codes, scales, group = self.parts
-        wanted = (scales * self.gain).clamp(min=0).cpu()[self.order]
-        stored, steps = log_scales(wanted) if storage == "log4" else store_scales(wanted, storage)
-        decoded = torch.empty(stored.shape)
-        decoded[self.order] = decode_scales(stored, steps)
-        self.parts = (codes, decoded.to(scales.device), group)
-        self.gain.fill_(1)
-        self.levels.copy_(self.levels.half())
+
+def base_layer(weight: PackedWeight | torch.Tensor) -> nn.Linear:
+    if isinstance(weight, PackedWeight):
+        return LowRALinear.from_packed(weight)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
+    layer.weight.data = weight.bfloat16()
+    return layer
 
 
 class Session:
@@ -149,20 +115,13 @@ def run(session: Session, v: Variant) -> dict:
     for name, target in session.targets.items():
         weight = session.weights[name]
         if v.bits < 16:
-            dense, a, b, parts, _ = fitted[name]
+            stored, a, b = fitted[name]
+            dense = stored.dequantize() if isinstance(stored, PackedWeight) else stored
             left, moment = weight - dense - b @ a, session.calibration.moment(name)
             output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
         else:
-            dense, parts = weight, None
-            a, b = plain_start(weight, v.rank)
-        dense, a, b = dense.to(device), a.to(device), b.to(device)
-        if v.train == "lora" or parts is None:
-            parts = None
-        else:
-            *tables, order = parts
-            parts = (*(table.to(device) for table in tables), order, v.group_size, v.train)
-        dense = dense.to(torch.bfloat16)
-        replace_module(model, target.name, Adapted(dense, a, b, parts))
+            stored, (a, b) = weight, plain_start(weight, v.rank)
+        replace_module(model, target.name, Adapted(base_layer(stored), a, b).to(device))
     prepared = time.perf_counter() - start
     untuned = session.perplexity()
     trained = fine_tune(session, v) if v.train_steps else {}
@@ -181,11 +140,9 @@ def fine_tune(session, v):
     tables = optimise(session, v)
     if not tables:
         return {"tuned": session.perplexity()}
-    unpacked = session.perplexity()
-    for module in session.model.modules():
-        if isinstance(module, Adapted):
-            module.pack(v.scales)
-    return {"tuned": session.perplexity(), "tuned_unpacked": unpacked}
+    unbaked = session.perplexity()
+    bake_tables(session.model)
+    return {"tuned": session.perplexity(), "tuned_unpacked": unbaked}
 
 
 def optimise(session, v, batch=8, warmup=0.03):
@@ -193,14 +150,10 @@ def optimise(session, v, batch=8, warmup=0.03):
     model, blocks, steps = session.model, session.train, v.train_steps
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adapters, tables = [], []
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            adapters += [module.lora_a.requires_grad_(True), module.lora_b.requires_grad_(True)]
-            if module.parts is not None:
-                tables += [module.levels.requires_grad_(v.train in ("levels", "both"))]
-                tables += [module.gain.requires_grad_(v.train in ("scales", "both"))]
-    tables = [p for p in tables if p.requires_grad]
+    tables = [] if v.train == "lora" else list(train_tables(model, scales=v.train == "both").values())
+    adapters = [p for name, p in model.named_parameters() if name.endswith(("lora_a", "lora_b"))]
+    for parameter in adapters:
+        parameter.requires_grad_(True)
     groups = [{"params": adapters, "lr": v.lr}, {"params": tables, "lr": v.lr * v.table_rate, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups[: 2 if tables else 1], weight_decay=0.1)
     warm = max(1, round(warmup * steps))
