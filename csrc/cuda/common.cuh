@@ -158,6 +158,17 @@ __device__ __forceinline__ void prefetch_to_l2(const void *begin, const void *en
 #endif
 }
 
+// As above for a range of a few bytes: its ends are rounded outwards, which cannot leave a page.
+__device__ __forceinline__ void prefetch_around(const void *begin, const void *end) {
+#if __CUDA_ARCH__ >= 900
+  const uint64_t from = reinterpret_cast<uint64_t>(begin) & ~uint64_t{15};
+  const uint64_t to = (reinterpret_cast<uint64_t>(end) + 15) & ~uint64_t{15};
+  if (begin < end) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"((uint32_t)(to - from)) : "memory");
+  }
+#endif
+}
+
 // Asks for the 32 bytes around `at` in the L2 cache.
 __device__ __forceinline__ void prefetch_to_l2(const void *at) {
 #if __CUDA_ARCH__ >= 900

@@ -1,16 +1,22 @@
 // Dequantise: dense [N, K] in the order of W from packed rows. Reference: reference.dequantize.
 //
 // A warp takes 1024 neighbouring weights of one row, a lane 8 of them at a time, four times over with all loads issued
-// first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. Putting rows back into the
-// order of W costs nothing, since a row is contiguous on both sides.
+// first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. What else counts is the order
+// in which memory sees the rows (row_blocks) and that no warp waits for it (ask_for_block).
 #include "common.cuh"
 
 namespace lowra {
 namespace {
 
-constexpr int kWarps = 8;   // warps of a block, each on its own row
-constexpr int kChunks = 4;  // chunks of 8 weights that a lane has in flight
+constexpr int kRows = 8;    // rows of a block, a warp each
+constexpr int kChunks = 4;  // chunks of 8 weights of a lane
 constexpr int kSpan = 32 * kChunks;
+constexpr int kResident = 8;  // blocks on one multiprocessor
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMinBlocks = 6;  // sm_86 and sm_89 have room for 1536 threads
+#else
+constexpr int kMinBlocks = kResident;
+#endif
 
 // Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by one.
 template <class Out>
@@ -32,13 +38,29 @@ __device__ __forceinline__ void store_chunk(Out *row, int first, int in_features
   }
 }
 
-// The 8 codes of a chunk lie in BITS bytes.
+// The codes of a span as they are loaded, 128 bytes of the row an instruction: word i of the span is words[i / 32] of lane
+// i % 32. Narrower loads, each lane its own bytes, cost more in the way to the cache than the shuffles here.
 template <int BITS>
-__device__ __forceinline__ uint32_t load_codes(const uint8_t *codes, int chunk) {
-  if constexpr (BITS == 4) return __ldg(reinterpret_cast<const uint32_t *>(codes) + chunk);
-  if constexpr (BITS == 2) return __ldg(reinterpret_cast<const uint16_t *>(codes) + chunk);
-  return __ldg(codes + chunk);
-}
+struct span_codes {
+  uint32_t words[BITS];
+
+  // first: first chunk. Past the end of the row there are zeros.
+  __device__ __forceinline__ void load(const uint8_t *codes, int first, int in_features) {
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) {
+      const int word = first * BITS / 4 + 32 * i + threadIdx.x;
+      words[i] = word * (32 / BITS) < in_features ? __ldg(reinterpret_cast<const uint32_t *>(codes) + word) : 0u;
+    }
+  }
+
+  // The 8 codes of chunk 32 * c + lane, in the low 8 * BITS bits; all 32 lanes must be here.
+  __device__ __forceinline__ uint32_t chunk(int c) const {
+    const int lane = threadIdx.x;
+    if constexpr (BITS == 4) return words[c];
+    if constexpr (BITS == 2) return __shfl_sync(0xffffffffu, words[c / 2], c % 2 * 16 + lane / 2) >> (lane % 2 * 16);
+    return __shfl_sync(0xffffffffu, words[0], c * 8 + lane / 4) >> (lane % 4 * 8);
+  }
+};
 
 // What a lane needs to decode one chunk. 16-bit outputs of 1- and 2-bit rows: the group's values, already rounded, as bytes
 // to select from (`table`); otherwise the group's scale. `level`: the row's levels, one register each for 1 and 2 bits; with
@@ -54,7 +76,11 @@ struct decoder {
     if constexpr (BITS == 4) level[0] = half_bits_to_float(__ldg(levels + threadIdx.x % 16));
     if constexpr (BITS < 4) {
 #pragma unroll
-      for (int i = 0; i < 1 << BITS; ++i) level[i] = half_bits_to_float(__ldg(levels + i));
+      for (int i = 0; i < BITS; ++i) {
+        const uint32_t both = __ldg(reinterpret_cast<const uint32_t *>(levels) + i);
+        const float2 two = __half22float2(*reinterpret_cast<const __half2 *>(&both));
+        level[2 * i] = two.x, level[2 * i + 1] = two.y;
+      }
     }
   }
 
@@ -128,90 +154,135 @@ struct dense_shape {
   bool vector;  // rows of the output start on multiples of 16 bytes
 };
 
-// Reads scattered among writes cost several times as long as their bytes would alone, so rows are read in batches: the
-// first blocks of a batch ask for the codes and scales of the next.
-struct read_ahead {
-  int row_blocks, askers;  // blocks of rows of a batch, and blocks that share its reads
+// Blocks of rows, each of one precision, spread evenly over the grid: rows of all precisions that are near each other in W
+// are then written at about the same time. Precision after precision, only every third or twentieth row of a stretch of
+// memory would be written at a time, which costs a tenth of the write bandwidth.
+struct row_blocks {
+  int total;
+  uint64_t share4, share2;  // 2^32 times the share of 4-bit blocks in all, and of 2-bit ones in the others
 };
 
-template <int BITS, class Out>
-__device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, size_t first_scale,
-                                                const dense_shape &shape, Out *row) {
-  const int lane = threadIdx.x, first = blockIdx.x * kSpan;
-  const uint8_t *codes = p.codes + place.code_offset;
-  uint32_t code[kChunks];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int chunk = first + 32 * c + lane;
-    code[c] = chunk * 8 < shape.in_features ? load_codes<BITS>(codes, chunk) : 0u;
+inline row_blocks blocks_of(const rows_layout &l) {
+  const auto blocks = [](int rows) { return (rows + kRows - 1) / kRows; };
+  const auto share = [](uint64_t part, uint64_t all) { return all ? ((part << 32) + all - 1) / all : 0; };
+  const int blocks4 = blocks(l.rows4), blocks2 = blocks(l.rows2), others = blocks2 + blocks(l.rows1);
+  return {blocks4 + others, share(blocks4, blocks4 + others), share(blocks2, others)};
+}
+
+struct block_place {
+  int first, rows;  // packed rows
+};
+
+// Which of the blocks 0, 1, 2, ... are 4-bit ones: those after which index * share4 has passed one more multiple of
+// 2^32. At the end it has passed one for each of them, since rounding up adds less than 2^32. Likewise the 2-bit ones.
+__device__ __forceinline__ block_place place_block(const row_blocks &blocks, const rows_layout &l, uint32_t index) {
+  const uint32_t index4 = (uint32_t)(index * blocks.share4 >> 32), other = index - index4;
+  const uint32_t index2 = (uint32_t)(other * blocks.share2 >> 32);
+  int first, begin, end;
+  if ((uint32_t)((index + 1) * blocks.share4 >> 32) != index4) {
+    first = index4 * kRows, begin = 0, end = l.rows4;
+  } else if ((uint32_t)((other + 1) * blocks.share2 >> 32) != index2) {
+    first = index2 * kRows, begin = l.rows4, end = l.rows4 + l.rows2;
+  } else {
+    first = (other - index2) * kRows, begin = l.rows4 + l.rows2, end = l.rows();
   }
+  first += begin;
+  return {first, min(kRows, end - first)};
+}
+
+// Asks for all that a block reads in the L2 cache, one range a lane: a load that has to go to memory waits for thousands
+// of cycles behind the writes. The small tables count as much as the codes, since a warp waits for the slowest.
+__device__ __forceinline__ void ask_for_block(const lowra_packed &p, const rows_layout &layout, const dense_shape &shape,
+                                              const block_place &at) {
+  const row_place place = place_of<0>(layout, at.first);
+  const size_t groups = shape.groups, first_scale = at.first * groups, scales = at.rows * groups;
+  const int scale_bytes = p.scale_type == LOWRA_UINT8 ? 1 : p.scale_type == LOWRA_FLOAT16 ? 2 : 4;
+  const uint8_t *begin = nullptr;
+  size_t bytes = 0;
+  if (threadIdx.x == 0) {
+    begin = p.codes + place.code_offset;
+    bytes = (size_t)at.rows * place.stride;
+  }
+  if (threadIdx.x == 1) {
+    begin = static_cast<const uint8_t *>(p.scales) + first_scale * scale_bytes;
+    bytes = scales * scale_bytes;
+  }
+  if (threadIdx.x == 2) {
+    begin = reinterpret_cast<const uint8_t *>(p.row_order + at.first);
+    bytes = at.rows * sizeof(int32_t);
+  }
+  if (threadIdx.x == 3) {
+    begin = reinterpret_cast<const uint8_t *>(p.levels + place.table_offset);
+    bytes = (at.rows * sizeof(uint16_t)) << place.bits;
+  }
+  if (threadIdx.x == 4 && p.scale_type == LOWRA_UINT8) {
+    const size_t first = first_scale / LOWRA_SCALE_BLOCK, last = (first_scale + scales - 1) / LOWRA_SCALE_BLOCK;
+    begin = reinterpret_cast<const uint8_t *>(p.scale_steps + first);
+    bytes = (last - first + 1) * sizeof(float);
+  }
+  prefetch_around(begin, begin + bytes);
+}
+
+template <int BITS, class Out>
+__device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, int packed_row,
+                                                const dense_shape &shape, Out *out) {
+  const int lane = threadIdx.x, first = blockIdx.x * kSpan;
+  const size_t first_scale = (size_t)packed_row * shape.groups;
+  span_codes<BITS> codes;
+  codes.load(p.codes + place.code_offset, first, shape.in_features);
   decoder<BITS, Out> of_group;
   of_group.load_levels(p.levels + place.table_offset);
+  uint32_t words[2 * sizeof(Out)];
   if (shape.group_shift >= 2) {
     // Groups of 32, 64, 128 or 256: at most 32 in a span. Lane i finishes the scale of group i, the others ask for it.
     const int group = (first >> shape.group_shift) + lane;
-    of_group.set_scale(group < shape.groups ? load_scale(p, first_scale + group) : 0.f);
+    const bool used = lane < kSpan >> shape.group_shift && group < shape.groups;
+    const float scale = used ? load_scale(p, first_scale + group) : 0.f;
+    Out *row = out + (size_t)__ldg(p.row_order + packed_row) * shape.in_features;
+    of_group.set_scale(scale);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      uint32_t words[2 * sizeof(Out)];
-      of_group.of_lane((32 * c + lane) >> shape.group_shift).decode(code[c], words);
+      of_group.of_lane((32 * c + lane) >> shape.group_shift).decode(codes.chunk(c), words);
       store_chunk<Out>(row, (first + 32 * c + lane) * 8, shape.in_features, shape.vector, words);
     }
   } else {
+    Out *row = out + (size_t)__ldg(p.row_order + packed_row) * shape.in_features;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = first + 32 * c + lane;
       of_group.set_scale(chunk * 8 < shape.in_features
                              ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f);
-      uint32_t words[2 * sizeof(Out)];
-      of_group.decode(code[c], words);
+      of_group.decode(codes.chunk(c), words);
       store_chunk<Out>(row, chunk * 8, shape.in_features, shape.vector, words);
     }
   }
 }
 
-__device__ __forceinline__ void prefetch_part(const uint8_t *begin, size_t bytes, int part, int parts) {
-  const size_t share = bytes / parts + 16;
-  prefetch_to_l2(begin + min(part * share, bytes), begin + min((part + 1) * share, bytes));
-}
-
-// Part `part` of `parts` of the codes and scales of packed rows [first, end), into the L2 cache.
-__device__ __forceinline__ void ask_for_rows(const lowra_packed &p, const rows_layout &layout, const dense_shape &shape,
-                                             int first, int end, int part, int parts) {
-  end = min(end, layout.rows());
-  if (first >= end) return;
-  const row_place last = place_of<0>(layout, end - 1);
-  const size_t from = place_of<0>(layout, first).code_offset;
-  prefetch_part(p.codes + from, last.code_offset + last.stride - from, part, parts);
-  const size_t groups = shape.groups * (p.scale_type == LOWRA_UINT8 ? 1 : p.scale_type == LOWRA_FLOAT16 ? 2 : 4);
-  prefetch_part(static_cast<const uint8_t *>(p.scales) + first * groups, (end - first) * groups, part, parts);
-}
-
+// ahead: how many blocks of rows lie between one and the other that it asks for.
 template <class Out>
-__global__ void __launch_bounds__(32 * kWarps)
-    dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, read_ahead ahead,
-                      Out *out) {
-  const int row = blockIdx.y * kWarps + threadIdx.y;
-  if (threadIdx.x == 0 && threadIdx.y == 0) {
-    const int batch = blockIdx.y / ahead.row_blocks, rows = ahead.row_blocks * kWarps;
-    const int part = (blockIdx.y - batch * ahead.row_blocks) * gridDim.x + blockIdx.x;
-    if (part < ahead.askers) {
-      if (batch == 0) ask_for_rows(p, layout, shape, 0, rows, part, ahead.askers);
-      ask_for_rows(p, layout, shape, (batch + 1) * rows, (batch + 2) * rows, part, ahead.askers);
+__global__ void __launch_bounds__(32 * kRows, kMinBlocks)
+    dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, row_blocks blocks,
+                      int ahead, Out *out) {
+  const block_place at = place_block(blocks, layout, blockIdx.y);
+  if (blockIdx.x == 0 && threadIdx.y == 0) {
+    // The first blocks ask for themselves too: they are on the chip before the earlier kernel ends.
+    const int last = min((int)blockIdx.y + ahead, blocks.total - 1);
+#pragma unroll 1
+    for (int i = (int)blockIdx.y < ahead ? blockIdx.y : blockIdx.y + ahead; i <= last; i += ahead) {
+      ask_for_block(p, layout, shape, place_block(blocks, layout, i));
     }
   }
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  if (row >= layout.rows()) return;
+  if ((int)threadIdx.y >= at.rows) return;
+  const int row = at.first + threadIdx.y;
   const row_place place = place_of<0>(layout, row);
-  Out *target = out + (size_t)__ldg(p.row_order + row) * shape.in_features;
-  const size_t first_scale = (size_t)row * shape.groups;
   if (place.bits == 1) {
-    dequantize_span<1>(p, place, first_scale, shape, target);
+    dequantize_span<1>(p, place, row, shape, out);
   } else if (place.bits == 2) {
-    dequantize_span<2>(p, place, first_scale, shape, target);
+    dequantize_span<2>(p, place, row, shape, out);
   } else {
-    dequantize_span<4>(p, place, first_scale, shape, target);
+    dequantize_span<4>(p, place, row, shape, out);
   }
 }
 
@@ -224,15 +295,13 @@ int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
                              (s.group_size & (s.group_size - 1)) ? 0 : __builtin_ctz((unsigned)s.group_size / 8),
                              divisor_of((uint32_t)s.group_size / 8),
                              aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
-  const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
+  const row_blocks blocks = blocks_of(layout);
+  const dim3 grid((chunks + kSpan - 1) / kSpan, blocks.total), block(32, kRows);
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
-  constexpr int64_t kBatch = 16 << 20;  // bytes written
-  const int64_t row_bytes = s.in_features * sizeof(Out) * kWarps;
-  const int row_blocks = kBatch / row_bytes < 1 ? 1 : (int)(kBatch / row_bytes);
-  const int in_batch = (int)grid.x * (row_blocks < (int)grid.y ? row_blocks : (int)grid.y);
-  const read_ahead ahead = {row_blocks, limits.processors < in_batch ? limits.processors : in_batch};
-  return launch_early(dequantize_kernel<Out>, grid, block, 0, 1, stream, p, layout, shape, ahead,
+  // As far ahead as there are blocks on the chip: those have asked for memory themselves already.
+  const int on_chip = limits.processors * kResident / (int)grid.x, ahead = on_chip < 1 ? 1 : on_chip;
+  return launch_early(dequantize_kernel<Out>, grid, block, 0, 1, stream, p, layout, shape, blocks, ahead,
                       static_cast<Out *>(out));
 }
 
