@@ -119,7 +119,7 @@ __device__ __forceinline__ value_table<BITS> build_table(const row_levels<BITS> 
 // BITS: width of a code. ODD: which half of the bytes.
 template <int BITS, bool ODD>
 __device__ __forceinline__ uint32_t neighbours(uint32_t word) {
-  return ((ODD ? word >> 8 : word) & 0x00ff00ffu) | ((ODD ? word >> BITS : word << (8 - BITS)) & 0xff00ff00u);
+  return permute(word, word >> BITS, ODD ? 0x7351 : 0x6240);
 }
 
 // A part of a word is at most four mma, so that few operands are alive at once: half a word of 1-bit codes, else a word.

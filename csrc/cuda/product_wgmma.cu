@@ -27,8 +27,7 @@ template <int TOKENS>
 struct block_shape {
   static constexpr int kBlockBytes = TOKENS * 128;  // 64 columns of all tokens
   static constexpr int kStageBytes = 2 * kBlockBytes;
-  static constexpr int kSumStride = kDecoders * kGroupRows + 4;  // + 4: the lanes of a fragment fall into different banks
-  static constexpr int kX = kStages * kStageBytes, kSums = TOKENS * kSumStride * 4;
+  static constexpr int kX = kStages * kStageBytes, kSums = TOKENS * kDecoders * kGroupRows * 4;
   static constexpr int kBarriers = kX > kSums ? kX : kSums;  // where they lie
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
 };
@@ -52,6 +51,16 @@ __device__ __forceinline__ uint4 load_x(const void *at) {
   return v;
 }
 
+// Unit `unit` (0 to 3, 8 columns of x each) of the columns of all four lanes of a quad in half a tile, into the blocks of a
+// stage: word i of each goes into unit i. `row`: where the first block keeps this token.
+__device__ __forceinline__ void store_units(const uint4 (&in)[4], uint8_t *row, size_t block_bytes, int unit, int token) {
+  const uint4 out[4] = {make_uint4(in[0].x, in[1].x, in[2].x, in[3].x), make_uint4(in[0].y, in[1].y, in[2].y, in[3].y),
+                        make_uint4(in[0].z, in[1].z, in[2].z, in[3].z), make_uint4(in[0].w, in[1].w, in[2].w, in[3].w)};
+  row += unit / 2 * block_bytes;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4 *>(row + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
+}
+
 // The copying warpgroup: columns [begin, end) of x, half a tile at a time, zeros from `end` to the end of the tile and
 // for tokens that do not exist.
 template <int TOKENS, class T>
@@ -63,7 +72,7 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
   // Eight lanes that store together have four tokens and two neighbouring units, and so all banks.
   const int unit = lane / 8 % 2 * 2 + lane % 2, token = warp * 8 + lane / 16 * 4 + lane / 2 % 4;
   const T *source = static_cast<const T *>(q.x) + (size_t)token * q.in_features + 8 * unit;
-  uint8_t *target = x + unit / 2 * shape::kBlockBytes + warp * 1024 + token % 8 * 128;
+  uint8_t *target = x + warp * 1024 + token % 8 * 128;
   const auto load_half = [&](int column, uint4(&loaded)[kSets][4]) {
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
@@ -82,16 +91,8 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       if (token + 32 * s >= TOKENS) continue;
-      const uint4(&in)[4] = loaded[s];
-      const uint4 out[4] = {make_uint4(in[0].x, in[1].x, in[2].x, in[3].x),
-                            make_uint4(in[0].y, in[1].y, in[2].y, in[3].y),
-                            make_uint4(in[0].z, in[1].z, in[2].z, in[3].z),
-                            make_uint4(in[0].w, in[1].w, in[2].w, in[3].w)};
       uint8_t *stage = target + ring.stage * shape::kStageBytes + 4 * s * 1024;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<uint4 *>(stage + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
-      }
+      store_units(loaded[s], stage, shape::kBlockBytes, unit, token);
     }
     fence_stores_for_tensor_cores();
     __syncwarp();
@@ -108,6 +109,21 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
     store_half(second);
   }
 }
+
+// The 32 codes of BITS bits at `at`. Asks for 256 bytes in the L2 cache, the columns that follow: a wait for memory takes
+// longer than decoding them.
+#define LOWRA_LOAD "ld.global.nc.L2::256B."
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[1]) {
+  asm volatile(LOWRA_LOAD "u32 %0, [%1];" : "=r"(words[0]) : "l"(at));
+}
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[2]) {
+  asm volatile(LOWRA_LOAD "v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(at));
+}
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[4]) {
+  asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
+}
+#undef LOWRA_LOAD
 
 // The two rows of a lane, `lane / 4` and `lane / 4 + 8` of its warp's 16, as offsets of 32 bits: registers are scarce here.
 // Rows past the end of a precision repeat its last row; their sums are never stored.
@@ -132,15 +148,9 @@ struct fragment_rows {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint8_t *at = q.packed.codes + (codes[h] + column * BITS / 8);
-      if constexpr (BITS == 1) {
-        words[h][0] = column < end ? __ldg(reinterpret_cast<const uint32_t *>(at)) : 0;
-      } else if constexpr (BITS == 2) {
-        const uint2 raw = column < end ? __ldg(reinterpret_cast<const uint2 *>(at)) : make_uint2(0, 0);
-        words[h][0] = raw.x, words[h][1] = raw.y;
-      } else {
-        const uint4 raw = column < end ? __ldg(reinterpret_cast<const uint4 *>(at)) : make_uint4(0, 0, 0, 0);
-        words[h][0] = raw.x, words[h][1] = raw.y, words[h][2] = raw.z, words[h][3] = raw.w;
-      }
+#pragma unroll
+      for (int i = 0; i < BITS; ++i) words[h][i] = 0;
+      if (column < end) load_codes(at, words[h]);
     }
   }
 
@@ -226,33 +236,41 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
   wgmma_wait<0>();
 }
 
-// The blocks of a cluster share out the tokens, and a warpgroup stores its 64 rows of two tokens at a time. `sums` is the
-// shared address of [token][row] in every block.
+// The blocks of a cluster share out the tokens, eight at a time. `sums` is the shared address, in every block, of
+// [eight tokens][thread]: four sums as wgmma leaves them, two tokens of one row and then of the other.
 template <int TOKENS, class T>
-__device__ __forceinline__ void add_up(const product &q, const tile_place &place, bool exists, int group, uint32_t sums) {
-  constexpr int kBatch = 4;  // tokens under way at once
-  const int splits = gridDim.x, column = threadIdx.x % kGroupRows, row = place.first_row + column;
-  const bool stored = exists && row <= place.last_row;
-  const int stored_row = __ldg(q.packed.row_order + min(row, place.last_row));
-  const int step = 2 * splits, first = 2 * (int)blockIdx.x + threadIdx.x % kGroupThreads / kGroupRows;
-  for (int token = first; token < q.tokens; token += kBatch * step) {
-    float part[kMaxSplits][kBatch];
+__device__ __forceinline__ void add_up(const product &q, const tile_place &place, uint32_t sums) {
+  const int splits = gridDim.x, lane = threadIdx.x % 32;
+  const int row = place.first_row + threadIdx.x % kGroupThreads / 32 * kTileRows + lane / 4;
+  T *out[2];
+  float bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int stored_row = __ldg(q.packed.row_order + min(row + 8 * h, place.last_row));
+    out[h] = static_cast<T *>(q.out) + stored_row;
+    bias[h] = q.bias ? to_float(static_cast<const T *>(q.bias)[stored_row]) : 0.f;
+  }
+  cluster_sync();
+#pragma unroll 2
+  for (int eight = blockIdx.x; 8 * eight < q.tokens; eight += splits) {
+    float4 part[kMaxSplits];
 #pragma unroll
     for (int s = 0; s < kMaxSplits; ++s) {
-      const uint32_t there = address_in_block(sums + (group * kGroupRows + column) * 4, s < splits ? s : 0);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        part[s][i] = 0.f;
-        const int at = token + i * step;
-        if (s < splits && at < q.tokens) part[s][i] = load_from_cluster(there + at * block_shape<TOKENS>::kSumStride * 4);
+      part[s] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (s < splits) {
+        part[s] = load_from_cluster(address_in_block(sums + (eight * kDecoders * kGroupThreads + threadIdx.x) * 16, s));
       }
     }
+    float total[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      float total = 0.f;
+    for (int s = 0; s < kMaxSplits; ++s) {
+      total[0] += part[s].x, total[1] += part[s].y, total[2] += part[s].z, total[3] += part[s].w;
+    }
+    const int token = 8 * eight + lane % 4 * 2;
 #pragma unroll
-      for (int s = 0; s < kMaxSplits; ++s) total += part[s][i];
-      if (stored && token + i * step < q.tokens) store_output<T>(q, token + i * step, stored_row, total);
+    for (int i = 0; i < 4; ++i) {
+      store_if<T>(token + i % 2 < q.tokens && row + i / 2 * 8 <= place.last_row,
+                  out[i / 2] + (size_t)(token + i % 2) * q.layout.rows(), total[i] + bias[i / 2]);
     }
   }
 }
@@ -292,17 +310,19 @@ __global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid
     } else {
       sum_columns<4, TOKENS, T>(q, place, begin, end, x, full, empty, sum);
     }
-    float *sums = reinterpret_cast<float *>(memory);
-    const int lane = threadIdx.x % 32, row = group * kGroupRows + threadIdx.x % kGroupThreads / 32 * kTileRows + lane / 4;
     asm volatile("bar.sync 1, %0;" ::"n"(kDecoders * kGroupThreads) : "memory");  // x is done with
+    float4 *sums = reinterpret_cast<float4 *>(memory) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) {
-      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      sums[token * shape::kSumStride + row + i / 2 % 2 * 8] = sum[i];
+    for (int i = 0; i < TOKENS / 8; ++i) {
+      sums[i * kDecoders * kGroupThreads] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
     }
-    cluster_sync();
-    add_up<TOKENS, T>(q, place, tile < tiles, group, x);
-    cluster_sync();  // a block must not leave while others read its sums
+    if (tile < tiles) {
+      add_up<TOKENS, T>(q, place, x);
+    } else {
+      cluster_sync();
+    }
+    // A block must not leave while others read its sums. What this one read has been used by now, and so has arrived.
+    cluster_sync_relaxed();
   }
 #endif
 }

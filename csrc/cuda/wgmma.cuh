@@ -34,6 +34,10 @@ __device__ __forceinline__ void fence_stores_for_tensor_cores() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// As cluster_sync, but orders no memory accesses, and so does not wait for stores.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // Address, for the whole cluster, of what lies at a shared address in block `rank`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank) {
@@ -41,10 +45,11 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank)
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
-__device__ __forceinline__ float load_from_cluster(uint32_t address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
+__device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+  return v;
 }
 
 // REGISTERS: of each thread of the calling warpgroup from here on.
