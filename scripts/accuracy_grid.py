@@ -51,8 +51,8 @@ class Adapted(nn.Module):
 def base_layer(weight: PackedWeight | torch.Tensor) -> nn.Linear:
     if isinstance(weight, PackedWeight):
         return LowRALinear.from_packed(weight)
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
-    layer.weight.data = weight.bfloat16()
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # draws no random numbers
+    layer.weight = nn.Parameter(weight.bfloat16())
     return layer
 
 
