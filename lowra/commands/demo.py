@@ -20,9 +20,9 @@ def add_parser(subparsers) -> None:
         "demo",
         help="compare 16-bit, QLoRA, LoftQ and LowRA at 4, 2 and 1.5 bits in one table and picture",
         description="Without --model: trains a small LLaMA (4 million parameters) on Python's language reference, then "
-        "fine-tunes it on docstrings of the standard library with every method. Both texts ship with Python; the model "
-        "is far too small to be useful and only shows the order of the methods. With --model and --train/--validation "
-        "the same comparison runs on any checkpoint.",
+        "fine-tunes it on docstrings of the standard library with every method. Both texts ship with Python. The model "
+        "is far too small to be useful, and at 2 bits and above too young to tell the methods apart: it shows that "
+        "everything works. With --model and --train/--validation the same comparison runs on any checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=pathlib.Path, default="demo", help="folder of everything the demo writes")
@@ -75,6 +75,11 @@ def run(args) -> dict:
     print(f"Table: {result['table']}. Picture: {result['picture']}.")
     smallest = next(path for path in (args.output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
     loaded = load_model(str(smallest), str(smallest / "initial_adapter"))
+    sizes = [sum(path.stat().st_size for path in pathlib.Path(at).glob("*.safetensors")) for at in (model, smallest)]
+    if sizes[0]:  # a name on the hub has no folder
+        print(
+            f"The base on disk: {sizes[0] / 1e6:.1f} MB dense, {sizes[1] / 1e6:.1f} MB at 1.5 bits (embeddings dense)."
+        )
     words = generate_text(loaded, load_tokenizer(smallest), "The class statement", 24, 0.0, args.seed)
     print(f"The 1.5-bit base with its initial adapter, before training, continues: {words!r}")
     seconds = round(time.perf_counter() - start, 1)
