@@ -97,7 +97,7 @@ def main() -> None:
     bases = {_PEER: args.dense}
     for folder in args.packed:
         report = json.loads((folder / "lowra_report.json").read_text())
-        bases[f"lowra {report['bits']:g} bits ({report['true_bits']:.2f} true)"] = folder
+        bases[f"lowra {folder.name}, {report['true_bits']:.2f} true bits"] = folder
     rows = [row for name, folder in bases.items() for row in measure(name, folder)]
     if args.tables:
         name = list(bases)[1]
