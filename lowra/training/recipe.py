@@ -29,6 +29,7 @@ class Recipe:
         init_steps: LoftQ's alternating steps.
         tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "levels", or
             "levels_and_scales".
+        tables_learning_rate: their peak rate, whatever the adapter's is; without weight decay.
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.
         train_file, validation_file: local text, one paragraph a line, or JSON lines with the columns below.
@@ -66,6 +67,7 @@ class Recipe:
     dropout: float = 0.0
     init_steps: int = 5
     tables: str = "frozen"
+    tables_learning_rate: float = 4e-3
     quantization: dict = dataclasses.field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
@@ -122,7 +124,7 @@ class Recipe:
         if self.task == "summarization" and not (self.source_column and self.target_column):
             raise ValueError("summarization needs source_column and target_column, such as document and summary.")
         positive = ("rank", "init_steps", "block_size", "source_length", "target_length", "batch_size", "accumulation")
-        for name in (*positive, "eval_batch_size", "learning_rate", "logging_steps", "epochs"):
+        for name in (*positive, "eval_batch_size", "learning_rate", "tables_learning_rate", "logging_steps", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         for name in ("max_steps", "eval_steps", "save_steps", "num_beams", "max_train_samples", "max_eval_samples"):

@@ -1,19 +1,32 @@
-"""Trained tables in the Trainer's checkpoints, which hold an adapter only."""
+"""Trained tables under the Trainer: a learning rate of their own, and a place in its checkpoints."""
 
 import pathlib
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..atomic import save_tensors
 
 _FILE = "table_changes.safetensors"
 
 
+def give_tables_their_rate(trainer: Trainer, parameters: dict[str, nn.Parameter], rate: float) -> None:
+    """Moves the parameters of trained tables into a group of the optimiser with this peak rate and no weight decay.
+
+    They are changes of levels between -1 and 1 and relative changes of scales, so what rate suits them does not follow
+    that of the adapter (docs/accuracy.md).
+    """
+    optimizer = trainer.create_optimizer()
+    own = {id(parameter) for parameter in parameters.values()}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    optimizer.add_param_group({"params": list(parameters.values()), "lr": rate, "weight_decay": 0.0})
+
+
 class TableCheckpoints(TrainerCallback):
-    """Writes the parameters of trained tables beside every checkpoint, and reads them back."""
+    """Writes the parameters of trained tables beside every checkpoint, which holds an adapter only, and reads them back."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
         """Args: parameters: as `lowra.tables.train_tables` returns them."""

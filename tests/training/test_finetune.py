@@ -57,6 +57,16 @@ def test_tables_are_trained_saved_and_reloaded(recipe, tables):
     assert again["perplexity"] == pytest.approx(result["tuned"]["perplexity"], rel=1e-5)
 
 
+def test_tables_have_a_learning_rate_of_their_own(recipe):
+    """With an adapter that cannot move, what is learned is in the tables."""
+    recipe = dataclasses.replace(recipe, learning_rate=1e-12, tables="levels_and_scales", tables_learning_rate=1e-2)
+    moved = finetune(recipe, progress=False)
+    assert moved["tuned"]["perplexity"] < 0.99 * moved["untuned"]["perplexity"]
+    still = dataclasses.replace(recipe, tables_learning_rate=1e-12, output=recipe.output + "-still")
+    result = finetune(still, progress=False)
+    assert result["tuned"]["perplexity"] == pytest.approx(result["untuned"]["perplexity"], rel=1e-3)
+
+
 @pytest.mark.parametrize("tables", ["frozen", "levels_and_scales"])
 def test_resuming_gives_the_same_curve(recipe, tables):
     recipe = dataclasses.replace(recipe, dropout=0.1, tables=tables)
