@@ -31,8 +31,8 @@ _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float3
 def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Parameter]:
     """Makes the levels of every packed linear layer trainable, and a factor of each group's scale if asked.
 
-    What is trained are changes, float32 and zero at first. A learning rate near 4e-3 suits them whatever the adapter's is
-    (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to.
+    What is trained are changes, float32 and zero at first. A learning rate near 4e-3 suits them, whatever the adapter's
+    is (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to.
 
     Args:
         model: after the adapter has been put on it; changed in place.

@@ -26,7 +26,7 @@ def give_tables_their_rate(trainer: Trainer, parameters: dict[str, nn.Parameter]
 
 
 class TableCheckpoints(TrainerCallback):
-    """Writes the parameters of trained tables beside every checkpoint, which holds an adapter only, and reads them back."""
+    """Writes the parameters of trained tables beside every checkpoint, itself only an adapter, and reads them back."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
         """Args: parameters: as `lowra.tables.train_tables` returns them."""
