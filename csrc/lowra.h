@@ -54,6 +54,11 @@ typedef struct lowra_packed {
   int32_t scale_type;          // LOWRA_FLOAT32, LOWRA_FLOAT16 or LOWRA_UINT8
 } lowra_packed;
 
+// Rows and columns of W.
+typedef struct lowra_part {
+  int64_t first_row, rows, first_column, columns;
+} lowra_part;
+
 static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
   int64_t bytes = (in_features * bits + 7) / 8;
   return (bytes + LOWRA_ROW_ALIGNMENT - 1) / LOWRA_ROW_ALIGNMENT * LOWRA_ROW_ALIGNMENT;
@@ -62,6 +67,7 @@ static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
 #ifdef __cplusplus
 static_assert(sizeof(lowra_shape) == 40, "lowra_shape is mirrored by ctypes in native.py");
 static_assert(sizeof(lowra_packed) == 88, "lowra_packed is mirrored by ctypes in native.py");
+static_assert(sizeof(lowra_part) == 32, "lowra_part is mirrored by ctypes in native.py");
 static_assert(LOWRA_ROW_ALIGNMENT % 16 == 0, "kernels load 16 bytes at once");
 static_assert(LOWRA_SCALE_BLOCK == 256, "the checkpoint format fixes the block of double-quantised scales");
 static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");
@@ -98,13 +104,20 @@ LOWRA_API int lowra_cuda_quantize(const lowra_shape *shape, const void *weight, 
 LOWRA_API int lowra_cuda_encode_scales(const float *absmax, int64_t count, uint8_t *scales, float *scale_steps,
                                        void *stream);
 
-// As lowra_cpu_dequantize. Every shape. With row_order = 0, 1, 2, ... the rows come out in packed order.
-LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, void *out, int32_t out_type, void *stream);
+// As lowra_cpu_dequantize, a part of it: out [part.rows, part.columns]. Every shape; first_column a multiple of
+// LOWRA_MAX_GROUP_SIZE. With row_order = 0, 1, 2, ... the rows come out in packed order.
+LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
+                                    void *stream);
 
 // out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type` (float16 or
-// bfloat16). tokens 1..64, group sizes 32, 64, 128 and 256, K a multiple of 32.
+// bfloat16). Group sizes 32, 64, 128 and 256, K a multiple of 32; above 64 tokens only on Hopper, group sizes from 64 on,
+// K a multiple of 64 and N one of 4.
 LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                  int32_t type, void *stream);
+
+// Up to how many tokens lowra_cuda_product is quicker on the current device than a dense product after
+// lowra_cuda_dequantize, for a weight [rows, in_features] that it covers (measured: docs/kernels.md).
+LOWRA_API int64_t lowra_cuda_product_tokens(int64_t rows, int64_t in_features);
 
 // Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],
 // thresholds [rows, 19], errors [rows, 3]. A row must fit into the shared memory of a block (K <= 55,000 on an H200).

@@ -7,6 +7,8 @@ longer for them than the GPU. It also keeps two more copies of x, one of them in
 import torch
 from torch.autograd.function import once_differentiable
 
+from bitsandbytes.backends.lowra.ops import gradient_of_input
+
 from .linear import LowRALinear
 
 
@@ -51,8 +53,6 @@ class _LoraLinear(torch.autograd.Function):
             grad_a = grad_inner.t() @ rows
         if needs_x:
             *counts, group_size = ctx.numbers
-            weight = torch.ops.bitsandbytes.lowra_dequantize(*packed, *counts, rows.shape[1], group_size, grad.dtype)
-            grad_x = grad @ weight
-            del weight  # the largest tensor of a training step's peak
+            grad_x = gradient_of_input(grad, *packed, *counts, rows.shape[1], group_size)
             grad_x = grad_x.addmm_(grad_inner, a).view(ctx.shape)
         return grad_x, grad_a, grad_b, *[None] * (len(packed) + 5)

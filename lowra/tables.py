@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from bitsandbytes.backends.lowra.ops import gradient_of_input
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .atomic import save_tensors
@@ -197,9 +198,7 @@ class TabledLinear(torch.autograd.Function):
         for_x = for_levels = for_scales = for_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
-            for_x = gradient @ torch.ops.bitsandbytes.lowra_dequantize(
-                *packed, rounded, *ctx.rows, x.shape[-1], ctx.group_size, gradient.dtype
-            )
+            for_x = gradient_of_input(gradient, *packed, rounded, *ctx.rows, x.shape[-1], ctx.group_size)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = flat.T @ x.reshape(-1, x.shape[-1])
             for_levels, for_scales = torch.ops.bitsandbytes.lowra_table_gradients(

@@ -24,7 +24,7 @@ OPS = torch.ops.bitsandbytes
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (5120, 5120), (13824, 5120), (5120, 13824)]
 # Shares of 4-, 2- and 1-bit rows that give the nominal bits per weight.
 MIXES = {1.5: (0.0625, 0.3125), 2.0: (0.125, 0.625), 2.5: (0.3125, 0.5625), 4.0: (1.0, 0.0)}
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 512]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 GROUP = 64
 COLD_BYTES = 400_000_000
 GRAPH_CALLS = 40

@@ -24,7 +24,6 @@ import lowra
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 _LAYERS_PER_SHARD = 4
-_LOADS = 5
 
 
 def write_checkpoint(folder: pathlib.Path, layers: int, device: str) -> int:
@@ -94,11 +93,11 @@ class PeakMemory:
             self.peak = max(self.peak, anonymous * 1024)
 
 
-def timed_loads(folders: dict[str, pathlib.Path], device: str) -> dict:
+def timed_loads(folders: dict[str, pathlib.Path], device: str, loads: int) -> dict:
     """Seconds and GPU memory of `from_pretrained`: the first, and the median of the later ones (files in the cache)."""
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     held = {}
-    for _ in range(1 + _LOADS):
+    for _ in range(1 + loads):
         for name, folder in folders.items():  # in turns, so that a disturbance meets all
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -133,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0 for none")
     parser.add_argument("--bits", type=float, default=1.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--loads", type=int, default=5, help="timed loads of each checkpoint after a first; 0 for none")
     parser.add_argument("--keep", action="store_true", help="leave both checkpoints for other benchmarks")
     args = parser.parse_args()
     dense, packed = args.folder / "dense", args.folder / "packed"
@@ -154,8 +154,9 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
         "largest_shard": max(path.stat().st_size for path in dense.glob("*.safetensors")),
         "report": report,
-        "load": timed_loads({"packed": packed, "dense": dense}, args.device),
     }
+    if args.loads:
+        result["load"] = timed_loads({"packed": packed, "dense": dense}, args.device, args.loads)
     if not args.keep:
         shutil.rmtree(args.folder)
     print(json.dumps(result))

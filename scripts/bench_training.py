@@ -23,7 +23,7 @@ from lowra.tables import train_tables
 
 RANK = 64
 SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]
-WARMUP, STEPS = 2, 7
+WARMUP = 2
 _PEER = "QLoRA NF4"
 
 
@@ -42,7 +42,7 @@ def load(folder: pathlib.Path, nf4: bool) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cuda"})
 
 
-def measure(name: str, folder: pathlib.Path, tables: bool = False) -> list[dict]:
+def measure(name: str, folder: pathlib.Path, steps: int, tables: bool = False) -> list[dict]:
     """Rows of the table for one base; with levels and scales trained beside the adapter."""
     model = load(folder, name == _PEER)
     base_bytes = torch.cuda.memory_allocated()
@@ -61,7 +61,7 @@ def measure(name: str, folder: pathlib.Path, tables: bool = False) -> list[dict]
         tokens = torch.randint(0, 32000, (batch, length), device="cuda")
         torch.cuda.reset_peak_memory_stats()
         seconds = []
-        for _ in range(WARMUP + STEPS):
+        for _ in range(WARMUP + steps):
             torch.cuda.synchronize()
             start = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16):
@@ -93,15 +93,16 @@ def main() -> None:
     parser.add_argument("--dense", type=pathlib.Path, required=True)
     parser.add_argument("--packed", type=pathlib.Path, nargs="+", required=True)
     parser.add_argument("--tables", action="store_true", help="the first packed base again, with its tables trained")
+    parser.add_argument("--steps", type=int, default=7, help="timed ones, of which the median counts")
     args = parser.parse_args()
     bases = {_PEER: args.dense}
     for folder in args.packed:
         report = json.loads((folder / "lowra_report.json").read_text())
         bases[f"lowra {folder.name}, {report['true_bits']:.2f} true bits"] = folder
-    rows = [row for name, folder in bases.items() for row in measure(name, folder)]
+    rows = [row for name, folder in bases.items() for row in measure(name, folder, args.steps)]
     if args.tables:
         name = list(bases)[1]
-        rows += measure(f"{name}, tables trained", args.packed[0], tables=True)
+        rows += measure(f"{name}, tables trained", args.packed[0], args.steps, tables=True)
     peers = {(row["batch"], row["length"]): row for row in rows if row["base"] == _PEER}
     print(f"| base | batch x length | ms a step | of QLoRA | peak GiB | of QLoRA |  on {torch.cuda.get_device_name()}")
     for row in rows:

@@ -125,7 +125,7 @@ int launched();
 int keep_error(cudaError_t error);
 
 struct device_limits {
-  int major, processors, shared_bytes;  // shared_bytes: most that one block can have
+  int major, processors, l2_bytes, shared_bytes;  // shared_bytes: most that one block can have
 };
 
 // Of the current device; asked for once, since the queries cost more than a launch.
@@ -196,6 +196,20 @@ int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t sh
   config.attrs = attributes;
   config.numAttrs = limits.major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return keep_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// How many clusters of `cluster` blocks of a kernel the device holds at once; at least one.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), unsigned cluster, unsigned threads, size_t shared) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess && count > 0 ? count : 1;
 }
 
 }  // namespace lowra

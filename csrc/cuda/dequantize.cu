@@ -1,4 +1,4 @@
-// Dequantise: dense [N, K] in the order of W from packed rows. Reference: reference.dequantize.
+// Dequantise: dense [N, K] in the order of W from packed rows, or a part of it. Reference: reference.dequantize.
 //
 // A warp takes 1024 neighbouring weights of one row, a lane 8 of them at a time, four times over with all loads issued
 // first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. What else counts is the order
@@ -20,10 +20,10 @@ constexpr int kMinBlocks = kResident;
 
 // Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by one.
 template <class Out>
-__device__ __forceinline__ void store_chunk(Out *row, int first, int in_features, bool vector,
+__device__ __forceinline__ void store_chunk(Out *row, int first, int end, bool vector,
                                             const uint32_t (&words)[2 * sizeof(Out)]) {
   constexpr int kWords = 2 * sizeof(Out);
-  if (vector && first + 8 <= in_features) {
+  if (vector && first + 8 <= end) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
       *reinterpret_cast<uint4 *>(row + first + i * 4 / sizeof(Out)) =
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_chunk(Out *row, int first, int in_features
     const Out *value = reinterpret_cast<const Out *>(words);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (first + i < in_features) row[first + i] = value[i];
+      if (first + i < end) row[first + i] = value[i];
     }
   }
 }
@@ -149,6 +149,10 @@ struct decoder {
 
 struct dense_shape {
   int in_features, groups;
+  int first_chunk, end;  // columns of the part begin at chunk first_chunk and end before column `end`
+  int columns;           // of the part
+  int first_row, rows;   // of the part
+  bool all_rows;
   int group_shift;  // log2 of the chunks in a group, 0 where that is no power of two
   small_divisor chunks_per_group;
   bool vector;  // rows of the output start on multiples of 16 bytes
@@ -223,10 +227,16 @@ __device__ __forceinline__ void ask_for_block(const lowra_packed &p, const rows_
   prefetch_around(begin, begin + bytes);
 }
 
+// Where column 0 of a row of W would stand.
+template <class Out>
+__device__ __forceinline__ Out *row_of(Out *out, const dense_shape &shape, int row) {
+  return out + ((ptrdiff_t)(row - shape.first_row) * shape.columns - shape.first_chunk * 8);
+}
+
 template <int BITS, class Out>
 __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row_place &place, int packed_row,
                                                 const dense_shape &shape, Out *out) {
-  const int lane = threadIdx.x, first = blockIdx.x * kSpan;
+  const int lane = threadIdx.x, first = shape.first_chunk + blockIdx.x * kSpan;
   const size_t first_scale = (size_t)packed_row * shape.groups;
   span_codes<BITS> codes;
   codes.load(p.codes + place.code_offset, first, shape.in_features);
@@ -238,22 +248,22 @@ __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row
     const int group = (first >> shape.group_shift) + lane;
     const bool used = lane < kSpan >> shape.group_shift && group < shape.groups;
     const float scale = used ? load_scale(p, first_scale + group) : 0.f;
-    Out *row = out + (size_t)__ldg(p.row_order + packed_row) * shape.in_features;
+    Out *row = row_of(out, shape, __ldg(p.row_order + packed_row));
     of_group.set_scale(scale);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       of_group.of_lane((32 * c + lane) >> shape.group_shift).decode(codes.chunk(c), words);
-      store_chunk<Out>(row, (first + 32 * c + lane) * 8, shape.in_features, shape.vector, words);
+      store_chunk<Out>(row, (first + 32 * c + lane) * 8, shape.end, shape.vector, words);
     }
   } else {
-    Out *row = out + (size_t)__ldg(p.row_order + packed_row) * shape.in_features;
+    Out *row = row_of(out, shape, __ldg(p.row_order + packed_row));
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = first + 32 * c + lane;
       of_group.set_scale(chunk * 8 < shape.in_features
                              ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f);
       of_group.decode(codes.chunk(c), words);
-      store_chunk<Out>(row, chunk * 8, shape.in_features, shape.vector, words);
+      store_chunk<Out>(row, chunk * 8, shape.end, shape.vector, words);
     }
   }
 }
@@ -264,7 +274,7 @@ __global__ void __launch_bounds__(32 * kRows, kMinBlocks)
     dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, row_blocks blocks,
                       int ahead, Out *out) {
   const block_place at = place_block(blocks, layout, blockIdx.y);
-  if (blockIdx.x == 0 && threadIdx.y == 0) {
+  if (blockIdx.x == 0 && threadIdx.y == 0 && shape.all_rows) {
     // The first blocks ask for themselves too: they are on the chip before the earlier kernel ends.
     const int last = min((int)blockIdx.y + ahead, blocks.total - 1);
 #pragma unroll 1
@@ -276,6 +286,7 @@ __global__ void __launch_bounds__(32 * kRows, kMinBlocks)
   let_later_kernels_start();
   if ((int)threadIdx.y >= at.rows) return;
   const int row = at.first + threadIdx.y;
+  if (!shape.all_rows && (unsigned)(__ldg(p.row_order + row) - shape.first_row) >= (unsigned)shape.rows) return;
   const row_place place = place_of<0>(layout, row);
   if (place.bits == 1) {
     dequantize_span<1>(p, place, row, shape, out);
@@ -287,14 +298,16 @@ __global__ void __launch_bounds__(32 * kRows, kMinBlocks)
 }
 
 template <class Out>
-int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
+int dequantize(const lowra_packed &p, const lowra_part &part, void *out, cudaStream_t stream) {
   const lowra_shape &s = p.shape;
   const rows_layout layout = layout_of(s);
-  const int chunks = (int)((s.in_features + 7) / 8);
+  const int chunks = (int)((part.columns + 7) / 8);
   const dense_shape shape = {(int)s.in_features, (int)((s.in_features + s.group_size - 1) / s.group_size),
+                             (int)(part.first_column / 8), (int)(part.first_column + part.columns), (int)part.columns,
+                             (int)part.first_row, (int)part.rows, part.rows == row_count(s),
                              (s.group_size & (s.group_size - 1)) ? 0 : __builtin_ctz((unsigned)s.group_size / 8),
                              divisor_of((uint32_t)s.group_size / 8),
-                             aligned16(out) && s.in_features * sizeof(Out) % 16 == 0};
+                             aligned16(out) && part.columns * sizeof(Out) % 16 == 0};
   const row_blocks blocks = blocks_of(layout);
   const dim3 grid((chunks + kSpan - 1) / kSpan, blocks.total), block(32, kRows);
   device_limits limits;
@@ -308,15 +321,22 @@ int dequantize(const lowra_packed &p, void *out, cudaStream_t stream) {
 }  // namespace
 }  // namespace lowra
 
-int lowra_cuda_dequantize(const lowra_packed *packed, void *out, int32_t out_type, void *stream) {
+int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
+                          void *stream) {
   using namespace lowra;
   const int status = check_packed(*packed);
-  if (row_count(packed->shape) == 0 && status != LOWRA_BAD_SHAPE) return LOWRA_OK;
+  if (status == LOWRA_BAD_SHAPE) return status;
+  const int64_t rows = row_count(packed->shape), columns = packed->shape.in_features;
+  if (part->first_row < 0 || part->rows < 0 || part->first_row + part->rows > rows || part->first_column < 0 ||
+      part->first_column % LOWRA_MAX_GROUP_SIZE != 0 || part->columns < 0 || part->first_column + part->columns > columns) {
+    return LOWRA_BAD_SHAPE;
+  }
+  if (part->rows == 0 || part->columns == 0) return LOWRA_OK;
   if (status != LOWRA_OK) return status;
   if (out_type < LOWRA_FLOAT32 || out_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
   if (!out) return LOWRA_NULL_POINTER;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (out_type == LOWRA_FLOAT32) return dequantize<float>(*packed, out, on);
-  if (out_type == LOWRA_FLOAT16) return dequantize<fp16>(*packed, out, on);
-  return dequantize<bf16>(*packed, out, on);
+  if (out_type == LOWRA_FLOAT32) return dequantize<float>(*packed, *part, out, on);
+  if (out_type == LOWRA_FLOAT16) return dequantize<fp16>(*packed, *part, out, on);
+  return dequantize<bf16>(*packed, *part, out, on);
 }

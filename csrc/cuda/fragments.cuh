@@ -89,11 +89,9 @@ __device__ __forceinline__ uint32_t scaled(uint32_t levels, float scale) {
   return pack<T>(level.x * scale, level.y * scale);
 }
 
+// stored: the levels of a row, two in a word.
 template <int BITS, class T>
-__device__ __forceinline__ value_table<BITS> build_table(const row_levels<BITS> &levels, float scale) {
-  constexpr int kWords = (1 << BITS) / 2;
-  uint32_t stored[kWords];
-  levels.read(stored);
+__device__ __forceinline__ value_table<BITS> table_of(const uint32_t (&stored)[(1 << BITS) / 2], float scale) {
   value_table<BITS> table;
   if constexpr (BITS == 1) {
     const uint32_t both = scaled<T>(stored[0], scale);
@@ -112,6 +110,13 @@ __device__ __forceinline__ value_table<BITS> build_table(const row_levels<BITS> 
     }
   }
   return table;
+}
+
+template <int BITS, class T>
+__device__ __forceinline__ value_table<BITS> build_table(const row_levels<BITS> &levels, float scale) {
+  uint32_t stored[(1 << BITS) / 2];
+  levels.read(stored);
+  return table_of<BITS, T>(stored, scale);
 }
 
 // Bytes 0 and 2 of the result are bytes 0 and 2 of `word` (bytes 1 and 3 for ODD), and the byte above each is the same one

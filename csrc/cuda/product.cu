@@ -1,6 +1,23 @@
 // Checks the arguments of a fused product and picks its kernel.
 #include "product.cuh"
 
+namespace lowra {
+namespace {
+
+constexpr int kFew = 64;    // tokens, on any chip
+constexpr int kMany = 256;  // with the tensor cores of Hopper
+
+}  // namespace
+}  // namespace lowra
+
+int64_t lowra_cuda_product_tokens(int64_t rows, int64_t in_features) {
+  using namespace lowra;
+  device_limits limits;
+  if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return kFew;
+  // A dense weight that stays in the L2 cache costs little.
+  return 2 * rows * in_features > limits.l2_bytes ? kMany : kFew;
+}
+
 int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                        int32_t type, void *stream) {
   using namespace lowra;
@@ -11,7 +28,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (const int status = check_packed(*packed)) return status;
   if (!x || !out) return LOWRA_NULL_POINTER;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
-  if (tokens > 64 || s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) ||
+  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) ||
       !aligned16(packed->codes) || reinterpret_cast<uintptr_t>(packed->levels) % 4 != 0) {
     return LOWRA_UNSUPPORTED;
   }
@@ -23,6 +40,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (tokens > kFew) return product_many(q, type, on);
   // Up to here product_small is the faster one on an H200 (docs/kernels.md); 4-bit rows cost it more.
   const int few = 2 * s.rows4 > row_count(s) ? 4 : 8;
   if (tokens <= few) {

@@ -25,8 +25,29 @@ __device__ __forceinline__ void store_if(bool wanted, T *at, float value) {
       : "memory");
 }
 
+// Words of codes at `at`. Asks for 256 bytes in the L2 cache, the columns that follow: a wait for memory takes longer than
+// decoding them.
+#define LOWRA_LOAD "ld.global.nc.L2::256B."
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[1]) {
+  asm volatile(LOWRA_LOAD "u32 %0, [%1];" : "=r"(words[0]) : "l"(at));
+}
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[2]) {
+  asm volatile(LOWRA_LOAD "v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(at));
+}
+template <int WORDS>
+__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[WORDS]) {
+#pragma unroll
+  for (int i = 0; i < WORDS; i += 4) {
+    asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                 : "l"(at + 4 * i));
+  }
+}
+#undef LOWRA_LOAD
+
 int product_small(const product &q, int32_t type, cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
 int product_wgmma(const product &q, int32_t type, cudaStream_t stream);  // LOWRA_UNSUPPORTED on chips without wgmma
+int product_many(const product &q, int32_t type, cudaStream_t stream);   // likewise
 
 }  // namespace lowra

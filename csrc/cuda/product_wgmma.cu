@@ -32,14 +32,6 @@ struct block_shape {
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
 };
 
-struct ring_place {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
 // Tiles of 64 rows are dealt out to the blocks one by one, 4-bit ones first, so that the dear ones do not meet in a few.
 __device__ __forceinline__ int tile_of_group(int group) { return blockIdx.y + group * gridDim.y; }
 
@@ -85,7 +77,7 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
       }
     }
   };
-  ring_place ring;
+  ring_place<kStages> ring;
   const auto store_half = [&](const uint4(&loaded)[kSets][4]) {
     barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
@@ -97,7 +89,7 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
     fence_stores_for_tensor_cores();
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8 * ring.stage);
-    ring.advance();
+    ring.advance(1);
   };
   uint4 first[kSets][4], second[kSets][4];  // one is on its way while the other is stored
   load_half(begin, first);
@@ -109,21 +101,6 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
     store_half(second);
   }
 }
-
-// The 32 codes of BITS bits at `at`. Asks for 256 bytes in the L2 cache, the columns that follow: a wait for memory takes
-// longer than decoding them.
-#define LOWRA_LOAD "ld.global.nc.L2::256B."
-__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[1]) {
-  asm volatile(LOWRA_LOAD "u32 %0, [%1];" : "=r"(words[0]) : "l"(at));
-}
-__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[2]) {
-  asm volatile(LOWRA_LOAD "v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(at));
-}
-__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[4]) {
-  asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
-}
-#undef LOWRA_LOAD
 
 // The two rows of a lane, `lane / 4` and `lane / 4 + 8` of its warp's 16, as offsets of 32 bits: registers are scarce here.
 // Rows past the end of a precision repeat its last row; their sums are never stored.
@@ -186,7 +163,7 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
   rows.fetch(q, lane_column(begin, 1, lane), end, words[1]);
   rows.fetch(q, lane_column(begin, 0, lane), end, scales);
   value_table<BITS> table[2];
-  ring_place ring;
+  ring_place<kStages> ring;
   int used = -1;  // stage of the half tile before, not yet given back
   const auto multiply_half = [&](int half, uint32_t (&codes)[2][BITS]) {
     if (half % scale_step == 0) {
@@ -226,7 +203,7 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
       }
     }
     rows.fetch(q, lane_column(begin, half + 2, lane), end, codes);
-    ring.advance();
+    ring.advance(1);
   };
 #pragma unroll 1
   for (int half = 0; half < halves; half += 2) {
@@ -329,20 +306,10 @@ __global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid
 
 // How many clusters of `splits` blocks run at once. Asked for once: the query costs more than the launch.
 template <int TOKENS, class T>
-int clusters_at_once(int splits) {
+int clusters_of(int splits) {
   static thread_local int known[kMaxSplits + 1];
   if (known[splits] == 0) {
-    auto *kernel = product_wgmma_kernel<TOKENS, T>;
-    constexpr int kBytes = block_shape<TOKENS>::kBytes;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = splits, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(splits), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = kBytes;
-    config.attrs = &attribute, config.numAttrs = 1;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&known[splits], kernel, &config);
-    if (error != cudaSuccess || known[splits] == 0) known[splits] = 1;
+    known[splits] = clusters_at_once(product_wgmma_kernel<TOKENS, T>, splits, kThreads, block_shape<TOKENS>::kBytes);
   }
   return known[splits];
 }
@@ -352,7 +319,7 @@ template <int TOKENS, class T>
 int best_splits(int clusters, int steps) {
   int best = 1, least = INT32_MAX;
   for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
-    const int at_once = clusters_at_once<TOKENS, T>(splits), waves = (clusters + at_once - 1) / at_once;
+    const int at_once = clusters_of<TOKENS, T>(splits), waves = (clusters + at_once - 1) / at_once;
     const int cost = waves * ((steps + splits - 1) / splits + 2);  // + 2: a block's start and end take two tiles' time
     if (cost < least) least = cost, best = splits;
   }

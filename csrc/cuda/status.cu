@@ -22,6 +22,7 @@ int limits_of_current_device(device_limits &limits) {
   device_limits &found = known[device];
   if (found.major == 0) {
     cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&found.l2_bytes, cudaDevAttrL2CacheSize, device);
     cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, device);
   }

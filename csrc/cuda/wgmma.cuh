@@ -15,6 +15,22 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// So many arrivals at once.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// At an address of the cluster.
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and lets the phase wait for so many bytes of copies.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// After barriers were made: other blocks of the cluster may use them once they have met at its barrier.
+__device__ __forceinline__ void fence_barriers_for_cluster() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 // Returns once the phase of this parity is complete.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -26,17 +42,71 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Place in a ring of STAGES stages, each with a pair of barriers.
+template <int STAGES>
+struct ring_place {
+  int stage = 0;
+  uint32_t parity = 0;
+  // steps: at most STAGES.
+  __device__ __forceinline__ void advance(int steps) {
+    stage += steps;
+    if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void shared_store(uint32_t at, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+__device__ __forceinline__ void shared_store(uint32_t at, const uint32_t *four) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3])
+               : "memory");
+}
+// Returns what was there before. What this thread wrote before, threads that add later see.
+__device__ __forceinline__ uint32_t shared_add(uint32_t at, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(at), "r"(value) : "memory");
+  return before;
+}
+
+// The copy engine fetches a box of `map` at (column, row) to `target`; the bytes count at `barrier`.
+__device__ __forceinline__ void load_tile(uint32_t target, const void *map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// The same in this block and in the other one of its pair.
+__device__ __forceinline__ void load_tile_for_pair(uint32_t target, const void *map, int column, int row,
+                                                   uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3)
+      : "memory");
+}
+// The copy engine copies `bytes` of this block to another one's `target`; they count at that one's `barrier`. Both are
+// addresses for the whole cluster.
+__device__ __forceinline__ void copy_to_block(uint32_t target, uint32_t source, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "r"(source), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // Ordinary stores of this thread to shared memory become visible to the tensor cores.
 __device__ __forceinline__ void fence_stores_for_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The barrier of a cluster, in two halves; memory accesses before the one are visible after the other.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 // As cluster_sync, but orders no memory accesses, and so does not wait for stores.
 __device__ __forceinline__ void cluster_sync_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  cluster_wait();
 }
 
 // Address, for the whole cluster, of what lies at a shared address in block `rank`.
@@ -111,6 +181,39 @@ LOWRA_WGMMA_TYPES(32, LOWRA_NAMES16, "%16,%17,%18,%19", "%20", LOWRA_SUMS16(0))
 LOWRA_WGMMA_TYPES(64, LOWRA_NAMES32, "%32,%33,%34,%35", "%36", LOWRA_SUMS32(0))
 #undef LOWRA_WGMMA_TYPES
 #undef LOWRA_WGMMA
+
+// sum[64 x ROWS] += a[64 x 16] * b[16 x ROWS], both in shared memory.
+template <int ROWS, class T>
+struct wgmma_shared;
+
+#define LOWRA_NAMES48 LOWRA_NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define LOWRA_NAMES64 LOWRA_NAMES48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LOWRA_NAMES80 LOWRA_NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define LOWRA_NAMES88 LOWRA_NAMES80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define LOWRA_WGMMA(ROWS, TYPE, PTX_TYPE, NAMES, A, B, ...)                                                             \
+  template <>                                                                                                           \
+  struct wgmma_shared<ROWS, TYPE> {                                                                                     \
+    static __device__ __forceinline__ void add(float (&sum)[ROWS / 2], uint64_t a, uint64_t b) {                        \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #ROWS "k16.f32." PTX_TYPE "." PTX_TYPE " {" NAMES "}, " A ", " B \
+                   ", 1, 1, 1, 0, 0;"                                                                                   \
+                   : __VA_ARGS__                                                                                        \
+                   : "l"(a), "l"(b));                                                                                   \
+    }                                                                                                                   \
+  };
+#define LOWRA_WGMMA_TYPES(ROWS, NAMES, A, B, ...)           \
+  LOWRA_WGMMA(ROWS, bf16, "bf16", NAMES, A, B, __VA_ARGS__) \
+  LOWRA_WGMMA(ROWS, fp16, "f16", NAMES, A, B, __VA_ARGS__)
+LOWRA_WGMMA_TYPES(64, LOWRA_NAMES32, "%32", "%33", LOWRA_SUMS32(0))
+LOWRA_WGMMA_TYPES(96, LOWRA_NAMES48, "%48", "%49", LOWRA_SUMS32(0), LOWRA_SUMS16(32))
+LOWRA_WGMMA_TYPES(128, LOWRA_NAMES64, "%64", "%65", LOWRA_SUMS32(0), LOWRA_SUMS32(32))
+LOWRA_WGMMA_TYPES(160, LOWRA_NAMES80, "%80", "%81", LOWRA_SUMS32(0), LOWRA_SUMS32(32), LOWRA_SUMS16(64))
+LOWRA_WGMMA_TYPES(176, LOWRA_NAMES88, "%88", "%89", LOWRA_SUMS32(0), LOWRA_SUMS32(32), LOWRA_SUMS16(64), LOWRA_SUMS8(80))
+#undef LOWRA_WGMMA_TYPES
+#undef LOWRA_WGMMA
+#undef LOWRA_NAMES88
+#undef LOWRA_NAMES80
+#undef LOWRA_NAMES64
+#undef LOWRA_NAMES48
 #undef LOWRA_NAMES32
 #undef LOWRA_NAMES16
 #undef LOWRA_NAMES8

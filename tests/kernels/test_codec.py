@@ -83,6 +83,31 @@ def test_dequantize_equals_the_reference(device, shape, scales, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_equals_that_of_the_whole(device, shape, dtype):
+    *mix, in_features, group_size = shape
+    case = packed_case(*mix, in_features, group_size, scales=torch.uint8)
+    whole = reference.dequantize(*case.dequantize_arguments(dtype))
+    *packed, dtype = case.to(device).dequantize_arguments(dtype)
+    rows = sum(mix)
+    columns = {(0, in_features), (0, 1), (256, 100), (256, in_features - 256), (1024, 32)}
+    for first_row, end_row in {(0, rows), (0, 1), (rows // 2, rows), (rows // 3, 2 * rows // 3)}:
+        for first, count in columns:
+            if count < 0 or first + count > in_features:
+                continue
+            part = first_row, end_row - first_row, first, count
+            out = OPS.lowra_dequantize_part(*packed, *part, dtype)
+            same_bits(out, whole[first_row:end_row, first : first + count].contiguous())
+
+
+@pytest.mark.parametrize("part", [(0, 6, 32, 32), (0, 6, -256, 64), (0, 6, 0, 513), (3, 4, 0, 256), (-1, 2, 0, 256)])
+def test_a_part_outside_the_weight_is_refused(device, part):
+    *packed, dtype = packed_case(2, 2, 2, 512).to(device).dequantize_arguments(torch.float32)
+    with pytest.raises(RuntimeError, match="must lie within .6, 512."):
+        OPS.lowra_dequantize_part(*packed, *part, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30, 1e-39])
 def test_dequantize_of_huge_and_tiny_scales(device, magnitude, dtype):
     case = packed_case(3, 3, 3, 160, magnitude=magnitude)

@@ -7,6 +7,7 @@ import torch
 from cases import packed_case
 
 from bitsandbytes.backends.lowra import layout, reference
+from bitsandbytes.backends.lowra.ops import gradient_of_input, product_by_columns, product_by_rows
 
 OPS = torch.ops.bitsandbytes
 SHAPES = [
@@ -115,3 +116,42 @@ def test_backward_multiplies_by_the_dequantised_weight(device, tokens):
     OPS.lowra_linear(*case.to(device).linear_arguments(on_x, on_bias)).backward(grad.to(device))
     torch.testing.assert_close(on_x.grad.cpu(), grad @ weight, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(on_bias.grad.cpu(), grad.sum(dim=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [256, 512])
+def test_products_with_a_part_of_the_weight_at_a_time(device, at_once):
+    case = packed_case(100, 300, 600, 1056, scales=torch.uint8)
+    weight = reference.dequantize(*case.dequantize_arguments(torch.float32))
+    random = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(2, 3, 1056, generator=random), torch.randn(2, 3, 1000, generator=random)
+    bias = torch.randn(1000, generator=random)
+    *packed, _ = case.to(device).dequantize_arguments(torch.float32)
+    close_to = {"rtol": 1e-4, "atol": 1e-4}
+    out = product_by_columns(grad.to(device), at_once, *packed)
+    torch.testing.assert_close(out.cpu(), grad @ weight, **close_to)
+    out = product_by_rows(x.to(device), None, at_once, *packed)
+    torch.testing.assert_close(out.cpu(), x @ weight.T, **close_to)
+    out = product_by_rows(x.to(device), bias.to(device), at_once, *packed)
+    torch.testing.assert_close(out.cpu(), x @ weight.T + bias, **close_to)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_a_large_weight_is_never_dense_as_a_whole():
+    case = packed_case(300, 700, 7192, 8192, scales=torch.uint8).to("cuda")
+    *packed, _ = case.dequantize_arguments(torch.bfloat16)
+    weight = OPS.lowra_dequantize(*packed, torch.bfloat16)
+    x = torch.randn(1200, 8192, device="cuda", dtype=torch.bfloat16)
+    expected = x @ weight.T, x @ weight
+    outputs_bytes = 2 * x.numel()
+    del weight
+    for _ in range(2):  # the first time brings workspaces
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            outputs = OPS.lowra_linear(*case.linear_arguments(x)), gradient_of_input(x, *packed)
+        used = torch.cuda.max_memory_allocated() - before
+        for out, exact in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(out, exact, rtol=2e-2, atol=4e-1)
+        del outputs, out
+    assert used < (65 << 20) + 2 * outputs_bytes  # the whole weight would be 128 MiB

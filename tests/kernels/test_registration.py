@@ -13,6 +13,8 @@ def test_opcheck(device, scales):
     check = torch.library.opcheck
     check(OPS.lowra_quantize.default, case.quantize_arguments)
     check(OPS.lowra_dequantize.default, case.dequantize_arguments(torch.bfloat16))
+    *packed, dtype = case.dequantize_arguments(torch.bfloat16)
+    check(OPS.lowra_dequantize_part.default, (*packed, 3, 20, 0, 100, dtype))
     check(OPS.lowra_encode_scales.default, (torch.rand(9, 40, device=device),))
     levels, cuts = torch.linspace(-1, 1, 22, device=device), torch.linspace(-1, 1, 19, device=device)
     check(OPS.lowra_lloyd_max.default, (case.weight, levels, cuts, None, 64, 2, True))

@@ -41,6 +41,10 @@ class _Packed(ctypes.Structure):
     ]
 
 
+class _Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("first_row", "rows", "first_column", "columns")]
+
+
 class _Lloyd(ctypes.Structure):
     _fields_ = [
         ("initial_levels", ctypes.c_void_p),
@@ -59,7 +63,7 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _CUDA_SIGNATURES = {
     "lowra_cuda_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _P],
     "lowra_cuda_encode_scales": [_P, _L, _P, _P, _P],
-    "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), _P, _I, _P],
+    "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _P],
     "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
     "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
@@ -89,6 +93,8 @@ def _load_cuda() -> ctypes.CDLL | None:
     library = _load(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
     if library is not None:
         library.lowra_cuda_error.restype = ctypes.c_char_p
+        library.lowra_cuda_product_tokens.restype = ctypes.c_int64
+        library.lowra_cuda_product_tokens.argtypes = [_L, _L]
         for name, types in _CUDA_SIGNATURES.items():
             getattr(library, name).argtypes = types
     return library
@@ -258,20 +264,33 @@ def cuda_encode_scales(absmax):
 
 
 def cuda_dequantize(
-    codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype
+    codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype, part=None
 ):
-    """`reference.dequantize` on the CUDA library."""
+    """`reference.dequantize` on the CUDA library, or a part (first row, rows, first column, columns) of it."""
     packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-    out = codes.new_empty(row_order.numel(), in_features, dtype=dtype)
+    part = (0, row_order.numel(), 0, in_features) if part is None else part
+    out = codes.new_empty(part[1], part[3], dtype=dtype)
     status = _call_cuda(
-        "lowra_cuda_dequantize", codes.device, ctypes.byref(packed), out.data_ptr(), _TYPES[dtype], _stream(codes)
+        "lowra_cuda_dequantize",
+        codes.device,
+        ctypes.byref(packed),
+        ctypes.byref(_Part(*part)),
+        out.data_ptr(),
+        _TYPES[dtype],
+        _stream(codes),
     )
     check(status, "dequantisation", packed.shape)
     return out
 
 
+@functools.cache
+def product_tokens(device: torch.device, rows: int, in_features: int) -> int:
+    """Up to how many tokens `cuda_product` is quicker on this GPU than a dense product after `cuda_dequantize`."""
+    return _call_cuda("lowra_cuda_product_tokens", device, rows, in_features)
+
+
 def cuda_product(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-    """`reference.linear` for at most 64 tokens on the CUDA library; None where it does not cover the shape."""
+    """`reference.linear` on the CUDA library; None where it does not cover the shape."""
     in_features = x.shape[-1]
     packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
     x = x.contiguous()

@@ -22,6 +22,11 @@ torch.library.define(
     f"({_PACKED.format(bias='', in_features='int in_features, ')}, ScalarType dtype) -> Tensor",
 )
 torch.library.define(
+    "bitsandbytes::lowra_dequantize_part",
+    f"({_PACKED.format(bias='', in_features='int in_features, ')},"
+    " int first_row, int rows, int first_column, int columns, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
     "bitsandbytes::lowra_linear",
     f"(Tensor x, {_PACKED.format(bias='Tensor? bias, ', in_features='')}) -> Tensor",
 )
@@ -35,8 +40,6 @@ torch.library.define(
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Products on CUDA with at most this many tokens decode the weight inside the product (measured: docs/kernels.md).
-_FUSED_TOKENS = 64
 _FUSED_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -175,6 +178,35 @@ def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_fe
     return codes.new_empty(row_order.numel(), in_features, dtype=dtype)
 
 
+def _check_part(shape, first_row, rows, first_column, columns):
+    """A part of a weight must lie within it; kernels begin with a group, whatever its size."""
+    inside = 0 <= first_row and 0 <= rows and first_row + rows <= shape[0]
+    inside = inside and 0 <= first_column and 0 <= columns and first_column + columns <= shape[1]
+    torch._check(
+        inside and first_column % 256 == 0,
+        lambda: (
+            f"a part must lie within {list(shape)} and its columns begin at a multiple of 256, got {rows} rows from "
+            f"{first_row} on, {columns} columns from {first_column} on"
+        ),
+    )
+
+
+@torch.library.register_fake("bitsandbytes::lowra_dequantize_part")
+def _(*arguments):
+    *packed, first_row, rows, first_column, columns, dtype = arguments
+    check_packed(*packed)
+    _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
+    return packed[0].new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", None)
+def _(*arguments):
+    *packed, first_row, rows, first_column, columns, dtype = arguments
+    _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
+    whole = torch.ops.bitsandbytes.lowra_dequantize(*packed, dtype)
+    return whole[first_row : first_row + rows, first_column : first_column + columns].clone()
+
+
 @torch.library.register_fake("bitsandbytes::lowra_linear")
 def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
     check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size)
@@ -242,23 +274,98 @@ if native.cuda_available():
         _check_packed_once(*packed)
         return native.cuda_dequantize(*packed, dtype)
 
+    @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cuda")
+    def _(*arguments):
+        *packed, first_row, rows, first_column, columns, dtype = arguments
+        _check_packed_once(*packed)
+        _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
+        return native.cuda_dequantize(*packed, dtype, (first_row, rows, first_column, columns))
+
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
     def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
         in_features = x.shape[-1]
         packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
         _check_packed_once(*packed)
-        if 0 < x.numel() <= _FUSED_TOKENS * in_features and x.dtype in _FUSED_TYPES:
+        most = native.product_tokens(x.device, row_order.numel(), in_features) if x.dtype in _FUSED_TYPES else 0
+        if 0 < x.numel() <= most * in_features:
             out = native.cuda_product(
                 x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size
             )
             if out is not None:
                 return out
+        rows = _at_once(row_order.numel(), in_features * x.element_size(), _TILES * in_features // max(1, x.numel()))
+        if rows < row_order.numel():
+            return product_by_rows(x, bias, rows, *packed)
         return torch.nn.functional.linear(x, native.cuda_dequantize(*packed, x.dtype), bias)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments):
         _check_lloyd_max(*arguments[:5])
         return native.cuda_lloyd_max(*arguments) or lloyd.lloyd_max(*arguments)
+
+
+# Dense bytes of a weight that a product on a GPU holds at once. The whole weight would be the largest tensor of a
+# fine-tuning step's peak.
+_DENSE_BYTES = 64 << 20
+_TILES = 1 << 21  # outputs of a forward product that fill a large GPU: no block is to have fewer
+
+
+def _at_once(count: int, bytes_each: int, least: int = 0) -> int:
+    """Rows or columns of a weight to be dense at a time, `least` or more: as equal as multiples of 256 can be."""
+    blocks = max(1, -(-count * bytes_each // _DENSE_BYTES))
+    return -(-max(least, -(-count // blocks)) // 256) * 256
+
+
+def product_by_rows(
+    x: torch.Tensor, bias: torch.Tensor | None, rows: int, *packed: torch.Tensor | int | None
+) -> torch.Tensor:
+    """x [..., K] times the transposed packed weight [N, K], plus bias, with so many rows of the weight dense at a time.
+
+    Not differentiable. packed: what `lowra_dequantize` takes, without the dtype, which is that of x.
+    """
+    out_features, in_features = packed[1].numel(), packed[7]
+    flat = x.reshape(-1, in_features)
+    out = x.new_empty(flat.shape[0], out_features)
+    for first in range(0, out_features, rows):
+        block = slice(first, min(first + rows, out_features))
+        part = (first, block.stop - first, 0, in_features)
+        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, x.dtype).t()
+        if bias is None:
+            torch.mm(flat, weight, out=out[:, block])
+        else:
+            torch.addmm(bias[block], flat, weight, out=out[:, block])
+    return out.view(*x.shape[:-1], out_features)
+
+
+def product_by_columns(gradient: torch.Tensor, columns: int, *packed: torch.Tensor | int | None) -> torch.Tensor:
+    """gradient [..., N] times the packed weight [N, K], with so many columns of the weight dense at a time.
+
+    Not differentiable. columns: a multiple of 256. packed: as in `product_by_rows`.
+    """
+    rows, in_features = packed[1].numel(), packed[7]
+    flat = gradient.reshape(-1, rows)
+    out = gradient.new_empty(flat.shape[0], in_features)
+    for first in range(0, in_features, columns):
+        block = slice(first, min(first + columns, in_features))
+        part = (0, rows, first, block.stop - first)
+        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, gradient.dtype)
+        torch.mm(flat, weight, out=out[:, block])
+    return out.view(*gradient.shape[:-1], in_features)
+
+
+def gradient_of_input(gradient: torch.Tensor, *packed: torch.Tensor | int | None) -> torch.Tensor:
+    """gradient [..., N] times the packed weight [N, K]: [..., K], the backward of `lowra_linear` in x.
+
+    Args:
+        packed: what `lowra_dequantize` takes, without the dtype, which is that of `gradient`.
+    """
+    rows, in_features = packed[1].numel(), packed[7]
+    columns = _at_once(in_features, rows * gradient.element_size())
+    # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or not gradient.is_cuda
+    if whole or columns >= in_features:
+        return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
+    return product_by_columns(gradient, columns, *packed)
 
 
 def _linear_setup_context(ctx, inputs, output):
@@ -273,10 +380,7 @@ def _linear_backward(ctx, grad):
     codes, row_order, scales, scale_steps, levels = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.bitsandbytes.lowra_dequantize(
-            codes, row_order, scales, scale_steps, levels, *ctx.arguments, grad.dtype
-        )
-        grad_x = grad @ weight
+        grad_x = gradient_of_input(grad, codes, row_order, scales, scale_steps, levels, *ctx.arguments)
     if ctx.needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, None, None, None, None, None, grad_bias, None, None, None
