@@ -6,6 +6,7 @@ run that is started again with the same arguments goes on where it stopped, and 
 
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 import time
@@ -16,10 +17,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import __version__, card
-from .atomic import move_folder, refuse_existing, save_json, save_tensors, save_text
+from .atomic import held, move_folder, refuse_existing, save_json, save_tensors, save_text
 from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
-from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from .checkpoint import DenseCheckpoint, check_finite, empty_model, listed, resolve_folder, safetensors_files
 from .config import LowRAConfig
 from .device import choose_device
 from .feedback import with_feedback
@@ -27,6 +28,8 @@ from .loftq import METHODS, initialize
 from .planning import Plan, Planner
 from .quantize import quantize_matrix
 from .targets import Target, check_skips, find_targets
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
 ADAPTER_FOLDER = "initial_adapter"
@@ -56,8 +59,11 @@ class AdapterRecipe:
         self.alpha = float(self.rank if self.alpha is None else self.alpha)
         if self.method not in METHODS:
             raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
-        if self.rank < 1:
-            raise ValueError(f"A rank is at least 1; got {self.rank}.")
+        for name, number in (("rank", self.rank), ("number of steps", self.steps)):
+            if number < 1:
+                raise ValueError(f"A {name} is at least 1; got {number}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
 
 
 def quantize_checkpoint(
@@ -97,26 +103,56 @@ def quantize_checkpoint(
     check_skips(skeleton, config.modules_to_not_convert)
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
-        limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.adapted)
-        if adapter.rank > limit:
-            raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
-    source = DenseCheckpoint(files, skeleton)
+        _check_rank(adapter.rank, targets)
     for wanted, name in (
         (adapter is not None and adapter.method == "cloq", "method=cloq"),
         (config.feedback, "feedback"),
     ):
         if wanted and not (calibration and calibration.has_moments):
-            raise ValueError(f"{name} needs second moments of the inputs: calibrate with moments=True.")
-    work = _open_work_folder(output, files, config, adapter, calibration)
-
-    try:
-        report = _stream(source, targets, config, adapter, calibration, work, output, folder, model, device, progress)
-    except ValueError:
-        shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
-        raise
-    move_folder(work / "final", output)
-    shutil.rmtree(work)
+            raise ValueError(
+                f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
+            )
+    source = DenseCheckpoint(files, skeleton)
+    if source.unplaced:
+        logger.warning(
+            "lowra: the checkpoint holds %s that %s of its config.json has no place for; left out.",
+            listed(source.unplaced),
+            type(skeleton).__name__,
+        )
+    for name in source.names():
+        if name not in targets:  # the learner looks at the others
+            for key, tensor in source.load(name).items():
+                check_finite(key, tensor)
+    work = output.with_name(output.name + ".partial")
+    with held(work):
+        _empty_unless_begun(work, files, config, adapter, calibration)
+        try:
+            report = _stream(
+                source, targets, config, adapter, calibration, work, output, folder, model, device, progress
+            )
+        except ValueError:
+            shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
+            raise
+        move_folder(work / "final", output)
+        shutil.rmtree(work)
     return report
+
+
+def _check_rank(rank: int, targets: dict[str, Target]) -> None:
+    """
+    Raises:
+        ValueError: no layer takes an adapter, or one is too small for the rank.
+    """
+    adapted = [target for target in targets.values() if target.adapted]
+    if not adapted:
+        raise ValueError("Experts, embeddings and head take no adapter, and nothing else is packed: give no rank.")
+    smallest = min(adapted, key=lambda target: min(target.out_features, target.in_features))
+    limit = min(smallest.out_features, smallest.in_features)
+    if rank > limit:
+        raise ValueError(
+            f"A rank of {rank} does not fit {smallest.name} [{smallest.out_features}, {smallest.in_features}]: give at "
+            f"most {limit}, or leave that layer dense (modules_to_not_convert, --keep-dense)."
+        )
 
 
 def _stream(
@@ -163,15 +199,18 @@ def learn(
     progress: bool,
 ) -> None:
     """Feeds every target of a checkpoint to the planner, in the order of the checkpoint."""
-    for name in _bar([n for n in source.names() if n in targets], "learning", progress):
+    names = [name for name in source.names() if name in targets]
+    finished = {name for name in names if planner.has_stored(name)}
+    for name in _bar(names, targets, finished, "learning", progress):
         target = targets[name]
-        if not planner.resume(name, target):
+        if name in finished:
+            planner.resume(name, target)
+        else:
             planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))
 
 
-def _open_work_folder(output, files, config, adapter, calibration) -> pathlib.Path:
-    """`OUTPUT.partial`, emptied unless it was begun with the same source and recipe."""
-    work = output.with_name(output.name + ".partial")
+def _empty_unless_begun(work: pathlib.Path, files, config, adapter, calibration) -> None:
+    """Empties the work folder unless it was begun with the same source and recipe; the folder itself is held."""
     recipe = {
         "version": __version__,
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
@@ -181,19 +220,22 @@ def _open_work_folder(output, files, config, adapter, calibration) -> pathlib.Pa
     }
     begun = work / "recipe.json"
     if begun.exists() and json.loads(begun.read_text()) != recipe:
-        shutil.rmtree(work)
+        begun.unlink()  # first, so that a kill in between leaves nothing that looks like this recipe's
+        for path in work.iterdir():
+            shutil.rmtree(path)
     save_json(recipe, begun)
     shutil.rmtree(work / "final", ignore_errors=True)
-    return work
 
 
 def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, work, device, progress) -> list[str]:
     """One file per conversion of the source, and one per adapted matrix; finished ones are kept from an earlier run."""
     names = source.names()
     tied = set(getattr(source.model, "all_tied_weights_keys", {}))
-    for name in _bar(names, "quantising", progress):
-        piece = work / "pieces" / f"{name}.safetensors"
-        if piece.exists():
+    pieces = {name: work / "pieces" / f"{name}.safetensors" for name in names}
+    finished = {name for name, piece in pieces.items() if piece.exists()}
+    for name in _bar(names, targets, finished, "quantising", progress):
+        piece = pieces[name]
+        if name in finished:
             continue
         tensors = source.load(name)
         if name not in targets:
@@ -240,7 +282,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
     final = work / "final"
     pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
     total, packed_bytes = _write_shards(pieces, final, {target.name for target in targets.values()})
-    parameters = sum(t.out_features * t.in_features for t in targets.values())
+    parameters = sum(target.size for target in targets.values())
     nominal = sum(int(plan.row_bits[name].sum()) * targets[name].in_features for name in targets) / parameters
     reached = dataclasses.replace(
         config,
@@ -337,5 +379,14 @@ def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[s
     return sum(path.stat().st_size for path in final.glob("*.safetensors")), packed_bytes
 
 
-def _bar(names: list[str], what: str, progress: bool) -> Iterator[str]:
-    return tqdm(names, desc=what, unit="tensor", disable=not progress)
+def _bar(names: list[str], targets: dict[str, Target], finished: set[str], what: str, progress: bool) -> Iterator[str]:
+    """The names, under a progress bar of the weights to quantise; its estimate leaves out what an earlier run did."""
+    sizes = {name: targets[name].size for name in names if name in targets}
+    done = sum(sizes.get(name, 0) for name in finished)
+    with tqdm(
+        total=sum(sizes.values()), initial=done, desc=what, unit=" weights", unit_scale=True, disable=not progress
+    ) as bar:
+        for name in names:
+            yield name
+            if name not in finished:
+                bar.update(sizes.get(name, 0))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from .assigner import Assignment, Problem, assign
 from .atomic import save_tensors
 from .calibration import Calibration
+from .checkpoint import check_finite
 from .codebook import PRECISIONS, Codebook
 from .config import LowRAConfig
 from .learner import learn_codebook
@@ -71,11 +72,7 @@ class Planner:
         Raises:
             ValueError: NaN or Inf in the weight, named.
         """
-        if not torch.isfinite(weight).all():
-            bad = int((~torch.isfinite(weight)).sum())
-            raise ValueError(
-                f"Tensor {name} holds {bad} NaN or Inf value(s) of {weight.numel()}; the checkpoint is damaged."
-            )
+        check_finite(name, weight)
         codebook = learn_codebook(weight, self.config)
         energy = float(weight.float().square().sum(dtype=torch.float64))
         record = {
@@ -89,12 +86,13 @@ class Planner:
             save_tensors(record, self.store / f"{name}.safetensors")
         self._keep(name, target, record)
 
-    def resume(self, name: str, target: Target) -> bool:
-        """Takes a matrix from the store; False where it has not been learned yet."""
-        if self.store is None or not (self.store / f"{name}.safetensors").exists():
-            return False
+    def has_stored(self, name: str) -> bool:
+        """Whether an earlier run has learned a matrix."""
+        return self.store is not None and (self.store / f"{name}.safetensors").exists()
+
+    def resume(self, name: str, target: Target) -> None:
+        """Takes a matrix from the store."""
         self._keep(name, target, load_file(self.store / f"{name}.safetensors"))
-        return True
 
     def _keep(self, name, target, record):
         self._targets[name] = target
@@ -142,8 +140,7 @@ class Planner:
         blocks = [] if target.in_block else [other for other in self._targets.values() if other.in_block]
         if not blocks:
             return 1.0
-        size = target.out_features * target.in_features
-        return size * len(blocks) / sum(block.out_features * block.in_features for block in blocks)
+        return target.size * len(blocks) / sum(block.size for block in blocks)
 
     def _channel_costs(self, target: Target) -> np.ndarray:
         if self.config.budget == "nominal":

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
+from lowra.atomic import held
 from lowra.pipeline import ADAPTER_FOLDER
 
 
@@ -245,3 +246,41 @@ def test_files_follow_the_umask(tiny_llama, tmp_path):
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_two_processes_do_not_write_to_the_same_place(tiny_llama, tmp_path):
+    """The second would empty the folder of the first, whose pieces would then count as its own."""
+    arguments = (str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5))
+    with held(tmp_path / "out.partial"), pytest.raises(ValueError, match="Another process is writing to .*out.partial"):
+        quantize_checkpoint(*arguments, device="cpu", progress=False)
+    assert (tmp_path / "out.partial").exists()
+    quantize_checkpoint(*arguments, device="cpu", progress=False)
+
+
+def test_pieces_of_another_recipe_are_thrown_away(tiny_llama, tmp_path, monkeypatch):
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_assemble", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5), device="cpu", progress=False)
+    assert list((tmp_path / "out.partial" / "pieces").iterdir())
+    monkeypatch.undo()
+    reports = [
+        quantize_checkpoint(str(tiny_llama), tmp_path / name, LowRAConfig(bits=2), device="cpu", progress=False)
+        for name in ("out", "fresh")
+    ]
+    assert reports[0]["true_bits"] == reports[1]["true_bits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank is at least 1"),
+        ({"rank": 4, "steps": 0}, "steps is at least 1"),
+        ({"rank": 4, "alpha": 0}, "alpha must be positive"),
+    ],
+)
+def test_impossible_adapters_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterRecipe(**arguments)

@@ -128,7 +128,9 @@ class LowRAHfQuantizer(HfQuantizer):
         parameter, and `_Pack` replaces that.
         """
         planner = Planner(self.quantization_config)
-        learn(planner, DenseCheckpoint(files, model), self._targets, choose_device(), progress=True)
+        # whatever else is missing Transformers reports, or starts anew: the head of another task
+        source = DenseCheckpoint(files, model, needed=set(self._targets))
+        learn(planner, source, self._targets, choose_device(), progress=True)
         self._plan = planner.assign()
         for target in self._targets.values():
             if target.experts is None:
@@ -169,7 +171,7 @@ class LowRAHfQuantizer(HfQuantizer):
                 # from the plan: the tensors of offloaded layers are on "meta" by now
                 nominal += int(self._plan.row_bits[target.weight_name].sum()) * target.in_features
                 stored += module.packed.stored_bits
-                parameters += target.out_features * target.in_features
+                parameters += target.size
         if self._plan is not None:
             config = self.quantization_config
             config.nominal_bits = round(nominal / parameters, 6)
