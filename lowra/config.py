@@ -79,6 +79,7 @@ class LowRAConfig(QuantizationConfigMixin):
     fingerprint: str | None = None
 
     def __post_init__(self):
+        _check_format(self.format_version)
         self.menu = tuple(sorted(int(bits) for bits in self.menu))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -87,11 +88,6 @@ class LowRAConfig(QuantizationConfigMixin):
             raise ValueError(f"menu must be a non-empty subset of {PRECISIONS}; got {self.menu}.")
         if self.codebook == "normal_float":
             self.menu = tuple(bits for bits in self.menu if bits > 1)  # there is no 1-bit NormalFloat
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has packed format {self.format_version}, this lowra reads format {FORMAT_VERSION}. "
-                "Install the version of lowra that wrote it, or quantise the base again."
-            )
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
         for name in ("iterations", "refine", "feedback"):
@@ -110,12 +106,21 @@ class LowRAConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """From a dictionary of the attributes above (config.json, YAML). An unknown key is refused by name."""
+        _check_format(config_dict.get("format_version", FORMAT_VERSION))  # first: another format has other keys
         check_keys(config_dict, [field.name for field in dataclasses.fields(cls)], "LowRAConfig")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "menu": list(self.menu)}
+
+
+def _check_format(version) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"This checkpoint has packed format {version!r}, this lowra reads format {FORMAT_VERSION}. "
+            "Install the version of lowra that wrote it, or quantise the base again."
+        )
 
 
 def check_keys(given, known, what: str) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..checkpoint import empty_model, resolve_folder, safetensors_files
+from ..checkpoint import check_packed_names, empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig
+from ..integrations.modules import put_stored
 from ..integrations.packed_files import PackedFiles
 from ..integrations.reading import read
 from ..pipeline import ADAPTER_FOLDER
@@ -71,7 +72,8 @@ class PackedFolder:
         """Reads headers and configs.
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra.
+            FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra, is cut short, or has
+                tensors missing, left over or of another size.
         """
         self.folder = resolve_folder(model)
         if not (self.folder / "config.json").is_file():
@@ -93,12 +95,8 @@ class PackedFolder:
         paths = safetensors_files(self.folder)
         self.total_bytes = sum(path.stat().st_size for path in paths)
         self._files = PackedFiles(paths, self.targets, self.config.group_size)
-        extra = [key for key in self._files.unplaced if key.endswith(".row_bits")]
-        if extra:
-            raise ValueError(
-                f"The packed checkpoint holds {len(extra)} packed layer(s), first {extra[0].rpartition('.')[0]}, that "
-                "its config.json has no place for: files of two checkpoints are mixed, or config.json was changed."
-            )
+        put_stored(skeleton, self.targets, self.config.group_size, self._files)
+        check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""

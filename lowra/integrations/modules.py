@@ -13,6 +13,7 @@ from ..experts import LowRAExperts
 from ..linear import LowRALinear, PackedModule
 from ..quantize import TENSOR_NAMES
 from ..targets import Target, embedding_scale, replace_module
+from .packed_files import PackedFiles
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:
@@ -85,6 +86,18 @@ def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: 
             module = _packed_layer(model.get_submodule(name), *sizes)
         replace_module(model, name, module)
         modules.append(module)
+    return modules
+
+
+def put_stored(
+    model: PreTrainedModel, targets: dict[str, Target], group_size: int, files: PackedFiles
+) -> list[PackedModule]:
+    """Puts packed modules on "meta", with the types and shapes in the files, in the place of all targets."""
+    modules: list[PackedModule] = []
+    for target in targets.values():
+        stored = {leaf: place.placeholder() for leaf, place in files.of(target.name).items()}
+        modules += put_packed(model, target, group_size, stored)
+    declare_ties(model, targets)
     return modules
 
 

@@ -31,6 +31,7 @@ from .modules import (
     make_dense,
     mend_casts_to_weight_dtype,
     put_packed,
+    put_stored,
     refuse_resizing,
     share_tied,
     use_experts_one_by_one,
@@ -109,16 +110,13 @@ class LowRAHfQuantizer(HfQuantizer):
         group_size = self.quantization_config.group_size
         packed_files = PackedFiles(files, self._targets, group_size, large_dense_tensors(model, self._targets))
         self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
-        for target in self._targets.values():
-            stored = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
-            for module in put_packed(model, target, group_size, stored):
-                # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
-                for parameter in module.parameters():
-                    parameter._is_hf_initialized = True
-        declare_ties(model, self._targets)
+        for module in put_stored(model, self._targets, group_size, packed_files):
+            # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = True
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
-            check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
+            check_packed_names(files, model, packed_files.names_by_key())
 
     def _put_planned(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
         """The plan of the whole model, and modules for `_Pack` to fill.

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import make_model
 
 import lowra
@@ -127,8 +127,26 @@ DAMAGED = {
     ),
     "a layer less": (lambda f: replace(f, '"num_hidden_layers": 2', '"num_hidden_layers": 1'), "has no place for"),
     "another group": (lambda f: replace(f, '"group_size": 64', '"group_size": 32'), "and groups of 32"),
+    "a norm missing": (
+        lambda f: change_tensors(f, lambda t: t.pop("model.norm.weight")),
+        "lacks 1 tensor(s): model.norm",
+    ),
+    "a norm cut short": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:8].clone()})),
+        "model.norm.weight has shape [8]",
+    ),
+    "a tensor more": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.zeros(2)})),
+        "holds 1 tensor(s): model.extra",
+    ),
     "another format": (lambda f: replace(f, '"format_version": 1', '"format_version": 9'), "packed format 9"),
 }
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def replace(folder, old, new):
