@@ -15,9 +15,10 @@ import bitsandbytes  # noqa: F401 - loads the backend that defines the ops
 from . import integrations
 from .calibration import Calibration, calibrate
 from .config import LowRAConfig
+from .initial_adapter import AdapterRecipe
 from .integrations.peft import merge_into_dense, prepare_for_training
 from .linear import LowRALinear
-from .pipeline import AdapterRecipe, quantize_checkpoint
+from .pipeline import quantize_checkpoint
 
 __all__ = [
     "AdapterRecipe",

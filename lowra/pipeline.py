@@ -24,7 +24,8 @@ from .checkpoint import DenseCheckpoint, check_finite, empty_model, listed, reso
 from .config import LowRAConfig
 from .device import choose_device
 from .feedback import with_feedback
-from .loftq import METHODS, initialize
+from .initial_adapter import ADAPTER_FOLDER, AdapterRecipe, check_rank, write_adapter
+from .loftq import initialize
 from .planning import Plan, Planner
 from .quantize import quantize_matrix
 from .targets import Target, check_skips, find_targets
@@ -32,38 +33,7 @@ from .targets import Target, check_skips, find_targets
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
-ADAPTER_FOLDER = "initial_adapter"
-BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began
 _COMPANIONS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens*", "generation_config.json", "*.jinja")
-
-
-@dataclasses.dataclass
-class AdapterRecipe:
-    """The adapter to write beside the checkpoint.
-
-    Attributes:
-        rank: r.
-        alpha: LoRA's alpha; None means alpha = r, the paper's choice.
-        method: "loftq", "cloq" (needs a calibration with second moments), "pissa" or "lora".
-        steps: alternating steps of LoftQ and CLoQ.
-        dropout: recorded for training.
-    """
-
-    rank: int
-    alpha: float | None = None
-    method: str = "loftq"
-    steps: int = 5
-    dropout: float = 0.0
-
-    def __post_init__(self):
-        self.alpha = float(self.rank if self.alpha is None else self.alpha)
-        if self.method not in METHODS:
-            raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
-        for name, number in (("rank", self.rank), ("number of steps", self.steps)):
-            if number < 1:
-                raise ValueError(f"A {name} is at least 1; got {number}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
 
 
 def quantize_checkpoint(
@@ -103,7 +73,7 @@ def quantize_checkpoint(
     check_skips(skeleton, config.modules_to_not_convert)
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
-        _check_rank(adapter.rank, targets)
+        check_rank(adapter.rank, targets)
     for wanted, name in (
         (adapter is not None and adapter.method == "cloq", "method=cloq"),
         (config.feedback, "feedback"),
@@ -136,23 +106,6 @@ def quantize_checkpoint(
         move_folder(work / "final", output)
         shutil.rmtree(work)
     return report
-
-
-def _check_rank(rank: int, targets: dict[str, Target]) -> None:
-    """
-    Raises:
-        ValueError: no layer takes an adapter, or one is too small for the rank.
-    """
-    adapted = [target for target in targets.values() if target.adapted]
-    if not adapted:
-        raise ValueError("Experts, embeddings and head take no adapter, and nothing else is packed: give no rank.")
-    smallest = min(adapted, key=lambda target: min(target.out_features, target.in_features))
-    limit = min(smallest.out_features, smallest.in_features)
-    if rank > limit:
-        raise ValueError(
-            f"A rank of {rank} does not fit {smallest.name} [{smallest.out_features}, {smallest.in_features}]: give at "
-            f"most {limit}, or leave that layer dense (modules_to_not_convert, --keep-dense)."
-        )
 
 
 def _stream(
@@ -299,7 +252,8 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         for path in folder.glob(pattern):
             shutil.copyfile(path, final / path.name)
     if adapter is not None:
-        _write_adapter(work, final / ADAPTER_FOLDER, output, targets, adapter, reached)
+        factors = sorted((work / "adapter").glob("*.safetensors"))
+        write_adapter(factors, final / ADAPTER_FOLDER, output, skeleton, targets, adapter, reached)
     report = {
         "model": str(model),
         "bits": config.bits,
@@ -321,29 +275,6 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
     }
     save_text(card.model_card(reached, report, adapter, type(skeleton).__name__), final / "README.md")
     return report
-
-
-def _write_adapter(work, folder, base, targets, adapter, config) -> None:
-    tensors = {}
-    for path in sorted((work / "adapter").glob("*.safetensors")):
-        tensors.update(load_file(path))
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    save_json(
-        {
-            "peft_type": "LORA",
-            "base_model_name_or_path": str(base),
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "lora_dropout": adapter.dropout,
-            "target_modules": sorted(target.name for target in targets.values() if target.adapted),
-            "bias": "none",
-            "init_lora_weights": True,
-            "inference_mode": False,
-        },
-        folder / "adapter_config.json",
-    )
-    record = {"base": config.base, "nominal_bits": config.nominal_bits, "init": adapter.method}
-    save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)
 
 
 def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[str]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
 from lowra.atomic import held
-from lowra.pipeline import ADAPTER_FOLDER
+from lowra.initial_adapter import ADAPTER_FOLDER
 
 
 @pytest.fixture(scope="module")

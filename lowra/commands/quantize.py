@@ -5,7 +5,8 @@ import pathlib
 
 from ..calibration import TOKENS, Calibration, calibrate
 from ..config import LowRAConfig
-from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe
+from ..pipeline import quantize_checkpoint
 
 
 def add_parser(subparsers) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
-from ..pipeline import ADAPTER_FOLDER
+from ..initial_adapter import ADAPTER_FOLDER
 from ..planning import fingerprint_of, weight_digest
 from ..targets import Target
 from .packed import PackedFolder

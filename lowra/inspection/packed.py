@@ -11,10 +11,10 @@ from bitsandbytes.backends.lowra import layout
 
 from ..checkpoint import check_packed_names, empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig
+from ..initial_adapter import ADAPTER_FOLDER
 from ..integrations.modules import put_stored
 from ..integrations.packed_files import PackedFiles
 from ..integrations.reading import read
-from ..pipeline import ADAPTER_FOLDER
 from ..quantize import TENSOR_NAMES, PackedWeight
 from ..targets import Target, find_targets
 

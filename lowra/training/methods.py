@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint import empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig, check_keys
-from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
+from ..pipeline import quantize_checkpoint
 from ..targets import find_targets
 from . import hqq
 from .recipe import Recipe
@@ -188,6 +189,7 @@ def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.P
         lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=names,
+        task_type=task_type(model),
     )
     return peft.get_peft_model(model, config)
 
