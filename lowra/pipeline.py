@@ -10,7 +10,7 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors.torch import load_file
@@ -43,7 +43,7 @@ def quantize_checkpoint(
     adapter: AdapterRecipe | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Callable[[], Calibration] | None = None,
 ) -> dict:
     """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
 
@@ -54,7 +54,8 @@ def quantize_checkpoint(
         adapter: the adapter for `output/initial_adapter`, or None.
         device: where the arithmetic runs; a GPU if there is one.
         progress: show progress bars.
-        calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`.
+        calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`. A function
+            that makes one is called when all that headers tell has been checked.
 
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, error, bound, seconds of each stage.
@@ -74,14 +75,6 @@ def quantize_checkpoint(
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
         check_rank(adapter.rank, targets)
-    for wanted, name in (
-        (adapter is not None and adapter.method == "cloq", "method=cloq"),
-        (config.feedback, "feedback"),
-    ):
-        if wanted and not (calibration and calibration.has_moments):
-            raise ValueError(
-                f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
-            )
     source = DenseCheckpoint(files, skeleton)
     if source.unplaced:
         logger.warning(
@@ -93,6 +86,16 @@ def quantize_checkpoint(
         if name not in targets:  # the learner looks at the others
             for key, tensor in source.load(name).items():
                 check_finite(key, tensor)
+    if callable(calibration):
+        calibration = calibration()
+    for wanted, name in (
+        (adapter is not None and adapter.method == "cloq", "method=cloq"),
+        (config.feedback, "feedback"),
+    ):
+        if wanted and not (calibration and calibration.has_moments):
+            raise ValueError(
+                f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
+            )
     work = output.with_name(output.name + ".partial")
     with held(work):
         _empty_unless_begun(work, files, config, adapter, calibration)

@@ -1,6 +1,5 @@
 """`lowra inspect`: where the bits of a packed checkpoint went, and what they cost."""
 
-import argparse
 import dataclasses
 import pathlib
 
@@ -16,7 +15,6 @@ def add_parser(subparsers) -> None:
         description="Shows which layers and channels of a packed checkpoint got which bits, nominal against true bits, "
         "its bytes against bf16 and NF4, and the memory it needs. With --original also how far every channel is from "
         "the original. With --plot the paper's pictures for this model (figures 2 and 7 to 10).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="folder written by `lowra quantize`")
     parser.add_argument("--original", metavar="MODEL", help="the checkpoint it was made from, for errors and pictures")

@@ -159,6 +159,8 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
         raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
     if recipe.quantization:
         raise ValueError(f"{source} is packed already: {', '.join(recipe.quantization)} cannot be changed any more.")
+    if packed["bits"] != recipe.bits:
+        logger.warning("%s has %g bits; the recipe's %g bits are not used.", source, packed["bits"], recipe.bits)
     adapter = source / ADAPTER_FOLDER
     if adapter.exists():
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
