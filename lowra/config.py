@@ -7,6 +7,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
 PRECISIONS = (1, 2, 4)
+REACHED = ("format_version", "nominal_bits", "true_bits", "error", "base", "fingerprint")  # filled in, not asked for
 
 _CHOICES = {
     "budget": ("nominal", "true"),
@@ -50,8 +51,9 @@ class LowRAConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
 
     The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
-    and `true_bits` per quantised parameter, `error` (sum of squared differences over the sum of squares), `base` (name
-    or path of the original) and `fingerprint` (of the base's weights).
+    and `true_bits` per quantised parameter, `error` (of the plan: sum of squared differences over the sum of squares
+    before a low-rank part, `refine` or `feedback` change them), `base` (name or path of the original) and `fingerprint`
+    (of the base's weights).
     """
 
     quant_method: str = "lowra"  # how Transformers finds this class

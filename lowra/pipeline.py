@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from .feedback import with_feedback
 from .initial_adapter import ADAPTER_FOLDER, AdapterRecipe, check_rank, write_adapter
 from .loftq import initialize
 from .planning import Plan, Planner
-from .quantize import quantize_matrix
+from .quantize import PackedWeight, quantize_matrix
 from .targets import Target, check_skips, find_targets
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def quantize_checkpoint(
             that makes one is called when all that headers tell has been checked.
 
     Returns:
-        the report that is also written to `output/lowra_report.json`: bits, bytes, error, bound, seconds of each stage.
+        the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
+        of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage.
 
     Raises:
         FileNotFoundError, ValueError: input that cannot be used; nothing has been written to `output` then.
@@ -210,7 +212,7 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
         cloq = adapter is not None and target.adapted and adapter.method == "cloq"
         moment = calibration.moment(name) if feedback or cloq else None
         if adapter is None or not target.adapted:
-            packed = with_feedback(weight.float(), pack(weight), moment, feedback)
+            packed, product = with_feedback(weight.float(), pack(weight), moment, feedback), None
         else:
             packed, factors = initialize(
                 weight.float(),
@@ -230,14 +232,41 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
                 },
                 work / "adapter" / f"{name}.safetensors",
             )
-        save_tensors({f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}, piece)
+            product = factors.lora_B, factors.lora_A, adapter.alpha / adapter.rank
+        # in the piece, so that a resumed run knows the errors of those it does not make again
+        metadata = {"format": "pt", "errors": json.dumps(_squares(weight, packed, product))}
+        tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
+        save_tensors(tensors, piece, metadata)
     return names
+
+
+def _squares(
+    weight: torch.Tensor, packed: PackedWeight, product: tuple[torch.Tensor, torch.Tensor, float] | None
+) -> list[float]:
+    """Sums of squares: of the weight [N, K], of what packing loses, and of what is lost with B, A, scaling added."""
+    rest = packed.dequantize().sub_(weight)
+    sums = [weight.float().square().sum(dtype=torch.float64), rest.square().sum(dtype=torch.float64)]
+    if product is not None:
+        rest.addmm_(*product[:2], alpha=product[2])
+    return [float(total) for total in (*sums, rest.square().sum(dtype=torch.float64))]
+
+
+def _relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
+    """Squared error over energy of all packed weights, alone and with the initial adapter."""
+    sums = [0.0, 0.0, 0.0]
+    for piece in pieces:
+        with safe_open(piece, framework="pt") as content:
+            squares = json.loads(content.metadata().get("errors", "[0, 0, 0]"))
+        sums = [total + part for total, part in zip(sums, squares, strict=True)]
+    energy = max(sums[0], torch.finfo(torch.float64).tiny)
+    return sums[1] / energy, sums[2] / energy
 
 
 def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
     final = work / "final"
     pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
     total, packed_bytes = _write_shards(pieces, final, {target.name for target in targets.values()})
+    packed_error, adapted_error = _relative_errors(pieces)
     parameters = sum(target.size for target in targets.values())
     nominal = sum(int(plan.row_bits[name].sum()) * targets[name].in_features for name in targets) / parameters
     reached = dataclasses.replace(
@@ -266,6 +295,8 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         "packed_bytes": packed_bytes,
         "checkpoint_bytes": total,
         "error": plan.error,
+        "packed_error": packed_error,
+        "adapted_error": None if adapter is None else adapted_error,
         "assigner": {
             "solver": plan.assignment.solver,
             "error": plan.assignment.error,
@@ -276,7 +307,8 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
             "channels": len(plan.assignment.row_bits),
         },
     }
-    save_text(card.model_card(reached, report, adapter, type(skeleton).__name__), final / "README.md")
+    architecture = type(skeleton).__name__
+    save_text(card.model_card(reached, architecture, parameters, packed_bytes, report, adapter), final / card.FILE)
     return report
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
 from lowra.atomic import held
+from lowra.card import model_card
 from lowra.initial_adapter import ADAPTER_FOLDER
 
 
@@ -212,9 +213,56 @@ def test_what_is_written_says_what_it_is(packed):
     fields = {field.name for field in dataclasses.fields(LowRAConfig)}
     assert set(config) == fields
     card = (output / "README.md").read_text()
-    assert "import lowra" in card and f"{report['true_bits']:.4f}" in card
+    assert "import lowra" in card and f"{report['true_bits']:.4f} per packed weight" in card
+    assert "base_model:" not in card  # a folder is no name on the hub
+    for asked in ("bits=1.5", "refine=0", "feedback=0", "assigner=exact", "modules_to_not_convert=None"):
+        assert asked in card
     with safe_open(output / "model.safetensors", framework="pt") as content:
         assert content.metadata()["format"] == "pt"
+
+
+def test_the_errors_reported_are_those_of_the_tensors(packed, tiny_llama):
+    output, report = packed
+    original, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, output))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output), output / ADAPTER_FOLDER)
+    energy = lost = left = 0.0
+    for name, module in base.named_modules():
+        if isinstance(module, LowRALinear):
+            weight = original.get_parameter(f"{name}.weight").float()
+            lora = model.base_model.model.get_submodule(name)
+            energy += weight.square().sum().item()
+            rest = weight - module.dequantize()
+            lost += rest.square().sum().item()
+            left += (rest - lora.get_delta_weight("default")).square().sum().item()
+    assert report["packed_error"] == pytest.approx(lost / energy, rel=1e-5)
+    assert report["adapted_error"] == pytest.approx(left / energy, rel=1e-5)
+    assert report["adapted_error"] < report["error"] < report["packed_error"]  # LoftQ packs the weight less its adapter
+
+
+def test_every_saved_checkpoint_has_a_card(packed, tiny_llama, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, load_in_lowra=True, lowra_bits=1.5)
+    for name, model in (("loaded", loaded), ("again", AutoModelForCausalLM.from_pretrained(packed[0]))):
+        model.save_pretrained(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        config = model.config.quantization_config
+        assert (
+            f"{config.true_bits:.4f} per packed weight" in card
+            and config.fingerprint in card
+            and "import lowra" in card
+        )
+        (tmp_path / name / "README.md").write_text("mine")
+        model.save_pretrained(tmp_path / name)
+        assert (tmp_path / name / "README.md").read_text() == "mine"
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_a_name_on_the_hub_is_named_as_such(packed):
+    _, report = packed
+    config = LowRAConfig(base="org/model", nominal_bits=2.0, true_bits=2.2, error=0.1, fingerprint="0" * 64)
+    card = model_card(config, "LlamaForCausalLM", report["quantised_parameters"], report["packed_bytes"], report)
+    assert "\nbase_model: org/model\n" in card and "# org/model, packed at 2 bits" in card
 
 
 def test_base_30m_meets_the_projects_own_bounds(base_30m, tmp_path):

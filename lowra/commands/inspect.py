@@ -67,6 +67,7 @@ def _totals(packed: PackedFolder, layers: list[LayerContent]) -> dict:
         "base": packed.config.base,
         "fingerprint": packed.config.fingerprint,
         "error": packed.config.error,
+        **packed.errors(),
         "channels": {str(bits): sum(layer.channels[bits] for layer in layers) for bits in (4, 2, 1)},
         "quantised_parameters": parameters,
         "nominal_bits": sum(layer.nominal_bits * layer.parameters for layer in layers) / parameters,
@@ -102,7 +103,13 @@ def _print_totals(total: dict) -> None:
         print(f"  {name:<20} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
     print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  everything that is not packed")
     if total["error"] is not None:
-        print(f"  squared error / energy of the weights, before any adapter: {total['error']:.5f}")
+        shown = {
+            "planned": "error",
+            "of the packed weights": "packed_error",
+            "with the initial adapter": "adapted_error",
+        }
+        parts = [f"{name} {total[key]:.5f}" for name, key in shown.items() if key in total]
+        print(f"  squared error / energy: {', '.join(parts)}")
 
 
 def _by_kind(layers: list[LayerContent]) -> list[dict]:

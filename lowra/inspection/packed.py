@@ -109,6 +109,13 @@ class PackedFolder:
         for target in self.targets.values():
             yield describe(target, self.weight(target))
 
+    def errors(self) -> dict[str, float]:
+        """Squared errors over energy of the packed weights and with the initial adapter, where they are recorded."""
+        path = self.folder / "lowra_report.json"
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        found = {name: report.get(name) for name in ("packed_error", "adapted_error")}
+        return {name: error for name, error in found.items() if error is not None}
+
     def adapter_rank(self) -> int | None:
         """Rank of the initial adapter written with the checkpoint."""
         path = self.folder / ADAPTER_FOLDER / "adapter_config.json"

@@ -17,6 +17,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .. import card
+from ..atomic import save_text
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import PRECISIONS, LowRAConfig
 from ..device import choose_device
@@ -272,6 +274,24 @@ def _accept_load_in_lowra() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _write_a_card_with_every_checkpoint() -> None:
+    """`save_pretrained` writes a model card beside packed weights, unless there is one."""
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        original(self, save_directory, is_main_process, *args, **kwargs)
+        config, place = getattr(self.config, "quantization_config", None), pathlib.Path(save_directory) / card.FILE
+        modules = {module.weight: module for module in self.modules() if isinstance(module, PackedModule)}.values()
+        if not is_main_process or not modules or not isinstance(config, LowRAConfig) or place.exists():
+            return
+        parameters = sum(module.in_features * module.out_features for module in modules)
+        packed_bytes = sum(tensor.nbytes for module in modules for tensor in module.packed_tensors().values())
+        save_text(card.model_card(config, type(self).__name__, parameters, packed_bytes), place)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
 def _know_the_dtype_of_packed_models() -> None:
     """`model.dtype` is that of the first floating parameter: with packed embeddings, one of their tables."""
     original = PreTrainedModel.dtype.fget
@@ -288,4 +308,5 @@ def _has_floats(module: nn.Module) -> bool:
 
 
 _accept_load_in_lowra()
+_write_a_card_with_every_checkpoint()
 _know_the_dtype_of_packed_models()

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint import empty_model, resolve_folder, safetensors_files
-from ..config import LowRAConfig, check_keys
+from ..config import REACHED, LowRAConfig, check_keys
 from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
 from ..pipeline import quantize_checkpoint
 from ..targets import find_targets
@@ -43,7 +43,6 @@ class Method:
     most: float = 4.0
 
 
-_REACHED = ("nominal_bits", "true_bits", "error", "base", "fingerprint")  # of LowRAConfig: filled in, not asked for
 _LAYER_ORDER = {"codebook": "normal_float", "assigner": "layer_order"}
 
 METHODS = {
@@ -133,7 +132,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     quantization = quantization_config(recipe)
     adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
     if not (folder / "config.json").exists():
-        quantize_checkpoint(str(source), folder, quantization, adapter, device, progress)
+        quantize_checkpoint(recipe.model, folder, quantization, adapter, device, progress)
     reached = json.loads((folder / "config.json").read_text())["quantization_config"]
     _check_same(folder, reached, quantization, adapter)
     return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
@@ -145,7 +144,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
     stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
-    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in _REACHED}
+    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in REACHED}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
     for name, (was, asked) in pairs.items():
