@@ -19,6 +19,13 @@ _CHOICES = {
     "sensitivity": ("layer", "none", "fisher"),
 }
 
+_KINDS = {
+    "bits": (int, float),
+    **dict.fromkeys(("group_size", "iterations", "refine", "feedback"), int),
+    **dict.fromkeys(("quantize_head", "quantize_embeddings"), bool),
+}
+_KIND_NAMES = {(int, float): "a number", int: "a whole number", bool: "true or false"}
+
 
 @dataclasses.dataclass(repr=False)
 class LowRAConfig(QuantizationConfigMixin):
@@ -82,7 +89,16 @@ class LowRAConfig(QuantizationConfigMixin):
 
     def __post_init__(self):
         _check_format(self.format_version)
-        self.menu = tuple(sorted(int(bits) for bits in self.menu))
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be {_KIND_NAMES[kinds]}; got {value!r}.")
+        if isinstance(self.modules_to_not_convert, str):  # its letters would be taken for parts of names
+            self.modules_to_not_convert = [self.modules_to_not_convert]
+        try:
+            self.menu = tuple(sorted({int(bits) for bits in self.menu}))
+        except (TypeError, ValueError):
+            raise ValueError(f"menu must be a list of precisions, such as [1, 2, 4]; got {self.menu!r}.") from None
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")

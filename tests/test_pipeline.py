@@ -169,11 +169,21 @@ def test_truncated_file_is_refused(tiny_llama, tmp_path):
         ({"bits": 2.0, "menu": (1, 3)}, "subset"),
         ({"bits": 2.0, "scales": "int8"}, "double_quant"),
         ({"format_version": 9}, "format 9"),
+        ({"bits": "two"}, "bits must be a number; got 'two'"),
+        ({"group_size": 64.0}, "group_size must be a whole number"),
+        ({"quantize_head": "no"}, "quantize_head must be true or false"),
+        ({"menu": 2}, r"menu must be a list of precisions, such as \[1, 2, 4\]; got 2"),
     ],
 )
 def test_impossible_recipes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LowRAConfig(**arguments)
+
+
+def test_one_name_of_a_dense_module_may_stand_without_a_list(tiny_llama, tmp_path):
+    config = LowRAConfig(modules_to_not_convert="down_proj")
+    report = quantize_checkpoint(str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False)
+    assert report["quantised_parameters"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 176 * 64)
 
 
 def test_unknown_key_names_the_nearest():
