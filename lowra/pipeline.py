@@ -233,22 +233,25 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
                 work / "adapter" / f"{name}.safetensors",
             )
             product = factors.lora_B, factors.lora_A, adapter.alpha / adapter.rank
+        lost = left = plan.loss(name)
+        if product is not None or feedback or config.refine:
+            lost, left = _squared_errors(weight, packed, product)
         # in the piece, so that a resumed run knows the errors of those it does not make again
-        metadata = {"format": "pt", "errors": json.dumps(_squares(weight, packed, product))}
+        metadata = {"format": "pt", "squares": json.dumps([plan.energy[name], lost, left])}
         tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
         save_tensors(tensors, piece, metadata)
     return names
 
 
-def _squares(
+def _squared_errors(
     weight: torch.Tensor, packed: PackedWeight, product: tuple[torch.Tensor, torch.Tensor, float] | None
-) -> list[float]:
-    """Sums of squares: of the weight [N, K], of what packing loses, and of what is lost with B, A, scaling added."""
+) -> tuple[float, float]:
+    """What packing loses of a weight [N, K], and what is lost with B, A, scaling added."""
     rest = packed.dequantize().sub_(weight)
-    sums = [weight.float().square().sum(dtype=torch.float64), rest.square().sum(dtype=torch.float64)]
+    lost = left = float(rest.square().sum(dim=1).double().sum())
     if product is not None:
-        rest.addmm_(*product[:2], alpha=product[2])
-    return [float(total) for total in (*sums, rest.square().sum(dtype=torch.float64))]
+        left = float(rest.addmm_(*product[:2], alpha=product[2]).square().sum(dim=1).double().sum())
+    return lost, left
 
 
 def _relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
@@ -256,7 +259,7 @@ def _relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
     sums = [0.0, 0.0, 0.0]
     for piece in pieces:
         with safe_open(piece, framework="pt") as content:
-            squares = json.loads(content.metadata().get("errors", "[0, 0, 0]"))
+            squares = json.loads(content.metadata().get("squares", "[0, 0, 0]"))
         sums = [total + part for total, part in zip(sums, squares, strict=True)]
     energy = max(sums[0], torch.finfo(torch.float64).tiny)
     return sums[1] / energy, sums[2] / energy

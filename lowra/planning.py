@@ -28,6 +28,7 @@ class Plan:
     Attributes:
         codebooks: tables of each matrix, on the CPU.
         row_bits: uint8 [N] of each matrix.
+        energy: sum of squares of each matrix.
         assignment: the assigner's report over all channels.
         error: sum of squared differences over the sum of squares, over all matrices.
         fingerprint: of the base's weights.
@@ -35,9 +36,14 @@ class Plan:
 
     codebooks: dict[str, Codebook]
     row_bits: dict[str, torch.Tensor]
+    energy: dict[str, float]
     assignment: Assignment
     error: float
     fingerprint: str
+
+    def loss(self, name: str) -> float:
+        """Sum of squared differences of one matrix when it is packed by its tables as it is."""
+        return float(self.codebooks[name].error_at(self.row_bits[name]).sum())
 
 
 class Planner:
@@ -110,9 +116,9 @@ class Planner:
         counts = [self._targets[name].out_features for name in self._codebooks]
         parts = torch.from_numpy(assignment.row_bits).split(counts)
         row_bits = {name: part.clone() for name, part in zip(self._codebooks, parts, strict=True)}
-        left = sum(float(book.error_at(row_bits[name]).sum()) for name, book in self._codebooks.items())
-        error = left / max(sum(self._energy.values()), np.finfo(float).tiny)
-        return Plan(self._codebooks, row_bits, assignment, error, fingerprint_of(self._samples))
+        plan = Plan(self._codebooks, row_bits, self._energy, assignment, 0.0, fingerprint_of(self._samples))
+        plan.error = sum(map(plan.loss, row_bits)) / max(sum(self._energy.values()), np.finfo(float).tiny)
+        return plan
 
     def _problem(self) -> Problem:
         errors, sizes, costs = [], [], []
