@@ -1,6 +1,7 @@
 """What PEFT cannot do with packed layers, said before PyTorch says something about shapes of bytes."""
 
 import functools
+import logging
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -10,6 +11,8 @@ from torch import nn
 from ..embedding import LowRAEmbedding
 from ..experts import LowRAExperts
 from ..linear import PackedModule
+
+logger = logging.getLogger(__name__)
 
 # Methods that read values, shape or type of the base weight. Lily and UniLoRA would run and compute something else.
 _READ_THE_WEIGHT = frozenset(
@@ -50,15 +53,28 @@ def _check_method(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> Non
         )
 
 
+def _packed_experts(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LowRAExperts)]
+
+
 def _check_experts(model: nn.Module, config: PeftConfig) -> None:
-    """Raises ValueError where packed experts are to be adapted: PEFT would leave them out without a word."""
+    """Raises ValueError where packed experts are to be adapted, and warns of names that may mean single ones."""
+    experts = _packed_experts(model)
     for parameter in getattr(config, "target_parameters", None) or ():
-        for name, module in model.named_modules():
-            if isinstance(module, LowRAExperts) and f".{name}".endswith(f".{parameter}"):
+        for name in experts:
+            if f".{name}".endswith(f".{parameter}"):
                 raise ValueError(
                     f"{name} is packed, and packed experts take no adapter (target_parameters): leave it out there, or "
                     "keep the experts dense when quantising (modules_to_not_convert)."
                 )
+    targets = getattr(config, "target_modules", None)
+    if experts and targets is not None and not isinstance(targets, str):
+        names = [f".{name}" for name, _ in model.named_modules()]
+        unmatched = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+        if unmatched:
+            logger.warning(
+                "lowra: packed experts take no adapter; %s of target_modules left out.", ", ".join(unmatched)
+            )
 
 
 def _is_targeted(tuner: BaseTuner, config: PeftConfig, name: str) -> bool:
@@ -80,11 +96,30 @@ def _refuse_methods() -> None:
     @functools.wraps(inject)
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         _check_method(self, model, self.peft_config[adapter_name])
-        inject(self, model, adapter_name, *args, **kwargs)
-        # afterwards, because PEFT rewrites the names of single experts (w1 …) into those of fused parameters
         _check_experts(model, self.peft_config[adapter_name])
+        return inject(self, model, adapter_name, *args, **kwargs)
 
     BaseTuner.__init__, BaseTuner.inject_adapter = __init__, inject_adapter
+
+
+def _keep_names_beside_packed_experts() -> None:
+    """PEFT takes every `gate_proj` of a mixture (of shared experts, of dense blocks) for fused experts of today.
+
+    It moves such names from target_modules to parameters that packed experts do not have, and what was meant goes
+    without an adapter.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # before PEFT did that
+        return
+    convert = conversion.convert_peft_config_for_transformers
+
+    @functools.wraps(convert)
+    def convert_peft_config_for_transformers(peft_config, model, *args, **kwargs):
+        if not _packed_experts(model):
+            convert(peft_config, model, *args, **kwargs)
+
+    conversion.convert_peft_config_for_transformers = convert_peft_config_for_transformers
 
 
 def _refuse_merging_into_bytes() -> None:
@@ -123,5 +158,6 @@ def _refuse_training_of_packed_weights() -> None:
 
 
 _refuse_methods()
+_keep_names_beside_packed_experts()
 _refuse_merging_into_bytes()
 _refuse_training_of_packed_weights()

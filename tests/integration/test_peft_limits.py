@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_models import logits_of, make_model
-from transformers import AutoModelForCausalLM
+from small_models import ARCHITECTURES, logits_of, make_model
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 import lowra
 
@@ -65,14 +65,39 @@ def test_kasa_is_refused(packed_llama):
         get_peft_model(load(packed_llama), config)
 
 
-@pytest.mark.parametrize(
-    "names", [{"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_modules": ["q_proj", "w1", "w2", "w3"]}]
-)
-def test_adapters_on_packed_experts_are_refused(tmp_path, names):
+def test_adapters_on_packed_experts_are_refused(tmp_path):
     make_model("MixtralForCausalLM").save_pretrained(tmp_path)
-    model = load(tmp_path, load_in_lowra=True)
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises(ValueError, match="packed experts take no adapter"):
-        get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **names}))
+        get_peft_model(load(tmp_path, load_in_lowra=True), config)
+
+
+def test_single_experts_among_other_modules_are_left_out_with_a_warning(tmp_path, caplog):
+    make_model("MixtralForCausalLM").save_pretrained(tmp_path)
+    config = LoraConfig(r=4, target_modules=["q_proj", "w1", "w2", "w3"])
+    with caplog.at_level("WARNING", logger="lowra"):
+        model = get_peft_model(load(tmp_path, load_in_lowra=True), config)
+    assert "packed experts take no adapter; w1, w2, w3 of target_modules left out" in caplog.text
+    assert torch.isfinite(logits_of(model)).all()
+
+
+def test_dense_blocks_and_shared_experts_of_a_mixture_keep_their_adapters(tmp_path, caplog):
+    """PEFT takes their gate_proj for one of the routed experts."""
+    fields = {**ARCHITECTURES["Qwen3MoeForCausalLM"], "n_routed_experts": 4, "first_k_dense_replace": 1}
+    torch.manual_seed(0)
+    dense = Glm4MoeForCausalLM(Glm4MoeConfig(**fields, n_group=1, topk_group=1, n_shared_experts=1)).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    config, packed = lowra.LowRAConfig(bits=1.5), tmp_path / "packed"
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), packed, config, lowra.AdapterRecipe(16), progress=False)
+    model = PeftModel.from_pretrained(load(packed), packed / "initial_adapter").eval()
+    layers = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert {name.partition("layers.")[2] for name in layers} >= {"0.mlp.gate_proj", "1.mlp.shared_experts.down_proj"}
+    assert len(layers) == sum(isinstance(module, lowra.LowRALinear) for module in model.modules())
+    errors = [(logits_of(found) - logits_of(dense)).norm() for found in (model, load(packed))]
+    assert errors[0] < 0.8 * errors[1]
+    again = get_peft_model(load(packed), LoraConfig(r=4, target_modules="all-linear"))
+    assert len([name for name, module in again.named_modules() if hasattr(module, "lora_A")]) == len(layers)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
