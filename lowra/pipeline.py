@@ -248,10 +248,15 @@ def _squared_errors(
 ) -> tuple[float, float]:
     """What packing loses of a weight [N, K], and what is lost with B, A, scaling added."""
     rest = packed.dequantize().sub_(weight)
-    lost = left = float(rest.square().sum(dim=1).double().sum())
+    lost = left = _energy(rest)
     if product is not None:
-        left = float(rest.addmm_(*product[:2], alpha=product[2]).square().sum(dim=1).double().sum())
+        left = _energy(rest.addmm_(*product[:2], alpha=product[2]))
     return lost, left
+
+
+def _energy(matrix: torch.Tensor) -> float:
+    """Sum of squares, of the rows in the matrix's own type, without another matrix for the squares."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def _relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
