@@ -10,14 +10,16 @@ Importing it registers the quantisation method "lowra" with Transformers and PEF
 
 __version__ = "0.1.0"
 
-import bitsandbytes  # noqa: F401 - loads the backend that defines the ops
-
-from . import integrations
+from . import (
+    backend,  # noqa: F401 - first: defines the ops
+    integrations,
+)
 from .calibration import Calibration, calibrate
 from .config import LowRAConfig
+from .initial_adapter import AdapterRecipe
 from .integrations.peft import merge_into_dense, prepare_for_training
 from .linear import LowRALinear
-from .pipeline import AdapterRecipe, quantize_checkpoint
+from .pipeline import quantize_checkpoint
 
 __all__ = [
     "AdapterRecipe",

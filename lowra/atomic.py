@@ -1,6 +1,7 @@
 """Files and folders written beside their place and renamed into it: a killed run leaves nothing half-written behind."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -30,6 +31,27 @@ def written_beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
         move_folder(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes out of it until the block ends, or this process does.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is writing to {folder}: wait for it, or give another output.") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def move_folder(folder: pathlib.Path, output: pathlib.Path) -> None:

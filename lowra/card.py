@@ -1,36 +1,30 @@
 """The model card written with every packed checkpoint."""
 
+import pathlib
 import platform
+import re
 
 import torch
 import transformers
 
 from . import __version__
-from .config import LowRAConfig
+from .config import REACHED, LowRAConfig
+
+FILE = "README.md"
 
 _CARD = """---
 library_name: transformers
-base_model: {base}
-tags: [lowra, quantized]
+{base_model}tags: [lowra, quantized]
 ---
 
-# {base} in {true_bits:.3f} bits per parameter
+# {title}, packed at {nominal_bits:.4g} bits
 
-{packed} packed by [lowra](https://pypi.org/project/lowra) {version}: every output channel has its own precision and
-level table. Everything else is as in the base.
+{packed} packed by lowra {version}: every output channel has its own precision and level table. Everything else is as
+in the base.
 
 | | |
 |---|---|
-| base | `{base}` |
-| fingerprint of the base | `{fingerprint}` |
-| nominal bits (codes alone) | {nominal_bits:.4f} |
-| true bits (everything stored) | {true_bits:.4f} |
-| packed weights | {packed_mib:.1f} MiB for {parameters:,} parameters |
-| squared error / energy | {error:.5f} |
-| recipe | {recipe} |
-| assigner | {solver}: error {gap:.2e} above the relaxed bound |
-| adapter | {adapter} |
-| written with | torch {torch}, transformers {transformers}, Python {python} |
+{rows}
 
 ```python
 import lowra  # registers the format with Transformers and PEFT
@@ -51,35 +45,67 @@ model = PeftModel.from_pretrained(lowra.prepare_for_training(model), "THIS FOLDE
 """
 
 
-def model_card(config: LowRAConfig, report: dict, adapter, architecture: str) -> str:
-    """Text of README.md for a packed checkpoint: base, recipe, bits, error, versions, how to load."""
+def model_card(
+    config: LowRAConfig,
+    architecture: str,
+    parameters: int,
+    packed_bytes: int,
+    report: dict | None = None,
+    adapter=None,
+) -> str:
+    """Text of README.md for a packed checkpoint: base, recipe, bits, error, versions, how to load.
+
+    Args:
+        config: of the checkpoint, with what was reached.
+        architecture: class of the model.
+        parameters, packed_bytes: of the packed weights.
+        report: of `quantize_checkpoint`; None for a model that was quantised while loading, or loaded and saved again.
+        adapter: recipe of the initial adapter beside it, or None.
+    """
     packed = ["Linear layers"]
     packed += ["embeddings (with a head that is tied to them)"] if config.quantize_embeddings else []
     packed += ["output head"] if config.quantize_head else []
-    recipe = ", ".join(
-        f"{name}={getattr(config, name)}"
-        for name in ("bits", "menu", "budget", "group_size", "scales", "codebook", "thresholds", "sensitivity")
+    asked = {name: value for name, value in config.to_dict().items() if name not in (*REACHED, "quant_method")}
+    of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.base) and not pathlib.Path(config.base).exists()
+    rows = {
+        "base": f"`{config.base}`",
+        "fingerprint of the base": f"`{config.fingerprint}`",
+        "nominal bits (codes alone)": f"{config.nominal_bits:.4f}",
+        "true bits (everything stored)": f"{config.true_bits:.4f} per packed weight",
+        "packed weights": f"{_mib(packed_bytes)} for {parameters:,} (in 16 bits {_mib(2 * parameters)})",
+        **_of_report(config, report, adapter),
+        "recipe": ", ".join(f"{name}={value}" for name, value in asked.items()),
+        "written with": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+    }
+    card = _CARD.format(
+        base_model=f"base_model: {config.base}\n" if of_hub else "",  # the hub refuses cards that name a folder there
+        title=config.base if of_hub else pathlib.Path(config.base).name,
+        nominal_bits=config.nominal_bits,
+        packed=" and ".join(packed),
+        version=__version__,
+        rows="\n".join(f"| {name} | {content} |" for name, content in rows.items()),
+        architecture=architecture,
     )
+    return card if adapter is None else card + _ADAPTED
+
+
+def _of_report(config: LowRAConfig, report: dict | None, adapter) -> dict[str, str]:
+    """Rows that only a finished run of `quantize_checkpoint` knows of; without one, the error that was planned."""
+    if report is None:
+        return {"squared error / energy": f"{config.error:.5f} (planned)"}
+    error = f"{report['packed_error']:.5f}"
     initial = "none"
     if adapter is not None:
+        error += f", with the initial adapter {report['adapted_error']:.5f}"
         initial = f"`initial_adapter`, r = {adapter.rank}, alpha = {adapter.alpha:g}, {adapter.method}"
-    card = _CARD if adapter is None else _CARD + _ADAPTED
-    return card.format(
-        packed=" and ".join(packed),
-        architecture=architecture,
-        base=config.base,
-        fingerprint=config.fingerprint,
-        nominal_bits=config.nominal_bits,
-        true_bits=config.true_bits,
-        packed_mib=report["packed_bytes"] / 2**20,
-        parameters=report["quantised_parameters"],
-        error=config.error,
-        recipe=recipe,
-        solver=report["assigner"]["solver"],
-        gap=report["assigner"]["gap"],
-        adapter=initial,
-        version=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        python=platform.python_version(),
-    )
+    return {
+        "whole checkpoint": _mib(report["checkpoint_bytes"]),
+        "squared error / energy": error,
+        "assigner": f"{report['assigner']['solver']}: error {report['assigner']['gap']:.2e} above the relaxed bound",
+        "adapter": initial,
+    }
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -5,17 +5,25 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_SECOND_COPIES = ["consolidated*", "*/*"]  # of the same weights in other formats, as some repositories hold them
+_DENSE_TYPES = ("F32", "F16", "BF16")
 
 
 def resolve_folder(model: str) -> pathlib.Path:
@@ -30,7 +38,7 @@ def resolve_folder(model: str) -> pathlib.Path:
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder with a model in it.")
     try:
-        return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS))
+        return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS, ignore_patterns=_SECOND_COPIES))
     except Exception as error:
         raise FileNotFoundError(
             f"{model} is neither a local folder nor could it be had from the hub: {error}"
@@ -38,41 +46,63 @@ def resolve_folder(model: str) -> pathlib.Path:
 
 
 def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files of a checkpoint, in the order of its index where it has one.
+    """The weight files of a checkpoint, those that Transformers would read: a single one, or the shards of the index.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is not there.
+        ValueError: an index that cannot be read.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        paths = [single]
     else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).exists():
-            others = sorted(path.name for path in folder.glob("*.bin"))
-            raise FileNotFoundError(
-                f"{folder} has no {name}"
-                + (
-                    f" (pickled files such as {others[0]} are not read: convert them to safetensors)."
-                    if others
-                    else "."
-                )
-            )
-    return [folder / name for name in names]
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
+        paths = [folder / name for name in dict.fromkeys(names)]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} has no {path.name}{_what_is_there_instead(folder)}.")
+    return paths
+
+
+def _what_is_there_instead(folder: pathlib.Path) -> str:
+    """A hint for a folder without the weights it should have."""
+    pickled, shards = sorted(folder.glob("*.bin")), sorted(folder.glob("*-of-*.safetensors"))
+    if pickled:
+        return f" (pickled files such as {pickled[0].name} are not read: convert them to safetensors)"
+    if shards and not (folder / "model.safetensors.index.json").exists():
+        return f", and its {shards[0].name} is of no use without model.safetensors.index.json"
+    return ""
 
 
 def empty_model(folder: pathlib.Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a checkpoint on "meta": shapes and names, no weights."""
+    """The model of a checkpoint on "meta": shapes and names, no weights.
+
+    Raises:
+        ValueError: an architecture that Transformers does not have.
+    """
     config = AutoConfig.from_pretrained(folder)
     for name in config.architectures or []:
         if hasattr(transformers, name):
             with torch.device("meta"):
-                return getattr(transformers, name)._from_config(config, dtype=dtype or config.dtype or torch.float32)
+                return _class_with_head(name, config)._from_config(config, dtype=dtype or config.dtype or torch.float32)
     raise ValueError(
         f"{folder / 'config.json'} names the architectures {config.architectures}, none of which Transformers "
         f"{transformers.__version__} has."
     )
+
+
+def _class_with_head(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of this name; for a bare encoder-decoder that one which generates with a head tied to the embeddings.
+
+    Checkpoints such as facebook/bart-large name the bare model, which no task can be trained with.
+    """
+    named = getattr(transformers, name)
+    if config.is_encoder_decoder and config.tie_word_embeddings and MODEL_MAPPING.get(type(config), None) is named:
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), named)
+    return named
 
 
 class DenseCheckpoint:
@@ -80,18 +110,36 @@ class DenseCheckpoint:
 
     Transformers' own renamings and conversions (merged experts, old prefixes) are applied, lazily, so that memory holds
     what one conversion needs.
+
+    Attributes:
+        model: see below.
+        unplaced: names of tensors in the files that the model has no place for.
     """
 
-    def __init__(self, files: list[pathlib.Path], model: PreTrainedModel):
+    def __init__(self, files: list[pathlib.Path], model: PreTrainedModel, needed: set[str] | None = None):
         """Reads headers only.
 
+        Args:
+            files: of the checkpoint.
+            model: its parameters may be on "meta".
+            needed: names that must be there, where the model's class may have others that it starts anew (the head of
+                another task); None needs all.
+
         Raises:
-            ValueError: a file is cut short, or tensors the model needs are missing.
+            ValueError: a file is cut short, or tensors the model needs are missing, of another shape or of a type that
+                is no dense one.
         """
         self.model = model
         self._expected = model.state_dict()
         self._mappings: dict[str, WeightRenaming | WeightConverter] = {}
-        matches = match_tensors(files, model)
+        matches = match_tensors(files, model, needed=needed)
+        self.unplaced = _unplaced(matches, model)
+        for match, dtype in _check_shapes(matches, model):
+            if self._expected[match.name].is_floating_point() and dtype not in _DENSE_TYPES:
+                raise ValueError(
+                    f"Tensor {match.key} is stored as {dtype}: only dense checkpoints in 16 or 32 bits "
+                    f"({', '.join(_DENSE_TYPES)}) are read."
+                )
         ties = getattr(model, "all_tied_weights_keys", {})
         present = {match.name for match in matches}
         for match in matches:
@@ -120,11 +168,8 @@ class DenseCheckpoint:
         tensors = loaded.convert(name, model=self.model, config=self.model.config)
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in tensors.items()}
         for key, tensor in tensors.items():
-            if key in self._expected and tensor.shape != self._expected[key].shape:
-                raise ValueError(
-                    f"Tensor {key} has shape {list(tensor.shape)}, but {type(self.model).__name__} of this config.json "
-                    f"expects {list(self._expected[key].shape)}."
-                )
+            if key in self._expected:
+                _check_shape(key, tensor.shape, self._expected[key].shape, self.model)
         return tensors
 
 
@@ -148,7 +193,10 @@ class TensorMatch:
 
 
 def match_tensors(
-    files: list[pathlib.Path], model: PreTrainedModel, placed: dict[str, str] | None = None
+    files: list[pathlib.Path],
+    model: PreTrainedModel,
+    placed: dict[str, str] | None = None,
+    needed: set[str] | None = None,
 ) -> list[TensorMatch]:
     """Places the tensors of a checkpoint in the model, by Transformers' own renamings; reads headers only.
 
@@ -156,6 +204,7 @@ def match_tensors(
         files: of the checkpoint.
         model: its parameters may be on "meta".
         placed: model names by the names in the files, of tensors whose place is known; left out of the result.
+        needed: names that must be there; None needs all but those that the model's class does without.
 
     Raises:
         ValueError: a file is cut short, or tensors that the model needs are missing.
@@ -183,16 +232,23 @@ def match_tensors(
         matches.append(TensorMatch(key, name, pattern or key, converter, reader))
     ties = getattr(model, "all_tied_weights_keys", {})
     provided.update(source for tied, source in ties.items() if tied in provided)
-    missing = set(expected) - provided - set(ties)
+    optional = _any_of({*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())})
+    missing = {
+        name
+        for name in (expected if needed is None else needed)
+        if name not in provided and name not in ties and not optional.search(name)
+    }
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {_listed(missing)} that {type(model).__name__} needs. Download it again or check "
+            f"The checkpoint lacks {listed(missing)} that {type(model).__name__} needs. Download it again or check "
             "that config.json belongs to it."
         )
     return matches
 
 
-def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel, packed: dict[str, str]) -> None:
+def check_packed_names(
+    files: list[pathlib.Path], model: PreTrainedModel, packed: dict[str, str], shapes: bool = False
+) -> None:
     """Holds the tensors of a packed checkpoint against its model, whose layers are packed already (on "meta").
 
     Transformers itself fills a missing tensor with random numbers and leaves an unknown one out, with a warning.
@@ -201,25 +257,73 @@ def check_packed_names(files: list[pathlib.Path], model: PreTrainedModel, packed
         files: of the checkpoint.
         model: with packed layers.
         packed: model names of the packed tensors by their names in the files.
+        shapes: hold the shapes of the others against the model too; Transformers does that unless it is told not to.
 
     Raises:
-        ValueError: a tensor that the model needs is missing, or one has no place in it.
+        ValueError: a tensor that the model needs is missing, one has no place in it, or another shape.
     """
-    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"]))
-    unknown = [
-        match.key
-        for match in match_tensors(files, model, packed)
-        if match.name is None and not ignored.search(match.key)
-    ]
+    matches = match_tensors(files, model, packed)
+    unknown = _unplaced(matches, model)
     if unknown:
         raise ValueError(
-            f"The packed checkpoint holds {_listed(unknown)} that {type(model).__name__} has no place for: files of "
+            f"The packed checkpoint holds {listed(unknown)} that {type(model).__name__} has no place for: files of "
             "two checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again with "
             "`lowra quantize`."
         )
 
+    if shapes:
+        list(_check_shapes(matches, model))
 
-def _listed(names) -> str:
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for NaN or Inf in a tensor of floating point."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"Tensor {name} holds {bad} NaN or Inf value(s) of {tensor.numel()}; the checkpoint is damaged."
+        )
+
+
+def _unplaced(matches: list[TensorMatch], model: PreTrainedModel) -> list[str]:
+    """Names in the files that the model has no place for, but for those that its class is known to leave out."""
+    # rotary caches of old checkpoints, which Transformers leaves out too
+    ignored = _any_of({*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"})
+    return [match.key for match in matches if match.name is None and not ignored.search(match.key)]
+
+
+def _check_shapes(matches: list[TensorMatch], model: PreTrainedModel) -> Iterator[tuple[TensorMatch, str]]:
+    """Every tensor that has a place, with its type as safetensors calls it.
+
+    Raises:
+        ValueError: one that is not converted while loading has another shape than the model's.
+    """
+    expected = model.state_dict()
+    by_file: dict[pathlib.Path, list[TensorMatch]] = {}
+    for match in matches:
+        if match.name is not None:
+            by_file.setdefault(match.reader.path, []).append(match)
+    for path, members in by_file.items():
+        with safe_open(path, framework="pt") as content:
+            for match in members:
+                header = content.get_slice(match.key)
+                if match.converter is None:
+                    _check_shape(match.key, header.get_shape(), expected[match.name].shape, model)
+                yield match, header.get_dtype()
+
+
+def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int], model: PreTrainedModel) -> None:
+    if list(shape) != list(expected):
+        raise ValueError(
+            f"Tensor {name} has shape {list(shape)}, but {type(model).__name__} of this config.json expects "
+            f"{list(expected)}."
+        )
+
+
+def _any_of(patterns: set[str]) -> re.Pattern:
+    return re.compile("|".join(patterns or ["(?!)"]))
+
+
+def listed(names) -> str:
     """Such as "2 tensor(s): a, b"."""
     names = sorted(names)
     return f"{len(names)} tensor(s): {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"

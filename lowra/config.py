@@ -7,6 +7,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
 PRECISIONS = (1, 2, 4)
+REACHED = ("format_version", "nominal_bits", "true_bits", "error", "base", "fingerprint")  # filled in, not asked for
 
 _CHOICES = {
     "budget": ("nominal", "true"),
@@ -17,6 +18,13 @@ _CHOICES = {
     "assigner": ("exact", "two_level", "layer_order"),
     "sensitivity": ("layer", "none", "fisher"),
 }
+
+_KINDS = {
+    "bits": (int, float),
+    **dict.fromkeys(("group_size", "iterations", "refine", "feedback"), int),
+    **dict.fromkeys(("quantize_head", "quantize_embeddings"), bool),
+}
+_KIND_NAMES = {(int, float): "a number", int: "a whole number", bool: "true or false"}
 
 
 @dataclasses.dataclass(repr=False)
@@ -50,8 +58,9 @@ class LowRAConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or parts of names of modules that stay dense, beside embeddings and head.
 
     The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
-    and `true_bits` per quantised parameter, `error` (sum of squared differences over the sum of squares), `base` (name
-    or path of the original) and `fingerprint` (of the base's weights).
+    and `true_bits` per quantised parameter, `error` (of the plan: sum of squared differences over the sum of squares
+    before a low-rank part, `refine` or `feedback` change them), `base` (name or path of the original) and `fingerprint`
+    (of the base's weights).
     """
 
     quant_method: str = "lowra"  # how Transformers finds this class
@@ -79,7 +88,17 @@ class LowRAConfig(QuantizationConfigMixin):
     fingerprint: str | None = None
 
     def __post_init__(self):
-        self.menu = tuple(sorted(int(bits) for bits in self.menu))
+        _check_format(self.format_version)
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be {_KIND_NAMES[kinds]}; got {value!r}.")
+        if isinstance(self.modules_to_not_convert, str):  # its letters would be taken for parts of names
+            self.modules_to_not_convert = [self.modules_to_not_convert]
+        try:
+            self.menu = tuple(sorted({int(bits) for bits in self.menu}))
+        except (TypeError, ValueError):
+            raise ValueError(f"menu must be a list of precisions, such as [1, 2, 4]; got {self.menu!r}.") from None
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -87,11 +106,6 @@ class LowRAConfig(QuantizationConfigMixin):
             raise ValueError(f"menu must be a non-empty subset of {PRECISIONS}; got {self.menu}.")
         if self.codebook == "normal_float":
             self.menu = tuple(bits for bits in self.menu if bits > 1)  # there is no 1-bit NormalFloat
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has packed format {self.format_version}, this lowra reads format {FORMAT_VERSION}. "
-                "Install the version of lowra that wrote it, or quantise the base again."
-            )
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
         for name in ("iterations", "refine", "feedback"):
@@ -110,12 +124,21 @@ class LowRAConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """From a dictionary of the attributes above (config.json, YAML). An unknown key is refused by name."""
+        _check_format(config_dict.get("format_version", FORMAT_VERSION))  # first: another format has other keys
         check_keys(config_dict, [field.name for field in dataclasses.fields(cls)], "LowRAConfig")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "menu": list(self.menu)}
+
+
+def _check_format(version) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"This checkpoint has packed format {version!r}, this lowra reads format {FORMAT_VERSION}. "
+            "Install the version of lowra that wrote it, or quantise the base again."
+        )
 
 
 def check_keys(given, known, what: str) -> None:

@@ -6,58 +6,35 @@ run that is started again with the same arguments goes on where it stopped, and 
 
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from . import __version__, card
-from .atomic import move_folder, refuse_existing, save_json, save_tensors, save_text
+from .atomic import held, move_folder, refuse_existing, save_json, save_tensors, save_text
 from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
-from .checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from .checkpoint import DenseCheckpoint, check_finite, empty_model, listed, resolve_folder, safetensors_files
 from .config import LowRAConfig
 from .device import choose_device
 from .feedback import with_feedback
-from .loftq import METHODS, initialize
+from .initial_adapter import ADAPTER_FOLDER, AdapterRecipe, check_rank, write_adapter
+from .loftq import initialize
 from .planning import Plan, Planner
-from .quantize import quantize_matrix
+from .quantize import PackedWeight, quantize_matrix
 from .targets import Target, check_skips, find_targets
 
+logger = logging.getLogger(__name__)
+
 SHARD_BYTES = 4 << 30
-ADAPTER_FOLDER = "initial_adapter"
-BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began
 _COMPANIONS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens*", "generation_config.json", "*.jinja")
-
-
-@dataclasses.dataclass
-class AdapterRecipe:
-    """The adapter to write beside the checkpoint.
-
-    Attributes:
-        rank: r.
-        alpha: LoRA's alpha; None means alpha = r, the paper's choice.
-        method: "loftq", "cloq" (needs a calibration with second moments), "pissa" or "lora".
-        steps: alternating steps of LoftQ and CLoQ.
-        dropout: recorded for training.
-    """
-
-    rank: int
-    alpha: float | None = None
-    method: str = "loftq"
-    steps: int = 5
-    dropout: float = 0.0
-
-    def __post_init__(self):
-        self.alpha = float(self.rank if self.alpha is None else self.alpha)
-        if self.method not in METHODS:
-            raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
-        if self.rank < 1:
-            raise ValueError(f"A rank is at least 1; got {self.rank}.")
 
 
 def quantize_checkpoint(
@@ -67,7 +44,7 @@ def quantize_checkpoint(
     adapter: AdapterRecipe | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Callable[[], Calibration] | None = None,
 ) -> dict:
     """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
 
@@ -78,10 +55,12 @@ def quantize_checkpoint(
         adapter: the adapter for `output/initial_adapter`, or None.
         device: where the arithmetic runs; a GPU if there is one.
         progress: show progress bars.
-        calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`.
+        calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`. A function
+            that makes one is called when all that headers tell has been checked.
 
     Returns:
-        the report that is also written to `output/lowra_report.json`: bits, bytes, error, bound, seconds of each stage.
+        the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
+        of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage.
 
     Raises:
         FileNotFoundError, ValueError: input that cannot be used; nothing has been written to `output` then.
@@ -97,25 +76,40 @@ def quantize_checkpoint(
     check_skips(skeleton, config.modules_to_not_convert)
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
-        limit = min(min(t.out_features, t.in_features) for t in targets.values() if t.adapted)
-        if adapter.rank > limit:
-            raise ValueError(f"A rank of {adapter.rank} does not fit the smallest weight: give at most {limit}.")
+        check_rank(adapter.rank, targets)
     source = DenseCheckpoint(files, skeleton)
+    if source.unplaced:
+        logger.warning(
+            "lowra: the checkpoint holds %s that %s of its config.json has no place for; left out.",
+            listed(source.unplaced),
+            type(skeleton).__name__,
+        )
+    for name in source.names():
+        if name not in targets:  # the learner looks at the others
+            for key, tensor in source.load(name).items():
+                check_finite(key, tensor)
+    if callable(calibration):
+        calibration = calibration()
     for wanted, name in (
         (adapter is not None and adapter.method == "cloq", "method=cloq"),
         (config.feedback, "feedback"),
     ):
         if wanted and not (calibration and calibration.has_moments):
-            raise ValueError(f"{name} needs second moments of the inputs: calibrate with moments=True.")
-    work = _open_work_folder(output, files, config, adapter, calibration)
-
-    try:
-        report = _stream(source, targets, config, adapter, calibration, work, output, folder, model, device, progress)
-    except ValueError:
-        shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
-        raise
-    move_folder(work / "final", output)
-    shutil.rmtree(work)
+            raise ValueError(
+                f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
+            )
+    work = output.with_name(output.name + ".partial")
+    with held(work):
+        _empty_unless_begun(work, files, config, adapter, calibration)
+        try:
+            report = _stream(
+                source, targets, config, adapter, calibration, work, output, folder, model, device, progress
+            )
+        except ValueError:
+            shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
+            raise
+        move_folder(work / "final", output)
+        shutil.rmtree(work)
     return report
 
 
@@ -163,15 +157,18 @@ def learn(
     progress: bool,
 ) -> None:
     """Feeds every target of a checkpoint to the planner, in the order of the checkpoint."""
-    for name in _bar([n for n in source.names() if n in targets], "learning", progress):
+    names = [name for name in source.names() if name in targets]
+    finished = {name for name in names if planner.has_stored(name)}
+    for name in _bar(names, targets, finished, "learning", progress):
         target = targets[name]
-        if not planner.resume(name, target):
+        if name in finished:
+            planner.resume(name, target)
+        else:
             planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))
 
 
-def _open_work_folder(output, files, config, adapter, calibration) -> pathlib.Path:
-    """`OUTPUT.partial`, emptied unless it was begun with the same source and recipe."""
-    work = output.with_name(output.name + ".partial")
+def _empty_unless_begun(work: pathlib.Path, files, config, adapter, calibration) -> None:
+    """Empties the work folder unless it was begun with the same source and recipe; the folder itself is held."""
     recipe = {
         "version": __version__,
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
@@ -181,19 +178,22 @@ def _open_work_folder(output, files, config, adapter, calibration) -> pathlib.Pa
     }
     begun = work / "recipe.json"
     if begun.exists() and json.loads(begun.read_text()) != recipe:
-        shutil.rmtree(work)
+        begun.unlink()  # first, so that a kill in between leaves nothing that looks like this recipe's
+        for path in work.iterdir():
+            shutil.rmtree(path)
     save_json(recipe, begun)
     shutil.rmtree(work / "final", ignore_errors=True)
-    return work
 
 
 def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, work, device, progress) -> list[str]:
     """One file per conversion of the source, and one per adapted matrix; finished ones are kept from an earlier run."""
     names = source.names()
     tied = set(getattr(source.model, "all_tied_weights_keys", {}))
-    for name in _bar(names, "quantising", progress):
-        piece = work / "pieces" / f"{name}.safetensors"
-        if piece.exists():
+    pieces = {name: work / "pieces" / f"{name}.safetensors" for name in names}
+    finished = {name for name, piece in pieces.items() if piece.exists()}
+    for name in _bar(names, targets, finished, "quantising", progress):
+        piece = pieces[name]
+        if name in finished:
             continue
         tensors = source.load(name)
         if name not in targets:
@@ -212,7 +212,7 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
         cloq = adapter is not None and target.adapted and adapter.method == "cloq"
         moment = calibration.moment(name) if feedback or cloq else None
         if adapter is None or not target.adapted:
-            packed = with_feedback(weight.float(), pack(weight), moment, feedback)
+            packed, product = with_feedback(weight.float(), pack(weight), moment, feedback), None
         else:
             packed, factors = initialize(
                 weight.float(),
@@ -232,15 +232,50 @@ def _write_pieces(source, targets, plan: Plan, config, adapter, calibration, wor
                 },
                 work / "adapter" / f"{name}.safetensors",
             )
-        save_tensors({f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}, piece)
+            product = factors.lora_B, factors.lora_A, adapter.alpha / adapter.rank
+        lost = left = plan.loss(name)
+        if product is not None or feedback or config.refine:
+            lost, left = _squared_errors(weight, packed, product)
+        # in the piece, so that a resumed run knows the errors of those it does not make again
+        metadata = {"format": "pt", "squares": json.dumps([plan.energy[name], lost, left])}
+        tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
+        save_tensors(tensors, piece, metadata)
     return names
+
+
+def _squared_errors(
+    weight: torch.Tensor, packed: PackedWeight, product: tuple[torch.Tensor, torch.Tensor, float] | None
+) -> tuple[float, float]:
+    """What packing loses of a weight [N, K], and what is lost with B, A, scaling added."""
+    rest = packed.dequantize().sub_(weight)
+    lost = left = _energy(rest)
+    if product is not None:
+        left = _energy(rest.addmm_(*product[:2], alpha=product[2]))
+    return lost, left
+
+
+def _energy(matrix: torch.Tensor) -> float:
+    """Sum of squares, of the rows in the matrix's own type, without another matrix for the squares."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+
+
+def _relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
+    """Squared error over energy of all packed weights, alone and with the initial adapter."""
+    sums = [0.0, 0.0, 0.0]
+    for piece in pieces:
+        with safe_open(piece, framework="pt") as content:
+            squares = json.loads(content.metadata().get("squares", "[0, 0, 0]"))
+        sums = [total + part for total, part in zip(sums, squares, strict=True)]
+    energy = max(sums[0], torch.finfo(torch.float64).tiny)
+    return sums[1] / energy, sums[2] / energy
 
 
 def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names, config, adapter) -> dict:
     final = work / "final"
     pieces = [work / "pieces" / f"{name}.safetensors" for name in names]
     total, packed_bytes = _write_shards(pieces, final, {target.name for target in targets.values()})
-    parameters = sum(t.out_features * t.in_features for t in targets.values())
+    packed_error, adapted_error = _relative_errors(pieces)
+    parameters = sum(target.size for target in targets.values())
     nominal = sum(int(plan.row_bits[name].sum()) * targets[name].in_features for name in targets) / parameters
     reached = dataclasses.replace(
         config,
@@ -257,7 +292,8 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         for path in folder.glob(pattern):
             shutil.copyfile(path, final / path.name)
     if adapter is not None:
-        _write_adapter(work, final / ADAPTER_FOLDER, output, targets, adapter, reached)
+        factors = sorted((work / "adapter").glob("*.safetensors"))
+        write_adapter(factors, final / ADAPTER_FOLDER, output, skeleton, targets, adapter, reached)
     report = {
         "model": str(model),
         "bits": config.bits,
@@ -267,6 +303,8 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         "packed_bytes": packed_bytes,
         "checkpoint_bytes": total,
         "error": plan.error,
+        "packed_error": packed_error,
+        "adapted_error": None if adapter is None else adapted_error,
         "assigner": {
             "solver": plan.assignment.solver,
             "error": plan.assignment.error,
@@ -277,31 +315,9 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
             "channels": len(plan.assignment.row_bits),
         },
     }
-    save_text(card.model_card(reached, report, adapter, type(skeleton).__name__), final / "README.md")
+    architecture = type(skeleton).__name__
+    save_text(card.model_card(reached, architecture, parameters, packed_bytes, report, adapter), final / card.FILE)
     return report
-
-
-def _write_adapter(work, folder, base, targets, adapter, config) -> None:
-    tensors = {}
-    for path in sorted((work / "adapter").glob("*.safetensors")):
-        tensors.update(load_file(path))
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    save_json(
-        {
-            "peft_type": "LORA",
-            "base_model_name_or_path": str(base),
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "lora_dropout": adapter.dropout,
-            "target_modules": sorted(target.name for target in targets.values() if target.adapted),
-            "bias": "none",
-            "init_lora_weights": True,
-            "inference_mode": False,
-        },
-        folder / "adapter_config.json",
-    )
-    record = {"base": config.base, "nominal_bits": config.nominal_bits, "init": adapter.method}
-    save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)
 
 
 def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[str]) -> tuple[int, int]:
@@ -337,5 +353,14 @@ def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[s
     return sum(path.stat().st_size for path in final.glob("*.safetensors")), packed_bytes
 
 
-def _bar(names: list[str], what: str, progress: bool) -> Iterator[str]:
-    return tqdm(names, desc=what, unit="tensor", disable=not progress)
+def _bar(names: list[str], targets: dict[str, Target], finished: set[str], what: str, progress: bool) -> Iterator[str]:
+    """The names, under a progress bar of the weights to quantise; its estimate leaves out what an earlier run did."""
+    sizes = {name: targets[name].size for name in names if name in targets}
+    done = sum(sizes.get(name, 0) for name in finished)
+    with tqdm(
+        total=sum(sizes.values()), initial=done, desc=what, unit=" weights", unit_scale=True, disable=not progress
+    ) as bar:
+        for name in names:
+            yield name
+            if name not in finished:
+                bar.update(sizes.get(name, 0))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from .assigner import Assignment, Problem, assign
 from .atomic import save_tensors
 from .calibration import Calibration
+from .checkpoint import check_finite
 from .codebook import PRECISIONS, Codebook
 from .config import LowRAConfig
 from .learner import learn_codebook
@@ -27,6 +28,7 @@ class Plan:
     Attributes:
         codebooks: tables of each matrix, on the CPU.
         row_bits: uint8 [N] of each matrix.
+        energy: sum of squares of each matrix.
         assignment: the assigner's report over all channels.
         error: sum of squared differences over the sum of squares, over all matrices.
         fingerprint: of the base's weights.
@@ -34,9 +36,14 @@ class Plan:
 
     codebooks: dict[str, Codebook]
     row_bits: dict[str, torch.Tensor]
+    energy: dict[str, float]
     assignment: Assignment
     error: float
     fingerprint: str
+
+    def loss(self, name: str) -> float:
+        """Sum of squared differences of one matrix when it is packed by its tables as it is."""
+        return float(self.codebooks[name].error_at(self.row_bits[name]).sum())
 
 
 class Planner:
@@ -71,11 +78,7 @@ class Planner:
         Raises:
             ValueError: NaN or Inf in the weight, named.
         """
-        if not torch.isfinite(weight).all():
-            bad = int((~torch.isfinite(weight)).sum())
-            raise ValueError(
-                f"Tensor {name} holds {bad} NaN or Inf value(s) of {weight.numel()}; the checkpoint is damaged."
-            )
+        check_finite(name, weight)
         codebook = learn_codebook(weight, self.config)
         energy = float(weight.float().square().sum(dtype=torch.float64))
         record = {
@@ -89,12 +92,13 @@ class Planner:
             save_tensors(record, self.store / f"{name}.safetensors")
         self._keep(name, target, record)
 
-    def resume(self, name: str, target: Target) -> bool:
-        """Takes a matrix from the store; False where it has not been learned yet."""
-        if self.store is None or not (self.store / f"{name}.safetensors").exists():
-            return False
+    def has_stored(self, name: str) -> bool:
+        """Whether an earlier run has learned a matrix."""
+        return self.store is not None and (self.store / f"{name}.safetensors").exists()
+
+    def resume(self, name: str, target: Target) -> None:
+        """Takes a matrix from the store."""
         self._keep(name, target, load_file(self.store / f"{name}.safetensors"))
-        return True
 
     def _keep(self, name, target, record):
         self._targets[name] = target
@@ -112,9 +116,9 @@ class Planner:
         counts = [self._targets[name].out_features for name in self._codebooks]
         parts = torch.from_numpy(assignment.row_bits).split(counts)
         row_bits = {name: part.clone() for name, part in zip(self._codebooks, parts, strict=True)}
-        left = sum(float(book.error_at(row_bits[name]).sum()) for name, book in self._codebooks.items())
-        error = left / max(sum(self._energy.values()), np.finfo(float).tiny)
-        return Plan(self._codebooks, row_bits, assignment, error, fingerprint_of(self._samples))
+        plan = Plan(self._codebooks, row_bits, self._energy, assignment, 0.0, fingerprint_of(self._samples))
+        plan.error = sum(map(plan.loss, row_bits)) / max(sum(self._energy.values()), np.finfo(float).tiny)
+        return plan
 
     def _problem(self) -> Problem:
         errors, sizes, costs = [], [], []
@@ -142,8 +146,7 @@ class Planner:
         blocks = [] if target.in_block else [other for other in self._targets.values() if other.in_block]
         if not blocks:
             return 1.0
-        size = target.out_features * target.in_features
-        return size * len(blocks) / sum(block.out_features * block.in_features for block in blocks)
+        return target.size * len(blocks) / sum(block.size for block in blocks)
 
     def _channel_costs(self, target: Target) -> np.ndarray:
         if self.config.budget == "nominal":

@@ -5,11 +5,15 @@ import logging
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .linear import LowRALinear
-
 logger = logging.getLogger(__name__)
+
+# Shorter sides belong to gates and the like: nothing to save, and an adapter of more than this rank has no place there.
+_LEAST_SIDE = 8
+_COMPUTES_AS_LINEAR = ("FalconLinear",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Target:
     tied: tuple[str, ...] = ()
 
     @property
+    def size(self) -> int:
+        """Weights in it."""
+        return self.out_features * self.in_features
+
+    @property
     def in_block(self) -> bool:
         """Whether it is part of a transformer block, not head or embeddings."""
         return self.adapted or self.experts is not None
@@ -57,8 +66,9 @@ def find_targets(
     """Every linear layer of the transformer blocks by the name of its weight, in model order.
 
     A block is a member of an `nn.ModuleList`, so embeddings, heads and poolers stay dense; so do layers whose name
-    contains an entry of `skip`. Fused experts [E, N, K] are quantised where the model's own forward takes them one by
-    one; other tensors of three dimensions stay dense, with a warning that gives their size.
+    contains an entry of `skip`, tiny ones, and subclasses of `nn.Linear` that compute something else (routers). Fused
+    experts [E, N, K] are quantised where the model's own forward takes them one by one; other tensors of three
+    dimensions stay dense, with a warning that gives their size.
 
     Args:
         model: may be on "meta".
@@ -78,9 +88,10 @@ def find_targets(
             continue
         if isinstance(module, Conv1D):
             targets[f"{name}.weight"] = Target(name, module.weight.shape[1], module.weight.shape[0], transposed=True)
-        elif isinstance(module, nn.Linear) and not isinstance(module, LowRALinear):
-            targets[f"{name}.weight"] = Target(name, module.out_features, module.in_features)
-        else:
+        elif isinstance(module, nn.Linear):
+            if _is_plain_linear(module):
+                targets[f"{name}.weight"] = Target(name, module.out_features, module.in_features)
+        elif not isinstance(module, _ConvNd):
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and _taken_one_by_one(module):
                     count, rows, columns = parameter.shape
@@ -158,6 +169,14 @@ def _head_target(model: nn.Module, head: nn.Module | None) -> dict[str, Target]:
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _is_plain_linear(module: nn.Linear) -> bool:
+    """Whether a layer computes x W^T + bias, with its own `forward`, and is worth packing."""
+    kind = type(module)
+    plain = kind.forward is nn.Linear.forward or kind.__name__ in _COMPUTES_AS_LINEAR
+    used_by_itself = not isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
+    return plain and used_by_itself and min(module.weight.shape) >= _LEAST_SIDE
 
 
 def _taken_one_by_one(module: nn.Module) -> bool:

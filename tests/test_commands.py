@@ -67,6 +67,12 @@ def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
         (["quantize", "{model}", "--bits", "0.5", "--output", "{out}"], "from 1 to 4"),
         (["quantize", "{model}", "--menu", "one", "--output", "{out}"], "separated by commas"),
         (["quantize", "/no/such/model", "--output", "{out}"], "not a folder"),
+        (["quantize", "{model}", "--alpha", "8", "--output", "{out}"], "--alpha has no effect without --rank"),
+        (["quantize", "{model}", "--init", "lora", "--output", "{out}"], "--init has no effect without --rank"),
+        (["quantize", "{model}", "--loftq-steps", "2", "--output", "{out}"], "--loftq-steps has no effect without"),
+        (["quantize", "{model}", "--calibration-tokens", "9", "--output", "{out}"], "no effect without --calibrate"),
+        (["quantize", "{model}", "--rank", "4", "--alpha", "-1", "--output", "{out}"], "alpha must be positive"),
+        (["quantize", "{model}", "--rank", "4", "--init", "cloq", "--output", "{out}"], "(--calibrate FILE)"),
         (["generate", "./no-such-folder", "--prompt", "x"], "not a folder"),
         (["generate", "{model}", "--adapter", "{out}", "--prompt", "x"], "is no adapter"),
         (["evaluate", "{model}", "--data", "{empty}", "--block-size", "64"], "empty"),
@@ -84,3 +90,51 @@ def test_mistakes_get_one_message_and_write_nothing(tiny_llama, tmp_path, capsys
     assert captured.err.startswith("lowra: ") and message in captured.err
     assert "Traceback" not in captured.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["quantize", "m", "--output", "o", "--bitz", "2"],
+            "quantize: error: there is no --bitz; did you mean --bits?",
+        ),
+        (["quantize", "m", "--output", "o", "--bit", "2"], "there is no --bit; did you mean --bits?"),
+        (
+            ["adapter", "quantize", "a", "--output", "o", "--methd=rtn"],
+            "there is no --methd; did you mean --method?",
+        ),
+        (["generate", "m", "--prompt", "p", "--xyzzy"], "there is no --xyzzy (lowra generate --help lists all)"),
+        (["inspect", "m", "n"], "there is no n (lowra inspect --help lists all)"),
+    ],
+)
+def test_misspelt_options_are_refused_with_the_nearest(capsys, arguments, message):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "finetune", "evaluate", "generate", "inspect", "compare", "demo"])
+def test_help_tells_of_no_empty_defaults(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "None" not in shown and "False" not in shown
+
+
+def test_a_place_that_is_taken_is_refused_before_the_calibration(packed, tiny_llama, text, monkeypatch, capsys):
+    monkeypatch.setattr("lowra.commands.quantize.calibrate", lambda *args, **options: pytest.fail("calibrated"))
+    assert main(["quantize", str(tiny_llama), "--calibrate", str(text), "--output", str(packed)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_what_a_packed_model_does_not_take_from_the_recipe_is_said(packed, text, tmp_path, caplog):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("block_size: 64\nbatch_size: 2\naccumulation: 1\nmax_steps: 1\nbits: 1.5\nrank: 8\n")
+    overrides = [f"model={packed}", f"train_file={text}", f"validation_file={text}", f"output={tmp_path / 'run'}"]
+    with caplog.at_level("WARNING", logger="lowra"):
+        assert main(["finetune", str(recipe), *overrides]) == 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("has 2 bits; the recipe's 1.5 bits are not used" in message for message in messages)
+    assert any("has rank 4; the recipe's rank of 8 is not used" in message for message in messages)

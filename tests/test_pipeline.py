@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
-from lowra.pipeline import ADAPTER_FOLDER
+from lowra.atomic import held
+from lowra.card import model_card
+from lowra.initial_adapter import ADAPTER_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +169,21 @@ def test_truncated_file_is_refused(tiny_llama, tmp_path):
         ({"bits": 2.0, "menu": (1, 3)}, "subset"),
         ({"bits": 2.0, "scales": "int8"}, "double_quant"),
         ({"format_version": 9}, "format 9"),
+        ({"bits": "two"}, "bits must be a number; got 'two'"),
+        ({"group_size": 64.0}, "group_size must be a whole number"),
+        ({"quantize_head": "no"}, "quantize_head must be true or false"),
+        ({"menu": 2}, r"menu must be a list of precisions, such as \[1, 2, 4\]; got 2"),
     ],
 )
 def test_impossible_recipes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LowRAConfig(**arguments)
+
+
+def test_one_name_of_a_dense_module_may_stand_without_a_list(tiny_llama, tmp_path):
+    config = LowRAConfig(modules_to_not_convert="down_proj")
+    report = quantize_checkpoint(str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False)
+    assert report["quantised_parameters"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 176 * 64)
 
 
 def test_unknown_key_names_the_nearest():
@@ -211,9 +223,56 @@ def test_what_is_written_says_what_it_is(packed):
     fields = {field.name for field in dataclasses.fields(LowRAConfig)}
     assert set(config) == fields
     card = (output / "README.md").read_text()
-    assert "import lowra" in card and f"{report['true_bits']:.4f}" in card
+    assert "import lowra" in card and f"{report['true_bits']:.4f} per packed weight" in card
+    assert "base_model:" not in card  # a folder is no name on the hub
+    for asked in ("bits=1.5", "refine=0", "feedback=0", "assigner=exact", "modules_to_not_convert=None"):
+        assert asked in card
     with safe_open(output / "model.safetensors", framework="pt") as content:
         assert content.metadata()["format"] == "pt"
+
+
+def test_the_errors_reported_are_those_of_the_tensors(packed, tiny_llama):
+    output, report = packed
+    original, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, output))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output), output / ADAPTER_FOLDER)
+    energy = lost = left = 0.0
+    for name, module in base.named_modules():
+        if isinstance(module, LowRALinear):
+            weight = original.get_parameter(f"{name}.weight").float()
+            lora = model.base_model.model.get_submodule(name)
+            energy += weight.square().sum().item()
+            rest = weight - module.dequantize()
+            lost += rest.square().sum().item()
+            left += (rest - lora.get_delta_weight("default")).square().sum().item()
+    assert report["packed_error"] == pytest.approx(lost / energy, rel=1e-5)
+    assert report["adapted_error"] == pytest.approx(left / energy, rel=1e-5)
+    assert report["adapted_error"] < report["error"] < report["packed_error"]  # LoftQ packs the weight less its adapter
+
+
+def test_every_saved_checkpoint_has_a_card(packed, tiny_llama, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, load_in_lowra=True, lowra_bits=1.5)
+    for name, model in (("loaded", loaded), ("again", AutoModelForCausalLM.from_pretrained(packed[0]))):
+        model.save_pretrained(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        config = model.config.quantization_config
+        assert (
+            f"{config.true_bits:.4f} per packed weight" in card
+            and config.fingerprint in card
+            and "import lowra" in card
+        )
+        (tmp_path / name / "README.md").write_text("mine")
+        model.save_pretrained(tmp_path / name)
+        assert (tmp_path / name / "README.md").read_text() == "mine"
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_a_name_on_the_hub_is_named_as_such(packed):
+    _, report = packed
+    config = LowRAConfig(base="org/model", nominal_bits=2.0, true_bits=2.2, error=0.1, fingerprint="0" * 64)
+    card = model_card(config, "LlamaForCausalLM", report["quantised_parameters"], report["packed_bytes"], report)
+    assert "\nbase_model: org/model\n" in card and "# org/model, packed at 2 bits" in card
 
 
 def test_base_30m_meets_the_projects_own_bounds(base_30m, tmp_path):
@@ -245,3 +304,41 @@ def test_files_follow_the_umask(tiny_llama, tmp_path):
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_two_processes_do_not_write_to_the_same_place(tiny_llama, tmp_path):
+    """The second would empty the folder of the first, whose pieces would then count as its own."""
+    arguments = (str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5))
+    with held(tmp_path / "out.partial"), pytest.raises(ValueError, match="Another process is writing to .*out.partial"):
+        quantize_checkpoint(*arguments, device="cpu", progress=False)
+    assert (tmp_path / "out.partial").exists()
+    quantize_checkpoint(*arguments, device="cpu", progress=False)
+
+
+def test_pieces_of_another_recipe_are_thrown_away(tiny_llama, tmp_path, monkeypatch):
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_assemble", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5), device="cpu", progress=False)
+    assert list((tmp_path / "out.partial" / "pieces").iterdir())
+    monkeypatch.undo()
+    reports = [
+        quantize_checkpoint(str(tiny_llama), tmp_path / name, LowRAConfig(bits=2), device="cpu", progress=False)
+        for name in ("out", "fresh")
+    ]
+    assert reports[0]["true_bits"] == reports[1]["true_bits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank is at least 1"),
+        ({"rank": 4, "steps": 0}, "steps is at least 1"),
+        ({"rank": 4, "alpha": 0}, "alpha must be positive"),
+    ],
+)
+def test_impossible_adapters_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterRecipe(**arguments)

@@ -8,6 +8,7 @@ import warnings
 
 from .. import __version__
 from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize
+from .parser import CommandParser
 
 _COMMANDS = (quantize, finetune, evaluate, generate, inspect, compare, adapter, demo)
 
@@ -42,9 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lowra", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="lowra", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"lowra {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -1,6 +1,5 @@
 """`lowra demo`: the main job on a model trained on the spot, or on any model given."""
 
-import argparse
 import pathlib
 import time
 
@@ -23,7 +22,6 @@ def add_parser(subparsers) -> None:
         "fine-tunes it on docstrings of the standard library with every method. Both texts ship with Python. The model "
         "is far too small to be useful, and at 2 bits and above too young to tell the methods apart: it shows that "
         "everything works. With --model and --train/--validation the same comparison runs on any checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=pathlib.Path, default="demo", help="folder of everything the demo writes")
     parser.add_argument("--model", help="checkpoint to use in place of the small one, local or on the hub")

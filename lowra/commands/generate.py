@@ -1,6 +1,5 @@
 """`lowra generate`: text from a packed model and its adapter."""
 
-import argparse
 import time
 
 from ..generation import generate_text, load_model
@@ -12,7 +11,6 @@ def add_parser(subparsers) -> None:
         "generate",
         help="continue a prompt",
         description="Continues a prompt with a packed (or dense) model and, if given, an adapter.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--adapter", help="folder of an adapter, of PEFT or packed")

@@ -1,6 +1,5 @@
 """`lowra inspect`: where the bits of a packed checkpoint went, and what they cost."""
 
-import argparse
 import dataclasses
 import pathlib
 
@@ -16,7 +15,6 @@ def add_parser(subparsers) -> None:
         description="Shows which layers and channels of a packed checkpoint got which bits, nominal against true bits, "
         "its bytes against bf16 and NF4, and the memory it needs. With --original also how far every channel is from "
         "the original. With --plot the paper's pictures for this model (figures 2 and 7 to 10).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="folder written by `lowra quantize`")
     parser.add_argument("--original", metavar="MODEL", help="the checkpoint it was made from, for errors and pictures")
@@ -69,6 +67,7 @@ def _totals(packed: PackedFolder, layers: list[LayerContent]) -> dict:
         "base": packed.config.base,
         "fingerprint": packed.config.fingerprint,
         "error": packed.config.error,
+        **packed.errors(),
         "channels": {str(bits): sum(layer.channels[bits] for layer in layers) for bits in (4, 2, 1)},
         "quantised_parameters": parameters,
         "nominal_bits": sum(layer.nominal_bits * layer.parameters for layer in layers) / parameters,
@@ -104,7 +103,13 @@ def _print_totals(total: dict) -> None:
         print(f"  {name:<20} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
     print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  everything that is not packed")
     if total["error"] is not None:
-        print(f"  squared error / energy of the weights, before any adapter: {total['error']:.5f}")
+        shown = {
+            "planned": "error",
+            "of the packed weights": "packed_error",
+            "with the initial adapter": "adapted_error",
+        }
+        parts = [f"{name} {total[key]:.5f}" for name, key in shown.items() if key in total]
+        print(f"  squared error / energy: {', '.join(parts)}")
 
 
 def _by_kind(layers: list[LayerContent]) -> list[dict]:

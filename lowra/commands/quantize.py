@@ -1,11 +1,13 @@
 """`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
 
-import argparse
+import functools
 import pathlib
 
 from ..calibration import TOKENS, Calibration, calibrate
 from ..config import LowRAConfig
-from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe
+from ..loftq import STEPS
+from ..pipeline import quantize_checkpoint
 
 
 def add_parser(subparsers) -> None:
@@ -15,7 +17,6 @@ def add_parser(subparsers) -> None:
         description="Packs the linear layers of a checkpoint into a bit budget. Every output channel gets 1, 2 or 4 "
         "bits and its own levels. With --rank, an adapter fitted to what was lost is written to OUTPUT/initial_adapter "
         "(train it with `lowra finetune`). A run that was killed goes on when started again with the same arguments.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", help="local folder or hub name of a checkpoint in safetensors, 16 or 32 bits")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
@@ -25,7 +26,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--init", help="start of the adapter: loftq (default), cloq (default with --calibrate), pissa, lora"
     )
-    parser.add_argument("--loftq-steps", type=int, default=5, help="alternating steps of LoftQ")
+    parser.add_argument("--loftq-steps", type=int, help=f"alternating steps of LoftQ and CLoQ (default: {STEPS})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     calibration = parser.add_argument_group("calibration (one pass over some text; better below 2 bits)")
     calibration.add_argument(
@@ -39,7 +40,9 @@ def add_parser(subparsers) -> None:
         help="rounds that choose codes and levels for the layers' outputs (default: 1 where there are second moments, "
         "otherwise 0)",
     )
-    calibration.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of the text to use at most")
+    calibration.add_argument(
+        "--calibration-tokens", type=int, help=f"tokens of the text to use at most (default: {TOKENS})"
+    )
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
     recipe.add_argument(
         "--sensitivity", help="weight of an error: layer (default), fisher (default with --calibrate), none"
@@ -68,6 +71,7 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> dict:
     """Quantises and prints what came out."""
+    _refuse_options_without_effect(args)
     stored = Calibration.load(args.calibrate) if (args.calibrate or "").endswith(".safetensors") else None
     has_moments = _wants_moments(args) if stored is None else stored.has_moments
     config = LowRAConfig(
@@ -91,13 +95,14 @@ def run(args) -> dict:
     adapter = None
     if args.rank is not None:
         method = args.init or ("cloq" if has_moments else "loftq")
-        adapter = AdapterRecipe(args.rank, args.alpha, method, args.loftq_steps)
+        adapter = AdapterRecipe(args.rank, args.alpha, method, STEPS if args.loftq_steps is None else args.loftq_steps)
     calibration = stored
     if args.calibrate and stored is None:
-        calibration = calibrate(
+        calibration = functools.partial(
+            calibrate,
             args.model,
             args.calibrate,
-            args.calibration_tokens,
+            TOKENS if args.calibration_tokens is None else args.calibration_tokens,
             args.device,
             has_moments,
             head=args.head,
@@ -118,6 +123,19 @@ def run(args) -> dict:
     if adapter is not None:
         print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
     return {"output": str(args.output), **report}
+
+
+def _refuse_options_without_effect(args) -> None:
+    """Raises ValueError for an option that needs another one."""
+    needs = {
+        "--alpha": (args.alpha, "--rank", args.rank),
+        "--init": (args.init, "--rank", args.rank),
+        "--loftq-steps": (args.loftq_steps, "--rank", args.rank),
+        "--calibration-tokens": (args.calibration_tokens, "--calibrate", args.calibrate),
+    }
+    for option, (value, needed, given) in needs.items():
+        if value is not None and given is None:
+            raise ValueError(f"{option} has no effect without {needed}: give that too, or leave it out.")
 
 
 def _wants_moments(args) -> bool:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
-from ..pipeline import ADAPTER_FOLDER
+from ..initial_adapter import ADAPTER_FOLDER
 from ..planning import fingerprint_of, weight_digest
 from ..targets import Target
 from .packed import PackedFolder
@@ -107,7 +107,7 @@ def quantiles(errors: list[ChannelErrors]) -> dict[str, dict]:
             values = torch.cat(values) if values else torch.empty(0)
             if values.numel():
                 at = torch.quantile(values.double(), torch.tensor(QUANTILES, dtype=torch.float64))
-                found.setdefault(f"{bits} bits", {})[which] = {
+                found.setdefault(f"{bits} bit" + ("s" if bits > 1 else ""), {})[which] = {
                     "channels": values.numel(),
                     **{f"{share:.0%}": float(value) for share, value in zip(QUANTILES, at, strict=True)},
                 }

@@ -9,11 +9,12 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..checkpoint import empty_model, resolve_folder, safetensors_files
+from ..checkpoint import check_packed_names, empty_model, resolve_folder, safetensors_files
 from ..config import LowRAConfig
+from ..initial_adapter import ADAPTER_FOLDER
+from ..integrations.modules import put_stored
 from ..integrations.packed_files import PackedFiles
 from ..integrations.reading import read
-from ..pipeline import ADAPTER_FOLDER
 from ..quantize import TENSOR_NAMES, PackedWeight
 from ..targets import Target, find_targets
 
@@ -71,7 +72,8 @@ class PackedFolder:
         """Reads headers and configs.
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra.
+            FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra, is cut short, or has
+                tensors missing, left over or of another size.
         """
         self.folder = resolve_folder(model)
         if not (self.folder / "config.json").is_file():
@@ -93,12 +95,8 @@ class PackedFolder:
         paths = safetensors_files(self.folder)
         self.total_bytes = sum(path.stat().st_size for path in paths)
         self._files = PackedFiles(paths, self.targets, self.config.group_size)
-        extra = [key for key in self._files.unplaced if key.endswith(".row_bits")]
-        if extra:
-            raise ValueError(
-                f"The packed checkpoint holds {len(extra)} packed layer(s), first {extra[0].rpartition('.')[0]}, that "
-                "its config.json has no place for: files of two checkpoints are mixed, or config.json was changed."
-            )
+        put_stored(skeleton, self.targets, self.config.group_size, self._files)
+        check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""
@@ -110,6 +108,13 @@ class PackedFolder:
         """Every layer in model order."""
         for target in self.targets.values():
             yield describe(target, self.weight(target))
+
+    def errors(self) -> dict[str, float]:
+        """Squared errors over energy of the packed weights and with the initial adapter, where they are recorded."""
+        path = self.folder / "lowra_report.json"
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        found = {name: report.get(name) for name in ("packed_error", "adapted_error")}
+        return {name: error for name, error in found.items() if error is not None}
 
     def adapter_rank(self) -> int | None:
         """Rank of the initial adapter written with the checkpoint."""

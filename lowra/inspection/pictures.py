@@ -11,7 +11,7 @@ from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .errors import ChannelErrors, Original
 from .memory import TOKENS, footprints
-from .packed import LayerContent, PackedFolder, kind_of
+from .packed import LayerContent, PackedFolder, block_of, kind_of
 
 matplotlib.use("Agg")
 
@@ -147,7 +147,7 @@ def draw_channels(packed: PackedFolder, original: Original | None) -> Figure:
         else:
             axis.vlines(levels, 0, shares, color=_COLOURS[bits], linewidth=3)
             axis.set_ylim(bottom=0)
-        axis.set_title(f"{_short(target.name)}\nchannel {channel}, {_words(bits)}", fontsize=9)
+        axis.set_title(f"{kind_of(target.name)}\nchannel {channel}, {_words(bits)}", fontsize=9)
         axis.set_xlim(-1.05, 1.05)
         axis.tick_params(labelsize=8)
     for axis in axes[-1]:
@@ -155,7 +155,7 @@ def draw_channels(packed: PackedFolder, original: Original | None) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("density" if original is not None else "share of the weights")
     what = "Normalised weights of sampled channels" if original is not None else "Use of the levels by sampled channels"
-    figure.suptitle(f"{what}, first block (lines: the channel's levels)")
+    figure.suptitle(f"{what}, first block (lines: the channel's levels, relative to the stored scale)")
     return figure
 
 
@@ -211,7 +211,7 @@ def draw_blocks(packed: PackedFolder, original: Original | None) -> Figure:
             axis.locator_params(nbins=4)
             if column == 0:
                 axis.set_ylabel(f"{title}\noutput channel", fontsize=9)
-        axes[0, column].set_title(_short(target.name), fontsize=9)
+        axes[0, column].set_title(_title(target.name), fontsize=8)
         axes[-1, column].set_xlabel("input channel", fontsize=8)
         bar = figure.colorbar(image, ax=list(axes[:, column]), location="bottom", shrink=0.9, pad=0.02)
         bar.ax.tick_params(labelsize=7)
@@ -287,9 +287,10 @@ def _words(bits: int) -> str:
     return f"{bits} bit" + ("s" if bits > 1 else "")
 
 
-def _short(name: str) -> str:
-    """The last two parts of a module's name with its block, such as "3.self_attn.q_proj"."""
-    return ".".join(name.split(".")[-3:])
+def _title(name: str) -> str:
+    """A module in two lines: "self_attn.q_proj" above "block 3"."""
+    block = block_of(name)
+    return kind_of(name) + ("" if block < 0 else f"\nblock {block}")
 
 
 def _unit(size: float) -> tuple[str, float]:

@@ -99,6 +99,7 @@ def large_dense_tensors(model: PreTrainedModel, targets: dict[str, Target]) -> d
     for module_name, module in model.named_modules():
         name = f"{module_name}.weight"
         name = model.all_tied_weights_keys.get(name, name)
-        if any(module is table for table in tables) and name not in taken and not any(part in name for part in kept):
+        is_table = any(module is table for table in tables) and "weight" in module._parameters  # not images' patches
+        if is_table and name not in taken and not any(part in name for part in kept):
             found[name] = model.get_parameter(name)
     return found

@@ -13,6 +13,7 @@ from ..experts import LowRAExperts
 from ..linear import LowRALinear, PackedModule
 from ..quantize import TENSOR_NAMES
 from ..targets import Target, embedding_scale, replace_module
+from .packed_files import PackedFiles
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:
@@ -33,6 +34,8 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
         if target.transposed and isinstance(module, nn.Linear):
             replace_module(model, target.name, _conv1d(module))
     forget_ties(model)
+    for experts in _experts_modules(model, targets):
+        experts.config._experts_implementation = experts.__dict__.pop("_implementation_when_dense")
     for module in model.modules():
         if _casts_to_weight_dtype(module):
             module.__dict__.pop("forward", None)
@@ -85,6 +88,18 @@ def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: 
             module = _packed_layer(model.get_submodule(name), *sizes)
         replace_module(model, name, module)
         modules.append(module)
+    return modules
+
+
+def put_stored(
+    model: PreTrainedModel, targets: dict[str, Target], group_size: int, files: PackedFiles
+) -> list[PackedModule]:
+    """Puts packed modules on "meta", with the types and shapes in the files, in the place of all targets."""
+    modules: list[PackedModule] = []
+    for target in targets.values():
+        stored = {leaf: place.placeholder() for leaf, place in files.of(target.name).items()}
+        modules += put_packed(model, target, group_size, stored)
+    declare_ties(model, targets)
     return modules
 
 
@@ -151,11 +166,17 @@ def share_tied(model: PreTrainedModel, target: Target) -> None:
 
 def use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:
     """The other implementations (grouped_mm and the like) need the dense weights of all experts at once."""
-    for target in targets.values():
-        if target.experts is not None:
-            experts = model.get_submodule(target.name.rpartition(".")[0])
-            experts.config._experts_implementation = "eager"
-            experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
+    modules = _experts_modules(model, targets)
+    for experts in modules:
+        experts._implementation_when_dense = experts.config._experts_implementation
+    for experts in modules:  # only now: they share one config
+        experts.config._experts_implementation = "eager"
+        experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
+
+
+def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list[nn.Module]:
+    names = {target.name.rpartition(".")[0] for target in targets.values() if target.experts is not None}
+    return [model.get_submodule(name) for name in sorted(names)]
 
 
 def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:

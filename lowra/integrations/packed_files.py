@@ -11,7 +11,14 @@ from ..quantize import TENSOR_NAMES
 from ..targets import Target
 from .reading import Place, places_of, read
 
-_PACKED_DTYPES = (torch.uint8, torch.float16, torch.float32)
+# PEFT's k-bit preparation turns float16 into float32, which is exact; such models may have been saved.
+_DTYPES = {
+    "weight": (torch.uint8,),
+    "row_bits": (torch.uint8,),
+    "scales": (torch.uint8, torch.float16, torch.float32),
+    "scale_steps": (torch.float32,),
+    "levels": (torch.float16, torch.float32),
+}
 
 
 class PackedFiles:
@@ -20,7 +27,6 @@ class PackedFiles:
     Attributes:
         places: by the model's name of the tensor, such as "model.layers.0.mlp.up_proj.row_bits".
         row_bits: precisions of each target's channels, by the target's name, on the CPU.
-        unplaced: the other tensors in the files.
     """
 
     def __init__(
@@ -43,7 +49,6 @@ class PackedFiles:
         """
         dense = dense or {}
         self.places: dict[str, Place] = {}
-        self.unplaced: list[str] = []
         modules = _names_with_and_without_base([target.name for target in targets.values()])
         others = _names_with_and_without_base(list(dense))
         for place in (place for path in files for place in places_of(path)):
@@ -55,8 +60,6 @@ class PackedFiles:
             name = others.get(place.key) or others.get(place.key.partition(".")[2])
             if name is not None and (place.dtype, place.shape) == (dense[name].dtype, tuple(dense[name].shape)):
                 self.places[name] = place
-            else:
-                self.unplaced.append(place.key)
         for target in targets.values():
             self._check_presence(target)
         cpu = torch.device("cpu")
@@ -69,6 +72,10 @@ class PackedFiles:
         keys = {leaf: f"{name}.{leaf}" for leaf in TENSOR_NAMES}
         return {leaf: self.places[key] for leaf, key in keys.items() if key in self.places}
 
+    def names_by_key(self) -> dict[str, str]:
+        """The model's names of the placed tensors by their names in the files."""
+        return {place.key: name for name, place in self.places.items()}
+
     def _check_presence(self, target: Target) -> None:
         places = self.of(target.name)
         needed = {"weight", "row_bits", "scales", "levels"}
@@ -77,11 +84,12 @@ class PackedFiles:
         absent = needed - set(places)
         if absent:
             raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {target.name}.")
-        for place in places.values():
-            if place.dtype not in _PACKED_DTYPES:
+        for leaf, place in places.items():
+            steps_of_other_scales = leaf == "scale_steps" and leaf not in needed
+            if place.dtype not in _DTYPES[leaf] or steps_of_other_scales:
                 raise ValueError(
-                    f"{place.key} has another type than packed tensors have: this is no checkpoint written by lowra, "
-                    "or it was converted by another program."
+                    f"{place.key} has another type than packed tensors have, or scales that do not go with it: this is "
+                    "no checkpoint written by lowra, or it was converted by another program."
                 )
 
     def _check_sizes(self, target: Target, group_size: int) -> None:

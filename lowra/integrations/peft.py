@@ -1,35 +1,28 @@
-"""lowra inside PEFT: a LoRA layer that can merge, training preparation, merging into dense weights, and the record that
-ties an adapter to its base.
+"""lowra inside PEFT: a LoRA layer that can merge, training preparation, and merging into dense weights.
 
 PEFT takes `LowRALinear` for an `nn.Linear`, so every adapter method trains on it. `merge`, however, would add to the
 packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merges into a dequantised layer instead.
 """
 
-import contextlib
 import functools
-import json
 import pathlib
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from ..atomic import save_json
 from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from ..embedding import LowRAEmbedding
 from ..linear import LowRALinear, PackedModule, as_autocast
 from ..lora import lora_linear
-from ..pipeline import BASE_RECORD
 from ..planning import fingerprint_of, weight_digest
 from ..targets import find_targets, replace_module
+from .adapter_records import check_fingerprint, packing, records
 from .modules import dense_linear, make_embedding_dense
-
-_NEEDS_ORIGINAL = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
+from .peft_limits import check_start, refuse_embeddings
 
 
 class LowRALoraLinear(LoraLinear):
@@ -39,19 +32,15 @@ class LowRALoraLinear(LoraLinear):
     `unmerge` puts the packed layer back, bit for bit.
     """
 
+    merges_packed = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs):
         config.fan_in_fan_out = False  # GPT-2's Conv1D is [out, in] once packed
         self._packed: list[LowRALinear] = []  # in a list, so that it is no submodule while a dense one stands in
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        init = config.init_lora_weights
-        if isinstance(init, str) and init.lower().startswith(_NEEDS_ORIGINAL):
-            raise ValueError(
-                f"init_lora_weights={init!r} needs the original weights, and a packed model does not hold them. Write "
-                "the initial adapter with the packed checkpoint (`lowra quantize MODEL --rank R --init loftq|pissa`) "
-                "and load it with PeftModel.from_pretrained(model, 'DIR/initial_adapter', is_trainable=True)."
-            )
+        check_start(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -164,18 +153,24 @@ def merge_into_dense(
             merged.
 
     Raises:
-        ValueError: no packed base; `original` is another model; an adapter that began as one of these is to be merged
-            into the original without its start.
+        ValueError: no packed base; a method without anything to merge; `original` is another model; an adapter that
+            began as one of these is to be merged into the original without its start.
     """
     base = model.get_base_model()
     quantizer = getattr(base, "hf_quantizer", None)
+    for layer in base.modules():
+        if isinstance(layer, LowRALoraLinear):
+            layer.unmerge()  # what `merge_adapter` did, or a dense stand-in would hide the packed layer
     if not any(isinstance(module, LowRALinear) for module in base.modules()) or quantizer is None:
         raise ValueError("There is no packed base below this adapter: use its merge_and_unload().")
+    if not isinstance(model.base_model, BaseTuner):
+        method = model.active_peft_config.peft_type.value
+        raise ValueError(f"{method} adds to the inputs of a model, not to its weights: there is nothing to merge.")
     if original is None and initial is not None:
         raise ValueError("`initial` is only taken off the original weights: give `original` too, or leave both out.")
     if original is not None:
         for name in model.active_adapters:
-            start = _records(model).get(name, {}).get("init")
+            start = records(model).get(name, {}).get("init")
             if start not in (None, "lora") and initial is None:
                 raise ValueError(
                     f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not "
@@ -193,20 +188,25 @@ def merge_into_dense(
 
 def _put_original_below(model: PeftModel, original, initial) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
-    folder = resolve_folder(str(original))
+    base, folder = model.get_base_model(), resolve_folder(str(original))
     skeleton = empty_model(folder)
     which = ("modules_to_not_convert", "quantize_head", "quantize_embeddings")
-    targets = find_targets(skeleton, *(_packing(model, name) for name in which))
+    targets = find_targets(skeleton, *(packing(base, name) for name in which))
     source = DenseCheckpoint(safetensors_files(folder), skeleton)
     digests = {name: weight_digest(name, target.as_matrix(source.load(name)[name])) for name, target in targets.items()}
-    _check_fingerprint(
-        fingerprint_of(digests), model, f"The original {original}", "Give the folder it was packed from."
-    )
+    check_fingerprint(fingerprint_of(digests), base, f"The original {original}", "Give the folder it was packed from.")
+    known = {name for target in targets.values() for name in (target.name, *target.tied)}
+    for name, module in base.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, PackedModule) and name not in known:
+            raise ValueError(
+                f"{name} is no layer of the original (layer_replication?): merge into the dequantised base "
+                "(original=None)."
+            )
     active, temporary = list(model.active_adapters), "lowra_initial"
     if initial is not None:
         model.load_adapter(initial, temporary)
         model.base_model.set_adapter(active)
-    base = model.get_base_model()
     for name, target in targets.items():
         if target.experts is not None:
             dtype = base.get_submodule(target.name).compute_dtype
@@ -237,32 +237,6 @@ def _make_dense(layer: BaseTunerLayer, weight: torch.Tensor | None = None) -> No
         layer.base_layer = dense_linear(layer.base_layer, layer.base_layer.compute_dtype, weight)
 
 
-def _packing(model: PeftModel, name: str):
-    """`fingerprint` or another attribute of the packed base's LowRAConfig; None where the base is not packed."""
-    config = getattr(getattr(model.get_base_model(), "config", None), "quantization_config", None)
-    return getattr(config, name, None)
-
-
-def _check_fingerprint(found: str | None, model: PeftModel, what: str, remedy: str) -> None:
-    expected = _packing(model, "fingerprint")
-    if found and expected and found != expected:
-        raise ValueError(
-            f"{what} belongs to another base: its fingerprint is {found[:16]}…, this model was packed from "
-            f"{_packing(model, 'base')} with fingerprint {expected[:16]}…. {remedy}"
-        )
-
-
-def _records(model: PeftModel) -> dict[str, dict]:
-    """What is known of the start of each loaded adapter: the content of its `lowra_base.json`."""
-    return model.__dict__.setdefault("_lowra_records", {})
-
-
-def _refuse_embeddings(base_layer: LowRAEmbedding, *args, **kwargs):
-    raise ValueError(
-        "Packed embeddings take no adapter: leave them out of target_modules, or quantise without quantize_embeddings."
-    )
-
-
 def _register_layer() -> None:
     """Puts `LowRALoraLinear` into every LoraConfig; PEFT does not save custom layers, so a reload must find it too."""
     original = LoraConfig.__post_init__
@@ -270,76 +244,9 @@ def _register_layer() -> None:
     @functools.wraps(original)
     def __post_init__(self):
         original(self)
-        self._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: _refuse_embeddings})
+        self._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings})
 
     LoraConfig.__post_init__ = __post_init__
 
 
-def _refuse_training_of_packed_weights() -> None:
-    """Says why modules_to_save and trainable_token_indices cannot name a packed module; PyTorch's message would not."""
-    original = AuxiliaryTrainingWrapper.__init__
-
-    @functools.wraps(original)
-    def __init__(self, module_to_save, *args, **kwargs):
-        if isinstance(module_to_save, PackedModule):
-            raise ValueError(
-                f"{type(self).__name__} would train a packed weight (modules_to_save, trainable_token_indices): leave "
-                "it out there, or keep it dense when quantising (modules_to_not_convert, or no quantize_head and "
-                "quantize_embeddings)."
-            )
-        original(self, module_to_save, *args, **kwargs)
-
-    AuxiliaryTrainingWrapper.__init__ = __init__
-
-
-def _record_base() -> None:
-    """Lets adapters carry the fingerprint of their base in `lowra_base.json`; adapter_config.json takes no new keys."""
-    save, load = PeftModel.save_pretrained, PeftModel.load_adapter
-
-    @functools.wraps(save)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        save(self, save_directory, *args, **kwargs)
-        if _packing(self, "fingerprint") is None or not kwargs.get("is_main_process", True):
-            return
-        packing = {name: _packing(self, name) for name in ("base", "nominal_bits", "fingerprint")}
-        for name in kwargs.get("selected_adapters") or list(self.peft_config):
-            folder = pathlib.Path(save_directory) / ("" if name == "default" else name)
-            save_json({**_records(self).get(name, {}), **packing}, folder / BASE_RECORD)
-
-    @functools.wraps(load)
-    def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
-        record = _read_record(model_id, kwargs.get("subfolder"))
-        if not any_base:
-            remedy = "Load its own base, or pass any_base=True."
-            _check_fingerprint(record.get("fingerprint"), self, f"The adapter {model_id}", remedy)
-            bits, packed = record.get("nominal_bits"), _packing(self, "nominal_bits")
-            if bits and packed and bits != packed:
-                raise ValueError(
-                    f"The adapter {model_id} was trained on the same base at {bits:.4f} nominal bits, this model has "
-                    f"{packed:.4f}: an adapter also makes up for the errors of its own packing. {remedy}"
-                )
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-        _records(self)[adapter_name] = record
-        return result
-
-    PeftModel.save_pretrained, PeftModel.load_adapter = save_pretrained, load_adapter
-
-
-def _read_record(model_id, subfolder: str | None) -> dict:
-    """The record of a local or hub adapter; empty where it has none."""
-    with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
-        path = cached_file(
-            str(model_id),
-            BASE_RECORD,
-            subfolder=subfolder or "",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if path is not None:
-            return json.loads(pathlib.Path(path).read_text())
-    return {}
-
-
 _register_layer()
-_refuse_training_of_packed_weights()
-_record_base()

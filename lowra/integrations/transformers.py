@@ -17,6 +17,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .. import card
+from ..atomic import save_text
 from ..checkpoint import DenseCheckpoint, check_packed_names
 from ..config import PRECISIONS, LowRAConfig
 from ..device import choose_device
@@ -31,6 +33,7 @@ from .modules import (
     make_dense,
     mend_casts_to_weight_dtype,
     put_packed,
+    put_stored,
     refuse_resizing,
     share_tied,
     use_experts_one_by_one,
@@ -109,16 +112,13 @@ class LowRAHfQuantizer(HfQuantizer):
         group_size = self.quantization_config.group_size
         packed_files = PackedFiles(files, self._targets, group_size, large_dense_tensors(model, self._targets))
         self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
-        for target in self._targets.values():
-            stored = {leaf: place.placeholder() for leaf, place in packed_files.of(target.name).items()}
-            for module in put_packed(model, target, group_size, stored):
-                # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
-                for parameter in module.parameters():
-                    parameter._is_hf_initialized = True
-        declare_ties(model, self._targets)
+        for module in put_stored(model, self._targets, group_size, packed_files):
+            # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = True
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
-            check_packed_names(files, model, {place.key: name for name, place in packed_files.places.items()})
+            check_packed_names(files, model, packed_files.names_by_key())
 
     def _put_planned(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
         """The plan of the whole model, and modules for `_Pack` to fill.
@@ -128,7 +128,9 @@ class LowRAHfQuantizer(HfQuantizer):
         parameter, and `_Pack` replaces that.
         """
         planner = Planner(self.quantization_config)
-        learn(planner, DenseCheckpoint(files, model), self._targets, choose_device(), progress=True)
+        # whatever else is missing Transformers reports, or starts anew: the head of another task
+        source = DenseCheckpoint(files, model, needed=set(self._targets))
+        learn(planner, source, self._targets, choose_device(), progress=True)
         self._plan = planner.assign()
         for target in self._targets.values():
             if target.experts is None:
@@ -169,7 +171,7 @@ class LowRAHfQuantizer(HfQuantizer):
                 # from the plan: the tensors of offloaded layers are on "meta" by now
                 nominal += int(self._plan.row_bits[target.weight_name].sum()) * target.in_features
                 stored += module.packed.stored_bits
-                parameters += target.out_features * target.in_features
+                parameters += target.size
         if self._plan is not None:
             config = self.quantization_config
             config.nominal_bits = round(nominal / parameters, 6)
@@ -272,6 +274,24 @@ def _accept_load_in_lowra() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _write_a_card_with_every_checkpoint() -> None:
+    """`save_pretrained` writes a model card beside packed weights, unless there is one."""
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        original(self, save_directory, is_main_process, *args, **kwargs)
+        config, place = getattr(self.config, "quantization_config", None), pathlib.Path(save_directory) / card.FILE
+        modules = {module.weight: module for module in self.modules() if isinstance(module, PackedModule)}.values()
+        if not is_main_process or not modules or not isinstance(config, LowRAConfig) or place.exists():
+            return
+        parameters = sum(module.in_features * module.out_features for module in modules)
+        packed_bytes = sum(tensor.nbytes for module in modules for tensor in module.packed_tensors().values())
+        save_text(card.model_card(config, type(self).__name__, parameters, packed_bytes), place)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
 def _know_the_dtype_of_packed_models() -> None:
     """`model.dtype` is that of the first floating parameter: with packed embeddings, one of their tables."""
     original = PreTrainedModel.dtype.fget
@@ -288,4 +308,5 @@ def _has_floats(module: nn.Module) -> bool:
 
 
 _accept_load_in_lowra()
+_write_a_card_with_every_checkpoint()
 _know_the_dtype_of_packed_models()

@@ -17,8 +17,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint import empty_model, resolve_folder, safetensors_files
-from ..config import LowRAConfig, check_keys
-from ..pipeline import ADAPTER_FOLDER, AdapterRecipe, quantize_checkpoint
+from ..config import REACHED, LowRAConfig, check_keys
+from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
+from ..pipeline import quantize_checkpoint
 from ..targets import find_targets
 from . import hqq
 from .recipe import Recipe
@@ -42,7 +43,6 @@ class Method:
     most: float = 4.0
 
 
-_REACHED = ("nominal_bits", "true_bits", "error", "base", "fingerprint")  # of LowRAConfig: filled in, not asked for
 _LAYER_ORDER = {"codebook": "normal_float", "assigner": "layer_order"}
 
 METHODS = {
@@ -132,7 +132,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     quantization = quantization_config(recipe)
     adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
     if not (folder / "config.json").exists():
-        quantize_checkpoint(str(source), folder, quantization, adapter, device, progress)
+        quantize_checkpoint(recipe.model, folder, quantization, adapter, device, progress)
     reached = json.loads((folder / "config.json").read_text())["quantization_config"]
     _check_same(folder, reached, quantization, adapter)
     return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
@@ -144,7 +144,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
     stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
-    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in _REACHED}
+    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in REACHED}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
     for name, (was, asked) in pairs.items():
@@ -158,6 +158,8 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
         raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
     if recipe.quantization:
         raise ValueError(f"{source} is packed already: {', '.join(recipe.quantization)} cannot be changed any more.")
+    if packed["bits"] != recipe.bits:
+        logger.warning("%s has %g bits; the recipe's %g bits are not used.", source, packed["bits"], recipe.bits)
     adapter = source / ADAPTER_FOLDER
     if adapter.exists():
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
@@ -188,6 +190,7 @@ def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.P
         lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=names,
+        task_type=task_type(model),
     )
     return peft.get_peft_model(model, config)
 

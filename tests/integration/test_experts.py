@@ -144,3 +144,17 @@ def test_hqq_rounds_experts_too(moe):
     expected = torch.stack([hqq(expert, 2) for expert in weight])
     torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=0.2, atol=0.02)
     assert not torch.equal(model.get_parameter(name), weight)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_a_model_made_dense_multiplies_its_experts_as_before(architecture, tmp_path):
+    make_model(architecture).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model_class = getattr(transformers, architecture)
+    before = model_class.from_pretrained(tmp_path / "dense").config._experts_implementation
+    model = model_class.from_pretrained(tmp_path / "dense", load_in_lowra=True).eval()
+    assert model.config._experts_implementation == "eager" != before
+    model.dequantize()
+    assert model.config._experts_implementation == before
+    model.save_pretrained(tmp_path / "dequantised")
+    again = model_class.from_pretrained(tmp_path / "dequantised").eval()
+    assert torch.equal(logits_of(again), logits_of(model))

@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import make_model
+from transformers import AutoModelForCausalLM
 
 import lowra
 from lowra.commands import main
 from lowra.inspection.errors import Original, channel_errors
 from lowra.inspection.memory import footprints
 from lowra.inspection.packed import PackedFolder, block_of, kind_of
+from lowra.inspection.pictures import draw_blocks
 
 
 def inspect(capsys, *arguments) -> dict:
@@ -127,8 +129,26 @@ DAMAGED = {
     ),
     "a layer less": (lambda f: replace(f, '"num_hidden_layers": 2', '"num_hidden_layers": 1'), "has no place for"),
     "another group": (lambda f: replace(f, '"group_size": 64', '"group_size": 32'), "and groups of 32"),
+    "a norm missing": (
+        lambda f: change_tensors(f, lambda t: t.pop("model.norm.weight")),
+        "lacks 1 tensor(s): model.norm",
+    ),
+    "a norm cut short": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:8].clone()})),
+        "model.norm.weight has shape [8]",
+    ),
+    "a tensor more": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.zeros(2)})),
+        "holds 1 tensor(s): model.extra",
+    ),
     "another format": (lambda f: replace(f, '"format_version": 1', '"format_version": 9'), "packed format 9"),
 }
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def replace(folder, old, new):
@@ -144,3 +164,21 @@ def test_damaged_checkpoints_are_refused(packed_llama, tmp_path, capsys, case):
     change(tmp_path / "damaged")
     assert main(["inspect", str(tmp_path / "damaged")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pictures_tell_encoder_and_decoder_apart(tmp_path):
+    make_model("T5ForConditionalGeneration").save_pretrained(tmp_path / "dense")
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", lowra.LowRAConfig(), progress=False)
+    figure = draw_blocks(PackedFolder(str(tmp_path / "packed")), None)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles[0] == "encoder layer.0.SelfAttention.q\nblock 1"
+    assert titles[-1] == "decoder layer.0.SelfAttention.q\nblock 1"
+    assert len(set(titles)) == len(titles) == 7
+
+
+def test_a_model_quantised_while_loading_is_shown_too(dense_llama, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(dense_llama, load_in_lowra=True, lowra_bits=1.5)
+    model.save_pretrained(tmp_path / "packed")
+    result = inspect(capsys, tmp_path / "packed", "--original", dense_llama)
+    assert result["true_bits"] == pytest.approx(model.config.quantization_config.true_bits, abs=1e-6)
+    assert set(result["errors"]) <= {"4 bits", "2 bits", "1 bit"}

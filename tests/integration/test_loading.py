@@ -199,6 +199,11 @@ REFUSED = {
     "channels missing": (lambda t: cut(t, f"{TARGET}.row_bits", 100), f"{TARGET}.row_bits has 100 channels"),
     "codes cut short": (lambda t: cut(t, f"{TARGET}.weight", 64), f"{TARGET}.weight has 64 elements where"),
     "scales cut short": (lambda t: cut(t, f"{TARGET}.scales", 64), f"{TARGET}.scales has 64 elements where"),
+    "codes of another type": (lambda t: t.update({f"{TARGET}.weight": t[f"{TARGET}.weight"].half()}), "another type"),
+    "scales of another kind": (
+        lambda t: t.update({f"{TARGET}.scales": t[f"{TARGET}.scales"].float()}),
+        f"{TARGET}.scale_steps has another type .* or scales that do not go with it",
+    ),
     "impossible precision": (lambda t: t[f"{TARGET}.row_bits"].fill_(3), f"{TARGET}.row_bits holds other values"),
 }
 
@@ -223,6 +228,7 @@ def test_a_packed_file_cut_short_is_refused(packed_llama, tmp_path):
     ("change", "message"),
     [
         ({"format_version": 2}, "packed format 2, this lowra reads format 1"),
+        ({"format_version": 2, "scales": "log", "zeros": 1}, "packed format 2, this lowra reads format 1"),
         ({"bitz": 3}, "no key 'bitz'. Did you mean 'bits'"),
         ({"modules_to_not_convert": ["up_proj"]}, "holds 8 tensor|lacks"),
         ({"group_size": 32}, "has .* elements where"),

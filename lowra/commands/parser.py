@@ -1,0 +1,29 @@
+"""The parser of all commands: names are taken as they are written, and help says what is left out."""
+
+import argparse
+import difflib
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Knows no abbreviations, under which a misspelt option would pass for another, and names the nearest instead."""
+
+    def __init__(self, *args, formatter_class=None, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class or HelpWithDefaults, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            nearest = difflib.get_close_matches(options[0], self._option_string_actions, n=1) if options else []
+            hint = f"; did you mean {nearest[0]}?" if nearest else f" ({self.prog} --help lists all)"
+            self.error(f"there is no {(options or unknown)[0]}{hint}")
+        return namespace, unknown
+
+
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Adds its default to an option's help, unless there is none or the help says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unsaid = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
+        return f"{text} (default: %(default)s)" if action.option_strings and unsaid else text

@@ -1,0 +1,119 @@
+"""The adapter that is written beside a packed checkpoint, as PEFT reads it."""
+
+import dataclasses
+import pathlib
+
+from safetensors.torch import load_file
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    PreTrainedModel,
+)
+
+from .atomic import save_json, save_tensors
+from .config import LowRAConfig
+from .loftq import METHODS, STEPS
+from .targets import Target
+
+ADAPTER_FOLDER = "initial_adapter"
+BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began
+
+
+@dataclasses.dataclass
+class AdapterRecipe:
+    """The adapter to write beside the checkpoint.
+
+    Attributes:
+        rank: r.
+        alpha: LoRA's alpha; None means alpha = r, the paper's choice.
+        method: "loftq", "cloq" (needs a calibration with second moments), "pissa" or "lora".
+        steps: alternating steps of LoftQ and CLoQ.
+        dropout: recorded for training.
+    """
+
+    rank: int
+    alpha: float | None = None
+    method: str = "loftq"
+    steps: int = STEPS
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.alpha = float(self.rank if self.alpha is None else self.alpha)
+        if self.method not in METHODS:
+            raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        for name, number in (("rank", self.rank), ("number of steps", self.steps)):
+            if number < 1:
+                raise ValueError(f"A {name} is at least 1; got {number}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
+
+
+def check_rank(rank: int, targets: dict[str, Target]) -> None:
+    """
+    Raises:
+        ValueError: no layer takes an adapter, or one is too small for the rank.
+    """
+    adapted = [target for target in targets.values() if target.adapted]
+    if not adapted:
+        raise ValueError("Experts, embeddings and head take no adapter, and nothing else is packed: give no rank.")
+    smallest = min(adapted, key=lambda target: min(target.out_features, target.in_features))
+    limit = min(smallest.out_features, smallest.in_features)
+    if rank > limit:
+        raise ValueError(
+            f"A rank of {rank} does not fit {smallest.name} [{smallest.out_features}, {smallest.in_features}]: give at "
+            f"most {limit}, or leave that layer dense (modules_to_not_convert, --keep-dense)."
+        )
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's name for what a model is for, by which its Auto classes choose; None for other than language models."""
+    for name, mapping in (
+        ("SEQ_2_SEQ_LM", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+        ("CAUSAL_LM", MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if mapping.get(type(model.config), None) is type(model):
+            return name
+    return None
+
+
+def write_adapter(
+    factors: list[pathlib.Path],
+    folder: pathlib.Path,
+    base: pathlib.Path,
+    model: PreTrainedModel,
+    targets: dict[str, Target],
+    recipe: AdapterRecipe,
+    config: LowRAConfig,
+) -> None:
+    """Writes a PEFT adapter.
+
+    Args:
+        factors: safetensors files with lora_A and lora_B of the layers.
+        folder: to create.
+        base: where the packed checkpoint will lie.
+        model: of the base.
+        targets: what is packed; those that are adapted have factors.
+        recipe: of the adapter.
+        config: of the packed checkpoint.
+    """
+    tensors = {}
+    for path in factors:
+        tensors.update(load_file(path))
+    save_tensors(tensors, folder / "adapter_model.safetensors")
+    save_json(
+        {
+            "peft_type": "LORA",
+            "task_type": task_type(model),
+            "base_model_name_or_path": str(base),
+            "r": recipe.rank,
+            "lora_alpha": recipe.alpha,
+            "lora_dropout": recipe.dropout,
+            "target_modules": sorted(target.name for target in targets.values() if target.adapted),
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": False,
+        },
+        folder / "adapter_config.json",
+    )
+    record = {"base": config.base, "nominal_bits": config.nominal_bits, "init": recipe.method}
+    save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)

@@ -1,0 +1,78 @@
+"""Which layers are packed in models that are not built of plain linear layers alone."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from small_models import ARCHITECTURES, logits_of, make_model, packed_layers
+
+import lowra
+from lowra.targets import find_targets
+
+DECODER = ARCHITECTURES["LlamaForCausalLM"]
+
+
+def skeleton(architecture, **fields):
+    model_class = getattr(transformers, architecture)
+    with torch.device("meta"):
+        return model_class(model_class.config_class(**fields))
+
+
+def test_routers_with_a_forward_of_their_own_stay_dense():
+    model = skeleton(
+        "Llama4ForCausalLM", **DECODER, num_local_experts=4, intermediate_size_mlp=104, head_dim=16, moe_layers=[1]
+    )
+    assert isinstance(model.model.layers[1].feed_forward.router, torch.nn.Linear)
+    assert not any("router" in name for name in find_targets(model, None))
+
+
+def test_a_linear_layer_written_anew_is_packed():
+    fields = {name: value for name, value in DECODER.items() if name != "intermediate_size"}
+    assert len(find_targets(skeleton("FalconForCausalLM", **fields), None)) == 8
+
+
+def test_layers_too_small_to_gain_stay_dense():
+    fields = {**ARCHITECTURES["Qwen3MoeForCausalLM"], "shared_expert_intermediate_size": 40}
+    model = skeleton("Qwen2MoeForCausalLM", **fields)
+    assert model.model.layers[0].mlp.shared_expert_gate.out_features == 1
+    assert not any("shared_expert_gate" in name for name in find_targets(model, None))
+
+
+def test_convolutions_are_not_taken_for_experts(caplog):
+    model = skeleton("MambaForCausalLM", vocab_size=96, hidden_size=64, num_hidden_layers=1, state_size=8)
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        find_targets(model, None)
+    assert not caplog.records
+
+
+def test_a_rank_that_does_not_fit_names_the_layer(dense_llama, tmp_path):
+    with pytest.raises(ValueError, match=r"does not fit model.layers.0.self_attn.k_proj \[32, 64\]: give at most 32"):
+        lowra.quantize_checkpoint(str(dense_llama), tmp_path / "out", lowra.LowRAConfig(), lowra.AdapterRecipe(33))
+
+
+def test_an_adapter_on_experts_alone_is_refused(tmp_path):
+    make_model("MixtralForCausalLM").save_pretrained(tmp_path / "dense")
+    config = lowra.LowRAConfig(modules_to_not_convert=["self_attn"])
+    with pytest.raises(ValueError, match="nothing else is packed: give no rank"):
+        lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "out", config, lowra.AdapterRecipe(4))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_quantising_while_loading_with_a_new_head(dense_llama, tmp_path, head):
+    model_class = getattr(transformers, f"AutoModelFor{head}")
+    model = model_class.from_pretrained(dense_llama, load_in_lowra=True, lowra_bits=1.5).eval()
+    assert len(packed_layers(model)) == 14 and isinstance(model.score, torch.nn.Linear)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(model_class.from_pretrained(tmp_path).eval()), logits_of(model))
+
+
+def test_models_of_images(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=104, image_size=32, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "dense")
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", lowra.LowRAConfig(), progress=False)
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "packed")
+    assert len(packed_layers(model)) == 6
+    assert torch.isfinite(model(pixel_values=torch.ones(1, 3, 32, 32)).logits).all()
