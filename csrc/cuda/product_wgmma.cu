@@ -89,7 +89,7 @@ __device__ __forceinline__ void copy_x(const product &q, int begin, int end, uin
     fence_stores_for_tensor_cores();
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8 * ring.stage);
-    ring.advance(1);
+    ring.advance();
   };
   uint4 first[kSets][4], second[kSets][4];  // one is on its way while the other is stored
   load_half(begin, first);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
       }
     }
     rows.fetch(q, lane_column(begin, half + 2, lane), end, codes);
-    ring.advance(1);
+    ring.advance();
   };
 #pragma unroll 1
   for (int half = 0; half < halves; half += 2) {

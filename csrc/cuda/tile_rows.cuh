@@ -105,7 +105,7 @@ struct tile_row {
   const uint8_t *codes;
   int bits;
   uint32_t first_scale;
-  uint32_t target;                   // where its unit 0 lies among the rows of a stage, and then some: see place
+  uint32_t target;                   // where its first store goes among the rows of a stage
   uint32_t key;                      // see exchange_units
   uint32_t levels[(1 << BITS) / 2];  // two float16 in a word
   uint32_t ahead[2][2 * BITS];       // codes of the next two steps

@@ -47,6 +47,9 @@ template <int STAGES>
 struct ring_place {
   int stage = 0;
   uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
   // steps: at most STAGES.
   __device__ __forceinline__ void advance(int steps) {
     stage += steps;

@@ -293,7 +293,7 @@ if native.cuda_available():
             )
             if out is not None:
                 return out
-        rows = _at_once(row_order.numel(), in_features * x.element_size(), _TILES * in_features // max(1, x.numel()))
+        rows = _at_once(row_order.numel(), in_features * x.element_size())
         if rows < row_order.numel():
             return product_by_rows(x, bias, rows, *packed)
         return torch.nn.functional.linear(x, native.cuda_dequantize(*packed, x.dtype), bias)
@@ -304,16 +304,15 @@ if native.cuda_available():
         return native.cuda_lloyd_max(*arguments) or lloyd.lloyd_max(*arguments)
 
 
-# Dense bytes of a weight that a product on a GPU holds at once. The whole weight would be the largest tensor of a
-# fine-tuning step's peak.
-_DENSE_BYTES = 64 << 20
-_TILES = 1 << 21  # outputs of a forward product that fill a large GPU: no block is to have fewer
+# Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %
+# off a 7B's peak, for 35 launches a layer (docs/log.md). A 70B's widest weight is 448 MiB.
+_DENSE_BYTES = 256 << 20
 
 
-def _at_once(count: int, bytes_each: int, least: int = 0) -> int:
-    """Rows or columns of a weight to be dense at a time, `least` or more: as equal as multiples of 256 can be."""
-    blocks = max(1, -(-count * bytes_each // _DENSE_BYTES))
-    return -(-max(least, -(-count // blocks)) // 256) * 256
+def _at_once(count: int, bytes_each: int) -> int:
+    """Rows or columns of a weight to be dense at a time: as equal as multiples of 256 can be."""
+    parts = max(1, -(-count * bytes_each // _DENSE_BYTES))
+    return -(-count // parts // 256) * 256
 
 
 def product_by_rows(
@@ -362,7 +361,8 @@ def gradient_of_input(gradient: torch.Tensor, *packed: torch.Tensor | int | None
     rows, in_features = packed[1].numel(), packed[7]
     columns = _at_once(in_features, rows * gradient.element_size())
     # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or not gradient.is_cuda
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    whole = whole or not (gradient.is_cuda and native.cuda_available())
     if whole or columns >= in_features:
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
     return product_by_columns(gradient, columns, *packed)
