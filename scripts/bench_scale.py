@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0 for none")
     parser.add_argument("--bits", type=float, default=1.5)
+    parser.add_argument("--budget", choices=("nominal", "true"), default="nominal", help="what the bits count")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--loads", type=int, default=5, help="timed loads of each checkpoint after a first; 0 for none")
     parser.add_argument("--keep", action="store_true", help="leave both checkpoints for other benchmarks")
@@ -143,7 +144,8 @@ def main() -> None:
     start = time.perf_counter()
     with PeakMemory() as memory:
         adapter = lowra.AdapterRecipe(args.rank) if args.rank else None
-        report = lowra.quantize_checkpoint(str(dense), packed, lowra.LowRAConfig(bits=args.bits), adapter, args.device)
+        config = lowra.LowRAConfig(bits=args.bits, budget=args.budget)
+        report = lowra.quantize_checkpoint(str(dense), packed, config, adapter, args.device)
     result = {
         "layers": args.layers,
         "rank": args.rank,

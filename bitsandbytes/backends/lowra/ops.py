@@ -333,6 +333,7 @@ def product_by_rows(
             torch.mm(flat, weight, out=out[:, block])
         else:
             torch.addmm(bias[block], flat, weight, out=out[:, block])
+        del weight  # or two parts would be held while the next is made
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -349,6 +350,7 @@ def product_by_columns(gradient: torch.Tensor, columns: int, *packed: torch.Tens
         part = (0, rows, first, block.stop - first)
         weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, gradient.dtype)
         torch.mm(flat, weight, out=out[:, block])
+        del weight
     return out.view(*gradient.shape[:-1], in_features)
 
 
