@@ -47,6 +47,7 @@ template <int STAGES>
 struct ring_place {
   int stage = 0;
   uint32_t parity = 0;
+  // One step. advance(1) does the same with other instructions than those product_wgmma was measured with.
   __device__ __forceinline__ void advance() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }

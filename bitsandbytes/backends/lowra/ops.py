@@ -362,10 +362,9 @@ def gradient_of_input(gradient: torch.Tensor, *packed: torch.Tensor | int | None
     """
     rows, in_features = packed[1].numel(), packed[7]
     columns = _at_once(in_features, rows * gradient.element_size())
+    in_parts = columns < in_features and gradient.is_cuda and native.cuda_available()
     # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    whole = whole or not (gradient.is_cuda and native.cuda_available())
-    if whole or columns >= in_features:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_parts:
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
     return product_by_columns(gradient, columns, *packed)
 
