@@ -1,11 +1,12 @@
 // Checks the arguments of a fused product and picks its kernel.
+#include <algorithm>
+
 #include "product.cuh"
 
 namespace lowra {
 namespace {
 
-constexpr int kFew = 64;    // tokens, on any chip
-constexpr int kMany = 256;  // with the tensor cores of Hopper
+constexpr int kFew = 64;  // tokens that need no product_many
 
 }  // namespace
 }  // namespace lowra
@@ -14,8 +15,7 @@ int64_t lowra_cuda_product_tokens(int64_t rows, int64_t in_features) {
   using namespace lowra;
   device_limits limits;
   if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return kFew;
-  // A dense weight that stays in the L2 cache costs little.
-  return 2 * rows * in_features > limits.l2_bytes ? kMany : kFew;
+  return std::max<int64_t>(kFew, product_many_tokens(rows, in_features, limits.l2_bytes));
 }
 
 int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,

@@ -1,320 +1,10 @@
-// Decode x product on Hopper (sm_90a) for more than 64 tokens. Reference: reference.linear, up to the order of the float32
-// sums.
-//
-// A tile of the output is 128 tokens x ROWS rows of W, summed over steps of 64 columns. Some warps decode: a thread writes
-// the 64 weights of one row and step, 128 bytes, to shared memory, where two warpgroups multiply them with x, 64 tokens
-// each. Both operands come from shared memory, so decoding and multiplying never wait for one another's registers; a ring
-// of stages lies between them.
-//
-// Rows of a tile are neighbours in W, whatever their precision, so that the outputs of a token are one stretch of memory.
-// (Rows in packed order would be written two bytes at a time to places far apart.) Within a precision packed rows keep the
-// order of W, so those of a tile are three runs, found by bisection (tile_rows.cuh).
-//
-// Blocks work in pairs (clusters). For up to 128 tokens a pair takes neighbouring tiles of rows; each block copies half of
-// x for both. For more tokens it takes the same rows and neighbouring tiles of tokens; each block decodes half of the
-// rows and sends them to the other.
-#include <cuda.h>
+// Launches the kernel of product_many.cuh: how the tiles are cut, and how many blocks share one.
+#include "product_many.cuh"
+
 #include <cudaTypedefs.h>
-
-#include <type_traits>
-
-#include "product.cuh"
-#include "tile_rows.cuh"
-#include "wgmma.cuh"
 
 namespace lowra {
 namespace {
-
-constexpr int kTileTokens = 128;
-constexpr int kMultiplyWarps = 8, kDecodeWarps = 8;
-constexpr int kThreads = 32 * (kMultiplyWarps + kDecodeWarps);  // 128 registers each: 88 sums and what goes with them
-constexpr int kPair = 2;
-constexpr int kMaxTurns = 4;  // of warps that share a task: what they decode ahead needs stages
-constexpr int kSharedBytes = 226 << 10;
-
-// ROWS: of W in a tile, a multiple of 16. A launch picks the one that fills the chip best.
-// SHARED: whether a pair shares the rows of W, or x.
-template <int ROWS, bool SHARED>
-struct tile_shape {
-  static constexpr int kTokenBytes = kTileTokens * kStepBytes, kStageBytes = kTokenBytes + ROWS * kStepBytes;
-  static constexpr int kStages = kSharedBytes / kStageBytes;
-  static constexpr int kOwnRows = SHARED ? ROWS / kPair : ROWS;  // that a block decodes
-  static constexpr int kOwnBytes = kOwnRows * kStepBytes;
-  static constexpr int kTasks = (kOwnRows + 31) / 32;            // see task
-  static constexpr int kBarriers = kStages * kStageBytes, kDone = kBarriers + 2 * kStages * 8;
-  static constexpr int kRunPlace = kDone + kStages * 4, kBytes = kRunPlace + 2 * kRuns * 4;
-  static_assert(kTasks <= 4 && kMaxTurns <= kStages && kBytes <= 227 << 10, "");
-};
-
-struct tile_grid {
-  int token_tiles, works;  // works: pairs of tiles
-};
-
-struct output_tile {
-  int first_row, first_token;
-};
-
-// Token tiles of the same rows come one after another.
-template <int ROWS, bool SHARED>
-__device__ __forceinline__ output_tile tile_of(const tile_grid &grid, int work) {
-  const int rank = blockIdx.x % kPair, across = SHARED ? (grid.token_tiles + kPair - 1) / kPair : grid.token_tiles;
-  const int rows = work / across, tokens = work % across;
-  return {(SHARED ? rows : kPair * rows + rank) * ROWS, (SHARED ? kPair * tokens + rank : tokens) * kTileTokens};
-}
-
-// What a decoding warp does for a tile: 32 of the rows that this block decodes, in their sorted order, in every
-// `turns`-th step from step `turn` on.
-struct task {
-  int bits;  // the most among these rows; 0: nothing
-  int index;
-  int turn, turns;
-};
-
-// The warps left over go to the tasks that take longest. first_bits: of each task. tasks: at most 4.
-__device__ __forceinline__ task task_of(const int (&first_bits)[4], int tasks, int warp) {
-  int cost[4], turns[4], used = tasks;
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    cost[t] = t >= tasks ? 0 : first_bits[t] == 4 ? 8 : first_bits[t] == 2 ? 7 : 4;
-    turns[t] = t < tasks;
-  }
-#pragma unroll 1
-  for (; used < kDecodeWarps; ++used) {
-    int best = -1, most = 0, shared = 1;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      if (turns[t] < kMaxTurns && cost[t] * shared > most * turns[t]) best = t, most = cost[t], shared = turns[t];
-    }
-    if (best < 0) break;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) turns[t] += t == best;
-  }
-  task mine = {0, 0, 0, 1};
-  int before = 0;
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    if (warp >= before && warp < before + turns[t]) mine = {first_bits[t], t, warp - before, turns[t]};
-    before += turns[t];
-  }
-  return mine;
-}
-
-// What a decoding warp knows of its block and tile.
-struct decoding {
-  const CUtensorMap *x;
-  uint32_t memory, full, empty, done;  // shared addresses: stages, barriers, counts of finished tasks
-  int tasks;                           // of a step in this block
-  output_tile tile;
-  uint32_t expected;  // bytes that copies bring in a step
-};
-
-// One more task of a stage is done. The last one's warp sends the rows of this block to the other.
-template <int ROWS>
-__device__ __forceinline__ void send_rows(const decoding &to, uint32_t stage, uint32_t full, uint32_t done) {
-  using shape = tile_shape<ROWS, true>;
-  if (shared_add(done, 1) != to.tasks - 1) return;
-  shared_store(done, 0u);
-  fence_stores_for_tensor_cores();
-  const int rank = blockIdx.x % kPair;
-  const uint32_t rows = stage + shape::kTokenBytes + rank * shape::kOwnBytes;
-  copy_to_block(address_in_block(rows, rank ^ 1), rows, shape::kOwnBytes, address_in_block(full, rank ^ 1));
-}
-
-// Every step of a tile that is this warp's turn. leads: it asks for x. BITS: 0 for a block without rows.
-template <int BITS, int ROWS, bool SHARED, class T>
-__device__ __forceinline__ void decode_steps(const product &q, const task &mine, bool leads, const int *runs,
-                                             const decoding &to,
-                                             ring_place<tile_shape<ROWS, SHARED>::kStages> ring) {
-  using shape = tile_shape<ROWS, SHARED>;
-  const int lane = threadIdx.x % 32, steps = q.in_features / kStepColumns;
-  tile_row<BITS == 0 ? 1 : BITS> row;
-  uint32_t units[8][4];  // decoded ahead of the stage that they go to
-  if constexpr (BITS > 0) {
-    row.place(q, runs, 32 * mine.index + lane, to.tile.first_row);
-    row.ask_for(q, mine.turn, steps, 0);
-    row.ask_for(q, mine.turn + mine.turns, steps, 1);
-    row.template decode_step<T, 0>(q, units);
-  }
-  ring.advance(mine.turn);
-  // buffer: where the codes of this step were; those of the next one are in the other.
-  const auto finish_step = [&](int step, auto buffer) {
-    const uint32_t stage = to.memory + ring.stage * shape::kStageBytes, full = to.full + 8 * ring.stage;
-    barrier_wait(to.empty + 8 * ring.stage, ring.parity ^ 1);
-    if (leads && lane == 0) {
-      if (shape::kTasks > to.tasks) barrier_arrive(full, shape::kTasks - to.tasks);
-      barrier_expect(full, to.expected);
-      const int column = step * kStepColumns;
-      if constexpr (SHARED) {
-        load_tile(stage, to.x, column, to.tile.first_token, full);
-      } else {
-        const int half = blockIdx.x % kPair * (kTileTokens / kPair);
-        load_tile_for_pair(stage + half * kStepBytes, to.x, column, to.tile.first_token + half, full);
-      }
-    }
-    if constexpr (BITS > 0) {
-      row.store(stage + shape::kTokenBytes, units);
-      fence_stores_for_tensor_cores();
-      __syncwarp();
-      if (lane == 0) {
-        barrier_arrive(full);
-        if constexpr (SHARED) send_rows<ROWS>(to, stage, full, to.done + 4 * ring.stage);
-      }
-      // Behind the fence, which waits for loads too: they have until the next one.
-      row.ask_for(q, step + 2 * mine.turns, steps, buffer.value);
-      row.template decode_step<T, 1 - buffer.value>(q, units);
-    }
-    ring.advance(mine.turns);
-  };
-#pragma unroll 1
-  for (int step = mine.turn; step < steps; step += 2 * mine.turns) {
-    finish_step(step, std::integral_constant<int, 0>());
-    if (step + mine.turns < steps) finish_step(step + mine.turns, std::integral_constant<int, 1>());
-  }
-}
-
-// The decoding warps: every step of every tile of this block, W decoded and x asked for. x: its map.
-template <int ROWS, bool SHARED, class T>
-__device__ __forceinline__ void decode_tiles(const product &q, const tile_grid &grid, const CUtensorMap *x,
-                                             uint32_t memory, int *runs) {
-  using shape = tile_shape<ROWS, SHARED>;
-  const int warp = threadIdx.x / 32 - kMultiplyWarps, lane = threadIdx.x % 32, rank = blockIdx.x % kPair;
-  const int steps = q.in_features / kStepColumns, rows = q.layout.rows();
-  const uint32_t full = memory + shape::kBarriers;
-  ring_place<shape::kStages> ring;
-  for (int work = blockIdx.x / kPair; work < grid.works; work += gridDim.x / kPair) {
-    const output_tile tile = tile_of<ROWS, SHARED>(grid, work);
-    const int first = tile.first_row + (SHARED ? rank * shape::kOwnRows : 0);
-    if (warp < kRuns) {
-      const int end = end_of_run(q, warp, first, first + shape::kOwnRows);
-      if (lane == 0) runs[warp] = end;
-    }
-    // No warp may run ahead by a tile: a parity tells only neighbouring rounds of a barrier apart.
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * kDecodeWarps) : "memory");
-    int first_bits[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) first_bits[t] = row_at(runs, 32 * t).bits;
-    const int tasks = (max(0, min(shape::kOwnRows, rows - first)) + 31) / 32;
-    const task mine = task_of(first_bits, tasks, warp);
-    const int other = tile.first_row + (rank ^ 1) * shape::kOwnRows;
-    const uint32_t sent = SHARED && other < rows ? shape::kOwnBytes : 0;
-    const decoding to = {x,     memory, full, full + 8 * shape::kStages, memory + shape::kDone,
-                         tasks, tile,   shape::kTokenBytes + sent};
-    const bool leads = mine.index == 0;
-    if (mine.bits == 1) decode_steps<1, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (mine.bits == 2) decode_steps<2, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (mine.bits == 4) decode_steps<4, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (tasks == 0 && warp == 0) decode_steps<0, ROWS, SHARED, T>(q, mine, true, runs, to, ring);
-    for (int i = steps % (2 * shape::kStages); i > 0; i -= shape::kStages) ring.advance(min(i, shape::kStages));
-    // Two sets of runs in turn: when one is written again, all have passed the barrier after the other.
-    runs += work / (gridDim.x / kPair) % 2 ? -kRuns : kRuns;
-  }
-  cluster_arrive();
-}
-
-// A warp's 16 tokens of a finished tile. Neighbouring lanes exchange sums, so that each has four outputs of a token in a
-// line and a token's outputs fill whole sectors of 32 bytes.
-template <int ROWS, class T>
-__device__ __forceinline__ void store_tile(const product &q, const output_tile &tile, float (&sum)[ROWS / 2]) {
-  const int lane = threadIdx.x % 32, odd = lane % 2, rows = q.layout.rows();
-  const int first_token = tile.first_token + threadIdx.x / 32 * 16 + lane / 4;
-  if (q.bias) {
-    const T *bias = static_cast<const T *>(q.bias);
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile.first_row + 8 * j + lane % 4 * 2 + i;
-        const float addend = row < rows ? to_float(bias[row]) : 0.f;
-        sum[4 * j + i] += addend, sum[4 * j + 2 + i] += addend;
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int token = first_token + 8 * h;
-    T *out = static_cast<T *>(q.out) + (size_t)token * rows + tile.first_row;
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; j += 2) {
-      const uint32_t first = pack<T>(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
-      const uint32_t second = pack<T>(sum[4 * j + 4 + 2 * h], sum[4 * j + 5 + 2 * h]);
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-      const int at = 8 * (j + odd) + lane % 4 / 2 * 4;
-      if (token < q.tokens && tile.first_row + at < rows) {
-        *reinterpret_cast<uint2 *>(out + at) = odd ? make_uint2(got, second) : make_uint2(first, got);
-      }
-    }
-  }
-}
-
-// The multiplying warpgroups: 64 tokens of every tile of this block.
-template <int ROWS, bool SHARED, class T>
-__device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid &grid, uint32_t memory) {
-  using shape = tile_shape<ROWS, SHARED>;
-  const uint32_t full = memory + shape::kBarriers;
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 128, steps = q.in_features / kStepColumns;
-  // Lane r tells block r of the pair that a stage is free here: what comes into it comes from both.
-  const uint32_t empty = address_in_block(full + 8 * shape::kStages, lane % kPair);
-  const auto give_back = [&](int stage) {
-    if (lane < kPair) barrier_arrive_in_cluster(empty + 8 * stage);
-  };
-  ring_place<shape::kStages> ring;
-  const int stride = gridDim.x / kPair;
-  for (int work = blockIdx.x / kPair; work < grid.works; work += stride) {
-    float sum[ROWS / 2];
-#pragma unroll
-    for (int i = 0; i < ROWS / 2; ++i) sum[i] = 0.f;
-    int used = 0;  // stage of the step before
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const uint32_t stage = memory + ring.stage * shape::kStageBytes;
-      const uint64_t tokens = swizzled_operand(stage + group * 64 * kStepBytes);
-      const uint64_t weights = swizzled_operand(stage + shape::kTokenBytes);
-      barrier_wait(full + 8 * ring.stage, ring.parity);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kStepColumns / 16; ++k) {
-        wgmma_shared<ROWS, T>::add(sum, tokens + 2 * k, weights + 2 * k);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (step > 0) give_back(used);
-      used = ring.stage;
-      ring.advance(1);
-    }
-    wgmma_wait<0>();
-    give_back(used);
-    if (work + stride >= grid.works) cluster_arrive();  // this block sends nothing more to the other
-    store_tile<ROWS, T>(q, tile_of<ROWS, SHARED>(grid, work), sum);
-  }
-}
-
-template <int ROWS, bool SHARED, class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    product_many_kernel(const __grid_constant__ product q, const __grid_constant__ CUtensorMap x, tile_grid grid) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using shape = tile_shape<ROWS, SHARED>;
-  extern __shared__ __align__(1024) uint8_t stages[];
-  const uint32_t memory = shared_address(stages), full = memory + shape::kBarriers;
-  const bool multiplies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) < kMultiplyWarps;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < shape::kStages; ++s) {
-      barrier_init(full + 8 * s, 1 + shape::kTasks);
-      barrier_init(full + 8 * (shape::kStages + s), kPair * kMultiplyWarps);
-      shared_store(memory + shape::kDone + 4 * s, 0u);
-    }
-    fence_barriers_for_cluster();
-  }
-  cluster_sync();
-  wait_for_earlier_kernels();
-  let_later_kernels_start();
-  if (multiplies) {
-    multiply_tiles<ROWS, SHARED, T>(q, grid, memory);
-  } else {
-    decode_tiles<ROWS, SHARED, T>(q, grid, &x, memory, reinterpret_cast<int *>(stages + shape::kRunPlace));
-  }
-  cluster_wait();  // a block must not leave while the other still sends to it
-#endif
-}
 
 // The map of x [tokens, in_features] for copies of `box_tokens` tokens x 64 columns, zeros past the ends.
 template <class T>
@@ -337,58 +27,89 @@ int map_of(const product &q, int box_tokens, CUtensorMap &map) {
   return result == CUDA_SUCCESS ? LOWRA_OK : LOWRA_UNSUPPORTED;
 }
 
-tile_grid grid_of(const product &q, int rows, bool shared) {
-  const int token_tiles = (q.tokens + kTileTokens - 1) / kTileTokens, row_tiles = (q.layout.rows() + rows - 1) / rows;
+struct plan {
+  int rows, split_shift;
+};
+
+tile_grid grid_of(const product &q, const plan &p, bool shared) {
+  const int token_tiles = (q.tokens + kTileTokens - 1) / kTileTokens;
+  const int row_tiles = (q.layout.rows() + p.rows - 1) / p.rows;
   const auto pairs = [](int tiles) { return (tiles + kPair - 1) / kPair; };
-  return {token_tiles, shared ? row_tiles * pairs(token_tiles) : pairs(row_tiles) * token_tiles};
+  return {token_tiles, shared ? row_tiles * pairs(token_tiles) : pairs(row_tiles) * token_tiles, p.split_shift};
+}
+
+// Clusters of so many pairs (log2) that the chip holds at once: one block a multiprocessor, whichever kernel it is.
+int clusters_of(int split_shift) {
+  static thread_local int known[kMaxSplitShift + 1] = {};  // the query costs more than the launch
+  int &count = known[split_shift];
+  if (count == 0) {
+    auto *kernel = product_many_kernel<64, false, bf16>;
+    count = clusters_at_once(kernel, kPair << split_shift, kThreads, tile_shape<64, false>::kBytes);
+  }
+  return count;
 }
 
 template <int ROWS, bool SHARED, class T>
-int launch(const product &q, cudaStream_t stream) {
+int launch(const product &q, const plan &p, cudaStream_t stream) {
   using shape = tile_shape<ROWS, SHARED>;
   CUtensorMap map;
   if (const int status = map_of<T>(q, SHARED ? kTileTokens : kTileTokens / kPair, map)) return status;
-  static thread_local int at_once = 0;  // the query costs more than the launch
   auto *kernel = product_many_kernel<ROWS, SHARED, T>;
-  if (at_once == 0) at_once = clusters_at_once(kernel, kPair, kThreads, shape::kBytes);
-  const tile_grid grid = grid_of(q, ROWS, SHARED);
-  const int clusters = grid.works < at_once ? grid.works : at_once;
-  return launch_early(kernel, dim3(kPair * clusters), dim3(kThreads), shape::kBytes, kPair, stream, q, map, grid);
+  const tile_grid grid = grid_of(q, p, SHARED);
+  const int at_once = clusters_of(0), blocks = kPair << p.split_shift;
+  const int clusters = p.split_shift > 0 || grid.works < at_once ? grid.works : at_once;
+  return launch_early(kernel, dim3(blocks * clusters), dim3(kThreads), shape::kBytes, blocks, stream, q, map, grid);
 }
 
-// The number of rows with which a multiprocessor has the least to do. Cycles of a step are those of shared memory, 128 bytes
-// each: x and W are written once and read by two warpgroups, W by both; what a pair shares of W is read once more. A tile's
-// start and end take some 4000.
-int best_rows(const product &q, int processors, bool shared) {
+// With which a multiprocessor has the least to do. Cycles of a step are those of shared memory, 128 bytes each: x and W
+// are written once and read by two warpgroups, W by both; what a pair shares of W is read once more. A tile's start and
+// end take some 4000, adding up the sums of several pairs some 2500.
+plan best_plan(const product &q, bool shared) {
   constexpr int kRows[] = {64, 96, 128, 160, 176};
-  int best = 0;
+  const int steps = q.in_features / kStepColumns;
+  plan best = {};
   int64_t least = INT64_MAX;
-  for (const int rows : kRows) {
-    if (!shared && rows > 128) continue;
-    const int clusters = processors / kPair, waves = (grid_of(q, rows, shared).works + clusters - 1) / clusters;
-    const int64_t cost = waves * ((int64_t)q.in_features / kStepColumns * (256 + (shared ? 7 : 6) * rows / 2) + 4000);
-    if (cost < least) least = cost, best = rows;
+  for (int shift = 0; shift <= kMaxSplitShift && 1 << shift <= steps; ++shift) {
+    for (const int rows : kRows) {
+      if (!shared && rows > 128) continue;
+      const plan p = {rows, shift};
+      const int at_once = clusters_of(shift), waves = (grid_of(q, p, shared).works + at_once - 1) / at_once;
+      const int64_t step = 256 + (shared ? 7 : 6) * rows / 2, ends = shift > 0 ? 6500 : 4000;
+      const int64_t cost = waves * (((steps - 1 >> shift) + 1) * step + ends);
+      if (cost < least) least = cost, best = p;
+    }
   }
   return best;
 }
 
 template <class T>
-int choose(const product &q, int processors, cudaStream_t stream) {
+int choose(const product &q, cudaStream_t stream) {
   const bool shared = q.tokens > kTileTokens;
-  const int rows = best_rows(q, processors, shared);
+  const plan p = best_plan(q, shared);
   if (!shared) {
-    if (rows == 64) return launch<64, false, T>(q, stream);
-    if (rows == 96) return launch<96, false, T>(q, stream);
-    return launch<128, false, T>(q, stream);
+    if (p.rows == 64) return launch<64, false, T>(q, p, stream);
+    if (p.rows == 96) return launch<96, false, T>(q, p, stream);
+    return launch<128, false, T>(q, p, stream);
   }
-  if (rows == 64) return launch<64, true, T>(q, stream);
-  if (rows == 96) return launch<96, true, T>(q, stream);
-  if (rows == 128) return launch<128, true, T>(q, stream);
-  if (rows == 160) return launch<160, true, T>(q, stream);
-  return launch<176, true, T>(q, stream);
+  if (p.rows == 64) return launch<64, true, T>(q, p, stream);
+  if (p.rows == 96) return launch<96, true, T>(q, p, stream);
+  if (p.rows == 128) return launch<128, true, T>(q, p, stream);
+  if (p.rows == 160) return launch<160, true, T>(q, p, stream);
+  return launch<176, true, T>(q, p, stream);
 }
 
 }  // namespace
+
+int64_t product_many_tokens(int64_t rows, int64_t in_features, int64_t l2_bytes) {
+  // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured: docs/kernels.md).
+  const int64_t dense_bytes = 2 * rows * in_features;
+  if (dense_bytes <= l2_bytes / 2) return 0;
+  product q = {};
+  q.layout.rows1 = (int)rows, q.in_features = (int)in_features, q.tokens = 2 * kTileTokens;
+  const plan p = best_plan(q, true);
+  const bool one_wave = grid_of(q, p, true).works <= clusters_of(p.split_shift);
+  return one_wave && dense_bytes > l2_bytes / 4 * 3 ? 2 * kTileTokens : kTileTokens;
+}
 
 int product_many(const product &q, int32_t type, cudaStream_t stream) {
   device_limits limits;
@@ -399,8 +120,7 @@ int product_many(const product &q, int32_t type, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(q.out) % 8) {
     return LOWRA_UNSUPPORTED;
   }
-  return type == LOWRA_FLOAT16 ? choose<fp16>(q, limits.processors, stream)
-                               : choose<bf16>(q, limits.processors, stream);
+  return type == LOWRA_FLOAT16 ? choose<fp16>(q, stream) : choose<bf16>(q, stream);
 }
 
 }  // namespace lowra

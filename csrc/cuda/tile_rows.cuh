@@ -145,9 +145,9 @@ struct tile_row {
     }
   }
 
-  // The 64 weights that were asked for, rounded to T, unit by unit as `store` wants them.
+  // The 64 weights that were asked for, rounded to T, to shared memory. rows: the rows of a stage.
   template <class T, int BUFFER>
-  __device__ __forceinline__ void decode_step(const product &q, uint32_t (&units)[8][4]) const {
+  __device__ __forceinline__ void decode_step(const product &q, uint32_t rows) const {
     constexpr int kParts = BITS == 1 ? 2 : 1;  // of a word: see fragments.cuh
     uint32_t words[2 * BITS];
 #pragma unroll
@@ -169,24 +169,10 @@ struct tile_row {
         if (part == 0) decode<false>(table, words[w], out);
         if (part == 1) decode<true>(table, words[w], out);
         const int unit = BITS == 4 ? w : BITS == 2 ? 2 * w : 4 * w + part;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          units[unit][i] = out[i];
-          if constexpr (BITS < 4) units[unit + kParts][i] = out[4 + i];
-        }
+        shared_store((rows + target) ^ unit * 16, out);
+        if constexpr (BITS < 4) shared_store((rows + target) ^ (unit + kParts) * 16, out + 4);
       }
     }
-    // Here and not where they are stored: a stage that is free must not wait for them.
-#pragma unroll
-    for (int unit = 0; unit < 8; ++unit) {
-      asm volatile("" : "+r"(units[unit][0]), "+r"(units[unit][1]), "+r"(units[unit][2]), "+r"(units[unit][3]));
-    }
-  }
-
-  // rows: the rows of a stage.
-  __device__ __forceinline__ void store(uint32_t rows, const uint32_t (&units)[8][4]) const {
-#pragma unroll
-    for (int unit = 0; unit < 8; ++unit) shared_store((rows + target) ^ unit * 16, units[unit]);
   }
 };
 

@@ -79,12 +79,12 @@ __device__ __forceinline__ void load_tile(uint32_t target, const void *map, int 
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// The same in this block and in the other one of its pair.
+// The same in this block, of rank `rank` in its cluster, and in the other one of its pair.
 __device__ __forceinline__ void load_tile_for_pair(uint32_t target, const void *map, int column, int row,
-                                                   uint32_t barrier) {
+                                                   uint32_t barrier, int rank) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-      "[%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3)
+      "[%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)(3 << (rank & ~1)))
       : "memory");
 }
 // The copy engine copies `bytes` of this block to another one's `target`; they count at that one's `barrier`. Both are
