@@ -1,6 +1,6 @@
 """Tables and the picture of docs/accuracy.md from the rows that accuracy_grid.py measured.
 
-python scripts/accuracy_report.py docs/accuracy.json --picture docs/accuracy.png
+python scripts/accuracy_report.py docs/accuracy.json --picture docs/accuracy.png --panels base-30m student
 python scripts/accuracy_report.py docs/accuracy.json --add results.json --source "H200, 22 Nov 2026"   # more rows
 """
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--add", type=pathlib.Path, help="results of accuracy_grid.py to put into it")
     parser.add_argument("--source", help="with --add: machine and date of these results")
     parser.add_argument("--picture", type=pathlib.Path)
+    parser.add_argument("--panels", nargs="+", help="models in the picture; all if not given")
     args = parser.parse_args()
     rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
     if args.add:
@@ -60,7 +61,7 @@ def main() -> None:
     groups = summarize(rows)
     print(markdown(groups), "\n\n", savings(groups), sep="")
     if args.picture:
-        draw(groups, args.picture)
+        draw([group for group in groups if not args.panels or group["model"] in args.panels], args.picture)
 
 
 def compact(row: dict, source: str | None) -> dict:
