@@ -103,7 +103,7 @@ int choose(const product &q, cudaStream_t stream) {
 int64_t product_many_tokens(int64_t rows, int64_t in_features, int64_t l2_bytes) {
   // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured: docs/kernels.md).
   const int64_t dense_bytes = 2 * rows * in_features;
-  if (dense_bytes <= l2_bytes / 2) return 0;
+  if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2) return 0;
   product q = {};
   q.layout.rows1 = (int)rows, q.in_features = (int)in_features, q.tokens = 2 * kTileTokens;
   const plan p = best_plan(q, true);

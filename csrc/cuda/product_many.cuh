@@ -30,7 +30,7 @@ constexpr int kTileTokens = 128;
 constexpr int kMultiplyWarps = 8, kDecodeWarps = 8;
 constexpr int kThreads = 32 * (kMultiplyWarps + kDecodeWarps);  // 128 registers each: 88 sums and what goes with them
 constexpr int kPair = 2, kMaxSplitShift = 2;  // a cluster has at most 8 blocks
-constexpr int kMaxTurns = 4;  // of warps that share a task: what they decode ahead needs stages
+constexpr int kMaxTurns = 4;  // of warps that share a task, each at a stage of its own
 constexpr int kSharedBytes = 226 << 10;
 
 // ROWS: of W in a tile, a multiple of 16. A launch picks the one that fills the chip best.
@@ -271,8 +271,8 @@ __device__ __forceinline__ void add_up(const block_role &role, int splits, uint3
   }
 }
 
-// A warp's 16 tokens of some units of a finished tile. Neighbouring lanes exchange sums, so that each has four outputs of a token in a
-// line and a token's outputs fill whole sectors of 32 bytes.
+// A warp's 16 tokens of some units of a finished tile. Neighbouring lanes exchange sums, so that each has four outputs of a
+// token in a line and a token's outputs fill whole sectors of 32 bytes.
 template <int ROWS, class T>
 __device__ __forceinline__ void store_tile(const product &q, const output_tile &tile, const unit_range &units,
                                            float (&sum)[ROWS / 2]) {
