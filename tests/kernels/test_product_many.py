@@ -15,8 +15,8 @@ pytestmark = [
     ),
 ]
 # rows of 4, 2 and 1 bits, in_features, group size: no rows of a precision, runs that end within a warp, more tiles than
-# the chip holds at once, a last tile that is nearly empty, one step; where tiles are few, two or four pairs of blocks share
-# the columns, evenly or not
+# the chip holds at once, a last tile that is nearly empty, one step; where tiles are few, pairs of blocks share the
+# columns, evenly or not
 SHAPES = [
     (0, 0, 64, 128, 64),
     (64, 0, 0, 64, 64),
