@@ -29,13 +29,17 @@ int map_of(const product &q, int box_tokens, CUtensorMap &map) {
 
 struct plan {
   int rows, split_shift;
+  int waves;  // of clusters, one after another on the chip
 };
 
-tile_grid grid_of(const product &q, const plan &p, bool shared) {
+// See SHARED of tile_shape.
+bool shares_rows(const product &q) { return q.tokens > kTileTokens; }
+
+tile_grid grid_of(const product &q, const plan &p) {
   const int token_tiles = (q.tokens + kTileTokens - 1) / kTileTokens;
   const int row_tiles = (q.layout.rows() + p.rows - 1) / p.rows;
   const auto pairs = [](int tiles) { return (tiles + kPair - 1) / kPair; };
-  return {token_tiles, shared ? row_tiles * pairs(token_tiles) : pairs(row_tiles) * token_tiles, p.split_shift};
+  return {token_tiles, shares_rows(q) ? row_tiles * pairs(token_tiles) : pairs(row_tiles) * token_tiles, p.split_shift};
 }
 
 // Clusters of so many pairs (log2) that the chip holds at once: one block a multiprocessor, whichever kernel it is.
@@ -55,7 +59,7 @@ int launch(const product &q, const plan &p, cudaStream_t stream) {
   CUtensorMap map;
   if (const int status = map_of<T>(q, SHARED ? kTileTokens : kTileTokens / kPair, map)) return status;
   auto *kernel = product_many_kernel<ROWS, SHARED, T>;
-  const tile_grid grid = grid_of(q, p, SHARED);
+  const tile_grid grid = grid_of(q, p);
   const int at_once = clusters_of(0), blocks = kPair << p.split_shift;
   const int clusters = p.split_shift > 0 || grid.works < at_once ? grid.works : at_once;
   return launch_early(kernel, dim3(blocks * clusters), dim3(kThreads), shape::kBytes, blocks, stream, q, map, grid);
@@ -64,7 +68,8 @@ int launch(const product &q, const plan &p, cudaStream_t stream) {
 // With which a multiprocessor has the least to do. Cycles of a step are those of shared memory, 128 bytes each: x and W
 // are written once and read by two warpgroups, W by both; what a pair shares of W is read once more. A tile's start and
 // end take some 4000, adding up the sums of several pairs some 2500.
-plan best_plan(const product &q, bool shared) {
+plan best_plan(const product &q) {
+  const bool shared = shares_rows(q);
   constexpr int kRows[] = {64, 96, 128, 160, 176};
   const int steps = q.in_features / kStepColumns;
   plan best = {};
@@ -72,10 +77,11 @@ plan best_plan(const product &q, bool shared) {
   for (int shift = 0; shift <= kMaxSplitShift && 1 << shift <= steps; ++shift) {
     for (const int rows : kRows) {
       if (!shared && rows > 128) continue;
-      const plan p = {rows, shift};
-      const int at_once = clusters_of(shift), waves = (grid_of(q, p, shared).works + at_once - 1) / at_once;
+      plan p = {rows, shift, 0};
+      const int at_once = clusters_of(shift);
+      p.waves = (grid_of(q, p).works + at_once - 1) / at_once;
       const int64_t step = 256 + (shared ? 7 : 6) * rows / 2, ends = shift > 0 ? 6500 : 4000;
-      const int64_t cost = waves * (((steps - 1 >> shift) + 1) * step + ends);
+      const int64_t cost = p.waves * (((steps - 1 >> shift) + 1) * step + ends);
       if (cost < least) least = cost, best = p;
     }
   }
@@ -84,9 +90,8 @@ plan best_plan(const product &q, bool shared) {
 
 template <class T>
 int choose(const product &q, cudaStream_t stream) {
-  const bool shared = q.tokens > kTileTokens;
-  const plan p = best_plan(q, shared);
-  if (!shared) {
+  const plan p = best_plan(q);
+  if (!shares_rows(q)) {
     if (p.rows == 64) return launch<64, false, T>(q, p, stream);
     if (p.rows == 96) return launch<96, false, T>(q, p, stream);
     return launch<128, false, T>(q, p, stream);
@@ -106,8 +111,7 @@ int64_t product_many_tokens(int64_t rows, int64_t in_features, int64_t l2_bytes)
   if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2) return 0;
   product q = {};
   q.layout.rows1 = (int)rows, q.in_features = (int)in_features, q.tokens = 2 * kTileTokens;
-  const plan p = best_plan(q, true);
-  const bool one_wave = grid_of(q, p, true).works <= clusters_of(p.split_shift);
+  const bool one_wave = best_plan(q).waves == 1;
   return one_wave && dense_bytes > l2_bytes / 4 * 3 ? 2 * kTileTokens : kTileTokens;
 }
 
