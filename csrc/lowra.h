@@ -115,9 +115,9 @@ LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part
 LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                  int32_t type, void *stream);
 
-// Up to how many tokens lowra_cuda_product is quicker on the current device than a dense product after
-// lowra_cuda_dequantize, for a weight [rows, in_features] that it covers (measured: docs/kernels.md).
-LOWRA_API int64_t lowra_cuda_product_tokens(int64_t rows, int64_t in_features);
+// 1 where lowra_cuda_product is quicker on the current device than a dense product after lowra_cuda_dequantize, for a
+// weight [rows, in_features] that it covers, else 0 (measured: docs/kernels.md).
+LOWRA_API int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features);
 
 // Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],
 // thresholds [rows, 19], errors [rows, 3]. A row must fit into the shared memory of a block (K <= 55,000 on an H200).

@@ -49,7 +49,7 @@ struct division {
   small_divisor per_token;  // divides by the 16-byte units of x in a slice
   int most_tiles;           // of one team
   kind_rows kinds[kKinds];
-  int first[kKinds][kMaxTeams + 1];  // first tile of a team, counted within the kind
+  int first[kMaxTeams + 1][kKinds];  // first tile of a team, counted within the kind
 };
 
 // Codes of 1 bit become operand A without a table: moved to one of the bits 7 to 14, a code is a float16 that is a power
@@ -190,7 +190,7 @@ struct lane_tile {
   __device__ __forceinline__ void place(const product &q, const division &d, const tile_spot &spot, int team, int begin,
                                         int lane) {
     const kind_rows &rows = d.kinds[spot.kind];
-    const int tile = d.first[spot.kind][team] + spot.tile;
+    const int tile = d.first[team][spot.kind] + spot.tile;
     stride = rows.stride;
     byte = (begin >> (spot.kind + 1)) + spot.unit * (kUnitBits / 8);
 #pragma unroll

@@ -1,6 +1,4 @@
 // Checks the arguments of a fused product and picks its kernel.
-#include <algorithm>
-
 #include "product.cuh"
 
 namespace lowra {
@@ -11,11 +9,12 @@ constexpr int kFew = 64;  // tokens that need no product_many
 }  // namespace
 }  // namespace lowra
 
-int64_t lowra_cuda_product_tokens(int64_t rows, int64_t in_features) {
+int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features) {
   using namespace lowra;
+  if (tokens <= kFew) return true;
   device_limits limits;
-  if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return kFew;
-  return std::max<int64_t>(kFew, product_many_tokens(rows, in_features, limits.l2_bytes));
+  if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return false;
+  return product_many_is_quicker(tokens, rows, in_features, limits.l2_bytes);
 }
 
 int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,

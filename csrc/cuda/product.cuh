@@ -52,7 +52,7 @@ int product_small(const product &q, int32_t type, cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
 int product_wgmma(const product &q, int32_t type, cudaStream_t stream);  // LOWRA_UNSUPPORTED on chips without wgmma
 int product_many(const product &q, int32_t type, cudaStream_t stream);   // likewise
-// Up to how many tokens product_many is quicker than a dense product of the dequantised weight; 0 if never. On Hopper.
-int64_t product_many_tokens(int64_t rows, int64_t in_features, int64_t l2_bytes);
+// Whether product_many is quicker than a dense product of the dequantised weight. On Hopper.
+bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, int64_t l2_bytes);
 
 }  // namespace lowra

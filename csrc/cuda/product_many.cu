@@ -28,15 +28,16 @@ int map_of(const product &q, int box_tokens, CUtensorMap &map) {
 }
 
 struct plan {
-  int rows, split_shift;
-  int waves;  // of clusters, one after another on the chip
+  int tokens, rows;  // of a tile
+  int split_shift;
+  int works, waves;  // waves: of clusters, one after another on the chip
 };
 
 // See SHARED of tile_shape.
-bool shares_rows(const product &q) { return q.tokens > kTileTokens; }
+bool shares_rows(const product &q) { return q.tokens > 128; }
 
 tile_grid grid_of(const product &q, const plan &p) {
-  const int token_tiles = (q.tokens + kTileTokens - 1) / kTileTokens;
+  const int token_tiles = (q.tokens + p.tokens - 1) / p.tokens;
   const int row_tiles = (q.layout.rows() + p.rows - 1) / p.rows;
   const auto pairs = [](int tiles) { return (tiles + kPair - 1) / kPair; };
   return {token_tiles, shares_rows(q) ? row_tiles * pairs(token_tiles) : pairs(row_tiles) * token_tiles, p.split_shift};
@@ -47,72 +48,87 @@ int clusters_of(int split_shift) {
   static thread_local int known[kMaxSplitShift + 1] = {};  // the query costs more than the launch
   int &count = known[split_shift];
   if (count == 0) {
-    auto *kernel = product_many_kernel<64, false, bf16>;
-    count = clusters_at_once(kernel, kPair << split_shift, kThreads, tile_shape<64, false>::kBytes);
+    auto *kernel = product_many_kernel<128, 64, false, bf16>;
+    count = clusters_at_once(kernel, kPair << split_shift, tile_shape<128, 64, false>::kThreads,
+                             tile_shape<128, 64, false>::kBytes);
   }
   return count;
 }
 
-template <int ROWS, bool SHARED, class T>
+template <int TOKENS, int ROWS, bool SHARED, class T>
 int launch(const product &q, const plan &p, cudaStream_t stream) {
-  using shape = tile_shape<ROWS, SHARED>;
+  using shape = tile_shape<TOKENS, ROWS, SHARED>;
   CUtensorMap map;
-  if (const int status = map_of<T>(q, SHARED ? kTileTokens : kTileTokens / kPair, map)) return status;
-  auto *kernel = product_many_kernel<ROWS, SHARED, T>;
+  if (const int status = map_of<T>(q, SHARED ? TOKENS : TOKENS / kPair, map)) return status;
+  auto *kernel = product_many_kernel<TOKENS, ROWS, SHARED, T>;
   const tile_grid grid = grid_of(q, p);
   const int at_once = clusters_of(0), blocks = kPair << p.split_shift;
   const int clusters = p.split_shift > 0 || grid.works < at_once ? grid.works : at_once;
-  return launch_early(kernel, dim3(blocks * clusters), dim3(kThreads), shape::kBytes, blocks, stream, q, map, grid);
+  return launch_early(kernel, dim3(blocks * clusters), dim3(shape::kThreads), shape::kBytes, blocks, stream, q, map, grid);
 }
 
 // With which a multiprocessor has the least to do. Cycles of a step are those of shared memory, 128 bytes each: x and W
-// are written once and read by two warpgroups, W by both; what a pair shares of W is read once more. A tile's start and
-// end take some 4000, adding up the sums of several pairs some 2500.
+// are written and x is read once, W for every 64 tokens; what a pair shares of W is read once more. A tile's start and end
+// take some 4000, adding up the sums of several pairs some 2500.
 plan best_plan(const product &q) {
   const bool shared = shares_rows(q);
   constexpr int kRows[] = {64, 96, 128, 160, 176};
   const int steps = q.in_features / kStepColumns;
   plan best = {};
   int64_t least = INT64_MAX;
-  for (int shift = 0; shift <= kMaxSplitShift && 1 << shift <= steps; ++shift) {
-    for (const int rows : kRows) {
-      if (!shared && rows > 128) continue;
-      plan p = {rows, shift, 0};
-      const int at_once = clusters_of(shift);
-      p.waves = (grid_of(q, p).works + at_once - 1) / at_once;
-      const int64_t step = 256 + (shared ? 7 : 6) * rows / 2, ends = shift > 0 ? 6500 : 4000;
-      const int64_t cost = p.waves * (((steps - 1 >> shift) + 1) * step + ends);
-      if (cost < least) least = cost, best = p;
+  for (const int tokens : {128, 256}) {
+    if (tokens == 256 && q.tokens <= 256) continue;
+    for (int shift = 0; shift <= kMaxSplitShift && 1 << shift <= steps; ++shift) {
+      for (const int rows : kRows) {
+        if (!shared && rows > 128) continue;
+        plan p = {tokens, rows, shift, 0, 0};
+        const int at_once = clusters_of(shift);
+        p.works = grid_of(q, p).works, p.waves = (p.works + at_once - 1) / at_once;
+        const int64_t step = 2 * tokens + rows * (tokens / 64 + 1) + (shared ? rows / 2 : 0);
+        const int64_t ends = shift > 0 ? 6500 : 4000;
+        const int64_t cost = p.waves * (((steps - 1 >> shift) + 1) * step + ends);
+        if (cost < least) least = cost, best = p;
+      }
     }
   }
   return best;
 }
 
+template <int TOKENS, class T>
+int choose_rows(const product &q, const plan &p, cudaStream_t stream) {
+  if (p.rows == 64) return launch<TOKENS, 64, true, T>(q, p, stream);
+  if (p.rows == 96) return launch<TOKENS, 96, true, T>(q, p, stream);
+  if (p.rows == 128) return launch<TOKENS, 128, true, T>(q, p, stream);
+  if (p.rows == 160) return launch<TOKENS, 160, true, T>(q, p, stream);
+  return launch<TOKENS, 176, true, T>(q, p, stream);
+}
+
 template <class T>
 int choose(const product &q, cudaStream_t stream) {
   const plan p = best_plan(q);
-  if (!shares_rows(q)) {
-    if (p.rows == 64) return launch<64, false, T>(q, p, stream);
-    if (p.rows == 96) return launch<96, false, T>(q, p, stream);
-    return launch<128, false, T>(q, p, stream);
-  }
-  if (p.rows == 64) return launch<64, true, T>(q, p, stream);
-  if (p.rows == 96) return launch<96, true, T>(q, p, stream);
-  if (p.rows == 128) return launch<128, true, T>(q, p, stream);
-  if (p.rows == 160) return launch<160, true, T>(q, p, stream);
-  return launch<176, true, T>(q, p, stream);
+  if (p.tokens == 256) return choose_rows<256, T>(q, p, stream);
+  if (shares_rows(q)) return choose_rows<128, T>(q, p, stream);
+  if (p.rows == 64) return launch<128, 64, false, T>(q, p, stream);
+  if (p.rows == 96) return launch<128, 96, false, T>(q, p, stream);
+  return launch<128, 128, false, T>(q, p, stream);
 }
 
 }  // namespace
 
-int64_t product_many_tokens(int64_t rows, int64_t in_features, int64_t l2_bytes) {
+bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, int64_t l2_bytes) {
   // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured: docs/kernels.md).
   const int64_t dense_bytes = 2 * rows * in_features;
-  if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2) return 0;
+  if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2 || tokens > 512) return false;
+  if (tokens <= 128) return true;
   product q = {};
-  q.layout.rows1 = (int)rows, q.in_features = (int)in_features, q.tokens = 2 * kTileTokens;
-  const bool one_wave = best_plan(q).waves == 1;
-  return one_wave && dense_bytes > l2_bytes / 4 * 3 ? 2 * kTileTokens : kTileTokens;
+  q.layout.rows1 = (int)rows, q.in_features = (int)in_features, q.tokens = (int)tokens;
+  const plan p = best_plan(q);
+  if (p.waves > 1 || dense_bytes <= l2_bytes / 4 * 3) return false;
+  if (tokens <= 256) return true;
+  // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, and with little
+  // of the time spent at the ends of the tiles.
+  const bool full = 10 * p.works >= 9 * clusters_of(p.split_shift), lasting = q.in_features >> p.split_shift >= 4096;
+  return tokens > 416 && full && lasting;
 }
 
 int product_many(const product &q, int32_t type, cudaStream_t stream) {

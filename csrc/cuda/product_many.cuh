@@ -1,10 +1,10 @@
 // Decode x product on Hopper (sm_90a) for more than 64 tokens. Reference: reference.linear, up to the order of the float32
 // sums.
 //
-// A tile of the output is 128 tokens x ROWS rows of W, summed over steps of 64 columns. Some warps decode: a thread writes
-// the 64 weights of one row and step, 128 bytes, to shared memory, where two warpgroups multiply them with x, 64 tokens
-// each. Both operands come from shared memory, so decoding and multiplying never wait for one another's registers; a ring
-// of stages lies between them.
+// A tile of the output is TOKENS tokens x ROWS rows of W, summed over steps of 64 columns. Some warps decode: a thread
+// writes the 64 weights of one row and step, 128 bytes, to shared memory, where two warpgroups multiply them with x, half
+// of the tokens each. Both operands come from shared memory, so decoding and multiplying never wait for one another's
+// registers; a ring of stages lies between them.
 //
 // Rows of a tile are neighbours in W, whatever their precision, so that the outputs of a token are one stretch of memory.
 // (Rows in packed order would be written two bytes at a time to places far apart.) Within a precision packed rows keep the
@@ -22,29 +22,36 @@
 
 #include "product.cuh"
 #include "tile_rows.cuh"
+#include "tile_sums.cuh"
 #include "wgmma.cuh"
 
 namespace lowra {
 
-constexpr int kTileTokens = 128;
-constexpr int kMultiplyWarps = 8, kDecodeWarps = 8;
-constexpr int kThreads = 32 * (kMultiplyWarps + kDecodeWarps);  // 128 registers each: 88 sums and what goes with them
-constexpr int kPair = 2, kMaxSplitShift = 2;  // a cluster has at most 8 blocks
-constexpr int kMaxTurns = 4;  // of warps that share a task, each at a stage of its own
+constexpr int kMaxSplitShift = 2;  // a cluster has at most 8 blocks
+constexpr int kMaxTurns = 4;       // of warps that share a task, each at a stage of its own
+constexpr int kAhead = 2;          // steps of a warp whose codes have been asked for
 constexpr int kSharedBytes = 226 << 10;
+// With tiles of 256 tokens, of 168 at the launch: a multiplying thread has 176 sums.
+constexpr int kMultiplyRegisters = 208, kDecodeRegisters = 88;
 
-// ROWS: of W in a tile, a multiple of 16. A launch picks the one that fills the chip best.
+// TOKENS: in a tile, 128 or 256. ROWS: of W in a tile, a multiple of 16. A launch picks those that fill the chip best.
 // SHARED: whether a pair shares the rows of W, or x.
-template <int ROWS, bool SHARED>
+template <int TOKENS, int ROWS, bool SHARED>
 struct tile_shape {
-  static constexpr int kTokenBytes = kTileTokens * kStepBytes, kStageBytes = kTokenBytes + ROWS * kStepBytes;
-  static constexpr int kStages = kSharedBytes / kStageBytes;
+  // Sums of 256 tokens leave registers for half as many decoding warps, which have twice as long for a step.
+  static constexpr int kDecodeWarps = TOKENS == 128 ? 8 : 4, kDecodeThreads = 32 * kDecodeWarps;
+  static constexpr int kThreads = 32 * kMultiplyWarps + kDecodeThreads;
+  static constexpr int kTokenBytes = TOKENS * kStepBytes, kStageBytes = kTokenBytes + ROWS * kStepBytes;
+  static constexpr int kSlotsBytes = kAhead * code_slot<kDecodeThreads>::kBytes;
+  static constexpr int kStages = (kSharedBytes - kSlotsBytes) / kStageBytes;
   static constexpr int kOwnRows = SHARED ? ROWS / kPair : ROWS;  // that a block decodes
   static constexpr int kOwnBytes = kOwnRows * kStepBytes;
   static constexpr int kTasks = (kOwnRows + 31) / 32;  // see task
-  static constexpr int kBarriers = kStages * kStageBytes, kDone = kBarriers + 2 * kStages * 8;
-  static constexpr int kRunPlace = kDone + kStages * 4, kBytes = kRunPlace + 2 * kRuns * 4;
+  static constexpr int kSlots = kStages * kStageBytes, kBarriers = kSlots + kSlotsBytes;
+  static constexpr int kDone = kBarriers + 2 * kStages * 8, kRunPlace = kDone + kStages * 4;
+  static constexpr int kBytes = kRunPlace + 2 * kRuns * 4;
   static_assert(kTasks <= 4 && kMaxTurns <= kStages && kBytes <= 227 << 10, "");
+  static_assert(TOKENS * ROWS * 4 <= kSlots, "add_up");
 };
 
 struct tile_grid {
@@ -76,11 +83,11 @@ struct output_tile {
 };
 
 // Token tiles of the same rows come one after another.
-template <int ROWS, bool SHARED>
+template <int TOKENS, int ROWS, bool SHARED>
 __device__ __forceinline__ output_tile tile_of(const tile_grid &grid, int work) {
   const int rank = blockIdx.x % kPair, across = SHARED ? (grid.token_tiles + kPair - 1) / kPair : grid.token_tiles;
   const int rows = work / across, tokens = work % across;
-  return {(SHARED ? rows : kPair * rows + rank) * ROWS, (SHARED ? kPair * tokens + rank : tokens) * kTileTokens};
+  return {(SHARED ? rows : kPair * rows + rank) * ROWS, (SHARED ? kPair * tokens + rank : tokens) * TOKENS};
 }
 
 // What a decoding warp does for a tile: 32 of the rows that this block decodes, in their sorted order, in every
@@ -91,8 +98,8 @@ struct task {
   int turn, turns;
 };
 
-// The warps left over go to the tasks that take longest. first_bits: of each task. tasks: at most 4.
-__device__ __forceinline__ task task_of(const int (&first_bits)[4], int tasks, int warp) {
+// The `warps` left over go to the tasks that take longest. first_bits: of each task. tasks: at most 4.
+__device__ __forceinline__ task task_of(const int (&first_bits)[4], int tasks, int warp, int warps) {
   int cost[4], turns[4], used = tasks;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -100,7 +107,7 @@ __device__ __forceinline__ task task_of(const int (&first_bits)[4], int tasks, i
     turns[t] = t < tasks;
   }
 #pragma unroll 1
-  for (; used < kDecodeWarps; ++used) {
+  for (; used < warps; ++used) {
     int best = -1, most = 0, shared = 1;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -131,9 +138,9 @@ struct decoding {
 };
 
 // One more task of a stage is done. The last one's warp sends the rows of this block to the other.
-template <int ROWS>
+template <int TOKENS, int ROWS>
 __device__ __forceinline__ void send_rows(const decoding &to, uint32_t stage, uint32_t full, uint32_t done) {
-  using shape = tile_shape<ROWS, true>;
+  using shape = tile_shape<TOKENS, ROWS, true>;
   if (shared_add(done, 1) != to.tasks - 1) return;
   shared_store(done, 0u);
   fence_stores_for_tensor_cores();
@@ -143,21 +150,24 @@ __device__ __forceinline__ void send_rows(const decoding &to, uint32_t stage, ui
 }
 
 // Every step of a tile that is this warp's turn. leads: it asks for x. BITS: 0 for a block without rows.
-template <int BITS, int ROWS, bool SHARED, class T>
+template <int BITS, int TOKENS, int ROWS, bool SHARED, class T>
 __device__ __forceinline__ void decode_steps(const product &q, const task &mine, bool leads, const int *runs,
                                              const decoding &to,
-                                             ring_place<tile_shape<ROWS, SHARED>::kStages> ring) {
-  using shape = tile_shape<ROWS, SHARED>;
+                                             ring_place<tile_shape<TOKENS, ROWS, SHARED>::kStages> ring) {
+  using shape = tile_shape<TOKENS, ROWS, SHARED>;
   const int lane = threadIdx.x % 32, first = to.role.first_step + mine.turn, end = to.role.end_step;
-  tile_row<BITS == 0 ? 1 : BITS> row;
+  constexpr int kSlotBytes = code_slot<shape::kDecodeThreads>::kBytes;
+  const uint32_t slots = to.memory + shape::kSlots;
+  tile_row<BITS == 0 ? 1 : BITS, shape::kDecodeThreads> row;
   if constexpr (BITS > 0) {
     row.place(q, runs, 32 * mine.index + lane, to.tile.first_row);
-    row.ask_for(q, first, end, 0);
-    row.ask_for(q, first + mine.turns, end, 1);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) row.ask_for(q, first + i * mine.turns, end, slots + i * kSlotBytes);
   }
   ring.advance(mine.turn);
-  // buffer: where the codes of this step are; those of the next one are in the other.
-  const auto finish_step = [&](int step, auto buffer) {
+  ring_place<kAhead> ahead;
+#pragma unroll 1
+  for (int step = first; step < end; step += mine.turns) {
     const uint32_t stage = to.memory + ring.stage * shape::kStageBytes, full = to.full + 8 * ring.stage;
     barrier_wait(to.empty + 8 * ring.stage, ring.parity ^ 1);
     if (leads && lane == 0) {
@@ -167,63 +177,59 @@ __device__ __forceinline__ void decode_steps(const product &q, const task &mine,
       if constexpr (SHARED) {
         load_tile(stage, to.x, column, to.tile.first_token, full);
       } else {
-        const int half = to.role.rank % kPair * (kTileTokens / kPair);
+        const int half = to.role.rank % kPair * (TOKENS / kPair);
         load_tile_for_pair(stage + half * kStepBytes, to.x, column, to.tile.first_token + half, full, to.role.rank);
       }
     }
     if constexpr (BITS > 0) {
-      row.template decode_step<T, decltype(buffer)::value>(q, stage + shape::kTokenBytes);
-      fence_stores_for_tensor_cores();
+      const uint32_t slot = slots + ahead.stage * kSlotBytes;
+      wait_for_copies<kAhead - 1>();
+      row.template decode_step<T>(q, stage + shape::kTokenBytes, step, slot);
       __syncwarp();
       if (lane == 0) {
         barrier_arrive(full);
-        if constexpr (SHARED) send_rows<ROWS>(to, stage, full, to.done + 4 * ring.stage);
+        if constexpr (SHARED) send_rows<TOKENS, ROWS>(to, stage, full, to.done + 4 * ring.stage);
       }
-      // Behind the fence, which waits for loads too: they have until the next one.
-      row.ask_for(q, step + 2 * mine.turns, end, buffer.value);
+      row.ask_for(q, step + kAhead * mine.turns, end, slot);
+      ahead.advance(1);
     }
     ring.advance(mine.turns);
-  };
-#pragma unroll 1
-  for (int step = first; step < end; step += 2 * mine.turns) {
-    finish_step(step, std::integral_constant<int, 0>());
-    if (step + mine.turns < end) finish_step(step + mine.turns, std::integral_constant<int, 1>());
   }
 }
 
 // The decoding warps: every step of every tile of this block, W decoded and x asked for. x: its map.
-template <int ROWS, bool SHARED, class T>
+template <int TOKENS, int ROWS, bool SHARED, class T>
 __device__ __forceinline__ void decode_tiles(const product &q, const tile_grid &grid, const CUtensorMap *x,
                                              uint32_t memory, int *runs) {
-  using shape = tile_shape<ROWS, SHARED>;
+  using shape = tile_shape<TOKENS, ROWS, SHARED>;
   const block_role role = role_of(q, grid);
   const int warp = threadIdx.x / 32 - kMultiplyWarps, lane = threadIdx.x % 32, rank = role.rank % kPair;
   const int steps = role.end_step - role.first_step, rows = q.layout.rows();
   const uint32_t full = memory + shape::kBarriers;
   ring_place<shape::kStages> ring;
   for (int work = role.first_work; work < grid.works; work += role.stride) {
-    const output_tile tile = tile_of<ROWS, SHARED>(grid, work);
+    const output_tile tile = tile_of<TOKENS, ROWS, SHARED>(grid, work);
     const int first = tile.first_row + (SHARED ? rank * shape::kOwnRows : 0);
-    if (warp < kRuns) {
-      const int end = end_of_run(q, warp, first, first + shape::kOwnRows);
-      if (lane == 0) runs[warp] = end;
+    for (int i = warp; i < kRuns; i += shape::kDecodeWarps) {
+      const int end = end_of_run(q, i, first, first + shape::kOwnRows);
+      if (lane == 0) runs[i] = end;
     }
     // No warp may run ahead by a tile: a parity tells only neighbouring rounds of a barrier apart.
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * kDecodeWarps) : "memory");
+    asm volatile("bar.sync 1, %0;" ::"n"(shape::kDecodeThreads) : "memory");
     int first_bits[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) first_bits[t] = row_at(runs, 32 * t).bits;
     const int tasks = (max(0, min(shape::kOwnRows, rows - first)) + 31) / 32;
-    const task mine = task_of(first_bits, tasks, warp);
+    const task mine = task_of(first_bits, tasks, warp, shape::kDecodeWarps);
     const int other = tile.first_row + (rank ^ 1) * shape::kOwnRows;
     const uint32_t sent = SHARED && other < rows ? shape::kOwnBytes : 0;
     const decoding to = {x,     memory, full, full + 8 * shape::kStages, memory + shape::kDone,
                          tasks, tile,   shape::kTokenBytes + sent, role};
     const bool leads = mine.index == 0;
-    if (mine.bits == 1) decode_steps<1, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (mine.bits == 2) decode_steps<2, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (mine.bits == 4) decode_steps<4, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
-    if (tasks == 0 && warp == 0) decode_steps<0, ROWS, SHARED, T>(q, mine, true, runs, to, ring);
+    if (mine.bits == 1) decode_steps<1, TOKENS, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
+    if (mine.bits == 2) decode_steps<2, TOKENS, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
+    if (mine.bits == 4) decode_steps<4, TOKENS, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
+    if (tasks == 0 && warp == 0) decode_steps<0, TOKENS, ROWS, SHARED, T>(q, mine, true, runs, to, ring);
     for (int i = steps % (2 * shape::kStages); i > 0; i -= shape::kStages) ring.advance(min(i, shape::kStages));
     // Two sets of runs in turn: when one is written again, all have passed the barrier after the other.
     runs += work / role.stride % 2 ? -kRuns : kRuns;
@@ -235,85 +241,13 @@ __device__ __forceinline__ void decode_tiles(const product &q, const tile_grid &
   cluster_arrive();
 }
 
-// Units of 16 rows of a tile.
-struct unit_range {
-  int first, end;
-};
-
-// Each pair of a cluster has the sums of some of the columns, and gets from the others what they have of its own units.
-template <int ROWS>
-__device__ __forceinline__ void add_up(const block_role &role, int splits, uint32_t memory, const unit_range &own,
-                                       float (&sum)[ROWS / 2]) {
-  constexpr int kQuadBytes = 32 * kMultiplyWarps * 16;  // four sums of every thread
-  static_assert(ROWS / 8 * kQuadBytes <= tile_shape<ROWS, true>::kBarriers, "");
-  const uint32_t place = memory + threadIdx.x * 16;
-  cluster_sync();  // the stages are free: nothing comes from this block's or into it any more
-#pragma unroll
-  for (int j = 0; j < ROWS / 8; ++j) {
-    if (j / 2 < own.first || j / 2 >= own.end) {
-      const uint32_t four[4] = {__float_as_uint(sum[4 * j]), __float_as_uint(sum[4 * j + 1]),
-                                __float_as_uint(sum[4 * j + 2]), __float_as_uint(sum[4 * j + 3])};
-      shared_store(place + j * kQuadBytes, four);
-    }
-  }
-  cluster_sync();
-#pragma unroll 1
-  for (int i = 1; i < splits; ++i) {
-    const int other = role.rank + kPair * i, blocks = kPair * splits;
-    const uint32_t there = address_in_block(place, other < blocks ? other : other - blocks);
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; ++j) {
-      if (j / 2 >= own.first && j / 2 < own.end) {
-        const float4 part = load_from_cluster(there + j * kQuadBytes);
-        sum[4 * j] += part.x, sum[4 * j + 1] += part.y, sum[4 * j + 2] += part.z, sum[4 * j + 3] += part.w;
-      }
-    }
-  }
-}
-
-// A warp's 16 tokens of some units of a finished tile. Neighbouring lanes exchange sums, so that each has four outputs of a
-// token in a line and a token's outputs fill whole sectors of 32 bytes.
-template <int ROWS, class T>
-__device__ __forceinline__ void store_tile(const product &q, const output_tile &tile, const unit_range &units,
-                                           float (&sum)[ROWS / 2]) {
-  const int lane = threadIdx.x % 32, odd = lane % 2, rows = q.layout.rows();
-  const int first_token = tile.first_token + threadIdx.x / 32 * 16 + lane / 4;
-  if (q.bias) {
-    const T *bias = static_cast<const T *>(q.bias);
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile.first_row + 8 * j + lane % 4 * 2 + i;
-        const float addend = row < rows ? to_float(bias[row]) : 0.f;
-        sum[4 * j + i] += addend, sum[4 * j + 2 + i] += addend;
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int token = first_token + 8 * h;
-    T *out = static_cast<T *>(q.out) + (size_t)token * rows + tile.first_row;
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; j += 2) {
-      if (j / 2 < units.first || j / 2 >= units.end) continue;
-      const uint32_t first = pack<T>(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
-      const uint32_t second = pack<T>(sum[4 * j + 4 + 2 * h], sum[4 * j + 5 + 2 * h]);
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-      const int at = 8 * (j + odd) + lane % 4 / 2 * 4;
-      if (token < q.tokens && tile.first_row + at < rows) {
-        *reinterpret_cast<uint2 *>(out + at) = odd ? make_uint2(got, second) : make_uint2(first, got);
-      }
-    }
-  }
-}
-
-// The multiplying warpgroups: 64 tokens of every tile of this block.
-template <int ROWS, bool SHARED, class T>
+// The multiplying warpgroups: half of the tokens of every tile of this block, 64 in a product.
+template <int TOKENS, int ROWS, bool SHARED, class T>
 __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid &grid, uint32_t memory) {
-  using shape = tile_shape<ROWS, SHARED>;
+  using shape = tile_shape<TOKENS, ROWS, SHARED>;
+  constexpr int kParts = TOKENS / 128;
   const uint32_t full = memory + shape::kBarriers;
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+  const int lane = threadIdx.x % 32, first_part = threadIdx.x / 128 * kParts;
   const block_role role = role_of(q, grid);
   const int steps = role.end_step - role.first_step;
   // Lane r tells block r of the pair that a stage is free here: what comes into it comes from both.
@@ -323,20 +257,27 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
   };
   ring_place<shape::kStages> ring;
   for (int work = role.first_work; work < grid.works; work += role.stride) {
-    float sum[ROWS / 2];
+    float sums[kParts][ROWS / 2];
 #pragma unroll
-    for (int i = 0; i < ROWS / 2; ++i) sum[i] = 0.f;
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) sums[part][i] = 0.f;
+    }
     int used = 0;  // stage of the step before
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const uint32_t stage = memory + ring.stage * shape::kStageBytes;
-      const uint64_t tokens = swizzled_operand(stage + group * 64 * kStepBytes);
+      const uint64_t tokens = swizzled_operand(stage + first_part * 64 * kStepBytes);
       const uint64_t weights = swizzled_operand(stage + shape::kTokenBytes);
       barrier_wait(full + 8 * ring.stage, ring.parity);
+      fence_stores_for_tensor_cores();  // here, since decoding warps would wait at it for whatever they have under way
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStepColumns / 16; ++k) {
-        wgmma_shared<ROWS, T>::add(sum, tokens + 2 * k, weights + 2 * k);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          wgmma_shared<ROWS, T>::add(sums[part], tokens + part * (64 * kStepBytes >> 4) + 2 * k, weights + 2 * k);
+        }
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -347,21 +288,28 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
     wgmma_wait<0>();
     // The sums are read from here on: moved to before the wait, a read would put the tensor cores' work one after another.
 #pragma unroll
-    for (int i = 0; i < ROWS / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");
+    }
     give_back(used);
     constexpr int kUnits = ROWS / 16;
     const unit_range units = {kUnits * role.split >> grid.split_shift, kUnits * (role.split + 1) >> grid.split_shift};
-    if (grid.split_shift > 0) add_up<ROWS>(role, grid.splits(), memory, units, sum);
+    if (grid.split_shift > 0) add_up<ROWS>(role.rank, grid.splits(), memory, units, sums);
     if (work + role.stride >= grid.works) cluster_arrive();  // this block needs and sends nothing more
-    store_tile<ROWS, T>(q, tile_of<ROWS, SHARED>(grid, work), units, sum);
+    const output_tile tile = tile_of<TOKENS, ROWS, SHARED>(grid, work);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      store_sums<ROWS, T>(q, tile.first_row, tile.first_token + 64 * (first_part + part), units, sums[part]);
+    }
   }
 }
 
-template <int ROWS, bool SHARED, class T>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int TOKENS, int ROWS, bool SHARED, class T>
+__global__ void __launch_bounds__(tile_shape<TOKENS, ROWS, SHARED>::kThreads, 1)
     product_many_kernel(const __grid_constant__ product q, const __grid_constant__ CUtensorMap x, tile_grid grid) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using shape = tile_shape<ROWS, SHARED>;
+  using shape = tile_shape<TOKENS, ROWS, SHARED>;
   extern __shared__ __align__(1024) uint8_t stages[];
   const uint32_t memory = shared_address(stages), full = memory + shape::kBarriers;
   const bool multiplies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) < kMultiplyWarps;
@@ -377,9 +325,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_earlier_kernels();
   let_later_kernels_start();
   if (multiplies) {
-    multiply_tiles<ROWS, SHARED, T>(q, grid, memory);
+    if constexpr (TOKENS == 256) take_registers<kMultiplyRegisters>();
+    multiply_tiles<TOKENS, ROWS, SHARED, T>(q, grid, memory);
   } else {
-    decode_tiles<ROWS, SHARED, T>(q, grid, &x, memory, reinterpret_cast<int *>(stages + shape::kRunPlace));
+    if constexpr (TOKENS == 256) give_registers<kDecodeRegisters>();
+    decode_tiles<TOKENS, ROWS, SHARED, T>(q, grid, &x, memory, reinterpret_cast<int *>(stages + shape::kRunPlace));
   }
   cluster_wait();  // a block must not leave while others still send to it or read from it
 #endif

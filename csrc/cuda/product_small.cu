@@ -96,7 +96,7 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
 // Asks for the scales, levels and places of a kind of this team's rows; two blocks share them out.
 __device__ __forceinline__ void ask_for_facts(const product &q, const division &d, int kind, int team, int rank) {
   const kind_rows &rows = d.kinds[kind];
-  int from = min(d.first[kind][team] * kTileRows, rows.count), to = min(d.first[kind][team + 1] * kTileRows, rows.count);
+  int from = min(d.first[team][kind] * kTileRows, rows.count), to = min(d.first[team + 1][kind] * kTileRows, rows.count);
   if (d.splits > 1) (rank == 0 ? to : from) = (from + to) / 2;
   if (from >= to) return;
   const size_t groups = q.groups * (q.packed.scale_type == LOWRA_UINT8 ? 1 : q.packed.scale_type == LOWRA_FLOAT16 ? 2 : 4);
@@ -113,7 +113,7 @@ __device__ __forceinline__ int row_of_weight(const product &q, const division &d
   int kind = 0, number = cell / kTileRows;
   if (number >= tiles[0]) number -= tiles[0], kind = 1;
   if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
-  const int row = (d.first[kind][team] + number) * kTileRows + cell % kTileRows;
+  const int row = (d.first[team][kind] + number) * kTileRows + cell % kTileRows;
   return row < d.kinds[kind].count ? __ldg(q.packed.row_order + d.kinds[kind].first + row) : -1;
 }
 
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rank = alone ? 0 : team_blocks::rank(), team = alone ? (int)blockIdx.x : team_blocks::id();
   if (!alone) team_blocks::arrive();
   const int begin = rank * d.slice, end = min(begin + d.slice, q.in_features), chunks = d.slice / kChunkColumns;
-  const int tiles[kKinds] = {d.first[0][team + 1] - d.first[0][team], d.first[1][team + 1] - d.first[1][team],
-                             d.first[2][team + 1] - d.first[2][team]};
+  const int tiles[kKinds] = {d.first[team + 1][0] - d.first[team][0], d.first[team + 1][1] - d.first[team][1],
+                             d.first[team + 1][2] - d.first[team][2]};
   const int all_tiles = tiles[0] + tiles[1] + tiles[2];
   const int units = tiles[0] * d.kinds[0].units + tiles[1] * d.kinds[1].units + tiles[2] * d.kinds[2].units;
   uint4 *plain = memory, *folded = plain + chunks * S::kStride;
@@ -270,7 +270,7 @@ void divide_rows(const tile_counts &counts, int teams, division &d) {
     int64_t even = 0, have = 0;  // units of the kinds so far: of all teams left, and of this one
     int tiles = 0;
     for (int kind = 0; kind < kKinds; ++kind) {
-      d.first[kind][team] = taken[kind];
+      d.first[team][kind] = taken[kind];
       const int64_t units = d.kinds[kind].units;
       even += left[kind] * units;
       const int64_t missing = even - have * rest;
@@ -282,7 +282,7 @@ void divide_rows(const tile_counts &counts, int teams, division &d) {
     }
     if (tiles > d.most_tiles) d.most_tiles = tiles;
   }
-  for (int kind = 0; kind < kKinds; ++kind) d.first[kind][teams] = taken[kind];
+  for (int kind = 0; kind < kKinds; ++kind) d.first[teams][kind] = taken[kind];
 }
 
 template <class S>
@@ -310,6 +310,33 @@ void divide_columns(const product &q, int splits, division &d) {
   }
 }
 
+// The units of the team that has most, about: whole tiles of the largest kind, half a tile of another above the average.
+int most_units(const product &q, const tile_counts &counts, int processors, int splits) {
+  division d;
+  divide_columns(q, splits, d);
+  const int tiles[kKinds] = {counts.tiles4, counts.tiles2, counts.tiles1}, teams = processors / splits;
+  int64_t units = 0, most = 0;  // units: of the kinds so far
+  for (int kind = 0; kind < kKinds; ++kind) {
+    if (tiles[kind] == 0) continue;
+    const int64_t tile = d.kinds[kind].units;
+    const int64_t here = units == 0 ? (tiles[kind] + teams - 1) / teams * tile : 0;
+    units += tiles[kind] * tile;
+    const int64_t above = here ? here : units / teams + tile / 2;
+    if (above > most) most = above;
+  }
+  return (int)most;
+}
+
+// Teams of two blocks share the rows out more evenly, teams of one need no exchange of sums. What that takes is measured
+// in units, which take longer with more tokens; then a team of one also makes too much of x ready.
+int splits_of(const product &q, const tile_counts &counts, const device_limits &limits) {
+  if (limits.major < 9) return 1;
+  if (q.tokens > 4) return 2;
+  const int exchange = q.tokens <= 2 ? 10 : 5;
+  const int more = most_units(q, counts, limits.processors, 1) - most_units(q, counts, limits.processors, 2);
+  return more <= exchange ? 1 : 2;
+}
+
 template <class S>
 int launch(const product &q, int32_t type, cudaStream_t stream) {
   device_limits limits;
@@ -317,18 +344,21 @@ int launch(const product &q, int32_t type, cudaStream_t stream) {
   const tile_counts counts = tiles_of(q.layout, kTileRows);
   // A team's sums must fit into shared memory, and clusters of more than two blocks would leave multiprocessors idle.
   constexpr int kMostTiles = 32;
-  division d;
-  divide_columns(q, limits.major >= 9 ? 2 : 1, d);
-  const int fewest = (counts.total() + kMostTiles - 1) / kMostTiles;
-  int teams = limits.processors / d.splits;
-  if (teams < fewest) teams = fewest;
-  if (teams > counts.total()) teams = counts.total();
-  if (teams > kMaxTeams) return LOWRA_UNSUPPORTED;
-  divide_rows(counts, teams, d);
-  const size_t bytes = shared_bytes<S>(d);
-  if (bytes > (size_t)limits.shared_bytes) return LOWRA_UNSUPPORTED;
-  return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits, stream,
-                      q, d, type);
+  const int fewest = (counts.total() + kMostTiles - 1) / kMostTiles, most_splits = limits.major >= 9 ? 2 : 1;
+  for (int splits = splits_of(q, counts, limits); splits <= most_splits; ++splits) {
+    division d;
+    divide_columns(q, splits, d);
+    int teams = limits.processors / d.splits;
+    if (teams < fewest) teams = fewest;
+    if (teams > counts.total()) teams = counts.total();
+    if (teams > kMaxTeams) return LOWRA_UNSUPPORTED;
+    divide_rows(counts, teams, d);
+    const size_t bytes = shared_bytes<S>(d);
+    if (bytes > (size_t)limits.shared_bytes) continue;
+    return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits, stream,
+                        q, d, type);
+  }
+  return LOWRA_UNSUPPORTED;
 }
 
 template <bool USUAL>

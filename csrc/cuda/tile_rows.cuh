@@ -99,17 +99,30 @@ __device__ __forceinline__ void spread_codes(uint32_t (&words)[2 * TO]) {
   }
 }
 
-// A thread's row in a warp whose rows have BITS bits or fewer.
-template <int BITS>
+// Global to shared memory, by the copy engine of ordinary loads: they take no registers, and fences do not wait for them.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(uint32_t target, const void *source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
+}
+
+// What was asked for: a thread's codes of a step in two units of 16 bytes, the word that its scale lies in, and the step of
+// a double-quantised one. A slot has these of all THREADS that decode.
+template <int THREADS>
+struct code_slot {
+  static constexpr int kScales = 32 * THREADS, kScaleSteps = 36 * THREADS, kBytes = 40 * THREADS;
+  static_assert(LOWRA_SCALE_BLOCK == 1 << 8, "");
+};
+
+// A thread's row in a warp whose rows have BITS bits or fewer. THREADS: see code_slot.
+template <int BITS, int THREADS>
 struct tile_row {
+  using slot_layout = code_slot<THREADS>;
   const uint8_t *codes;
   int bits;
   uint32_t first_scale;
   uint32_t target;                   // where its first store goes among the rows of a stage
   uint32_t key;                      // see exchange_units
   uint32_t levels[(1 << BITS) / 2];  // two float16 in a word
-  uint32_t ahead[2][2 * BITS];       // codes of the next two steps
-  raw_scale scale[2];                // likewise
 
   // position: see row_at; past the end the last row is repeated. first_row: row 0 of the tile.
   __device__ __forceinline__ void place(const product &q, const int *runs, int position, int first_row) {
@@ -131,27 +144,64 @@ struct tile_row {
     for (int i = 0; i < (1 << BITS) / 2; ++i) levels[i] = i < 1 << bits >> 1 ? __ldg(stored + i) : 0;
   }
 
-  // Scale and codes of step `step`, if there is one.
-  __device__ __forceinline__ void ask_for(const product &q, int step, int steps, int buffer) {
-    if (step >= steps) return;
-    scale[buffer] = fetch_scale(q.packed, first_scale + (step * kStepColumns >> q.group_shift));
-    if (BITS == 1 || bits == BITS) {
-      load_codes(codes + step * (kStepColumns / 8 * BITS), ahead[buffer]);
-    } else if constexpr (BITS > 1) {
-#pragma unroll
-      for (int i = 0; i < BITS; ++i) {  // 2 or 4 words of 2 * BITS
-        if (i < 2 * bits) ahead[buffer][i] = __ldg(reinterpret_cast<const uint32_t *>(codes + step * 8 * bits) + i);
-      }
-    }
+  // Of the scale of step `step`, among all scales.
+  __device__ __forceinline__ uint32_t scale_index(const product &q, int step) const {
+    return first_scale + (step * kStepColumns >> q.group_shift);
+  }
+  __device__ __forceinline__ uintptr_t scale_address(const product &q, uint32_t index) const {
+    const int shift = q.packed.scale_type == LOWRA_UINT8 ? 0 : q.packed.scale_type == LOWRA_FLOAT16 ? 1 : 2;
+    return reinterpret_cast<uintptr_t>(q.packed.scales) + ((uintptr_t)index << shift);
   }
 
-  // The 64 weights that were asked for, rounded to T, to shared memory. rows: the rows of a stage.
-  template <class T, int BUFFER>
-  __device__ __forceinline__ void decode_step(const product &q, uint32_t rows) const {
+  // Copies scale and codes of step `step`, if there is one, to a slot.
+  __device__ __forceinline__ void ask_for(const product &q, int step, int steps, uint32_t slot) const {
+    if (step < steps) {
+      const uint32_t thread = threadIdx.x % THREADS, unit = slot + 16 * thread, word = slot + 4 * thread;
+      const uint8_t *from = codes + step * 8 * bits;
+      if (bits == 1) {
+        copy_async<8>(unit, from);
+      } else {
+        copy_async<16>(unit, from);
+      }
+      if (BITS == 4 && bits == 4) copy_async<16>(unit + 16 * THREADS, from + 16);
+      const uint32_t index = scale_index(q, step);
+      // Copies are of whole words, and a word that has a byte of the scales ends in no other page.
+      const uintptr_t scale = scale_address(q, index) & ~(uintptr_t)3;
+      copy_async<4>(word + slot_layout::kScales, reinterpret_cast<const void *>(scale));
+      if (q.packed.scale_type == LOWRA_UINT8) {
+        copy_async<4>(word + slot_layout::kScaleSteps, q.packed.scale_steps + (index >> 8));
+      }
+    }
+    commit_copies();
+  }
+
+  // The scale of step `step`, which has come into a slot.
+  __device__ __forceinline__ float scale_in(const product &q, int step, uint32_t slot) const {
+    const uint32_t word = slot + threadIdx.x % THREADS * 4;
+    raw_scale scale = {shared_load(word + slot_layout::kScales), 0.f};
+    scale.bits >>= (scale_address(q, scale_index(q, step)) & 3) * 8;
+    if (q.packed.scale_type == LOWRA_UINT8) {
+      scale.bits &= 0xff;
+      scale.step = __uint_as_float(shared_load(word + slot_layout::kScaleSteps));
+    }
+    return finish_scale(q.packed, scale);
+  }
+
+  // The 64 weights of step `step`, which has come into a slot, rounded to T, to shared memory. rows: the rows of a stage.
+  template <class T>
+  __device__ __forceinline__ void decode_step(const product &q, uint32_t rows, int step, uint32_t slot) const {
     constexpr int kParts = BITS == 1 ? 2 : 1;  // of a word: see fragments.cuh
+    const uint32_t unit = slot + threadIdx.x % THREADS * 16;
     uint32_t words[2 * BITS];
+    if constexpr (BITS < 4) {
+      shared_load(unit, words);
+    } else {
+      uint32_t first[4], second[4];
+      shared_load(unit, first);
+      shared_load(unit + 16 * THREADS, second);
 #pragma unroll
-    for (int i = 0; i < 2 * BITS; ++i) words[i] = ahead[BUFFER][i];
+      for (int i = 0; i < 4; ++i) words[i] = first[i], words[4 + i] = second[i];
+    }
     if constexpr (BITS == 2) {
       if (bits == 1) spread_codes<1, 2>(words);
     }
@@ -160,7 +210,7 @@ struct tile_row {
       if (bits == 1) spread_codes<1, 4>(words);
     }
     exchange_units<BITS>(words, key);
-    const value_table<BITS> table = table_of<BITS, T>(levels, finish_scale(q.packed, scale[BUFFER]));
+    const value_table<BITS> table = table_of<BITS, T>(levels, scale_in(q, step, slot));
 #pragma unroll
     for (int w = 0; w < 2 * BITS; ++w) {
 #pragma unroll

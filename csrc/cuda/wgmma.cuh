@@ -65,6 +65,20 @@ __device__ __forceinline__ void shared_store(uint32_t at, const uint32_t *four) 
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3])
                : "memory");
 }
+__device__ __forceinline__ uint32_t shared_load(uint32_t at) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void shared_load(uint32_t at, uint32_t (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void shared_load(uint32_t at, uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(at)
+               : "memory");
+}
 // Returns what was there before. What this thread wrote before, threads that add later see.
 __device__ __forceinline__ uint32_t shared_add(uint32_t at, uint32_t value) {
   uint32_t before;
@@ -95,7 +109,8 @@ __device__ __forceinline__ void copy_to_block(uint32_t target, uint32_t source, 
                : "memory");
 }
 
-// Ordinary stores of this thread to shared memory become visible to the tensor cores.
+// Ordinary stores to shared memory, of this thread or known to it through a barrier, become visible to the tensor cores and
+// the copy engine.
 __device__ __forceinline__ void fence_stores_for_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -93,8 +93,7 @@ def _load_cuda() -> ctypes.CDLL | None:
     library = _load(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
     if library is not None:
         library.lowra_cuda_error.restype = ctypes.c_char_p
-        library.lowra_cuda_product_tokens.restype = ctypes.c_int64
-        library.lowra_cuda_product_tokens.argtypes = [_L, _L]
+        library.lowra_cuda_product_is_quicker.argtypes = [_L, _L, _L]
         for name, types in _CUDA_SIGNATURES.items():
             getattr(library, name).argtypes = types
     return library
@@ -283,10 +282,10 @@ def cuda_dequantize(
     return out
 
 
-@functools.cache
-def product_tokens(device: torch.device, rows: int, in_features: int) -> int:
-    """Up to how many tokens `cuda_product` is quicker on this GPU than a dense product after `cuda_dequantize`."""
-    return _call_cuda("lowra_cuda_product_tokens", device, rows, in_features)
+@functools.lru_cache(4096)
+def product_is_quicker(device: torch.device, tokens: int, rows: int, in_features: int) -> bool:
+    """Whether `cuda_product` is quicker on this GPU than a dense product after `cuda_dequantize`."""
+    return bool(_call_cuda("lowra_cuda_product_is_quicker", device, tokens, rows, in_features))
 
 
 def cuda_product(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):

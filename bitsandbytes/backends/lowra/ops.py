@@ -286,15 +286,16 @@ if native.cuda_available():
         in_features = x.shape[-1]
         packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
         _check_packed_once(*packed)
-        most = native.product_tokens(x.device, row_order.numel(), in_features) if x.dtype in _FUSED_TYPES else 0
-        if 0 < x.numel() <= most * in_features:
+        tokens, out_features = x.numel() // in_features, row_order.numel()
+        fused = tokens > 0 and x.dtype in _FUSED_TYPES
+        if fused and native.product_is_quicker(x.device, tokens, out_features, in_features):
             out = native.cuda_product(
                 x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size
             )
             if out is not None:
                 return out
-        rows = _at_once(row_order.numel(), in_features * x.element_size())
-        if rows < row_order.numel():
+        rows = _at_once(out_features, in_features * x.element_size())
+        if rows < out_features:
             return product_by_rows(x, bias, rows, *packed)
         return torch.nn.functional.linear(x, native.cuda_dequantize(*packed, x.dtype), bias)
 
