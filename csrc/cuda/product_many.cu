@@ -125,10 +125,10 @@ bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, 
   const plan p = best_plan(q);
   if (p.waves > 1 || dense_bytes <= l2_bytes / 4 * 3) return false;
   if (tokens <= 256) return true;
-  // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, and with little
-  // of the time spent at the ends of the tiles.
+  // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, the tiles large or
+  // their columns not shared, and little of the time spent at their ends.
   const bool full = 10 * p.works >= 9 * clusters_of(p.split_shift), lasting = q.in_features >> p.split_shift >= 4096;
-  return tokens > 416 && full && lasting;
+  return tokens > 416 && full && lasting && (p.rows == 176 || p.split_shift == 0);
 }
 
 int product_many(const product &q, int32_t type, cudaStream_t stream) {

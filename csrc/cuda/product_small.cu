@@ -1,8 +1,8 @@
 // Decode x product for up to 8 tokens. Reference: reference.linear. How the operands come about: few_tokens.cuh.
 //
-// A team of blocks (a cluster, which splits the columns) takes a share of all rows, 4-, 2- and 1-bit rows alike. Its work
-// is counted in units of 64 bytes of 16 rows, whose cost hardly depends on the precision, and its warps share them
-// evenly. So a launch fills the chip once, and x is made ready once for each multiprocessor.
+// A team of one block or two (a cluster, which splits the columns) takes a share of all rows, 4-, 2- and 1-bit rows alike.
+// Its work is counted in units of 64 bytes of 16 rows, whose cost hardly depends on the precision, and its warps share
+// them evenly. So a launch fills the chip once, and x is made ready once for each multiprocessor.
 #include <cooperative_groups.h>
 
 #include "few_tokens.cuh"
@@ -327,11 +327,11 @@ int most_units(const product &q, const tile_counts &counts, int processors, int 
   return (int)most;
 }
 
-// Teams of two blocks share the rows out more evenly, teams of one need no exchange of sums. What that takes is measured
-// in units, which take longer with more tokens; then a team of one also makes too much of x ready.
+// Teams of two blocks share the rows out more evenly, teams of one need no exchange of sums, which takes as long as the
+// units below. With more tokens a unit takes longer, and a team of one makes more of x ready for itself alone.
 int splits_of(const product &q, const tile_counts &counts, const device_limits &limits) {
   if (limits.major < 9) return 1;
-  if (q.tokens > 4) return 2;
+  if (q.tokens > 4 || (q.tokens > 2 && counts.total() < 4 * limits.processors)) return 2;
   const int exchange = q.tokens <= 2 ? 10 : 5;
   const int more = most_units(q, counts, limits.processors, 1) - most_units(q, counts, limits.processors, 2);
   return more <= exchange ? 1 : 2;
