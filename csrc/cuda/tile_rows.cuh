@@ -99,7 +99,7 @@ __device__ __forceinline__ void spread_codes(uint32_t (&words)[2 * TO]) {
   }
 }
 
-// Global to shared memory, by the copy engine of ordinary loads: they take no registers, and fences do not wait for them.
+// Global to shared memory without registers in between. Fences wait for loads that are under way, but not for these copies.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(uint32_t target, const void *source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
