@@ -328,6 +328,11 @@ __device__ __forceinline__ void copy_unit(uint4 *shared, const void *global, boo
   const int bytes = inside ? 16 : 0;  // the rest of the 16 is filled with zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
+// 4, 8 or 16 bytes, without registers in between. Fences wait for loads that are under way, but not for these copies.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(uint32_t target, const void *source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // PENDING: youngest groups of copies that may still be under way.
 template <int PENDING>

@@ -38,14 +38,6 @@ __device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[
   asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
 }
-__device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
-                 : "l"(at + 4 * i));
-  }
-}
 #undef LOWRA_LOAD
 
 int product_small(const product &q, int32_t type, cudaStream_t stream);

@@ -3,6 +3,8 @@
 
 #include <cudaTypedefs.h>
 
+#include <type_traits>
+
 namespace lowra {
 namespace {
 
@@ -30,7 +32,7 @@ int map_of(const product &q, int box_tokens, CUtensorMap &map) {
 struct plan {
   int tokens, rows;  // of a tile
   int split_shift;
-  int works, waves;  // waves: of clusters, one after another on the chip
+  int waves;  // of clusters, one after another on the chip
 };
 
 // See SHARED of tile_shape.
@@ -81,9 +83,9 @@ plan best_plan(const product &q) {
     for (int shift = 0; shift <= kMaxSplitShift && 1 << shift <= steps; ++shift) {
       for (const int rows : kRows) {
         if (!shared && rows > 128) continue;
-        plan p = {tokens, rows, shift, 0, 0};
+        plan p = {tokens, rows, shift, 0};
         const int at_once = clusters_of(shift);
-        p.works = grid_of(q, p).works, p.waves = (p.works + at_once - 1) / at_once;
+        p.waves = (grid_of(q, p).works + at_once - 1) / at_once;
         const int64_t step = 2 * tokens + rows * (tokens / 64 + 1) + (shared ? rows / 2 : 0);
         const int64_t ends = shift > 0 ? 6500 : 4000;
         const int64_t cost = p.waves * (((steps - 1 >> shift) + 1) * step + ends);
@@ -127,7 +129,8 @@ bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, 
   if (tokens <= 256) return true;
   // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, the tiles large or
   // their columns not shared, and little of the time spent at their ends.
-  const bool full = 10 * p.works >= 9 * clusters_of(p.split_shift), lasting = q.in_features >> p.split_shift >= 4096;
+  const bool full = 10 * grid_of(q, p).works >= 9 * clusters_of(p.split_shift);
+  const bool lasting = q.in_features >> p.split_shift >= 4096;
   return tokens > 416 && full && lasting && (p.rows == 176 || p.split_shift == 0);
 }
 

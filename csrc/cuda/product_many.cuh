@@ -18,8 +18,6 @@
 
 #include <cuda.h>
 
-#include <type_traits>
-
 #include "product.cuh"
 #include "tile_rows.cuh"
 #include "tile_sums.cuh"

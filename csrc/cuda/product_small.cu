@@ -318,11 +318,10 @@ int most_units(const product &q, const tile_counts &counts, int processors, int 
   int64_t units = 0, most = 0;  // units: of the kinds so far
   for (int kind = 0; kind < kKinds; ++kind) {
     if (tiles[kind] == 0) continue;
-    const int64_t tile = d.kinds[kind].units;
-    const int64_t here = units == 0 ? (tiles[kind] + teams - 1) / teams * tile : 0;
+    const int64_t tile = d.kinds[kind].units, before = units;
     units += tiles[kind] * tile;
-    const int64_t above = here ? here : units / teams + tile / 2;
-    if (above > most) most = above;
+    const int64_t here = before == 0 ? (tiles[kind] + teams - 1) / teams * tile : units / teams + tile / 2;
+    if (here > most) most = here;
   }
   return (int)most;
 }

@@ -99,18 +99,11 @@ __device__ __forceinline__ void spread_codes(uint32_t (&words)[2 * TO]) {
   }
 }
 
-// Global to shared memory without registers in between. Fences wait for loads that are under way, but not for these copies.
-template <int BYTES>
-__device__ __forceinline__ void copy_async(uint32_t target, const void *source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
-}
-
 // What was asked for: a thread's codes of a step in two units of 16 bytes, the word that its scale lies in, and the step of
 // a double-quantised one. A slot has these of all THREADS that decode.
 template <int THREADS>
 struct code_slot {
   static constexpr int kScales = 32 * THREADS, kScaleSteps = 36 * THREADS, kBytes = 40 * THREADS;
-  static_assert(LOWRA_SCALE_BLOCK == 1 << 8, "");
 };
 
 // A thread's row in a warp whose rows have BITS bits or fewer. THREADS: see code_slot.

@@ -65,6 +65,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_encode_scales": [_P, _L, _P, _P, _P],
     "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _P],
     "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
+    "lowra_cuda_product_is_quicker": [_L, _L, _L],
     "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
 }
@@ -93,7 +94,6 @@ def _load_cuda() -> ctypes.CDLL | None:
     library = _load(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
     if library is not None:
         library.lowra_cuda_error.restype = ctypes.c_char_p
-        library.lowra_cuda_product_is_quicker.argtypes = [_L, _L, _L]
         for name, types in _CUDA_SIGNATURES.items():
             getattr(library, name).argtypes = types
     return library

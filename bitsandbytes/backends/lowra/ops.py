@@ -286,7 +286,7 @@ if native.cuda_available():
         in_features = x.shape[-1]
         packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
         _check_packed_once(*packed)
-        tokens, out_features = x.numel() // in_features, row_order.numel()
+        tokens, out_features = x.shape[:-1].numel(), row_order.numel()
         fused = tokens > 0 and x.dtype in _FUSED_TYPES
         if fused and native.product_is_quicker(x.device, tokens, out_features, in_features):
             out = native.cuda_product(
