@@ -84,6 +84,11 @@ __device__ __forceinline__ float load_scale(const lowra_packed &p, size_t index)
 }
 static_assert(LOWRA_SCALE_BLOCK == 1 << 8, "load_scale shifts by 8");
 
+__device__ __forceinline__ const uint8_t *scale_address(const lowra_packed &p, size_t index) {
+  const int shift = p.scale_type == LOWRA_UINT8 ? 0 : p.scale_type == LOWRA_FLOAT16 ? 1 : 2;
+  return static_cast<const uint8_t *>(p.scales) + (index << shift);
+}
+
 // Division of a chunk number by a small constant of the launch: multiplication by ceil(2^32 / divisor). Exact while
 // number * divisor < 2^32; a divisor of 1 is marked by 0, since 2^32 has no place in the word.
 struct small_divisor {

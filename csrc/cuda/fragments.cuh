@@ -75,9 +75,11 @@ struct row_levels<4> {
   __device__ __forceinline__ void place(const uint16_t *levels) { at = levels; }
   __device__ __forceinline__ void read(uint32_t (&out)[8]) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 8; i += 4) {
       // volatile: the compiler would otherwise keep the words across all columns.
-      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(out[i]) : "l"(at + 2 * i));
+      asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(out[i]), "=r"(out[i + 1]), "=r"(out[i + 2]), "=r"(out[i + 3])
+                   : "l"(at + 2 * i));
     }
   }
 };

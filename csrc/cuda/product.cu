@@ -28,7 +28,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (!x || !out) return LOWRA_NULL_POINTER;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
   if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) ||
-      !aligned16(packed->codes) || reinterpret_cast<uintptr_t>(packed->levels) % 4 != 0) {
+      !aligned16(packed->codes) || !aligned16(packed->levels)) {
     return LOWRA_UNSUPPORTED;
   }
   product q = {};

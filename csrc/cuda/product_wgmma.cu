@@ -6,30 +6,30 @@
 // columns that meet in one wgmma are 64 apart (fragments.cuh), and there the exchange costs nothing: four units of 16
 // bytes come in, and word i of each goes out in unit i.
 //
-// The blocks of a cluster split the columns and add up their sums through distributed shared memory.
-#include "product.cuh"
-#include "wgmma.cuh"
+// The blocks of a cluster split the columns (cluster_sums.cuh). Half of the time of a small weight is spent at the two ends
+// of a block, so addresses are computed, and what is read first is asked for in the L2 cache, while the kernel before runs.
+#include "cluster_sums.cuh"
+#include "fragment_rows.cuh"
 
 namespace lowra {
 namespace {
 
-constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kGroupRows = 64;
-constexpr int kDecoders = 3;        // warpgroups that decode
 constexpr int kThreads = kGroupThreads * (kDecoders + 1);
-constexpr int kStages = 8;          // half tiles of x in shared memory
-constexpr int kMaxSplits = 8;
+constexpr int kStages = 3;  // tiles of x in shared memory
 // Registers of a thread: a launch gives 128 to each, and copying x takes fewer than decoding.
 constexpr int kCopyRegisters = 104, kDecodeRegisters = 136;
 
 // TOKENS: 8 to 64.
 template <int TOKENS>
 struct block_shape {
-  static constexpr int kBlockBytes = TOKENS * 128;  // 64 columns of all tokens
-  static constexpr int kStageBytes = 2 * kBlockBytes;
-  static constexpr int kX = kStages * kStageBytes, kSums = TOKENS * kDecoders * kGroupRows * 4;
-  static constexpr int kBarriers = kX > kSums ? kX : kSums;  // where they lie
-  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
+  static constexpr int kBlockBytes = TOKENS * 128;    // 64 columns of all tokens
+  static constexpr int kHalfBytes = 2 * kBlockBytes;  // half a tile of x
+  static constexpr int kStageBytes = 2 * kHalfBytes;
+  static constexpr int kCopyWarps = TOKENS > 8 ? kGroupWarps : 2;  // those with tokens of x, four at a time
+  static constexpr int kBarriers = kStages * kStageBytes;          // where they lie
+  static constexpr int kSums = kBarriers + (2 * kStages + kDecoders + 1) / 2 * 16;
+  // Of a block, one of `splits`: the first of them has as many tokens to add up as any.
+  static int bytes(int splits) { return kSums + eights_of_block(TOKENS, splits, 0) * splits * kSumBytes; }
 };
 
 // Tiles of 64 rows are dealt out to the blocks one by one, 4-bit ones first, so that the dear ones do not meet in a few.
@@ -53,137 +53,146 @@ __device__ __forceinline__ void store_units(const uint4 (&in)[4], uint8_t *row, 
   for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4 *>(row + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
 }
 
-// The copying warpgroup: columns [begin, end) of x, half a tile at a time, zeros from `end` to the end of the tile and
-// for tokens that do not exist.
+// The copying warpgroup: x a tile at a time, zeros from the end of the slice to the end of its last tile and for tokens that
+// do not exist.
 template <int TOKENS, class T>
-__device__ __forceinline__ void copy_x(const product &q, int begin, int end, uint8_t *x, uint32_t full,
+__device__ __forceinline__ void copy_x(const product &q, const column_slice &slice, uint8_t *x, uint32_t full,
                                        uint32_t empty) {
   using shape = block_shape<TOKENS>;
-  constexpr int kSets = TOKENS >= 32 ? TOKENS / 32 : 1;  // of four units, for a thread and stage
+  constexpr int kWarpTokens = TOKENS / shape::kCopyWarps;
+  constexpr int kSets = kWarpTokens >= 8 ? kWarpTokens / 8 : 1;  // of four units, for a thread and part of a tile
+  constexpr int kParts = kWarpTokens / 4 / kSets;                // of a tile
+  // A load takes 64 columns of four tokens, whole lines of memory: two units for each half of the tile. Eight lanes that
+  // store together have four tokens and two neighbouring units, and so all banks.
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
-  // Eight lanes that store together have four tokens and two neighbouring units, and so all banks.
-  const int unit = lane / 8 % 2 * 2 + lane % 2, token = warp * 8 + lane / 16 * 4 + lane / 2 % 4;
+  if (warp >= shape::kCopyWarps) return;
+  const int unit = lane / 8 * 2 + lane % 2, token = warp * kWarpTokens + lane / 2 % 4;
+  const int whole_end = slice.whole_end();
   const T *source = static_cast<const T *>(q.x) + (size_t)token * q.in_features + 8 * unit;
-  uint8_t *target = x + warp * 1024 + token % 8 * 128;
-  const auto load_half = [&](int column, uint4(&loaded)[kSets][4]) {
+  const auto load = [&](int column, int lane_columns, int end, int part, uint4(&loaded)[kSets][4]) {
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
-      const bool exists = token + 32 * s < TOKENS && token + 32 * s < q.tokens;
+      const int more = 4 * (part * kSets + s);  // tokens
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const int at = column + kLaneColumns * t;
+        const int at = column + lane_columns * t;
+        const bool wanted = token + more < q.tokens && at + 8 * unit < end && 8 * unit < lane_columns;
         loaded[s][t] = make_uint4(0, 0, 0, 0);
-        if (exists && at < end) loaded[s][t] = load_x(source + (size_t)32 * s * q.in_features + at);
+        if (wanted) loaded[s][t] = load_x(source + (size_t)more * q.in_features + at);
       }
     }
   };
+  const auto load_part = [&](int column, int part, uint4(&loaded)[kSets][4]) {
+    load(column, kLaneColumns, whole_end, part, loaded);
+  };
   ring_place<kStages> ring;
-  const auto store_half = [&](const uint4(&loaded)[kSets][4]) {
-    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+  const auto store_part = [&](int part, const uint4(&loaded)[kSets][4]) {
+    if (part == 0) barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
-      if (token + 32 * s >= TOKENS) continue;
-      uint8_t *stage = target + ring.stage * shape::kStageBytes + 4 * s * 1024;
-      store_units(loaded[s], stage, shape::kBlockBytes, unit, token);
+      const int row = token + 4 * (part * kSets + s);
+      uint8_t *half = x + ring.stage * shape::kStageBytes + unit / 4 * shape::kHalfBytes;
+      store_units(loaded[s], half + row / 8 * 1024 + row % 8 * 128, shape::kBlockBytes, unit % 4, row);
     }
+    if (part + 1 < kParts) return;
     fence_stores_for_tensor_cores();
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8 * ring.stage);
     ring.advance();
   };
   uint4 first[kSets][4], second[kSets][4];  // one is on its way while the other is stored
-  load_half(begin, first);
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
+  load_part(slice.begin, 0, first);
 #pragma unroll 1
-  for (int column = begin; column < end; column += kTileColumns) {
-    load_half(column + kLaneColumns / 2, second);
-    store_half(first);
-    load_half(column + kTileColumns, first);
-    store_half(second);
+  for (int column = slice.begin; column < whole_end; column += (3 - kParts) * kTileColumns) {
+    if constexpr (kParts == 2) {
+      load_part(column, 1, second);
+      store_part(0, first);
+      load_part(column + kTileColumns, 0, first);
+      store_part(1, second);
+    } else {
+      load_part(column + kTileColumns, 0, second);
+      store_part(0, first);
+      load_part(column + 2 * kTileColumns, 0, first);
+      if (column + kTileColumns < whole_end) store_part(0, second);
+    }
+  }
+  if (whole_end >= slice.end) return;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    load(whole_end, kLaneColumns / 2, slice.end, part, first);
+    store_part(part, first);
   }
 }
 
-// The two rows of a lane, `lane / 4` and `lane / 4 + 8` of its warp's 16, as offsets of 32 bits: registers are scarce here.
-// Rows past the end of a precision repeat its last row; their sums are never stored.
-template <int BITS>
-struct fragment_rows {
-  uint32_t codes[2], first_scale[2];
-  row_levels<BITS> levels[2];
-
-  __device__ __forceinline__ void place(const product &q, const tile_place &tile, int warp, int lane) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = min(tile.first_row + warp * kTileRows + lane / 4 + 8 * h, tile.last_row);
-      const row_place at = place_of<0>(q.layout, row);
-      codes[h] = (uint32_t)at.code_offset;
-      first_scale[h] = (uint32_t)row * q.groups;
-      levels[h].place(q.packed.levels + at.table_offset);
-    }
-  }
-
-  // Columns [column, column + 32): BITS words of each row, zero from `end` on (a multiple of 32).
-  __device__ __forceinline__ void fetch(const product &q, int column, int end, uint32_t (&words)[2][BITS]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint8_t *at = q.packed.codes + (codes[h] + column * BITS / 8);
-#pragma unroll
-      for (int i = 0; i < BITS; ++i) words[h][i] = 0;
-      if (column < end) load_codes(at, words[h]);
-    }
-  }
-
-  __device__ __forceinline__ void fetch(const product &q, int column, int end, raw_scale (&scales)[2]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      scales[h] = {0, 0.f};
-      if (column < end) scales[h] = fetch_scale(q.packed, first_scale[h] + (column >> q.group_shift));
-    }
-  }
-};
-
-// Columns of a lane in half tile `half` of a slice.
-__device__ __forceinline__ int lane_column(int begin, int half, int lane) {
-  return begin + half / 2 * kTileColumns + half % 2 * 32 + lane % 4 * kLaneColumns;
-}
-
-// A decoding warpgroup: sum += its 64 rows times columns [begin, end) of x.
+// A decoding warpgroup: sum += its 64 rows times the columns of x.
 template <int BITS, int TOKENS, class T>
-__device__ __forceinline__ void sum_columns(const product &q, const tile_place &place, int begin, int end, uint32_t x,
-                                            uint32_t full, uint32_t empty, float (&sum)[TOKENS / 2]) {
+__device__ __forceinline__ void sum_columns(const product &q, const tile_place &place, const column_slice &slice,
+                                            uint32_t x, uint32_t full, uint32_t empty, float (&sum)[TOKENS / 2]) {
   using shape = block_shape<TOKENS>;
   constexpr int kParts = BITS == 1 ? 2 : 1;  // of a word: see fragments.cuh
   constexpr int kUnits = BITS == 4 ? 1 : 2;  // of x in a part, two wgmma each
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
-  const int halves = (end - begin + kTileColumns - 1) / kTileColumns * 2;
-  const int scale_step = q.group_shift == 5 ? 1 : 2;  // half tiles under one table
+  // Codes of both halves of a tile come by one load, a tile ahead: the first-level cache takes a line a cycle, and a warp's
+  // 16 rows are 16 lines, however few bytes are wanted of each. With 4 bits the widest load, 16 bytes, is half a tile.
+  constexpr bool kWhole = BITS < 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32, halves = slice.halves();
+  const int table_halves = q.group_shift == 5 ? 1 : 2;  // half tiles under one table
   fragment_rows<BITS> rows;
   rows.place(q, place, warp, lane);
-  uint32_t words[2][2][BITS];  // [half][row]: those of the next half tile are on their way
-  raw_scale scales[2];
-  rows.fetch(q, lane_column(begin, 0, lane), end, words[0]);
-  rows.fetch(q, lane_column(begin, 1, lane), end, words[1]);
-  rows.fetch(q, lane_column(begin, 0, lane), end, scales);
+  rows.ask_for(q, slice, lane);
+  wait_for_earlier_kernels();
+  rows.read_levels(q);
+  uint32_t words[2][2][BITS];        // [half][row]
+  uint32_t next_words[2][2 * BITS];  // of the next tile, if whole
+  raw_scale scales[2];               // of the next table
+  const auto fetch_tile = [&](int half) {
+    const int column = slice.lane_column(half, lane);
+    if constexpr (!kWhole) {
+      rows.fetch_codes(q, column, slice.end, words[0]);
+      rows.fetch_codes(q, column + 32, slice.end, words[1]);
+    } else if (slice.is_half(slice.begin + half / 2 * kTileColumns)) {
+      uint32_t one[2][BITS];
+      rows.fetch_codes(q, column, slice.end, one);
+#pragma unroll
+      for (int i = 0; i < 2 * BITS; ++i) next_words[i / BITS][i % BITS] = one[i / BITS][i % BITS];
+    } else {
+      rows.fetch_codes(q, column, slice.end, next_words);
+    }
+  };
+  const auto take_tile = [&] {
+#pragma unroll
+    for (int i = 0; i < 4 * BITS; ++i) {
+      if constexpr (kWhole) words[i / BITS % 2][i / BITS / 2][i % BITS] = next_words[i / BITS / 2][i % (2 * BITS)];
+    }
+  };
+  fetch_tile(0);
+  rows.fetch_scales(q, slice.lane_column(0, lane), slice.end, scales);
   value_table<BITS> table[2];
   ring_place<kStages> ring;
-  int used = -1;  // stage of the half tile before, not yet given back
-  const auto multiply_half = [&](int half, uint32_t (&codes)[2][BITS]) {
-    if (half % scale_step == 0) {
+  int used = -1;  // stage of the tile before, not yet given back
+  const auto multiply_half = [&](int half, int parity) {
+    // With 4 bits the compiler must not know the answer: it would read levels ahead and run out of registers.
+    const bool new_table = BITS == 4 ? half % table_halves == 0 : parity == 0 || table_halves == 1;
+    if (new_table) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) table[h] = build_table<BITS, T>(rows.levels[h], finish_scale(q.packed, scales[h]));
-      rows.fetch(q, lane_column(begin, half + scale_step, lane), end, scales);
+      rows.fetch_scales(q, slice.lane_column(half + table_halves, lane), slice.end, scales);
     }
-    const uint64_t operand = swizzled_operand(x + ring.stage * shape::kStageBytes);
+    const uint64_t operand = swizzled_operand(x + ring.stage * shape::kStageBytes + parity * shape::kHalfBytes);
     uint32_t a[BITS * kParts][2][4 * kUnits];  // operands: those of one part are decoded while the last one's are read
 #pragma unroll
     for (int w = 0; w < BITS; ++w) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
+        const bool first = w == 0 && part == 0 && parity == 0;
         uint32_t(&now)[2][4 * kUnits] = a[w * kParts + part];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          if (part == 0) decode<false>(table[h], codes[h][w], now[h]);
-          if (part == 1) decode<true>(table[h], codes[h][w], now[h]);
+          if (part == 0) decode<false>(table[h], words[parity][h][w], now[h]);
+          if (part == 1) decode<true>(table[h], words[parity][h][w], now[h]);
         }
-        if (w == 0 && part == 0) barrier_wait(full + 8 * ring.stage, ring.parity);
+        if (first) barrier_wait(full + 8 * ring.stage, ring.parity);
         wgmma_fence();
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
@@ -196,82 +205,53 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
         }
         wgmma_commit();
         wgmma_wait<1>();  // all products but these are done, so the stage before is free
-        if (w == 0 && part == 0) {
+        if (first) {
           if (used >= 0 && lane == 0) barrier_arrive(empty + 8 * used);
           used = ring.stage;
         }
       }
     }
-    rows.fetch(q, lane_column(begin, half + 2, lane), end, codes);
-    ring.advance();
+    if constexpr (!kWhole) rows.fetch_codes(q, slice.lane_column(half + 2, lane), slice.end, words[parity]);
+    if (parity == 1) ring.advance();
   };
 #pragma unroll 1
-  for (int half = 0; half < halves; half += 2) {
-    multiply_half(half, words[0]);
-    multiply_half(half + 1, words[1]);
+  for (int half = 0; half + 1 < halves; half += 2) {
+    take_tile();
+    if constexpr (kWhole) fetch_tile(half + 2);
+    multiply_half(half, 0);
+    multiply_half(half + 1, 1);
+  }
+  if (halves % 2 > 0) {
+    take_tile();
+    multiply_half(halves - 1, 0);
   }
   wgmma_wait<0>();
 }
 
-// The blocks of a cluster share out the tokens, eight at a time. `sums` is the shared address, in every block, of
-// [eight tokens][thread]: four sums as wgmma leaves them, two tokens of one row and then of the other.
 template <int TOKENS, class T>
-__device__ __forceinline__ void add_up(const product &q, const tile_place &place, uint32_t sums) {
-  const int splits = gridDim.x, lane = threadIdx.x % 32;
-  const int row = place.first_row + threadIdx.x % kGroupThreads / 32 * kTileRows + lane / 4;
-  T *out[2];
-  float bias[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int stored_row = __ldg(q.packed.row_order + min(row + 8 * h, place.last_row));
-    out[h] = static_cast<T *>(q.out) + stored_row;
-    bias[h] = q.bias ? to_float(static_cast<const T *>(q.bias)[stored_row]) : 0.f;
-  }
-  cluster_sync();
-#pragma unroll 2
-  for (int eight = blockIdx.x; 8 * eight < q.tokens; eight += splits) {
-    float4 part[kMaxSplits];
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; ++s) {
-      part[s] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (s < splits) {
-        part[s] = load_from_cluster(address_in_block(sums + (eight * kDecoders * kGroupThreads + threadIdx.x) * 16, s));
-      }
-    }
-    float total[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; ++s) {
-      total[0] += part[s].x, total[1] += part[s].y, total[2] += part[s].z, total[3] += part[s].w;
-    }
-    const int token = 8 * eight + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      store_if<T>(token + i % 2 < q.tokens && row + i / 2 * 8 <= place.last_row,
-                  out[i / 2] + (size_t)(token + i % 2) * q.layout.rows(), total[i] + bias[i / 2]);
-    }
-  }
-}
-
-template <int TOKENS, class T>
-__global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid_constant__ product q, int slice) {
+__global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid_constant__ product q, int columns) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using shape = block_shape<TOKENS>;
-  extern __shared__ __align__(1024) uint8_t memory[];  // stages of x, and then the sums in their place
+  extern __shared__ __align__(1024) uint8_t memory[];  // stages of x, barriers, sums
   const uint32_t x = shared_address(memory), full = x + shape::kBarriers, empty = full + 8 * kStages;
+  const uint32_t sums = x + shape::kSums, sent = empty + 8 * kStages;  // sent: a barrier for each decoding warpgroup
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
-  const int begin = blockIdx.x * slice, end = min(begin + slice, q.in_features);
+  const int begin = blockIdx.x * columns;
+  const column_slice slice = {begin, min(begin + columns, q.in_features)};
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + 8 * s, kGroupThreads / 32);
-      barrier_init(empty + 8 * s, kDecoders * kGroupThreads / 32);
+      barrier_init(full + 8 * s, shape::kCopyWarps);
+      barrier_init(empty + 8 * s, kDecoders * kGroupWarps);
     }
+    for (int g = 0; g < kDecoders; ++g) expect_sums(sent + 8 * g, q.tokens);
+    fence_barriers_for_cluster();
   }
-  wait_for_earlier_kernels();
-  let_later_kernels_start();
   __syncthreads();
+  cluster_arrive();
   if (group == kDecoders) {
     give_registers<kCopyRegisters>();
-    copy_x<TOKENS, T>(q, begin, end, memory, full, empty);
+    copy_x<TOKENS, T>(q, slice, memory, full, empty);
+    cluster_wait();
   } else {
     take_registers<kDecodeRegisters>();
     const int tile = tile_of_group(group), tiles = q.tiles.total();
@@ -281,25 +261,17 @@ __global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
     if (place.bits == 1) {
-      sum_columns<1, TOKENS, T>(q, place, begin, end, x, full, empty, sum);
+      sum_columns<1, TOKENS, T>(q, place, slice, x, full, empty, sum);
     } else if (place.bits == 2) {
-      sum_columns<2, TOKENS, T>(q, place, begin, end, x, full, empty, sum);
+      sum_columns<2, TOKENS, T>(q, place, slice, x, full, empty, sum);
     } else {
-      sum_columns<4, TOKENS, T>(q, place, begin, end, x, full, empty, sum);
+      sum_columns<4, TOKENS, T>(q, place, slice, x, full, empty, sum);
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(kDecoders * kGroupThreads) : "memory");  // x is done with
-    float4 *sums = reinterpret_cast<float4 *>(memory) + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) {
-      sums[i * kDecoders * kGroupThreads] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-    }
+    cluster_wait();  // all blocks have begun, and made their barriers
     if (tile < tiles) {
-      add_up<TOKENS, T>(q, place, x);
-    } else {
-      cluster_sync();
+      send_sums<TOKENS>(sum, q.tokens, sums, sent + 8 * group);
+      collect_sums<T>(q, place, sums, sent + 8 * group);  // ends when all that is sent to this block has come
     }
-    // A block must not leave while others read its sums. What this one read has been used by now, and so has arrived.
-    cluster_sync_relaxed();
   }
 #endif
 }
@@ -309,18 +281,19 @@ template <int TOKENS, class T>
 int clusters_of(int splits) {
   static thread_local int known[kMaxSplits + 1];
   if (known[splits] == 0) {
-    known[splits] = clusters_at_once(product_wgmma_kernel<TOKENS, T>, splits, kThreads, block_shape<TOKENS>::kBytes);
+    known[splits] = clusters_at_once(product_wgmma_kernel<TOKENS, T>, splits, kThreads, block_shape<TOKENS>::bytes(splits));
   }
   return known[splits];
 }
 
-// The number of splits that gives a multiprocessor the least to do.
+// The number of splits that gives a multiprocessor the least to do. halves: of tiles of x.
 template <int TOKENS, class T>
-int best_splits(int clusters, int steps) {
+int best_splits(int clusters, int halves, int shared_bytes) {
   int best = 1, least = INT32_MAX;
-  for (int splits = 1; splits <= kMaxSplits && splits <= steps; ++splits) {
+  for (int splits = 1; splits <= kMaxSplits && splits <= halves; ++splits) {
+    if (block_shape<TOKENS>::bytes(splits) > shared_bytes) continue;
     const int at_once = clusters_of<TOKENS, T>(splits), waves = (clusters + at_once - 1) / at_once;
-    const int cost = waves * ((steps + splits - 1) / splits + 2);  // + 2: a block's start and end take two tiles' time
+    const int cost = waves * ((halves + splits - 1) / splits + 4);  // + 4: a block's start and end take two tiles' time
     if (cost < least) least = cost, best = splits;
   }
   return best;
@@ -329,13 +302,15 @@ int best_splits(int clusters, int steps) {
 // TOKENS, T: as above.
 template <int TOKENS, class T>
 int launch(product q, cudaStream_t stream) {
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
   q.tiles = tiles_of(q.layout, kGroupRows);
   const int blocks = (q.tiles.total() + kDecoders - 1) / kDecoders;
-  const int steps = (q.in_features + kTileColumns - 1) / kTileColumns;
-  const int splits = best_splits<TOKENS, T>(blocks, steps);
-  const int slice = (steps + splits - 1) / splits * kTileColumns;
-  return launch_early(product_wgmma_kernel<TOKENS, T>, dim3(splits, blocks), dim3(kThreads), block_shape<TOKENS>::kBytes,
-                      splits, stream, q, slice);
+  const int halves = (q.in_features + kHalfColumns - 1) / kHalfColumns;
+  const int splits = best_splits<TOKENS, T>(blocks, halves, limits.shared_bytes);
+  const int columns = (halves + splits - 1) / splits * kHalfColumns;
+  return launch_early(product_wgmma_kernel<TOKENS, T>, dim3(splits, blocks), dim3(kThreads),
+                      block_shape<TOKENS>::bytes(splits), splits, stream, q, columns);
 }
 
 template <class T>

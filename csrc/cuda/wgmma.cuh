@@ -9,6 +9,11 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
+// Barrier `number` (0 is __syncthreads') of so many threads of a block.
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -42,6 +47,17 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The same, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void barrier_wait_in_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
 // Place in a ring of STAGES stages, each with a pair of barriers.
 template <int STAGES>
 struct ring_place {
@@ -63,6 +79,10 @@ __device__ __forceinline__ void shared_store(uint32_t at, uint32_t value) {
 }
 __device__ __forceinline__ void shared_store(uint32_t at, const uint32_t *four) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3])
+               : "memory");
+}
+__device__ __forceinline__ void shared_store(uint32_t at, const float *four) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3])
                : "memory");
 }
 __device__ __forceinline__ uint32_t shared_load(uint32_t at) {
@@ -122,11 +142,6 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
-// As cluster_sync, but orders no memory accesses, and so does not wait for stores.
-__device__ __forceinline__ void cluster_sync_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  cluster_wait();
-}
 
 // Address, for the whole cluster, of what lies at a shared address in block `rank`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank) {
@@ -139,6 +154,12 @@ __device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
   return v;
+}
+// Sends four values to `target`; their bytes count at `barrier`, in the same block. Both are addresses for the cluster.
+__device__ __forceinline__ void send_to_block(uint32_t target, const float *four, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(target),
+               "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier)
+               : "memory");
 }
 
 // REGISTERS: of each thread of the calling warpgroup from here on.
