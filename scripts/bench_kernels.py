@@ -243,7 +243,7 @@ def picture(results, ceiling, path):
     right.axhline(ceiling, color="black", linestyle=":", label="copy, read + write")
     right.set_xticks([x + 0.27 for x in range(len(names))], [f"{n} x {k}" for n, k in names], fontsize=7)
     right.set(ylabel="GB/s of bf16 written", title="dequantise to bf16")
-    right.legend()
+    right.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

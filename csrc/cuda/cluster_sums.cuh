@@ -18,7 +18,7 @@ constexpr int kSumBytes = kDecoders * kGroupThreads * 16;  // of eight tokens, f
 // lies as [its eights][from which block][decoding warpgroup][warp][pair of tokens][row % 8], four sums each as wgmma leaves
 // them: two tokens of one row, and of the row 8 further on. In this order neither writing nor reading meets a bank twice.
 
-// Most eights of `tokens` that one of `splits` blocks takes.
+// How many eights of `tokens` block `block` of `splits` takes.
 __host__ __device__ __forceinline__ int eights_of_block(int tokens, int splits, int block) {
   return ((tokens + 7) / 8 - block + splits - 1) / splits;
 }

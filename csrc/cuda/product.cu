@@ -6,6 +6,13 @@ namespace {
 
 constexpr int kFew = 64;  // tokens that need no product_many
 
+// Up to how many tokens product_small is the quickest (docs/kernels.md). Rows of 4 bits cost it more than others, and on
+// Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
+int tokens_for_small(const lowra_shape &s, int major) {
+  const bool mostly4 = 2 * s.rows4 > row_count(s), large = row_count(s) * s.in_features > 50'000'000;
+  return mostly4 || (major == 9 && !large) ? 4 : 8;
+}
+
 }  // namespace
 }  // namespace lowra
 
@@ -40,9 +47,9 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (tokens > kFew) return product_many(q, type, on);
-  // Up to here product_small is the faster one on an H200 (docs/kernels.md); 4-bit rows cost it more.
-  const int few = 2 * s.rows4 > row_count(s) ? 4 : 8;
-  if (tokens <= few) {
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  if (tokens <= tokens_for_small(s, limits.major)) {
     const int status = product_small(q, type, on);
     if (status != LOWRA_UNSUPPORTED) return status;  // x did not fit into shared memory
   }

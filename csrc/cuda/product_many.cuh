@@ -169,7 +169,7 @@ __device__ __forceinline__ void decode_steps(const product &q, const task &mine,
     const uint32_t stage = to.memory + ring.stage * shape::kStageBytes, full = to.full + 8 * ring.stage;
     barrier_wait(to.empty + 8 * ring.stage, ring.parity ^ 1);
     if (leads && lane == 0) {
-      if (shape::kTasks > to.tasks) barrier_arrive(full, shape::kTasks - to.tasks);
+      if (shape::kTasks > to.tasks) barrier_arrive(full, (shape::kTasks - to.tasks) * kWarpArrivals);
       barrier_expect(full, to.expected);
       const int column = step * kStepColumns;
       if constexpr (SHARED) {
@@ -184,9 +184,9 @@ __device__ __forceinline__ void decode_steps(const product &q, const task &mine,
       wait_for_copies<kAhead - 1>();
       row.template decode_step<T>(q, stage + shape::kTokenBytes, step, slot);
       __syncwarp();
-      if (lane == 0) {
-        barrier_arrive(full);
-        if constexpr (SHARED) send_rows<TOKENS, ROWS>(to, stage, full, to.done + 4 * ring.stage);
+      barrier_arrive_as_warp(full);
+      if constexpr (SHARED) {
+        if (lane == 0) send_rows<TOKENS, ROWS>(to, stage, full, to.done + 4 * ring.stage);
       }
       row.ask_for(q, step + kAhead * mine.turns, end, slot);
       ahead.advance(1);
@@ -249,9 +249,11 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
   const block_role role = role_of(q, grid);
   const int steps = role.end_step - role.first_step;
   // Lane r tells block r of the pair that a stage is free here: what comes into it comes from both.
-  const uint32_t empty = address_in_block(full + 8 * shape::kStages, kPair * role.split + lane % kPair);
+  const auto empty_in = [&](int r) { return address_in_block(full + 8 * shape::kStages, kPair * role.split + r % kPair); };
+  const uint32_t empty = empty_in(lane);
   const auto give_back = [&](int stage) {
-    if (lane < kPair) barrier_arrive_in_cluster(empty + 8 * stage);
+    if (lane < kPair * kWarpArrivals) barrier_arrive_in_cluster(empty + 8 * stage);
+    if (kWarpArrivals > 1) barrier_arrive_in_cluster(empty_in(lane + 1) + 8 * stage);
   };
   ring_place<shape::kStages> ring;
   for (int work = role.first_work; work < grid.works; work += role.stride) {
@@ -313,8 +315,8 @@ __global__ void __launch_bounds__(tile_shape<TOKENS, ROWS, SHARED>::kThreads, 1)
   const bool multiplies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) < kMultiplyWarps;
   if (threadIdx.x == 0) {
     for (int s = 0; s < shape::kStages; ++s) {
-      barrier_init(full + 8 * s, 1 + shape::kTasks);
-      barrier_init(full + 8 * (shape::kStages + s), kPair * kMultiplyWarps);
+      barrier_init(full + 8 * s, 1 + shape::kTasks * kWarpArrivals);
+      barrier_init(full + 8 * (shape::kStages + s), kPair * kMultiplyWarps * kWarpArrivals);
       shared_store(memory + shape::kDone + 4 * s, 0u);
     }
     fence_barriers_for_cluster();

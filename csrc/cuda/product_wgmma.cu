@@ -97,7 +97,7 @@ __device__ __forceinline__ void copy_x(const product &q, const column_slice &sli
     if (part + 1 < kParts) return;
     fence_stores_for_tensor_cores();
     __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8 * ring.stage);
+    barrier_arrive_as_warp(full + 8 * ring.stage);
     ring.advance();
   };
   uint4 first[kSets][4], second[kSets][4];  // one is on its way while the other is stored
@@ -206,7 +206,7 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
         wgmma_commit();
         wgmma_wait<1>();  // all products but these are done, so the stage before is free
         if (first) {
-          if (used >= 0 && lane == 0) barrier_arrive(empty + 8 * used);
+          if (used >= 0) barrier_arrive_as_warp(empty + 8 * used);
           used = ring.stage;
         }
       }
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_wgmma_kernel(const __grid
   const column_slice slice = {begin, min(begin + columns, q.in_features)};
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + 8 * s, shape::kCopyWarps);
-      barrier_init(empty + 8 * s, kDecoders * kGroupWarps);
+      barrier_init(full + 8 * s, shape::kCopyWarps * kWarpArrivals);
+      barrier_init(empty + 8 * s, kDecoders * kGroupWarps * kWarpArrivals);
     }
     for (int g = 0; g < kDecoders; ++g) expect_sums(sent + 8 * g, q.tokens);
     fence_barriers_for_cluster();

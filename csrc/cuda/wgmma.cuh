@@ -24,6 +24,17 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// Arrivals of a warp at a barrier. One lane's are enough after __syncwarp; but compute-sanitizer's racecheck follows a barrier
+// only for the threads that arrive themselves, so in a build for it (cmake -DLOWRA_RACECHECK=ON) all lanes do.
+#ifdef LOWRA_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+// All lanes must be here.
+__device__ __forceinline__ void barrier_arrive_as_warp(uint32_t barrier) {
+  if (kWarpArrivals > 1 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
 // At an address of the cluster.
 __device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

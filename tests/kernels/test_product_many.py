@@ -72,9 +72,10 @@ def test_equals_the_exact_product(shape, tokens, dtype):
 
 
 def test_launches_that_overlap():
-    """In a graph each kernel is put on the chip while the one before it drains; outputs differ if they disturb it."""
+    """In a graph each kernel is put on the chip while the one before it drains; outputs differ if they disturb it.
+    All kernels of a product take part."""
     case = packed_case(100, 500, 1400, 1024, scales=torch.uint8).to("cuda")
-    inputs = [torch.randn(tokens, 1024, device="cuda").bfloat16() for tokens in (70, 300, 128, 600, 200) * 8]
+    inputs = [torch.randn(tokens, 1024, device="cuda").bfloat16() for tokens in (70, 300, 64, 1, 600, 20, 200, 8, 9) * 5]
     alone = []
     for x in inputs:
         alone.append(product(case, x))
