@@ -75,7 +75,8 @@ def test_launches_that_overlap():
     """In a graph each kernel is put on the chip while the one before it drains; outputs differ if they disturb it.
     All kernels of a product take part."""
     case = packed_case(100, 500, 1400, 1024, scales=torch.uint8).to("cuda")
-    inputs = [torch.randn(tokens, 1024, device="cuda").bfloat16() for tokens in (70, 300, 64, 1, 600, 20, 200, 8, 9) * 5]
+    tokens_in_turn = (70, 300, 64, 1, 600, 20, 200, 8, 9) * 5
+    inputs = [torch.randn(tokens, 1024, device="cuda").bfloat16() for tokens in tokens_in_turn]
     alone = []
     for x in inputs:
         alone.append(product(case, x))
