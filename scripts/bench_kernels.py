@@ -5,9 +5,10 @@
 Every number is the time of one call with a cold L2 cache: a CUDA graph holds calls on several copies of the weight
 (together several times the L2 cache, outputs included), is replayed, and the median replay is divided by the calls, 40
 or more, since starting a graph takes 5 us. So launch overhead on the host is left out, as it is in a captured or
-compiled model; `--events` times single eager calls after a flush of the cache instead, launch included, as
-triton.testing.do_bench does. The weights are random; a mix of
-precisions stands at random rows. GB/s counts each packed input and each output once.
+compiled model. Quantising is timed by events around single eager calls, since bitsandbytes quantises on the default
+stream, which no graph captures; the cache is flushed beforehand, and for so long that the host has enqueued the call
+meanwhile. `--events` times everything so. The weights are random; a mix of precisions stands at random rows. GB/s
+counts each packed input and each output once.
 """
 
 import argparse
@@ -27,6 +28,7 @@ MIXES = {1.5: (0.0625, 0.3125), 2.0: (0.125, 0.625), 2.5: (0.3125, 0.5625), 4.0:
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 GROUP = 64
 COLD_BYTES = 400_000_000
+FLUSHES = 10  # of COLD_BYTES each: together a millisecond on an H200, more than a slow host needs for a call
 GRAPH_CALLS = 40
 
 
@@ -94,12 +96,13 @@ def time_graph(calls, cold_bytes: int) -> float:
 
 
 def time_events(calls, cold_bytes: int) -> float:
-    """Microseconds of one eager call after the L2 cache was overwritten; the launch counts."""
+    """Microseconds on the GPU of one eager call after the L2 cache was overwritten, launches on the host left out."""
     flush = torch.empty(cold_bytes // 4, dtype=torch.int32, device="cuda")
     times = []
     for i in range(25):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
+        for _ in range(FLUSHES):
+            flush.zero_()
         start.record()
         calls[i % len(calls)]()
         end.record()
@@ -150,11 +153,8 @@ def bench_codec_peer(timer, shape, results):
         key = {"rows": rows, "in_features": in_features, "bits": name}
         us = timer([lambda p=p: functional.dequantize_4bit(*p) for p in packed], COLD_BYTES)
         results.append({**key, "what": "dequantise", "us": us})
-        if not double:  # events for both: quantize_4bit builds its code table on the host, which no graph can capture
-            us = time_events(
-                [lambda w=w: functional.quantize_4bit(w, blocksize=GROUP, quant_type="nf4") for w in weights],
-                COLD_BYTES,
-            )
+        if not double:  # the op alone: functional.quantize_4bit copies a table from the host besides
+            us = time_events([lambda w=w: OPS.quantize_4bit(w, GROUP, "nf4", torch.uint8) for w in weights], COLD_BYTES)
             results.append({**key, "what": "quantise", "us": us})
 
 
@@ -229,6 +229,8 @@ def picture(results, ceiling, path):
     left.set(
         xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds", title=f"product, {shape[0]} x {shape[1]}"
     )
+    left.set_xticks(TOKENS, TOKENS, minor=False)
+    left.minorticks_off()
     left.legend()
     bars = [r for r in results if r["what"] == "dequantise" and r["bits"] in (1.5, "NF4", "NF4 double-quantised")]
     names = sorted({(r["rows"], r["in_features"]) for r in bars})
@@ -242,8 +244,8 @@ def picture(results, ceiling, path):
         right.bar([x + 0.27 * i for x in range(len(heights))], heights, 0.27, label=bits if i else "lowra 1.5 bits")
     right.axhline(ceiling, color="black", linestyle=":", label="copy, read + write")
     right.set_xticks([x + 0.27 for x in range(len(names))], [f"{n} x {k}" for n, k in names], fontsize=7)
-    right.set(ylabel="GB/s of bf16 written", title="dequantise to bf16")
-    right.legend(loc="lower right")
+    right.set(ylabel="GB/s of bf16 written", ylim=(0, 1.3 * ceiling), title="dequantise to bf16")
+    right.legend(loc="upper center", ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
