@@ -74,7 +74,7 @@ class Packed:
         return OPS.lowra_linear(x, *tensors, None, self.rows_4bit, self.rows_2bit, GROUP)
 
 
-def time_graph(calls, cold_bytes: int) -> float:
+def time_graph(calls) -> float:
     """Microseconds of one of `calls` (the same work on different memory), replayed from a CUDA graph."""
     calls = calls * -(-GRAPH_CALLS // len(calls))
     for call in calls[:2]:
@@ -95,9 +95,9 @@ def time_graph(calls, cold_bytes: int) -> float:
     return statistics.median(times[3:])
 
 
-def time_events(calls, cold_bytes: int) -> float:
+def time_events(calls) -> float:
     """Microseconds on the GPU of one eager call after the L2 cache was overwritten, launches on the host left out."""
-    flush = torch.empty(cold_bytes // 4, dtype=torch.int32, device="cuda")
+    flush = torch.empty(COLD_BYTES // 4, dtype=torch.int32, device="cuda")
     times = []
     for i in range(25):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -126,7 +126,7 @@ def copy_ceiling(timer, count: int) -> float:
         )
         for _ in range(n)
     ]
-    return 4 * count / timer([lambda p=p: torch.neg(p[0], out=p[1]) for p in pairs], COLD_BYTES) / 1e3
+    return 4 * count / timer([lambda p=p: torch.neg(p[0], out=p[1]) for p in pairs]) / 1e3
 
 
 def bench_codec(timer, shape, bits, results):
@@ -134,9 +134,9 @@ def bench_codec(timer, shape, bits, results):
     dense = 2 * rows * in_features
     packs = [Packed(rows, in_features, bits, i) for i in range(copies(dense))]
     key = {"rows": rows, "in_features": in_features, "bits": bits}
-    us = timer([p.dequantize for p in packs], COLD_BYTES)
+    us = timer([p.dequantize for p in packs])
     results.append({**key, "what": "dequantise", "us": us, "gbs": (dense + packs[0].bytes) / us / 1e3})
-    us = time_events([p.quantize_with_scales for p in packs], COLD_BYTES)
+    us = time_events([p.quantize_with_scales for p in packs])
     results.append({**key, "what": "quantise", "us": us, "gbs": (dense + packs[0].bytes) / us / 1e3})
 
 
@@ -151,10 +151,10 @@ def bench_codec_peer(timer, shape, results):
         ]
         name = "NF4 double-quantised" if double else "NF4"
         key = {"rows": rows, "in_features": in_features, "bits": name}
-        us = timer([lambda p=p: functional.dequantize_4bit(*p) for p in packed], COLD_BYTES)
+        us = timer([lambda p=p: functional.dequantize_4bit(*p) for p in packed])
         results.append({**key, "what": "dequantise", "us": us})
         if not double:  # the op alone: functional.quantize_4bit copies a table from the host besides
-            us = time_events([lambda w=w: OPS.quantize_4bit(w, GROUP, "nf4", torch.uint8) for w in weights], COLD_BYTES)
+            us = time_events([lambda w=w: OPS.quantize_4bit(w, GROUP, "nf4", torch.uint8) for w in weights])
             results.append({**key, "what": "quantise", "us": us})
 
 
@@ -167,7 +167,7 @@ def bench_product(timer, shape, all_bits, tokens, results, peers=True):
     def measure(name, of_size, functions):
         for m in tokens:
             calls = [lambda f=f, m=m: f(xs[m]) for f in functions]
-            results.append({**key, "bits": name, "tokens": m, "us": timer(calls, COLD_BYTES)})
+            results.append({**key, "bits": name, "tokens": m, "us": timer(calls)})
 
     for bits in all_bits:
         packs = [Packed(rows, in_features, bits, i) for i in range(copies(dense * bits / 16))]
@@ -229,8 +229,8 @@ def picture(results, ceiling, path):
     left.set(
         xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds", title=f"product, {shape[0]} x {shape[1]}"
     )
-    left.set_xticks(TOKENS, TOKENS, minor=False)
-    left.minorticks_off()
+    left.set_xticks(TOKENS, TOKENS)
+    left.xaxis.minorticks_off()
     left.legend()
     bars = [r for r in results if r["what"] == "dequantise" and r["bits"] in (1.5, "NF4", "NF4 double-quantised")]
     names = sorted({(r["rows"], r["in_features"]) for r in bars})
