@@ -14,6 +14,7 @@ test: $(VENV)/.built
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 build: $(VENV)/.built
 

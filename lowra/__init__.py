@@ -8,18 +8,15 @@ Importing it registers the quantisation method "lowra" with Transformers and PEF
     model = AutoModelForCausalLM.from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)
 """
 
-__version__ = "0.1.0"
-
-from . import (
-    backend,  # noqa: F401 - first: defines the ops
-    integrations,
-)
-from .calibration import Calibration, calibrate
+from . import backend  # noqa: F401, I001 - first: defines the ops
+from . import integrations
 from .config import LowRAConfig
-from .initial_adapter import AdapterRecipe
 from .integrations.peft import merge_into_dense, prepare_for_training
-from .linear import LowRALinear
-from .pipeline import quantize_checkpoint
+from .nn.linear import LowRALinear
+from .quantization.calibration import Calibration, calibrate
+from .quantization.initial_adapter import AdapterRecipe
+from .quantization.pipeline import quantize_checkpoint
+from .version import __version__  # noqa: F401
 
 __all__ = [
     "AdapterRecipe",

@@ -28,11 +28,11 @@ from accuracy_variants import DEFAULTS, Variant, plain_start, quantise  # noqa: 
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from lowra.calibration import SEQUENCE, collect  # noqa: E402
-from lowra.linear import LowRALinear  # noqa: E402
-from lowra.quantize import PackedWeight  # noqa: E402
-from lowra.tables import bake_tables, train_tables  # noqa: E402
-from lowra.targets import find_targets, replace_module  # noqa: E402
+from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
+from lowra.nn.linear import LowRALinear  # noqa: E402
+from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
+from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
+from lowra.weights.packed import PackedWeight  # noqa: E402
 
 
 class Adapted(nn.Module):

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from lowra.config import LowRAConfig
-from lowra.loftq import initialize
-from lowra.planning import Planner
-from lowra.quantize import quantize_matrix
+from lowra.quantization.loftq import initialize
+from lowra.quantization.pack import quantize_matrix
+from lowra.quantization.planning import Planner
 from lowra.training import hqq
 
 

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lowra  # noqa: F401 - registers the format
-from lowra.tables import train_tables
+from lowra.nn.trained_tables import train_tables
 
 RANK = 64
 SHAPES = [(1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024)]

@@ -50,7 +50,7 @@ from lowra.adapters.labels import make_label
 from lowra.adapters.library import attach
 from lowra.adapters.loraquant import quantize_bin, quantize_rtn
 from lowra.adapters.storage import write_packed
-from lowra.atomic import written_beside
+from lowra.checkpoints.atomic import written_beside
 
 BLOCK = 256  # tokens in a block, in training and in evaluation
 TASKS = {  # folder, ending and field of each task's data

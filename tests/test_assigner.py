@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lowra import LowRAConfig
-from lowra.assigner import Problem, assign, assign_exact, assign_layer_order
-from lowra.assigner import two_level as two_level_module
-from lowra.assigner.two_level import assign_two_level
-from lowra.checkpoint import DenseCheckpoint, empty_model, safetensors_files
-from lowra.pipeline import learn
-from lowra.planning import Planner
-from lowra.targets import find_targets
+from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
+from lowra.checkpoints.targets import find_targets
+from lowra.quantization.assigner import Problem, assign, assign_exact, assign_layer_order
+from lowra.quantization.assigner import two_level as two_level_module
+from lowra.quantization.assigner.two_level import assign_two_level
+from lowra.quantization.pipeline import learn
+from lowra.quantization.planning import Planner
 
 MENU = (1, 2, 4)
 ASSIGNERS = ("exact", "two_level", "layer_order")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartModel, MarianConfig, MarianMTModel
 
 from lowra import LowRAConfig, quantize_checkpoint
-from lowra.checkpoint import empty_model, safetensors_files
+from lowra.checkpoints.dense import empty_model, safetensors_files
 
 SEQ2SEQ = {
     "vocab_size": 96,

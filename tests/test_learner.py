@@ -5,8 +5,8 @@ import torch
 
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
 from lowra import LowRAConfig
-from lowra.codebook import BINARY, NF2, NF4, PRECISIONS, initial_tables
-from lowra.learner import learn_codebook
+from lowra.quantization.learner import learn_codebook
+from lowra.weights.codebook import BINARY, NF2, NF4, PRECISIONS, initial_tables
 
 
 def matrix(rows=24, columns=200, seed=0) -> torch.Tensor:

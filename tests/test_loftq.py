@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lowra import LowRAConfig
-from lowra.learner import learn_codebook
-from lowra.loftq import initialize, truncated_svd
-from lowra.quantize import quantize_matrix
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.loftq import initialize
+from lowra.quantization.lowrank import truncated_svd
+from lowra.quantization.pack import quantize_matrix
 
 
 def matrix(rows=96, columns=160, seed=0) -> torch.Tensor:

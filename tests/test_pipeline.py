@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowra import AdapterRecipe, LowRAConfig, LowRALinear, pipeline, quantize_checkpoint
-from lowra.atomic import held
-from lowra.card import model_card
-from lowra.initial_adapter import ADAPTER_FOLDER
+from lowra import AdapterRecipe, LowRAConfig, LowRALinear, quantize_checkpoint
+from lowra.checkpoints.atomic import held
+from lowra.quantization import pipeline
+from lowra.quantization.card import model_card
+from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
 
 @pytest.fixture(scope="module")

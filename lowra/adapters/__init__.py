@@ -3,11 +3,11 @@
 One story, read off the names: source -> decompose -> refine -> codes -> formats -> storage -> labels -> library.
 """
 
-from lowra.adapters.labels import LabelError, base_fingerprint
-from lowra.adapters.library import AdapterLibrary, load_packed
-from lowra.adapters.loraquant import LoraQuantSettings, quantize_loraquant, simulate_loraquant
-from lowra.adapters.source import LoraAdapter, LoraFactors, read_adapter
-from lowra.adapters.storage import PackedAdapter, read_packed
+from .labels import LabelError, base_fingerprint
+from .library import AdapterLibrary, load_packed
+from .loraquant import LoraQuantSettings, quantize_loraquant, simulate_loraquant
+from .source import LoraAdapter, LoraFactors, read_adapter
+from .storage import PackedAdapter, read_packed
 
 __all__ = [
     "AdapterLibrary",

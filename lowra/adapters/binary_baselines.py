@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from lowra.adapters.codes import (
-    RoundToNearest,
-    from_groups,
-    group_sizes,
-    into_groups,
-    round_scale,
-)
-from lowra.adapters.formats import PBLLM_BITS, BillmCodes, BillmRows, PbllmCodes, PbllmRows, salient_count
-from lowra.adapters.loraquant import layout
-from lowra.adapters.source import LoraAdapter
-from lowra.adapters.storage import PackedAdapter, pack
+from .codes import RoundToNearest, from_groups, group_sizes, into_groups, round_scale
+from .formats import PBLLM_BITS, BillmCodes, BillmRows, PbllmCodes, PbllmRows, salient_count
+from .loraquant import layout
+from .source import LoraAdapter
+from .storage import PackedAdapter, pack
 
 _RESIDUAL_SHARE = 4  # one component in this many is binarised twice
 # Break points that BiLLM tries between the two magnitude groups, as shares of a group's largest |w|.

@@ -16,16 +16,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lowra.adapters.codes import (
-    RtnCodes,
-    SignCodes,
-    from_groups,
-    group_count,
-    into_groups,
-    pack_bits,
-    packed_bytes,
-    unpack_bits,
-)
+from .codes import RtnCodes, SignCodes, from_groups, group_count, into_groups, pack_bits, packed_bytes, unpack_bits
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # component rows of b [c, m] and a [c, n]
 Fields = dict[str, torch.Tensor]

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowra.adapters.codes import GROUP, RoundToNearest, RtnCodes, Sign
-from lowra.adapters.formats import SplitCodes
-from lowra.adapters.loraquant import check_bits, layout
-from lowra.adapters.source import LoraAdapter
-from lowra.adapters.storage import PackedAdapter, pack
+from .codes import GROUP, RoundToNearest, RtnCodes, Sign
+from .formats import SplitCodes
+from .loraquant import check_bits, layout
+from .source import LoraAdapter
+from .storage import PackedAdapter, pack
 
 DAMPING = 0.01  # share of the mean diagonal that is added to a Hessian, GPTQ's own
 CALIBRATION_TOKENS = 256  # tokens a block

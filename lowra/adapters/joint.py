@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from lowra.adapters.codes import round_scale
-from lowra.adapters.formats import DiagonalCodes
-from lowra.adapters.loraquant import layout
-from lowra.adapters.source import LoraAdapter
-from lowra.adapters.storage import PackedAdapter, SharedBasis, pack
+from .codes import round_scale
+from .formats import DiagonalCodes
+from .loraquant import layout
+from .source import LoraAdapter
+from .storage import PackedAdapter, SharedBasis, pack
 
 SWEEPS = 50
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lowra.adapters.storage import PackedAdapter
+from .storage import PackedAdapter
 
 LABEL_FORMAT = 1
 SAMPLE = 4096  # numbers of each parameter that go into a fingerprint

@@ -21,8 +21,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lowra.adapters.labels import BaseIdentity, check_label
-from lowra.adapters.storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
+from .labels import BaseIdentity, check_label
+from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
 BASE = "__base__"  # PEFT's name for rows of a batch that use no adapter
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from lowra.adapters.codes import RoundToNearest, Sign
-from lowra.adapters.decompose import explained_count, importance_order, svd_components
-from lowra.adapters.formats import LayerLayout, SplitCodes
-from lowra.adapters.refine import Quantizer, refine
-from lowra.adapters.source import LoraAdapter, LoraFactors
-from lowra.adapters.storage import PackedAdapter, pack
+from .codes import RoundToNearest, Sign
+from .decompose import explained_count, importance_order, svd_components
+from .formats import LayerLayout, SplitCodes
+from .source import LoraAdapter, LoraFactors
+from .storage import PackedAdapter, pack
+from .straight_through import Quantizer, refine
 
 SPLITS = ("svd", "norm", "random")
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from lowra.adapters.formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
-from lowra.adapters.source import CONFIG_FILE, LoraAdapter, read_json, read_tensors
-from lowra.atomic import save_json, save_tensors
+from ..checkpoints.atomic import save_json, save_tensors
+from .formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
+from .source import CONFIG_FILE, LoraAdapter, read_json, read_tensors
 
 FORMAT = 1
 PACKED_FILE = "lowra_adapter.safetensors"

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 
-from .. import __version__
+from ..version import __version__
 from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize
 from .parser import CommandParser
 

@@ -15,28 +15,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from lowra.adapters.binary_baselines import quantize_billm, quantize_pbllm
-from lowra.adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
-from lowra.adapters.joint import check_alike, quantize_joint
-from lowra.adapters.labels import bytes_problem, make_label, parse_retirement, retirement_problem
-from lowra.adapters.loraquant import (
-    SPLITS,
-    LoraQuantSettings,
-    check_bits,
-    quantize_bin,
-    quantize_loraquant,
-    quantize_rtn,
-)
-from lowra.adapters.source import LoraAdapter, read_adapter
-from lowra.adapters.storage import (
-    PACKED_FILE,
-    PackedAdapter,
-    read_packed,
-    tensor_bytes,
-    write_packed,
-    write_shared,
-)
-from lowra.atomic import refuse_existing, written_beside
+from ..adapters.binary_baselines import quantize_billm, quantize_pbllm
+from ..adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
+from ..adapters.joint import check_alike, quantize_joint
+from ..adapters.labels import bytes_problem, make_label, parse_retirement, retirement_problem
+from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
+from ..adapters.source import LoraAdapter, read_adapter
+from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
+from ..checkpoints.atomic import refuse_existing, written_beside
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
 _TAKES_BITS = ("loraquant", "rtn", "gptq")

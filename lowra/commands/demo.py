@@ -4,7 +4,8 @@ import pathlib
 import time
 
 from ..demo import train_base, write_texts
-from ..generation import generate_text, load_model
+from ..generation.loading import load_model
+from ..generation.text import generate_text
 from ..training.data import load_tokenizer
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe

@@ -3,8 +3,8 @@
 import argparse
 import pathlib
 
-from ..checkpoint import empty_model, resolve_folder
-from ..generation import load_model
+from ..checkpoints.dense import empty_model, resolve_folder
+from ..generation.loading import load_model
 from ..training.data import Collator, load_tokenizer, read_json_lines, read_text, text_blocks
 from ..training.evaluation import language_model_metrics
 

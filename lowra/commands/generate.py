@@ -2,7 +2,8 @@
 
 import time
 
-from ..generation import generate_text, load_model
+from ..generation.loading import load_model
+from ..generation.text import generate_text
 from ..training.data import load_tokenizer
 
 

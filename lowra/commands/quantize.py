@@ -3,11 +3,11 @@
 import functools
 import pathlib
 
-from ..calibration import TOKENS, Calibration, calibrate
 from ..config import LowRAConfig
-from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe
-from ..loftq import STEPS
-from ..pipeline import quantize_checkpoint
+from ..quantization.calibration import TOKENS, Calibration, calibrate
+from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
+from ..quantization.loftq import STEPS
+from ..quantization.pipeline import quantize_checkpoint
 
 
 def add_parser(subparsers) -> None:

@@ -5,7 +5,7 @@ import pathlib
 import sysconfig
 from pydoc_data.topics import topics
 
-from ..atomic import save_text
+from ..checkpoints.atomic import save_text
 
 _MIN_DOCSTRING = 200  # characters; shorter ones are one-liners
 _DOCSTRING_CHARACTERS = 700_000

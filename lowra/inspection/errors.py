@@ -7,10 +7,10 @@ import pathlib
 import torch
 from safetensors import safe_open
 
-from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
-from ..initial_adapter import ADAPTER_FOLDER
-from ..planning import fingerprint_of, weight_digest
-from ..targets import Target
+from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.targets import Target
+from ..quantization.initial_adapter import ADAPTER_FOLDER
+from ..weights.fingerprint import fingerprint_of, weight_digest
 from .packed import PackedFolder
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)

@@ -9,14 +9,14 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..checkpoint import check_packed_names, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import check_packed_names, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.packed import PackedFiles
+from ..checkpoints.reading import read
+from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
-from ..initial_adapter import ADAPTER_FOLDER
 from ..integrations.modules import put_stored
-from ..integrations.packed_files import PackedFiles
-from ..integrations.reading import read
-from ..quantize import TENSOR_NAMES, PackedWeight
-from ..targets import Target, find_targets
+from ..quantization.initial_adapter import ADAPTER_FOLDER
+from ..weights.packed import TENSOR_NAMES, PackedWeight
 
 NF4_BITS = 4.127  # QLoRA: 4-bit codes, 8-bit scales per 64 weights, a float32 per 256 scales
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import cached_file
 
-from ..atomic import save_json
-from ..checkpoint import listed
-from ..initial_adapter import BASE_RECORD
-from .reading import places_of
+from ..checkpoints.atomic import save_json
+from ..checkpoints.dense import listed
+from ..checkpoints.reading import places_of
+from ..quantization.initial_adapter import BASE_RECORD
 
 
 def packing(model: PreTrainedModel, name: str):

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..linear import PackedModule
-from ..targets import Target, replace_module
-from .packed_files import PackedFiles
-from .reading import read
+from ..checkpoints.packed import PackedFiles
+from ..checkpoints.reading import read
+from ..checkpoints.targets import Target, replace_module
+from ..nn.linear import PackedModule
 
 
 class DirectLoading:

@@ -8,12 +8,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..embedding import LowRAEmbedding
-from ..experts import LowRAExperts
-from ..linear import LowRALinear, PackedModule
-from ..quantize import TENSOR_NAMES
-from ..targets import Target, embedding_scale, replace_module
-from .packed_files import PackedFiles
+from ..checkpoints.packed import PackedFiles
+from ..checkpoints.targets import Target, embedding_scale, replace_module
+from ..nn.embedding import LowRAEmbedding
+from ..nn.experts import LowRAExperts
+from ..nn.linear import LowRALinear, PackedModule
+from ..weights.packed import TENSOR_NAMES
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:

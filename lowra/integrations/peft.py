@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
-from ..embedding import LowRAEmbedding
-from ..linear import LowRALinear, PackedModule, as_autocast
-from ..lora import lora_linear
-from ..planning import fingerprint_of, weight_digest
-from ..targets import find_targets, replace_module
+from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.targets import find_targets, replace_module
+from ..nn.embedding import LowRAEmbedding
+from ..nn.linear import LowRALinear, PackedModule, as_autocast
+from ..nn.lora import lora_linear
+from ..weights.fingerprint import fingerprint_of, weight_digest
 from .adapter_records import check_fingerprint, packing, records
 from .modules import dense_linear, make_embedding_dense
 from .peft_limits import check_start, refuse_embeddings

@@ -8,9 +8,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..embedding import LowRAEmbedding
-from ..experts import LowRAExperts
-from ..linear import PackedModule
+from ..nn.embedding import LowRAEmbedding
+from ..nn.experts import LowRAExperts
+from ..nn.linear import PackedModule
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,18 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .. import card
-from ..atomic import save_text
-from ..checkpoint import DenseCheckpoint, check_packed_names
+from ..checkpoints.atomic import save_text
+from ..checkpoints.dense import DenseCheckpoint, check_packed_names
+from ..checkpoints.packed import PackedFiles
+from ..checkpoints.targets import Target, find_targets
 from ..config import PRECISIONS, LowRAConfig
 from ..device import choose_device
-from ..linear import PackedModule
-from ..pipeline import learn
-from ..planning import Plan, Planner
-from ..quantize import TENSOR_NAMES, quantize_matrix, stored_bits
-from ..targets import Target, find_targets
+from ..nn.linear import PackedModule
+from ..quantization import card
+from ..quantization.pack import quantize_matrix
+from ..quantization.pipeline import learn
+from ..quantization.planning import Plan, Planner
+from ..weights.packed import TENSOR_NAMES, stored_bits
 from .direct_loading import DirectLoading, large_dense_tensors
 from .modules import (
     declare_ties,
@@ -38,7 +40,6 @@ from .modules import (
     share_tied,
     use_experts_one_by_one,
 )
-from .packed_files import PackedFiles
 
 
 @register_quantizer("lowra")

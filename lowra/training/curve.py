@@ -6,7 +6,7 @@ import pathlib
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..atomic import save_json
+from ..checkpoints.atomic import save_json
 
 
 class LossBar(TrainerCallback):

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint import resolve_folder
+from ..checkpoints.dense import resolve_folder
 from .recipe import Recipe
 
 IGNORED = -100  # label that the losses of Transformers leave out

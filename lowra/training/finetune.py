@@ -23,14 +23,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..atomic import save_json
-from ..tables import bake_tables, save_tables, train_tables
+from ..checkpoints.atomic import save_json
+from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, save_curve
 from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, check_method, load_base, prepare_base
 from .recipe import Recipe
-from .tables import TableCheckpoints, give_tables_their_rate
+from .table_checkpoints import TableCheckpoints, give_tables_their_rate
 
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:

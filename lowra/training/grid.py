@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from ..atomic import save_json, save_text
+from ..checkpoints.atomic import save_json, save_text
 from .data import load_data
 from .finetune import train, training_arguments
 from .methods import METHODS, check_method, prepare_base, supports

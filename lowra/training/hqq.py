@@ -9,7 +9,7 @@ packed format; the bits reported are what the codes, scales and zero points woul
 import torch
 from torch import nn
 
-from ..targets import find_targets
+from ..checkpoints.targets import find_targets
 
 GROUP_SIZE = 64
 

@@ -16,11 +16,11 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from ..checkpoint import empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
+from ..checkpoints.targets import find_targets
 from ..config import REACHED, LowRAConfig, check_keys
-from ..initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
-from ..pipeline import quantize_checkpoint
-from ..targets import find_targets
+from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
+from ..quantization.pipeline import quantize_checkpoint
 from . import hqq
 from .recipe import Recipe
 
@@ -197,7 +197,7 @@ def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.P
 
 def _adapted(model: PreTrainedModel) -> list[str]:
     if getattr(model, "quantization_method", None) == "lowra":
-        from ..linear import LowRALinear
+        from ..nn.linear import LowRALinear
 
         head = model.get_output_embeddings()  # may be packed, but an adapter on it would be saved with the whole head
         return [

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
-from lowra.calibration import FILE, Calibration, calibrate, collect
-from lowra.initial_adapter import ADAPTER_FOLDER
+from lowra.quantization.calibration import FILE, Calibration, calibrate, collect
+from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
 

@@ -6,11 +6,12 @@ import torch
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 from lowra import LowRAConfig
-from lowra.feedback import feed_back, fit_levels, padded_levels, recode
-from lowra.learner import learn_codebook
-from lowra.loftq import initialize
-from lowra.quantize import quantize_matrix
-from lowra.refine import nearest_codes, widen
+from lowra.quantization.feedback import feed_back, fit_levels, padded_levels, recode
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.loftq import initialize
+from lowra.quantization.pack import quantize_matrix
+from lowra.quantization.refine import nearest_codes
+from lowra.weights.groups import widen
 
 ROW_BITS = torch.tensor([1, 2, 4, 1, 1, 2, 2], dtype=torch.uint8)
 

@@ -6,8 +6,9 @@ import torch
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
 from bitsandbytes.backends.lowra.reference import decode_scales, encode_scales
 from lowra import LowRAConfig
-from lowra.learner import learn_codebook
-from lowra.quantize import quantize_matrix, store_scales, stored_bits
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.pack import quantize_matrix
+from lowra.weights.packed import store_scales, stored_bits
 
 
 def simulated(weight, codebook, row_bits, config) -> torch.Tensor:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lowra import LowRAConfig
-from lowra.learner import learn_codebook
-from lowra.quantize import quantize_matrix
-from lowra.refine import nearest_codes, refine, widen
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.pack import quantize_matrix
+from lowra.quantization.refine import nearest_codes, refine
+from lowra.weights.groups import widen
 
 
 def matrix(rows=48, columns=200, seed=0) -> torch.Tensor:

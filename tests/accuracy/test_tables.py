@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes.backends.lowra.reference import decode_scales
 from lowra import LowRAConfig, LowRALinear, quantize_checkpoint
-from lowra.learner import learn_codebook
-from lowra.quantize import quantize_matrix
-from lowra.refine import widen
-from lowra.tables import FILE, TrainedTablesLinear, bake_tables, load_tables, save_tables, train_tables
+from lowra.nn.trained_tables import FILE, TrainedTablesLinear, bake_tables, load_tables, save_tables, train_tables
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.pack import quantize_matrix
+from lowra.weights.groups import widen
 
 
 def packed_layer(row_bits, columns=136, group_size=64, scales="double_quant", bias=False) -> LowRALinear:

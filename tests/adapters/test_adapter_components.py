@@ -5,7 +5,7 @@ import torch
 
 from lowra.adapters.codes import RoundToNearest, Sign
 from lowra.adapters.decompose import explained_count, importance_order, svd_components
-from lowra.adapters.refine import outer_error, refine
+from lowra.adapters.straight_through import outer_error, refine
 
 
 @pytest.mark.parametrize(("m", "r", "n"), [(64, 8, 200), (200, 16, 64), (5, 8, 30)])

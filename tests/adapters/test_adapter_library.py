@@ -11,7 +11,7 @@ from lowra.adapters import AdapterLibrary, LabelError, LoraQuantSettings, load_p
 from lowra.adapters.joint import quantize_joint
 from lowra.adapters.labels import make_label
 from lowra.adapters.storage import read_packed, write_packed, write_shared
-from lowra.atomic import written_beside
+from lowra.checkpoints.atomic import written_beside
 
 NAMES = ("law", "news", "code")
 

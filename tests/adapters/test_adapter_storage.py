@@ -12,7 +12,7 @@ from lowra.adapters.labels import make_label
 from lowra.adapters.loraquant import simulate_loraquant
 from lowra.adapters.source import CONFIG_FILE
 from lowra.adapters.storage import PACKED_FILE, factor_state, write_packed
-from lowra.atomic import written_beside
+from lowra.checkpoints.atomic import written_beside
 
 VARIANTS = {
     "2@0.9": {},

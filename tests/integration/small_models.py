@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from lowra.linear import PackedModule
+from lowra.nn.linear import PackedModule
 
 HIDDEN, VOCABULARY = 64, 96
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import ARCHITECTURES, assert_same_tensors, inputs_of, logits_of, losses_of, make_model
 
 import lowra
-from lowra.embedding import LowRAEmbedding
+from lowra.nn.embedding import LowRAEmbedding
 
 TIED = {"tie_word_embeddings": True}
 WITH_EMBEDDINGS = lowra.LowRAConfig(bits=1.5, quantize_embeddings=True)

@@ -10,9 +10,9 @@ from small_models import inputs_of, logits_of, make_model
 from torch import nn
 
 import lowra
+from lowra.checkpoints.targets import find_targets
 from lowra.commands import main
-from lowra.experts import LowRAExperts
-from lowra.targets import find_targets
+from lowra.nn.experts import LowRAExperts
 
 ARCHITECTURES = ["MixtralForCausalLM", "Qwen3MoeForCausalLM"]
 

@@ -13,10 +13,10 @@ from small_models import logits_of, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lowra
+from lowra.checkpoints import reading
 from lowra.commands import main
-from lowra.integrations import reading
 from lowra.integrations.transformers import LowRAHfQuantizer
-from lowra.linear import PackedModule
+from lowra.nn.linear import PackedModule
 
 TARGET = "model.layers.1.mlp.up_proj"
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from lowra import LowRAConfig
 from lowra.integrations import peft as integration
-from lowra.learner import learn_codebook
-from lowra.linear import LowRALinear
-from lowra.quantize import quantize_matrix
-from lowra.tables import train_tables
+from lowra.nn.linear import LowRALinear
+from lowra.nn.trained_tables import train_tables
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.pack import quantize_matrix
 
 N, K = 24, 96
 

@@ -9,8 +9,8 @@ from small_models import make_model
 from transformers import AutoTokenizer
 
 import lowra
-from lowra.calibration import DAMPING, calibrate
-from lowra.observers import ExpertStatistics
+from lowra.quantization.calibration import DAMPING, calibrate
+from lowra.quantization.observers import ExpertStatistics
 
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
 

@@ -8,7 +8,7 @@ import transformers
 from small_models import ARCHITECTURES, logits_of, make_model, packed_layers
 
 import lowra
-from lowra.targets import find_targets
+from lowra.checkpoints.targets import find_targets
 
 DECODER = ARCHITECTURES["LlamaForCausalLM"]
 

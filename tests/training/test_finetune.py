@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowra.generation import load_model
+from lowra.generation.loading import load_model
 from lowra.training import finetune
 from lowra.training.finetune import load_data, measure
 

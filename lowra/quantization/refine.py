@@ -7,6 +7,8 @@ On base-30m that takes off 6 % of it at 1.5 bits (docs/accuracy.md).
 
 import torch
 
+from ..weights.groups import group_sums, widen
+
 
 def refine(
     weight: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, group_size: int, iterations: int
@@ -46,13 +48,3 @@ def nearest_codes(weight: torch.Tensor, levels: torch.Tensor, scales: torch.Tens
     for cut in cuts.T:
         codes += weight > cut[:, None] * wide
     return torch.where(wide > 0, codes, torch.zeros_like(codes))
-
-
-def widen(scales: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
-    """Each group's scale at each of its weights: [N, groups] to [N, columns]."""
-    return scales.repeat_interleave(group_size, dim=1)[:, :columns]
-
-
-def group_sums(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    padding = -values.shape[1] % group_size
-    return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, group_size).sum(dim=2)

@@ -4,8 +4,8 @@ import torch
 
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
 
-from .codebook import PRECISIONS, Codebook, initial_tables
-from .config import LowRAConfig
+from ..config import LowRAConfig
+from ..weights.codebook import PRECISIONS, Codebook, initial_tables
 
 
 def learn_codebook(weight: torch.Tensor, config: LowRAConfig) -> Codebook:

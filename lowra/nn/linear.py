@@ -6,7 +6,7 @@ from torch import nn
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.ops import PackedLinear
 
-from .quantize import TENSOR_NAMES, PackedWeight
+from ..weights.packed import TENSOR_NAMES, PackedWeight
 
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
 

@@ -10,10 +10,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .atomic import save_json, save_tensors
-from .config import LowRAConfig
+from ..checkpoints.atomic import save_json, save_tensors
+from ..checkpoints.targets import Target
+from ..config import LowRAConfig
 from .loftq import METHODS, STEPS
-from .targets import Target
 
 ADAPTER_FOLDER = "initial_adapter"
 BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began

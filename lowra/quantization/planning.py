@@ -1,24 +1,22 @@
 """The plan of a model: what the learner found for every matrix, and the precision the assigner gives each channel."""
 
 import dataclasses
-import hashlib
 import pathlib
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from ..checkpoints.atomic import save_tensors
+from ..checkpoints.dense import check_finite
+from ..checkpoints.targets import Target
+from ..config import LowRAConfig
+from ..weights.codebook import PRECISIONS, Codebook
+from ..weights.fingerprint import fingerprint_of, weight_digest
+from ..weights.packed import stored_bits
 from .assigner import Assignment, Problem, assign
-from .atomic import save_tensors
 from .calibration import Calibration
-from .checkpoint import check_finite
-from .codebook import PRECISIONS, Codebook
-from .config import LowRAConfig
 from .learner import learn_codebook
-from .quantize import stored_bits
-from .targets import Target
-
-_FINGERPRINT_SAMPLES = 4096
 
 
 @dataclasses.dataclass
@@ -153,16 +151,3 @@ class Planner:
             return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
         shape = (target.out_features, target.in_features)
         return np.array([np.ceil(stored_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
-
-
-def weight_digest(name: str, weight: torch.Tensor) -> str:
-    """Digest, in hex, of evenly spread elements of a weight [N, K]: changes with the base, costs nothing."""
-    flat = weight.reshape(-1)
-    step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
-    values = flat[::step][:_FINGERPRINT_SAMPLES].float().cpu().contiguous()
-    return hashlib.sha256(f"{name} {list(weight.shape)}".encode() + values.numpy().tobytes()).hexdigest()
-
-
-def fingerprint_of(digests: dict[str, str]) -> str:
-    """Fingerprint of a base from the digests of its quantised weights by name."""
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()

@@ -1,17 +1,16 @@
-"""Loading a packed or dense model with its adapter, and generating text with it."""
+"""Loading a packed or dense model with its adapter."""
 
 import pathlib
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from .adapters import load_packed
-from .adapters.storage import PACKED_FILE
-from .checkpoint import resolve_folder
-from .device import choose_device
-from .tables import FILE as TABLES_FILE
-from .tables import load_tables
+from ..adapters import load_packed
+from ..adapters.storage import PACKED_FILE
+from ..checkpoints.dense import resolve_folder
+from ..device import choose_device
+from ..nn.trained_tables import FILE as TABLES_FILE
+from ..nn.trained_tables import load_tables
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 
@@ -41,16 +40,3 @@ def load_model(folder: str, adapter: str | None = None, device: str | None = Non
     if adapter is not None and (pathlib.Path(adapter) / TABLES_FILE).exists():
         load_tables(model, adapter)
     return model.eval()
-
-
-@torch.inference_mode()
-def generate_text(
-    model, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, temperature: float, seed: int
-) -> str:
-    """Continues a prompt; temperature 0 takes the likeliest token every time."""
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, **sampling)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)

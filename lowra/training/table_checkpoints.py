@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..atomic import save_tensors
+from ..checkpoints.atomic import save_tensors
 
 _FILE = "table_changes.safetensors"
 
@@ -29,7 +29,7 @@ class TableCheckpoints(TrainerCallback):
     """Writes the parameters of trained tables beside every checkpoint, itself only an adapter, and reads them back."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
-        """Args: parameters: as `lowra.tables.train_tables` returns them."""
+        """Args: parameters: as `lowra.nn.trained_tables.train_tables` returns them."""
         self.parameters = parameters
 
     def on_save(self, args, state, control, **kwargs):

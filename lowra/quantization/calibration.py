@@ -16,12 +16,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from .atomic import save_tensors
-from .checkpoint import empty_model, resolve_folder
-from .device import choose_device
-from .loftq import truncated_svd
+from ..checkpoints.atomic import save_tensors
+from ..checkpoints.dense import empty_model, resolve_folder
+from ..checkpoints.targets import Target, find_targets
+from ..device import choose_device
+from .lowrank import truncated_svd
 from .observers import ExpertObserver, TableObserver
-from .targets import Target, find_targets
 
 FILE = "calibration.safetensors"
 TOKENS = 25_000

@@ -5,8 +5,8 @@ from torch import nn
 
 from bitsandbytes.backends.lowra import layout
 
+from ..weights.groups import widen
 from .linear import PackedModule
-from .refine import widen
 
 _SLICE_WEIGHTS = 1 << 22
 

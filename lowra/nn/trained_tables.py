@@ -18,11 +18,11 @@ from torch import nn
 from bitsandbytes.backends.lowra.ops import gradient_of_input
 from bitsandbytes.backends.lowra.reference import decode_scales
 
-from .atomic import save_tensors
+from ..checkpoints.atomic import save_tensors
+from ..checkpoints.targets import replace_module
+from ..weights.fingerprint import weight_digest
+from ..weights.packed import store_scales
 from .linear import LowRALinear, PackedModule, as_autocast
-from .planning import weight_digest
-from .quantize import store_scales
-from .targets import replace_module
 
 FILE = "tables.safetensors"
 

@@ -17,19 +17,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from . import __version__, card
-from .atomic import held, move_folder, refuse_existing, save_json, save_tensors, save_text
+from ..checkpoints.atomic import held, move_folder, refuse_existing, save_json, save_tensors, save_text
+from ..checkpoints.dense import DenseCheckpoint, check_finite, empty_model, listed, resolve_folder, safetensors_files
+from ..checkpoints.targets import Target, check_skips, find_targets
+from ..config import LowRAConfig
+from ..device import choose_device
+from ..version import __version__
+from ..weights.packed import PackedWeight
+from . import card
 from .calibration import FILE as CALIBRATION_FILE
 from .calibration import Calibration
-from .checkpoint import DenseCheckpoint, check_finite, empty_model, listed, resolve_folder, safetensors_files
-from .config import LowRAConfig
-from .device import choose_device
 from .feedback import with_feedback
 from .initial_adapter import ADAPTER_FOLDER, AdapterRecipe, check_rank, write_adapter
 from .loftq import initialize
+from .pack import quantize_matrix
 from .planning import Plan, Planner
-from .quantize import PackedWeight, quantize_matrix
-from .targets import Target, check_skips, find_targets
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales, pack_codes
 
-from .quantize import PackedWeight, row_counts
-from .refine import widen
+from ..weights.groups import widen
+from ..weights.packed import PackedWeight, row_counts
 
 _BLOCK = 128
 # Levels stay where no output of the calibration pulls at them: share of the mean diagonal of a row's system.

@@ -7,8 +7,8 @@ import re
 import torch
 import transformers
 
-from . import __version__
-from .config import REACHED, LowRAConfig
+from ..config import REACHED, LowRAConfig
+from ..version import __version__
 
 FILE = "README.md"
 

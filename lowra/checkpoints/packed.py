@@ -7,9 +7,9 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..quantize import TENSOR_NAMES
-from ..targets import Target
+from ..weights.packed import TENSOR_NAMES
 from .reading import Place, places_of, read
+from .targets import Target
 
 # PEFT's k-bit preparation turns float16 into float32, which is exact; such models may have been saved.
 _DTYPES = {

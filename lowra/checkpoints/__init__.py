@@ -1,0 +1,1 @@
+"""How models are read and written: dense and packed checkpoints, which layers are packed, files replaced whole."""

@@ -1,0 +1,1 @@
+"""How a model speaks: loading it with its adapter, and continuing text."""

@@ -1,0 +1,1 @@
+"""What stands in the model: modules whose frozen weight lies in packed bits."""
