@@ -7,7 +7,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
 PRECISIONS = (1, 2, 4)
-REACHED = ("format_version", "nominal_bits", "true_bits", "error", "base", "fingerprint")  # filled in, not asked for
+FILLED_IN = ("format_version", "nominal_bits", "true_bits", "error", "base", "fingerprint")  # filled in, not asked for
 
 _CHOICES = {
     "budget": ("nominal", "true"),
@@ -50,8 +50,9 @@ class LowRAConfig(QuantizationConfigMixin):
             gradients x squared inputs, from a calibration).
         refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
             paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
-        feedback: rounds after that which choose codes and levels for the layers' outputs (`lowra.quantization.feedback`), of the
-            layers whose inputs' second moments a calibration has. No more bits; only with learned codebooks.
+        feedback: rounds after that which choose codes and levels for the layers' outputs
+            (`lowra.quantization.feedback`), of the layers whose inputs' second moments a calibration has. No more bits;
+            only with learned codebooks.
         quantize_head: pack the output head as well. Where it is tied to the embeddings, pack those. No adapter on it.
         quantize_embeddings: pack the token embeddings as well, and with them the head that is tied to them. Only the
             rows that are looked up are decoded. No adapter on them.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, quantize_checkpoint
-from lowra.checkpoints.atomic import held
+from lowra.checkpoints.atomic import locked
 from lowra.quantization import pipeline
 from lowra.quantization.card import model_card
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
@@ -310,7 +310,10 @@ def test_files_follow_the_umask(tiny_llama, tmp_path):
 def test_two_processes_do_not_write_to_the_same_place(tiny_llama, tmp_path):
     """The second would empty the folder of the first, whose pieces would then count as its own."""
     arguments = (str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5))
-    with held(tmp_path / "out.partial"), pytest.raises(ValueError, match="Another process is writing to .*out.partial"):
+    with (
+        locked(tmp_path / "out.partial"),
+        pytest.raises(ValueError, match="Another process is writing to .*out.partial"),
+    ):
         quantize_checkpoint(*arguments, device="cpu", progress=False)
     assert (tmp_path / "out.partial").exists()
     quantize_checkpoint(*arguments, device="cpu", progress=False)

@@ -21,12 +21,12 @@ constexpr int kMaxTeams = 256;
 constexpr int kKinds = 3;          // kinds of rows: 4, 2 and 1 bits
 
 // How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes of
-// a quad that share a sum: 1, or 2 where groups have 64 columns or more. USUAL_: 8-bit scales of groups of 64, an even
+// a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of 64, an even
 // number in a row.
-template <int TOKENS_, int LANES_, bool USUAL_>
+template <int TOKENS_, int LANES_, bool DEFAULT_FORM_>
 struct setup {
   static constexpr int TOKENS = TOKENS_, LANES = LANES_;
-  static constexpr bool USUAL = USUAL_;
+  static constexpr bool DEFAULT_FORM = DEFAULT_FORM_;
   static constexpr int kPerMma = 2 * LANES;  // tokens of one mma
   static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;
   static constexpr int kCells = TOKENS * kTileRows;  // sums of a tile
@@ -255,7 +255,7 @@ struct lane_scales {
   static constexpr int kBlocks = 4 / BITS;
   static constexpr int kStep = S::LANES == 1 ? 32 : 128;  // columns from one block to the next
   // Usually two neighbouring blocks have one scale, and the two scales of a 1-bit row are one load under one step.
-  static constexpr int kLoads = S::USUAL && S::LANES == 1 ? 1 : kBlocks;
+  static constexpr int kLoads = S::DEFAULT_FORM && S::LANES == 1 ? 1 : kBlocks;
   raw_scale raw[2][kLoads];
 
   // column: the lane's first.
@@ -264,7 +264,7 @@ struct lane_scales {
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if constexpr (S::USUAL) {
+        if constexpr (S::DEFAULT_FORM) {
           constexpr bool kPair = S::LANES == 1 && BITS == 1;
           const size_t index = tile.first_scale[h] + min((column + kStep * i) >> 6, q.groups - 1 - kPair);
           const uint8_t *at = static_cast<const uint8_t *>(q.packed.scales) + index;
@@ -278,10 +278,10 @@ struct lane_scales {
     }
   }
   __device__ __forceinline__ float of_block(const product &q, int h, int i) const {
-    if constexpr (S::USUAL && S::LANES == 1) {
+    if constexpr (S::DEFAULT_FORM && S::LANES == 1) {
       const float root = (float)(int)(BITS == 1 ? (raw[h][0].bits >> (i / 2 * 8)) & 0xff : raw[h][0].bits);
       return root * root * raw[h][0].step;
-    } else if constexpr (S::USUAL) {
+    } else if constexpr (S::DEFAULT_FORM) {
       const float root = (float)(int)raw[h][i].bits;
       return root * root * raw[h][i].step;
     } else {

@@ -65,7 +65,7 @@ int launch(const product &q, const plan &p, cudaStream_t stream) {
   auto *kernel = product_many_kernel<TOKENS, ROWS, SHARED, T>;
   const tile_grid grid = grid_of(q, p);
   const int at_once = clusters_of(0), blocks = kPair << p.split_shift;
-  const int clusters = p.split_shift > 0 || grid.works < at_once ? grid.works : at_once;
+  const int clusters = p.split_shift > 0 || grid.tile_pairs < at_once ? grid.tile_pairs : at_once;
   return launch_early(kernel, dim3(blocks * clusters), dim3(shape::kThreads), shape::kBytes, blocks, stream, q, map, grid);
 }
 
@@ -85,7 +85,7 @@ plan best_plan(const product &q) {
         if (!shared && rows > 128) continue;
         plan p = {tokens, rows, shift, 0};
         const int at_once = clusters_of(shift);
-        p.waves = (grid_of(q, p).works + at_once - 1) / at_once;
+        p.waves = (grid_of(q, p).tile_pairs + at_once - 1) / at_once;
         const int64_t step = 2 * tokens + rows * (tokens / 64 + 1) + (shared ? rows / 2 : 0);
         const int64_t ends = shift > 0 ? 6500 : 4000;
         const int64_t cost = p.waves * (((steps - 1 >> shift) + 1) * step + ends);
@@ -129,7 +129,7 @@ bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, 
   if (tokens <= 256) return true;
   // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, the tiles large or
   // their columns not shared, and little of the time spent at their ends.
-  const bool full = 10 * grid_of(q, p).works >= 9 * clusters_of(p.split_shift);
+  const bool full = 10 * grid_of(q, p).tile_pairs >= 9 * clusters_of(p.split_shift);
   const bool lasting = q.in_features >> p.split_shift >= 4096;
   return tokens > 416 && full && lasting && (p.rows == 176 || p.split_shift == 0);
 }

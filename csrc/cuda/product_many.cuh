@@ -53,7 +53,7 @@ struct tile_shape {
 };
 
 struct tile_grid {
-  int token_tiles, works;  // works: pairs of tiles
+  int token_tiles, tile_pairs;
   int split_shift;         // log2 of the splits: pairs of blocks that share a work's columns, and then have no other work
 
   __host__ __device__ int splits() const { return 1 << split_shift; }
@@ -205,7 +205,7 @@ __device__ __forceinline__ void decode_tiles(const product &q, const tile_grid &
   const int steps = role.end_step - role.first_step, rows = q.layout.rows();
   const uint32_t full = memory + shape::kBarriers;
   ring_place<shape::kStages> ring;
-  for (int work = role.first_work; work < grid.works; work += role.stride) {
+  for (int work = role.first_work; work < grid.tile_pairs; work += role.stride) {
     const output_tile tile = tile_of<TOKENS, ROWS, SHARED>(grid, work);
     const int first = tile.first_row + (SHARED ? rank * shape::kOwnRows : 0);
     for (int i = warp; i < kRuns; i += shape::kDecodeWarps) {
@@ -256,7 +256,7 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
     if (kWarpArrivals > 1) barrier_arrive_in_cluster(empty_in(lane + 1) + 8 * stage);
   };
   ring_place<shape::kStages> ring;
-  for (int work = role.first_work; work < grid.works; work += role.stride) {
+  for (int work = role.first_work; work < grid.tile_pairs; work += role.stride) {
     float sums[kParts][ROWS / 2];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -296,7 +296,7 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
     constexpr int kUnits = ROWS / 16;
     const unit_range units = {kUnits * role.split >> grid.split_shift, kUnits * (role.split + 1) >> grid.split_shift};
     if (grid.split_shift > 0) add_up<ROWS>(role.rank, grid.splits(), memory, units, sums);
-    if (work + role.stride >= grid.works) cluster_arrive();  // this block needs and sends nothing more
+    if (work + role.stride >= grid.tile_pairs) cluster_arrive();  // this block needs and sends nothing more
     const output_tile tile = tile_of<TOKENS, ROWS, SHARED>(grid, work);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {

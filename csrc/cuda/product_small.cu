@@ -20,7 +20,7 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
                                           float (&total)[S::kMmas][4]) {
   constexpr int kStride = S::kStride * 16, kToken = kChunkUnits * 16, kUnitColumns = kUnitBits / BITS;
   constexpr int kBlocks = 4 / BITS;
-  constexpr int kAtOnce = S::USUAL && S::LANES == 1 && BITS < 4 ? 2 : 1;  // blocks under one scale
+  constexpr int kAtOnce = S::DEFAULT_FORM && S::LANES == 1 && BITS < 4 ? 2 : 1;  // blocks under one scale
   levels_of<BITS> levels[2];
   levels[0].load(tile.first_levels[0], tile.levels[0]);
   levels[1].load(tile.first_levels[1], tile.levels[1]);
@@ -360,13 +360,13 @@ int launch(const product &q, int32_t type, cudaStream_t stream) {
   return LOWRA_UNSUPPORTED;
 }
 
-template <bool USUAL>
+template <bool DEFAULT_FORM>
 int choose(const product &q, int32_t type, cudaStream_t stream) {
-  if (q.tokens == 1) return launch<setup<1, 1, USUAL>>(q, type, stream);
-  if (q.tokens == 2) return launch<setup<2, 1, USUAL>>(q, type, stream);
+  if (q.tokens == 1) return launch<setup<1, 1, DEFAULT_FORM>>(q, type, stream);
+  if (q.tokens == 2) return launch<setup<2, 1, DEFAULT_FORM>>(q, type, stream);
   if (q.group_shift >= 6) {
-    if (q.tokens <= 4) return launch<setup<4, 2, USUAL>>(q, type, stream);
-    return launch<setup<8, 2, USUAL>>(q, type, stream);
+    if (q.tokens <= 4) return launch<setup<4, 2, DEFAULT_FORM>>(q, type, stream);
+    return launch<setup<8, 2, DEFAULT_FORM>>(q, type, stream);
   }
   if (q.tokens <= 4) return launch<setup<4, 1, false>>(q, type, stream);
   return launch<setup<8, 1, false>>(q, type, stream);
@@ -375,9 +375,9 @@ int choose(const product &q, int32_t type, cudaStream_t stream) {
 }  // namespace
 
 int product_small(const product &q, int32_t type, cudaStream_t stream) {
-  const bool usual = q.packed.scale_type == LOWRA_UINT8 && q.group_shift == 6 && q.groups % 2 == 0 &&
+  const bool default_form = q.packed.scale_type == LOWRA_UINT8 && q.group_shift == 6 && q.groups % 2 == 0 &&
                      reinterpret_cast<uintptr_t>(q.packed.scales) % 2 == 0;
-  return usual ? choose<true>(q, type, stream) : choose<false>(q, type, stream);
+  return default_form ? choose<true>(q, type, stream) : choose<false>(q, type, stream);
 }
 
 }  // namespace lowra

@@ -34,7 +34,7 @@ def written_beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path) -> Iterator[None]:
+def locked(folder: pathlib.Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the block ends, or this process does.
 
     Raises:

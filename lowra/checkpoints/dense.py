@@ -240,8 +240,8 @@ def match_tensors(
     }
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {listed(missing)} that {type(model).__name__} needs. Download it again or check "
-            "that config.json belongs to it."
+            f"The checkpoint lacks {count_and_names(missing)} that {type(model).__name__} needs. Download it again or "
+            "check that config.json belongs to it."
         )
     return matches
 
@@ -266,9 +266,9 @@ def check_packed_names(
     unknown = _unplaced(matches, model)
     if unknown:
         raise ValueError(
-            f"The packed checkpoint holds {listed(unknown)} that {type(model).__name__} has no place for: files of "
-            "two checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again with "
-            "`lowra quantize`."
+            f"The packed checkpoint holds {count_and_names(unknown)} that {type(model).__name__} has no place for: "
+            "files of two checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again "
+            "with `lowra quantize`."
         )
 
     if shapes:
@@ -323,7 +323,7 @@ def _any_of(patterns: set[str]) -> re.Pattern:
     return re.compile("|".join(patterns or ["(?!)"]))
 
 
-def listed(names) -> str:
+def count_and_names(names) -> str:
     """Such as "2 tensor(s): a, b"."""
     names = sorted(names)
     return f"{len(names)} tensor(s): {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"

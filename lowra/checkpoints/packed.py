@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.backends.lowra import layout
 
 from ..weights.packed import TENSOR_NAMES
-from .reading import Place, places_of, read
+from .reading import StoredTensor, read, stored_tensors
 from .targets import Target
 
 # PEFT's k-bit preparation turns float16 into float32, which is exact; such models may have been saved.
@@ -48,10 +48,10 @@ class PackedFiles:
             ValueError: a file is cut short, or a target's tensors are missing or of another type or size.
         """
         dense = dense or {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, StoredTensor] = {}
         modules = _names_with_and_without_base([target.name for target in targets.values()])
         others = _names_with_and_without_base(list(dense))
-        for place in (place for path in files for place in places_of(path)):
+        for place in (place for path in files for place in stored_tensors(path)):
             module, _, leaf = place.key.rpartition(".")
             name = modules.get(module) or modules.get(module.partition(".")[2])
             if name is not None and leaf in TENSOR_NAMES:
@@ -67,7 +67,7 @@ class PackedFiles:
         for target in targets.values():
             self._check_sizes(target, group_size)
 
-    def of(self, name: str) -> dict[str, Place]:
+    def of(self, name: str) -> dict[str, StoredTensor]:
         """The places of one target's tensors by leaf."""
         keys = {leaf: f"{name}.{leaf}" for leaf in TENSOR_NAMES}
         return {leaf: self.places[key] for leaf, key in keys.items() if key in self.places}

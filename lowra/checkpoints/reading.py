@@ -24,7 +24,7 @@ _THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class StoredTensor:
     """One tensor in a file.
 
     Attributes:
@@ -46,7 +46,7 @@ class Place:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def places_of(path: pathlib.Path) -> list[Place]:
+def stored_tensors(path: pathlib.Path) -> list[StoredTensor]:
     """Every tensor of a file, from its header.
 
     Raises:
@@ -63,14 +63,14 @@ def places_of(path: pathlib.Path) -> list[Place]:
     header.pop("__metadata__", None)
     first = 8 + length
     return [
-        Place(
+        StoredTensor(
             path, key, _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), *(first + at for at in entry["data_offsets"])
         )
         for key, entry in header.items()
     ]
 
 
-def read(places: dict[str, Place], device: torch.device) -> dict[str, torch.Tensor]:
+def read(places: dict[str, StoredTensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors of these places, on `device`; on the CPU mapped, so that they take no memory until they are used."""
     if device.type == "cuda":
         return _copied(places, device)
@@ -78,7 +78,7 @@ def read(places: dict[str, Place], device: torch.device) -> dict[str, torch.Tens
     return {name: opened[place.path].get_tensor(place.key).to(device) for name, place in places.items()}
 
 
-def _copied(places: dict[str, Place], device: torch.device) -> dict[str, torch.Tensor]:
+def _copied(places: dict[str, StoredTensor], device: torch.device) -> dict[str, torch.Tensor]:
     torch.empty(sum(place.stop - place.start for place in places.values()), dtype=torch.uint8, device=device)
     # The block just freed is cut into the tensors: one allocation, where a thousand would cost as much as the copy.
     tensors = {name: torch.empty(place.shape, dtype=place.dtype, device=device) for name, place in places.items()}
@@ -104,7 +104,7 @@ class _Chunk:
     parts: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
 
 
-def _chunks(wanted: list[tuple[Place, torch.Tensor]]) -> list[_Chunk]:
+def _chunks(wanted: list[tuple[StoredTensor, torch.Tensor]]) -> list[_Chunk]:
     """Cuts what is to be read into chunks of at most `_CHUNK_BYTES`, in the order of the files."""
     chunks: list[_Chunk] = []
     for place, content in sorted(wanted, key=lambda item: (str(item[0].path), item[0].start)):

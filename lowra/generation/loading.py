@@ -9,8 +9,7 @@ from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.dense import resolve_folder
 from ..device import choose_device
-from ..nn.trained_tables import FILE as TABLES_FILE
-from ..nn.trained_tables import load_tables
+from ..nn.trained_tables import TABLES_FILE, load_tables
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 

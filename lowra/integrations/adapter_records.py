@@ -15,8 +15,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import cached_file
 
 from ..checkpoints.atomic import save_json
-from ..checkpoints.dense import listed
-from ..checkpoints.reading import places_of
+from ..checkpoints.dense import count_and_names
+from ..checkpoints.reading import stored_tensors
 from ..quantization.initial_adapter import BASE_RECORD
 
 
@@ -72,7 +72,7 @@ def _check_file(adapter: str | pathlib.Path, subfolder: str | None) -> None:
         return  # on the hub, or PEFT says what is missing
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
-        places_of(weights)
+        stored_tensors(weights)
     elif not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{folder} has an adapter_config.json and no {SAFETENSORS_WEIGHTS_NAME}.")
 
@@ -81,7 +81,9 @@ def _check_fit(loaded, adapter: str | pathlib.Path) -> None:
     """Raises ValueError for tensors that a LoRA lacks or has too many of; PEFT warns of the former only."""
     for keys, what in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for them,")):
         if keys:
-            raise ValueError(f"The adapter {adapter} {what} {listed(keys)}. It is damaged, or its config was changed.")
+            raise ValueError(
+                f"The adapter {adapter} {what} {count_and_names(keys)}. It is damaged, or its config was changed."
+            )
 
 
 def _read_record(adapter: str | pathlib.Path, subfolder: str | None) -> dict:

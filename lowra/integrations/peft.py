@@ -88,12 +88,12 @@ class LowRALoraLinear(LoraLinear):
         if not adapter_names:
             return
         if not self._packed:
-            self.stand_in()
+            self.put_dense_base()
         self.base_layer.float()
         super().merge(safe_merge, adapter_names)
         self.base_layer.to(self._packed[0].compute_dtype)
 
-    def stand_in(self, weight: torch.Tensor | None = None) -> None:
+    def put_dense_base(self, weight: torch.Tensor | None = None) -> None:
         """Puts a dense layer in the place of the packed one: its dequantised weight, or the weight [N, K] given."""
         self._packed.append(self.base_layer)
         self.base_layer = dense_linear(self.base_layer, torch.float32, weight)
@@ -226,7 +226,7 @@ def _put_original_below(model: PeftModel, original, initial) -> None:
             continue
         if initial is not None and temporary in layer.lora_A:
             weight = weight - layer.get_delta_weight(temporary).float()
-        layer.stand_in(weight)
+        layer.put_dense_base(weight)
     if initial is not None:
         model.delete_adapter(temporary)
 

@@ -28,7 +28,7 @@ from ..quantization import card
 from ..quantization.pack import quantize_matrix
 from ..quantization.pipeline import learn
 from ..quantization.planning import Plan, Planner
-from ..weights.packed import TENSOR_NAMES, stored_bits
+from ..weights.packed import TENSOR_NAMES, channel_bits
 from .direct_loading import DirectLoading, large_dense_tensors
 from .modules import (
     declare_ties,
@@ -83,7 +83,7 @@ class LowRAHfQuantizer(HfQuantizer):
             return param.element_size()
         shape = target.out_features, target.in_features
         counts = torch.bincount(self._plan.row_bits[target.weight_name], minlength=5).tolist()
-        bits = sum(counts[b] * stored_bits(*shape, b, self.quantization_config) for b in PRECISIONS)
+        bits = sum(counts[b] * channel_bits(*shape, b, self.quantization_config) for b in PRECISIONS)
         return bits / 8 / param.numel()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
@@ -282,7 +282,7 @@ def _write_a_card_with_every_checkpoint() -> None:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         original(self, save_directory, is_main_process, *args, **kwargs)
-        config, place = getattr(self.config, "quantization_config", None), pathlib.Path(save_directory) / card.FILE
+        config, place = getattr(self.config, "quantization_config", None), pathlib.Path(save_directory) / card.CARD_FILE
         modules = {module.weight: module for module in self.modules() if isinstance(module, PackedModule)}.values()
         if not is_main_process or not modules or not isinstance(config, LowRAConfig) or place.exists():
             return

@@ -24,7 +24,7 @@ from ..weights.fingerprint import weight_digest
 from ..weights.packed import store_scales
 from .linear import LowRALinear, PackedModule, as_autocast
 
-FILE = "tables.safetensors"
+TABLES_FILE = "tables.safetensors"
 
 _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
 
@@ -84,7 +84,7 @@ def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = Tru
         for part in ("levels", "scales", "scale_steps") if scales else ("levels",):
             if getattr(layer, part) is not None:
                 tensors[f"{name}.{part}"] = getattr(layer, part).detach().cpu()
-    path = pathlib.Path(folder) / FILE
+    path = pathlib.Path(folder) / TABLES_FILE
     save_tensors(tensors, path)
     return path
 
@@ -95,7 +95,7 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
     Raises:
         FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's.
     """
-    path = pathlib.Path(folder) / FILE
+    path = pathlib.Path(folder) / TABLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
     stored = load_file(path)

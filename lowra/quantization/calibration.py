@@ -21,9 +21,9 @@ from ..checkpoints.dense import empty_model, resolve_folder
 from ..checkpoints.targets import Target, find_targets
 from ..device import choose_device
 from .lowrank import truncated_svd
-from .observers import ExpertObserver, TableObserver
+from .observers import EmbeddingObserver, ExpertObserver
 
-FILE = "calibration.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
 TOKENS = 25_000
 SEQUENCE = 1024
 # Directions of the inputs' second moment in a file, beside its diagonal (docs/accuracy.md).
@@ -117,7 +117,7 @@ class Calibration:
             FileNotFoundError, ValueError: no such file, or not one of these.
         """
         path = pathlib.Path(path)
-        path = path / FILE if path.is_dir() else path
+        path = path / CALIBRATION_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
         parts = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
@@ -184,10 +184,10 @@ def calibrate(
     return calibration
 
 
-def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObserver | TableObserver]:
+def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObserver | EmbeddingObserver]:
     """For the targets that are no linear layers."""
     experts: dict[str, dict[str, str]] = {}
-    observers: list[ExpertObserver | TableObserver] = []
+    observers: list[ExpertObserver | EmbeddingObserver] = []
     for name, target in targets.items():
         if target.experts is not None:
             module, _, leaf = target.name.rpartition(".")
@@ -196,7 +196,7 @@ def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObser
         places = [model.get_submodule(place) for place in (target.name, *target.tied)]
         tables = [place for place in places if isinstance(place, nn.Embedding)]
         if tables:
-            observers.append(TableObserver(name, tables))
+            observers.append(EmbeddingObserver(name, tables))
     return observers + [ExpertObserver(model.get_submodule(module), leaves) for module, leaves in experts.items()]
 
 

@@ -7,10 +7,10 @@ import re
 import torch
 import transformers
 
-from ..config import REACHED, LowRAConfig
+from ..config import FILLED_IN, LowRAConfig
 from ..version import __version__
 
-FILE = "README.md"
+CARD_FILE = "README.md"
 
 _CARD = """---
 library_name: transformers
@@ -65,7 +65,7 @@ def model_card(
     packed = ["Linear layers"]
     packed += ["embeddings (with a head that is tied to them)"] if config.quantize_embeddings else []
     packed += ["output head"] if config.quantize_head else []
-    asked = {name: value for name, value in config.to_dict().items() if name not in (*REACHED, "quant_method")}
+    asked = {name: value for name, value in config.to_dict().items() if name not in (*FILLED_IN, "quant_method")}
     of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.base) and not pathlib.Path(config.base).exists()
     rows = {
         "base": f"`{config.base}`",

@@ -116,7 +116,7 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-class TableObserver:
+class EmbeddingObserver:
     """Sums over the lookups in embeddings [V, K] that share one weight, until `close`."""
 
     def __init__(self, key: str, tables: list[nn.Embedding]):

@@ -17,16 +17,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ..checkpoints.atomic import held, move_folder, refuse_existing, save_json, save_tensors, save_text
-from ..checkpoints.dense import DenseCheckpoint, check_finite, empty_model, listed, resolve_folder, safetensors_files
+from ..checkpoints.atomic import locked, move_folder, refuse_existing, save_json, save_tensors, save_text
+from ..checkpoints.dense import (
+    DenseCheckpoint,
+    check_finite,
+    count_and_names,
+    empty_model,
+    resolve_folder,
+    safetensors_files,
+)
 from ..checkpoints.targets import Target, check_skips, find_targets
 from ..config import LowRAConfig
 from ..device import choose_device
 from ..version import __version__
 from ..weights.packed import PackedWeight
 from . import card
-from .calibration import FILE as CALIBRATION_FILE
-from .calibration import Calibration
+from .calibration import CALIBRATION_FILE, Calibration
 from .feedback import with_feedback
 from .initial_adapter import ADAPTER_FOLDER, AdapterRecipe, check_rank, write_adapter
 from .loftq import initialize
@@ -83,7 +89,7 @@ def quantize_checkpoint(
     if source.unplaced:
         logger.warning(
             "lowra: the checkpoint holds %s that %s of its config.json has no place for; left out.",
-            listed(source.unplaced),
+            count_and_names(source.unplaced),
             type(skeleton).__name__,
         )
     for name in source.names():
@@ -101,8 +107,8 @@ def quantize_checkpoint(
                 f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
             )
     work = output.with_name(output.name + ".partial")
-    with held(work):
-        _empty_unless_begun(work, files, config, adapter, calibration)
+    with locked(work):
+        _clear_work_of_other_recipe(work, files, config, adapter, calibration)
         try:
             report = _stream(
                 source, targets, config, adapter, calibration, work, output, folder, model, device, progress
@@ -169,7 +175,7 @@ def learn(
             planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))
 
 
-def _empty_unless_begun(work: pathlib.Path, files, config, adapter, calibration) -> None:
+def _clear_work_of_other_recipe(work: pathlib.Path, files, config, adapter, calibration) -> None:
     """Empties the work folder unless it was begun with the same source and recipe; the folder itself is held."""
     recipe = {
         "version": __version__,
@@ -318,7 +324,7 @@ def _assemble(work, output, folder, model, skeleton, targets, plan: Plan, names,
         },
     }
     architecture = type(skeleton).__name__
-    save_text(card.model_card(reached, architecture, parameters, packed_bytes, report, adapter), final / card.FILE)
+    save_text(card.model_card(reached, architecture, parameters, packed_bytes, report, adapter), final / card.CARD_FILE)
     return report
 
 

@@ -13,7 +13,7 @@ from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from ..weights.codebook import PRECISIONS, Codebook
 from ..weights.fingerprint import fingerprint_of, weight_digest
-from ..weights.packed import stored_bits
+from ..weights.packed import channel_bits
 from .assigner import Assignment, Problem, assign
 from .calibration import Calibration
 from .learner import learn_codebook
@@ -150,4 +150,4 @@ class Planner:
         if self.config.budget == "nominal":
             return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
         shape = (target.out_features, target.in_features)
-        return np.array([np.ceil(stored_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
+        return np.array([np.ceil(channel_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)

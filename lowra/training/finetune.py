@@ -30,7 +30,7 @@ from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, check_method, load_base, prepare_base
 from .recipe import Recipe
-from .table_checkpoints import TableCheckpoints, give_tables_their_rate
+from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
 
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:
@@ -95,7 +95,7 @@ def train(
     trainer = _trainer(model, recipe, data, arguments, progress and main)
     checkpoint = get_last_checkpoint(arguments.output_dir) if recipe.resume and _exists(arguments.output_dir) else None
     if tables:
-        give_tables_their_rate(trainer, tables, recipe.tables_learning_rate)
+        set_tables_learning_rate(trainer, tables, recipe.tables_learning_rate)
         checkpoints = TableCheckpoints(tables)
         trainer.add_callback(checkpoints)
         if checkpoint is not None:

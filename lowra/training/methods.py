@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
 from ..checkpoints.targets import find_targets
-from ..config import REACHED, LowRAConfig, check_keys
+from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
 from ..quantization.pipeline import quantize_checkpoint
 from . import hqq
@@ -144,7 +144,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
     stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
-    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in REACHED}
+    pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in FILLED_IN}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
     for name, (was, asked) in pairs.items():

@@ -12,7 +12,7 @@ from ..checkpoints.atomic import save_tensors
 _FILE = "table_changes.safetensors"
 
 
-def give_tables_their_rate(trainer: Trainer, parameters: dict[str, nn.Parameter], rate: float) -> None:
+def set_tables_learning_rate(trainer: Trainer, parameters: dict[str, nn.Parameter], rate: float) -> None:
     """Moves the parameters of trained tables into a group of the optimiser with this peak rate and no weight decay.
 
     They are changes of levels between -1 and 1 and relative changes of scales, so what rate suits them does not follow

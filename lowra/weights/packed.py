@@ -58,7 +58,7 @@ class PackedWeight:
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @property
-    def nominal_bits(self) -> int:
+    def code_bits(self) -> int:
         """The codes alone."""
         return int(self.row_bits.sum()) * self.in_features
 
@@ -82,7 +82,7 @@ def store_scales(absmax: torch.Tensor, storage: str) -> tuple[torch.Tensor, torc
     return absmax.half(), None
 
 
-def stored_bits(out_features: int, in_features: int, bits: int, config: LowRAConfig) -> float:
+def channel_bits(out_features: int, in_features: int, bits: int, config: LowRAConfig) -> float:
     """True bits of one channel of `bits` bits, shared scale steps in proportion. What a true budget counts."""
     groups = layout.group_count(in_features, config.group_size)
     per_scale = {"double_quant": 8, "float16": 16, "float32": 32}[config.scales]

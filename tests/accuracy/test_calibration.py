@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
-from lowra.quantization.calibration import FILE, Calibration, calibrate, collect
+from lowra.quantization.calibration import CALIBRATION_FILE, Calibration, calibrate, collect
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
@@ -57,7 +57,7 @@ def test_a_calibrated_checkpoint_serves_another_budget(tiny_llama, calibration, 
         str(tiny_llama), tmp_path / "a", config, AdapterRecipe(4, method="cloq"), "cpu", False, calibration
     )
     assert (tmp_path / "a" / ADAPTER_FOLDER / "adapter_model.safetensors").exists()
-    assert (tmp_path / "a" / FILE).exists()
+    assert (tmp_path / "a" / CALIBRATION_FILE).exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     stored = Calibration.load(tmp_path / "a")
     assert stored.digest() == calibration.digest()
@@ -75,7 +75,7 @@ def test_a_calibrated_checkpoint_serves_another_budget(tiny_llama, calibration, 
 
 
 def test_stored_moments_keep_the_diagonal_and_the_main_directions(calibration, tmp_path):
-    calibration.save(tmp_path / FILE)
+    calibration.save(tmp_path / CALIBRATION_FILE)
     stored = Calibration.load(tmp_path)
     assert not stored.moments and stored.factors.keys() == calibration.moments.keys()
     for name in calibration.moments:
@@ -86,7 +86,7 @@ def test_stored_moments_keep_the_diagonal_and_the_main_directions(calibration, t
     same = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
     assert stored.factors[same[0]] is stored.factors[same[1]] is stored.factors[same[2]]
     stored.save(tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / FILE).read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / CALIBRATION_FILE).read_bytes()
 
 
 def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):

@@ -8,7 +8,7 @@ from bitsandbytes.backends.lowra.reference import decode_scales, encode_scales
 from lowra import LowRAConfig
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.pack import quantize_matrix
-from lowra.weights.packed import store_scales, stored_bits
+from lowra.weights.packed import channel_bits, store_scales
 
 
 def simulated(weight, codebook, row_bits, config) -> torch.Tensor:
@@ -49,8 +49,8 @@ def test_stored_bits_are_the_bytes(scales):
     row_bits = torch.tensor([4, 2, 1] * 16, dtype=torch.uint8)
     packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
     assert packed.stored_bits == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
-    assert packed.nominal_bits == 16 * (4 + 2 + 1) * 176
-    assert packed.stored_bits == pytest.approx(16 * sum(stored_bits(48, 176, bits, config) for bits in (4, 2, 1)))
+    assert packed.code_bits == 16 * (4 + 2 + 1) * 176
+    assert packed.stored_bits == pytest.approx(16 * sum(channel_bits(48, 176, bits, config) for bits in (4, 2, 1)))
 
 
 def test_scale_codes_are_within_four_percent_at_a_hundredth_of_the_largest():

@@ -8,7 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes.backends.lowra.reference import decode_scales
 from lowra import LowRAConfig, LowRALinear, quantize_checkpoint
-from lowra.nn.trained_tables import FILE, TrainedTablesLinear, bake_tables, load_tables, save_tables, train_tables
+from lowra.nn.trained_tables import (
+    TABLES_FILE,
+    TrainedTablesLinear,
+    bake_tables,
+    load_tables,
+    save_tables,
+    train_tables,
+)
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.pack import quantize_matrix
 from lowra.weights.groups import widen
@@ -170,4 +177,4 @@ def test_misuse_is_refused(packed, tiny_llama, tmp_path):
     quantize_checkpoint(str(tiny_llama), tmp_path / "b", LowRAConfig(bits=2), device="cpu", progress=False)
     with pytest.raises(ValueError, match="other codes"):
         load_tables(AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32), tmp_path)
-    assert (tmp_path / FILE).exists()
+    assert (tmp_path / TABLES_FILE).exists()

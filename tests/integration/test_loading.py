@@ -69,7 +69,7 @@ def test_files_are_cut_into_pieces_without_loss(packed_llama, monkeypatch, chunk
     """What the threads for a GPU do, without one."""
     monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk)
     path = packed_llama / "model.safetensors"
-    places = reading.places_of(path)[1::2]  # with gaps
+    places = reading.stored_tensors(path)[1::2]  # with gaps
     tensors = [torch.empty(place.shape, dtype=place.dtype) for place in places]
     content = path.read_bytes()
     chunks = reading._chunks([(p, t.view(-1).view(torch.uint8)) for p, t in zip(places, tensors, strict=True)])
