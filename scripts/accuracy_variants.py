@@ -83,7 +83,9 @@ def quantise(session, v: Variant):
         def pack(matrix):
             return quantize_matrix(matrix, book, row_bits, config)
 
-        packed, factors = initialize(weight, pack, v.rank, v.rank, v.method, v.steps, v.seed, moment, v.feedback)
+        packed, factors = initialize(
+            weight, pack, v.rank, v.rank, v.method, v.steps, v.seed, moment=moment, feedback=v.feedback
+        )
         return packed, factors.lora_A, factors.lora_B
 
     for name, target in session.targets.items():

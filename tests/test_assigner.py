@@ -13,8 +13,7 @@ from lowra.checkpoints.targets import find_targets
 from lowra.quantization.assigner import Problem, assign, assign_exact, assign_layer_order
 from lowra.quantization.assigner import two_level as two_level_module
 from lowra.quantization.assigner.two_level import assign_two_level
-from lowra.quantization.pipeline import learn
-from lowra.quantization.planning import Planner
+from lowra.quantization.planning import Planner, learn
 
 MENU = (1, 2, 4)
 ASSIGNERS = ("exact", "two_level", "layer_order")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra import AdapterRecipe, LowRAConfig, LowRALinear, quantize_checkpoint
 from lowra.checkpoints.atomic import locked
-from lowra.quantization import pipeline
+from lowra.quantization import pieces, pipeline
 from lowra.quantization.card import model_card
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny_llama, packed, tmp_path, mon
     output = tmp_path / "resumed"
     arguments = (str(tiny_llama), output, LowRAConfig(bits=1.5), AdapterRecipe(4), "cpu", False)
     calls = []
-    original = pipeline.quantize_matrix
+    original = pieces.quantize_matrix
 
     def dies(*args):
         calls.append(1)
@@ -88,11 +88,11 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny_llama, packed, tmp_path, mon
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(pipeline, "quantize_matrix", dies)
+    monkeypatch.setattr(pieces, "quantize_matrix", dies)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(*arguments)
     assert not output.exists()
-    monkeypatch.setattr(pipeline, "quantize_matrix", original)
+    monkeypatch.setattr(pieces, "quantize_matrix", original)
     learned = []
     monkeypatch.setattr(pipeline.Planner, "add", lambda *args: learned.append(args))
     quantize_checkpoint(*arguments)
@@ -323,7 +323,7 @@ def test_pieces_of_another_recipe_are_thrown_away(tiny_llama, tmp_path, monkeypa
     def dies(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_assemble", dies)
+    monkeypatch.setattr(pipeline, "assemble", dies)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5), device="cpu", progress=False)
     assert list((tmp_path / "out.partial" / "pieces").iterdir())

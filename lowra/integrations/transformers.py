@@ -26,8 +26,7 @@ from ..device import choose_device
 from ..nn.linear import PackedModule
 from ..quantization import card
 from ..quantization.pack import quantize_matrix
-from ..quantization.pipeline import learn
-from ..quantization.planning import Plan, Planner
+from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .direct_loading import DirectLoading, large_dense_tensors
 from .modules import (

@@ -138,6 +138,7 @@ def calibrate(
     device: str | torch.device | None = None,
     moments: bool = False,
     progress: bool = True,
+    *,
     head: bool = False,
     embeddings: bool = False,
 ) -> Calibration:

@@ -35,6 +35,7 @@ def initialize(
     method: str = "loftq",
     steps: int = STEPS,
     seed: int = 0,
+    *,
     moment: torch.Tensor | None = None,
     feedback: int = 0,
 ) -> tuple[PackedWeight, LowRank]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..checkpoints.atomic import save_tensors
-from ..checkpoints.dense import check_finite
+from ..checkpoints.dense import DenseCheckpoint, check_finite
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from ..weights.codebook import PRECISIONS, Codebook
@@ -16,6 +16,7 @@ from ..weights.fingerprint import fingerprint_of, weight_digest
 from ..weights.packed import channel_bits
 from .assigner import Assignment, Problem, assign
 from .calibration import Calibration
+from .job import with_bar
 from .learner import learn_codebook
 
 
@@ -151,3 +152,21 @@ class Planner:
             return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
         shape = (target.out_features, target.in_features)
         return np.array([np.ceil(channel_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
+
+
+def learn(
+    planner: Planner,
+    source: DenseCheckpoint,
+    targets: dict[str, Target],
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Feeds every target of a checkpoint to the planner, in the order of the checkpoint."""
+    names = [name for name in source.names() if name in targets]
+    finished = {name for name in names if planner.has_stored(name)}
+    for name in with_bar(names, targets, finished, "learning", progress):
+        target = targets[name]
+        if name in finished:
+            planner.resume(name, target)
+        else:
+            planner.add(name, target, target.as_matrix(source.load(name)[name]).to(device))

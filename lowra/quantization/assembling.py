@@ -1,0 +1,113 @@
+"""Finished pieces put together: shards and index, config, the source's other files, adapter, report and card."""
+
+import dataclasses
+import pathlib
+import shutil
+
+from safetensors.torch import load_file
+
+from ..checkpoints.atomic import save_json, save_tensors, save_text
+from ..config import LowRAConfig
+from . import card
+from .calibration import CALIBRATION_FILE
+from .initial_adapter import ADAPTER_FOLDER, write_adapter
+from .job import Job
+from .pieces import relative_errors
+from .planning import Plan
+
+SHARD_BYTES = 4 << 30
+_COMPANIONS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens*", "generation_config.json", "*.jinja")
+
+
+def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
+    """Writes the checkpoint into `job.final`, all but the report.
+
+    Returns:
+        the report, without the seconds of the stages.
+    """
+    total, packed_bytes = _write_shards(pieces, job.final, {target.name for target in job.targets.values()})
+    packed_error, adapted_error = relative_errors(pieces)
+    parameters = sum(target.size for target in job.targets.values())
+    reached = _reached(job, plan, parameters, packed_bytes)
+    model = job.source.model
+    model.config.quantization_config = reached
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(job.final)
+    for pattern in _COMPANIONS:
+        for path in job.folder.glob(pattern):
+            shutil.copyfile(path, job.final / path.name)
+    if job.adapter is not None:
+        factors = sorted(job.factors("").parent.glob("*.safetensors"))
+        write_adapter(factors, job.final / ADAPTER_FOLDER, job.output, model, job.targets, job.adapter, reached)
+    if job.calibration is not None:
+        job.calibration.save(job.final / CALIBRATION_FILE)
+    report = {
+        "model": job.model,
+        "bits": job.config.bits,
+        "nominal_bits": reached.nominal_bits,
+        "true_bits": reached.true_bits,
+        "quantised_parameters": parameters,
+        "packed_bytes": packed_bytes,
+        "checkpoint_bytes": total,
+        "error": plan.error,
+        "packed_error": packed_error,
+        "adapted_error": None if job.adapter is None else adapted_error,
+        "assigner": {
+            "solver": plan.assignment.solver,
+            "error": plan.assignment.error,
+            "bound": plan.assignment.bound,
+            "gap": plan.assignment.gap,
+            "bits_used": plan.assignment.bits_used,
+            "budget": plan.assignment.budget,
+            "channels": len(plan.assignment.row_bits),
+        },
+    }
+    text = card.model_card(reached, type(model).__name__, parameters, packed_bytes, report, job.adapter)
+    save_text(text, job.final / card.CARD_FILE)
+    return report
+
+
+def _reached(job: Job, plan: Plan, parameters: int, packed_bytes: int) -> LowRAConfig:
+    """The recipe with what came of it."""
+    nominal = sum(int(plan.row_bits[name].sum()) * target.in_features for name, target in job.targets.items())
+    return dataclasses.replace(
+        job.config,
+        nominal_bits=round(nominal / parameters, 6),
+        true_bits=round(8 * packed_bytes / parameters, 6),
+        error=plan.error,
+        base=job.model,
+        fingerprint=plan.fingerprint,
+    )
+
+
+def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[str]) -> tuple[int, int]:
+    """Gathers the pieces into shards of at most `SHARD_BYTES`, with an index where there are several.
+
+    Returns:
+        bytes of the files, and of the tensors of the modules named in `packed`, their biases not counted.
+    """
+    shards: list[list[pathlib.Path]] = [[]]
+    size = total = 0
+    for piece in pieces:
+        length = piece.stat().st_size
+        if size and size + length > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += length
+        total += length
+    weight_map, packed_bytes = {}, 0
+    for number, members in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for piece in members:
+            tensors.update(load_file(piece))
+        save_tensors(tensors, final / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+        for key, tensor in tensors.items():
+            module, _, leaf = key.rpartition(".")
+            if module in packed and leaf != "bias":
+                packed_bytes += tensor.nbytes
+    if len(shards) > 1:
+        save_json({"metadata": {"total_size": total}, "weight_map": weight_map}, final / "model.safetensors.index.json")
+    return sum(path.stat().st_size for path in final.glob("*.safetensors")), packed_bytes
