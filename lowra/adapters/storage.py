@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.atomic import save_json, save_tensors
+from ..checkpoints.guarded import read_json, read_tensors
 from .formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
-from .source import CONFIG_FILE, LoraAdapter, read_json, read_tensors
+from .source import CONFIG_FILE, LoraAdapter
 
 FORMAT = 1
 PACKED_FILE = "lowra_adapter.safetensors"
