@@ -4,7 +4,6 @@ The record is a file of its own, because adapter_config.json takes no new keys.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from transformers.utils import cached_file
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.dense import count_and_names
+from ..checkpoints.guarded import read_json
 from ..checkpoints.reading import stored_tensors
 from ..quantization.initial_adapter import BASE_RECORD
 
@@ -102,6 +102,7 @@ def _read_record(adapter: str | pathlib.Path, options: dict) -> dict:
     Raises:
         ValueError: a record that is not JSON.
     """
+    path = None
     with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
         path = cached_file(
             str(adapter),
@@ -111,12 +112,7 @@ def _read_record(adapter: str | pathlib.Path, options: dict) -> dict:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if path is not None:
-            try:
-                return json.loads(pathlib.Path(path).read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is damaged: {error}.") from None
-    return {}
+    return {} if path is None else read_json(pathlib.Path(path), "the record of an adapter's base")
 
 
 def base_of(model: PeftModel | PreTrainedModel) -> torch.nn.Module:
