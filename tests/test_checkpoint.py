@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartModel, MarianConfig, MarianMTModel
+from transformers import AutoModelForCausalLM, BartConfig, BartModel, MarianConfig, MarianMTModel
 
-from lowra import LowRAConfig, quantize_checkpoint
+from lowra import LowRAConfig, LowRALinear, quantize_checkpoint
 from lowra.checkpoints.dense import empty_model, safetensors_files
 
 SEQ2SEQ = {
@@ -113,3 +113,50 @@ def test_what_the_class_computes_by_itself_need_not_be_there(tmp_path):
     packed = MarianMTModel.from_pretrained(tmp_path / "packed")
     name = "model.encoder.embed_positions.weight"
     assert torch.equal(packed.get_parameter(name), model.get_parameter(name))
+
+
+def _norms_in_float32(tensors):
+    tensors.update({name: tensor.float() for name, tensor in tensors.items() if "norm" in name})
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "wanted"),
+    [
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, {"dtype": None}, torch.bfloat16),
+        (torch.float16, {}, torch.float16),
+        (torch.float32, {}, torch.float32),
+        (torch.float32, {"torch_dtype": "bfloat16"}, torch.bfloat16),  # what config.json says counts
+        (torch.bfloat16, {"dtype": "float32"}, torch.float32),
+        ("mixed", {}, torch.bfloat16),
+        ("shards", {}, torch.bfloat16),
+    ],
+)
+def test_a_checkpoint_is_packed_in_the_type_that_it_is_stored_in(tiny_llama, tmp_path, stored, named, wanted):
+    dense, output = tmp_path / "dense", tmp_path / "packed"
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, dtype=torch.bfloat16 if isinstance(stored, str) else stored
+    )
+    model.save_pretrained(dense, max_shard_size="50KB" if stored == "shards" else "1GB")
+    assert stored != "shards" or len(safetensors_files(dense)) > 1
+    if stored == "mixed":
+        dense = changed(dense, tmp_path / "mixed", _norms_in_float32)
+    config = json.loads((dense / "config.json").read_text())
+    del config["dtype"]
+    (dense / "config.json").write_text(json.dumps({**config, **named}))
+    quantize(dense, output)
+    assert json.loads((output / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+    packed = AutoModelForCausalLM.from_pretrained(output)
+    loaded = AutoModelForCausalLM.from_pretrained(dense, load_in_lowra=True, lowra_bits=1.5)
+    for one in (packed, loaded, AutoModelForCausalLM.from_pretrained(dense)):
+        assert {one.dtype, one(torch.arange(5)[None]).logits.dtype} == {wanted}
+    assert {module.compute_dtype for module in packed.modules() if isinstance(module, LowRALinear)} == {wanted}
+
+
+@pytest.mark.parametrize("named", ["torch.bfloat16", "bf16", 5, "uint8", {"text_config": "bfloat16"}])
+def test_a_type_that_does_not_exist_is_said_in_one_sentence(tiny_llama, tmp_path, named):
+    dense = shutil.copytree(tiny_llama, tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "dtype": named}))
+    with pytest.raises(ValueError, match="config.json (cannot be read by Transformers|names the dtype)"):
+        quantize(dense, tmp_path / "packed")

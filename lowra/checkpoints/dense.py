@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
@@ -19,11 +22,9 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .guarded import check_file, open_tensors, read_json
-
-_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 _SECOND_COPIES = ["consolidated*", "*/*"]  # of the same weights in other formats, as some repositories hold them
-_DENSE_TYPES = ("F32", "F16", "BF16")
+_DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def resolve_folder(model: str) -> pathlib.Path:
@@ -50,33 +51,21 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is not there.
-        OSError, ValueError: an index that cannot be read or names other than files beside it, a shard that is no file.
+        ValueError: an index that cannot be read.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         paths = [single]
     else:
-        paths = [folder / name for name in _shards(index)]
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
+        paths = [folder / name for name in dict.fromkeys(names)]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {path.name}{_what_is_there_instead(folder)}.")
-        check_file(path, "weights of a checkpoint")
     return paths
-
-
-def _shards(index: pathlib.Path) -> list[str]:
-    """The names of an index's files, each once."""
-    names = read_json(index, "the index of a checkpoint's shards").get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} is damaged (its weight_map is {names!r:.40}; expected files by tensor).")
-    for tensor, name in names.items():
-        path = pathlib.PurePath(name if isinstance(name, str) else "")
-        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ValueError(
-                f"{index} is damaged (weight_map has {name!r:.80} for {tensor!r:.80}; expected a safetensors file in "
-                "the folder of the index). Download it again."
-            )
-    return list(dict.fromkeys(names.values()))
 
 
 def _what_is_there_instead(folder: pathlib.Path) -> str:
@@ -89,21 +78,85 @@ def _what_is_there_instead(folder: pathlib.Path) -> str:
     return ""
 
 
-def empty_model(folder: pathlib.Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a checkpoint on "meta": shapes and names, no weights.
+def read_config(folder: pathlib.Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        trust_remote_code: run the Python code that comes with it, where it brings its own.
 
     Raises:
-        ValueError: an architecture that Transformers does not have.
+        ValueError: it brings code of its own that may not be run, or Transformers cannot read it.
     """
-    config = AutoConfig.from_pretrained(folder)
+    described, _ = PreTrainedConfig.get_config_dict(folder)
+    own, names = described.get("auto_map") or {}, described.get("architectures") or []
+    own_config = "AutoConfig" in own and described.get("model_type") not in CONFIG_MAPPING
+    # by its model_type alone Transformers would take a class of its own for it
+    own_model = _door_to_own_code(own, names) and not any(hasattr(transformers, name) for name in names)
+    if (own_config or own_model) and not trust_remote_code:
+        raise ValueError(
+            f"{folder} brings Python code of its own, which would have to be run: read it, then allow it with "
+            "trust_remote_code=True (--trust-remote-code on the command line)."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (AttributeError, TypeError, ImportError) as error:  # a dtype that PyTorch does not have, and the like
+        raise ValueError(f"{folder / 'config.json'} cannot be read by Transformers: {error}.") from error
+    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
+        raise ValueError(
+            f"{folder / 'config.json'} names the dtype {config.dtype!r}; expected one of floating point, such as "
+            "'bfloat16', or none."
+        )
+    return config
+
+
+def empty_model(
+    folder: pathlib.Path, trust_remote_code: bool = False, files: Sequence[pathlib.Path] = ()
+) -> PreTrainedModel:
+    """The model of a checkpoint on "meta": shapes and names, no weights.
+
+    Args:
+        folder: of the checkpoint.
+        trust_remote_code: see `read_config`.
+        files: of its weights; where config.json names no dtype they tell it, as for Transformers' dtype="auto".
+
+    Raises:
+        ValueError: an architecture that Transformers does not have, or code of its own that may not be run.
+    """
+    config = read_config(folder, trust_remote_code)
+    dtype = config.dtype or _stored_dtype(files)
+    door = _door_to_own_code(getattr(config, "auto_map", None) or {}, config.architectures or [])
+    if trust_remote_code and door is not None:
+        try:
+            with torch.device("meta"):
+                return getattr(transformers, door).from_config(config, trust_remote_code=True, dtype=dtype)
+        except ImportError as error:
+            raise ValueError(f"The code that {folder} brings cannot be imported: {error}") from error
     for name in config.architectures or []:
         if hasattr(transformers, name):
             with torch.device("meta"):
-                return _class_with_head(name, config)._from_config(config, dtype=dtype or config.dtype or torch.float32)
+                return _class_with_head(name, config)._from_config(config, dtype=dtype)
     raise ValueError(
         f"{folder / 'config.json'} names the architectures {config.architectures}, none of which Transformers "
         f"{transformers.__version__} has."
     )
+
+
+def _door_to_own_code(auto_map: dict[str, str], architectures: list[str]) -> str | None:
+    """The Auto class of Transformers under which a checkpoint offers the model class that its config.json names."""
+    doors = {auto: str(place) for auto, place in auto_map.items() if auto.startswith("AutoModel")}
+    named = (auto for auto, place in doors.items() if place.rpartition(".")[2] in architectures)
+    return next(named, "AutoModelForCausalLM" if "AutoModelForCausalLM" in doors else next(iter(doors), None))
+
+
+def _stored_dtype(files: Sequence[pathlib.Path]) -> torch.dtype:
+    """The dtype of the first floating tensor, by which Transformers too goes; float32 where there is none."""
+    for key, reader in _tensors(sorted(files)):
+        with safe_open(reader.path, framework="pt") as content:
+            stored = content.get_slice(key).get_dtype()
+        if stored in _DENSE_TYPES:
+            return _DENSE_TYPES[stored]
+    return torch.float32
 
 
 def _class_with_head(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -315,7 +368,7 @@ def _check_shapes(matches: list[TensorMatch], model: PreTrainedModel) -> Iterato
         if match.name is not None:
             by_file.setdefault(match.reader.path, []).append(match)
     for path, members in by_file.items():
-        with open_tensors(path, "weights of a checkpoint") as content:
+        with safe_open(path, framework="pt") as content:
             for match in members:
                 header = content.get_slice(match.key)
                 if match.converter is None:
@@ -343,8 +396,13 @@ def count_and_names(names) -> str:
 
 def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, "_Reader"]]:
     for path in files:
-        with open_tensors(path, "weights of a checkpoint") as content:
-            keys = list(content.keys())
+        try:
+            with safe_open(path, framework="pt") as content:
+                keys = list(content.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}): it is cut short or damaged. Download it again."
+            ) from error
         for key in keys:
             yield key, _Reader(path, key)
 
@@ -356,5 +414,5 @@ class _Reader:
         self.path, self.key = path, key
 
     def __call__(self) -> torch.Tensor:
-        with open_tensors(self.path, "weights of a checkpoint") as content:
+        with safe_open(self.path, framework="pt") as content:
             return content.get_tensor(self.key)

@@ -13,7 +13,6 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from ..adapters.binary_baselines import quantize_billm, quantize_pbllm
 from ..adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
@@ -23,6 +22,9 @@ from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
 from ..checkpoints.atomic import refuse_existing, written_beside
+from ..checkpoints.dense import empty_model, read_config
+from ..training.data import load_tokenizer
+from .parser import add_trust
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
 _TAKES_BITS = ("loraquant", "rtn", "gptq")
@@ -51,6 +53,7 @@ def _add_quantize(actions: argparse._SubParsersAction) -> None:
     parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
     parser.add_argument("--base", type=Path, help="base model; default: the one the adapter names, if it is a folder")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text for the Hessians of gptq")
+    add_trust(parser)
 
     own = parser.add_argument_group("loraquant")
     own.add_argument("--ratio", type=float, help="share of variance in the part at --bits (default 0.9)")
@@ -92,7 +95,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
             f"gptq needs the base model for calibration, and {adapters[0].config.get('base_model_name_or_path')!r} is "
             "no folder here; give --base."
         )
-    base = None if base_path is None else _load_base(base_path)
+    base = None if base_path is None else _load_base(base_path, args.trust_remote_code)
     if base is None:
         print(
             f"warning: the base {adapters[0].config.get('base_model_name_or_path')!r} is no folder here, so the label "
@@ -182,9 +185,11 @@ def _base_path(args: argparse.Namespace, adapter: LoraAdapter) -> Path | None:
     return Path(named) if named and (Path(named) / "config.json").is_file() else None
 
 
-def _load_base(path: Path) -> nn.Module:
+def _load_base(path: Path, trust_remote_code: bool) -> nn.Module:
     """The base model in the type of its checkpoint, in the class that its configuration names."""
-    names = AutoConfig.from_pretrained(path).architectures or []
+    if trust_remote_code:
+        return type(empty_model(path, trust_remote_code)).from_pretrained(path, dtype="auto")
+    names = read_config(path).architectures or []
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
         raise ValueError(f"{path / 'config.json'} names the architectures {names}; expected one that Transformers has.")
@@ -192,7 +197,7 @@ def _load_base(path: Path) -> nn.Module:
 
 
 def _run_gptq(args, bits: int, adapter: LoraAdapter, base: nn.Module, base_path: Path) -> PackedAdapter:
-    blocks = calibration_blocks(args.calibration, AutoTokenizer.from_pretrained(base_path))
+    blocks = calibration_blocks(args.calibration, load_tokenizer(base_path, args.trust_remote_code))
     model = PeftModel.from_pretrained(base, args.adapters[0])
     names = [layer.name for layer in adapter.layers]
     hessians = input_hessians(model, blocks, names, progress=True)

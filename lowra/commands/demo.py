@@ -9,6 +9,7 @@ from ..generation.text import generate_text
 from ..training.data import load_tokenizer
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe
+from .parser import add_trust
 
 _METHODS = ("lora16", "qlora", "loftq", "lowra")
 _BITS = (4.0, 2.0, 1.5)
@@ -26,6 +27,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, default="demo", help="folder of everything the demo writes")
     parser.add_argument("--model", help="checkpoint to use in place of the small one, local or on the hub")
+    add_trust(parser)
     parser.add_argument("--train", help="text to fine-tune on, a paragraph a line (default: docstrings)")
     parser.add_argument("--validation", help="text to measure on (default: held-out docstrings)")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of each run")
@@ -66,6 +68,7 @@ def run(args) -> dict:
         weight_decay=0.0,
         gradient_checkpointing=args.model is not None,
         seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
     )
     result = run_grid(recipe, plan_grid(recipe, list(_METHODS), list(_BITS), [args.seed]), args.output)
     print()
@@ -73,13 +76,14 @@ def run(args) -> dict:
     print(f"Perplexity on held-out text before (untuned) and after {args.steps} steps; lower is better.")
     print(f"Table: {result['table']}. Picture: {result['picture']}.")
     smallest = next(path for path in (args.output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
-    loaded = load_model(str(smallest), str(smallest / "initial_adapter"))
+    loaded = load_model(str(smallest), str(smallest / "initial_adapter"), trust_remote_code=args.trust_remote_code)
     sizes = [sum(path.stat().st_size for path in pathlib.Path(at).glob("*.safetensors")) for at in (model, smallest)]
     if sizes[0]:  # a name on the hub has no folder
         print(
             f"The base on disk: {sizes[0] / 1e6:.1f} MB dense, {sizes[1] / 1e6:.1f} MB at 1.5 bits (embeddings dense)."
         )
-    words = generate_text(loaded, load_tokenizer(smallest), "The class statement", 24, 0.0, args.seed)
+    tokenizer = load_tokenizer(smallest, args.trust_remote_code)
+    words = generate_text(loaded, tokenizer, "The class statement", 24, 0.0, args.seed)
     print(f"The 1.5-bit base with its initial adapter, before training, continues: {words!r}")
     seconds = round(time.perf_counter() - start, 1)
     print(f"Done in {seconds:.0f} s.")

@@ -7,6 +7,7 @@ from ..checkpoints.dense import empty_model, resolve_folder
 from ..generation.loading import load_model
 from ..training.data import Collator, load_tokenizer, read_json_lines, read_text, text_blocks
 from ..training.evaluation import language_model_metrics
+from .parser import add_trust
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
     parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.block_size < 2 or args.batch_size < 1:
         raise ValueError("--block-size must be at least 2 and --batch-size at least 1.")
     folder = resolve_folder(args.model)
-    skeleton = empty_model(folder)
+    skeleton = empty_model(folder, args.trust_remote_code)
     if skeleton.config.is_encoder_decoder:
         raise ValueError(
             f"{args.model} is an encoder-decoder, which has no perplexity on running text; `lowra finetune` with "
@@ -44,14 +46,14 @@ def run(args: argparse.Namespace) -> dict:
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     if limit is not None and args.block_size > limit:
         raise ValueError(f"--block-size is {args.block_size}, but {args.model} has {limit} positions.")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, args.trust_remote_code)
     if args.data.endswith((".json", ".jsonl")):
         rows = [row["text"] for row in read_json_lines(args.data, ["text"])]
     else:
         rows = read_text(args.data)
     blocks = text_blocks(rows, tokenizer, args.block_size)
     adapter = None if args.adapter is None else str(args.adapter)
-    model = load_model(str(folder), adapter, args.device, args.force)
+    model = load_model(str(folder), adapter, args.device, args.force, args.trust_remote_code)
     metrics = language_model_metrics(model, blocks, Collator(tokenizer), args.batch_size)
     print(f"perplexity {metrics['perplexity']:.4f}")
     print(f"accuracy   {metrics['accuracy']:.4f}")

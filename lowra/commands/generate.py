@@ -5,6 +5,7 @@ import time
 from ..generation.loading import load_model
 from ..generation.text import generate_text
 from ..training.data import load_tokenizer
+from .parser import add_trust
 
 
 def add_parser(subparsers) -> None:
@@ -21,6 +22,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
@@ -28,8 +30,9 @@ def run(args) -> dict:
     """Prints the prompt with its continuation."""
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1; got {args.tokens}.")
-    model = load_model(args.model, args.adapter, args.device, args.force)
+    model = load_model(args.model, args.adapter, args.device, args.force, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     start = time.perf_counter()
-    text = generate_text(model, load_tokenizer(args.model), args.prompt, args.tokens, args.temperature, args.seed)
+    text = generate_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed)
     print(text)
     return {"text": text, "seconds": round(time.perf_counter() - start, 3)}

@@ -6,6 +6,7 @@ import pathlib
 from ..inspection.errors import Original, channel_errors, quantiles
 from ..inspection.memory import PAPER_RANK, TOKENS, footprints
 from ..inspection.packed import NF4_BITS, LayerContent, PackedFolder
+from .parser import add_trust
 
 
 def add_parser(subparsers) -> None:
@@ -25,13 +26,14 @@ def add_parser(subparsers) -> None:
         help="folder, .pdf, or an image name such as small.png (small-bits.png …)",
     )
     parser.add_argument("--layers", action="store_true", help="list every layer, not only every kind of layer")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
 def run(args) -> dict:
     """Prints the tables and returns them as one object."""
-    packed = PackedFolder(args.model)
-    original = None if args.original is None else Original(args.original, packed)
+    packed = PackedFolder(args.model, args.trust_remote_code)
+    original = None if args.original is None else Original(args.original, packed, args.trust_remote_code)
     layers = list(packed.contents())
     result = _totals(packed, layers)
     _print_totals(result)

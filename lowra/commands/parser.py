@@ -27,3 +27,12 @@ class HelpWithDefaults(argparse.HelpFormatter):
         text = action.help or ""
         unsaid = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
         return f"{text} (default: %(default)s)" if action.option_strings and unsaid else text
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option that every command has which reads a model."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the model brings, where its architecture is not one of Transformers'",
+    )

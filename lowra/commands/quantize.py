@@ -8,6 +8,7 @@ from ..quantization.calibration import TOKENS, Calibration, calibrate
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
+from .parser import add_trust
 
 
 def add_parser(subparsers) -> None:
@@ -28,6 +29,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--loftq-steps", type=int, help=f"alternating steps of LoftQ and CLoQ (default: {STEPS})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add_trust(parser)
     calibration = parser.add_argument_group("calibration (one pass over some text; better below 2 bits)")
     calibration.add_argument(
         "--calibrate",
@@ -107,8 +109,17 @@ def run(args) -> dict:
             has_moments,
             head=args.head,
             embeddings=args.embeddings,
+            trust_remote_code=args.trust_remote_code,
         )
-    report = quantize_checkpoint(args.model, args.output, config, adapter, args.device, calibration=calibration)
+    report = quantize_checkpoint(
+        args.model,
+        args.output,
+        config,
+        adapter,
+        args.device,
+        calibration=calibration,
+        trust_remote_code=args.trust_remote_code,
+    )
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")
     print(

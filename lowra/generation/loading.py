@@ -7,14 +7,20 @@ from transformers import AutoModelForCausalLM
 
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
-from ..checkpoints.dense import resolve_folder
+from ..checkpoints.dense import read_config, resolve_folder
 from ..device import choose_device
 from ..nn.trained_tables import TABLES_FILE, load_tables
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 
 
-def load_model(folder: str, adapter: str | None = None, device: str | None = None, force: bool = False):
+def load_model(
+    folder: str,
+    adapter: str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+):
     """A causal language model, with an adapter on it if one is given, in evaluation mode.
 
     Args:
@@ -22,16 +28,18 @@ def load_model(folder: str, adapter: str | None = None, device: str | None = Non
         adapter: folder of a PEFT adapter, or of a packed one that `lowra adapter quantize` wrote.
         device: a GPU if there is one.
         force: load a packed adapter in spite of its label.
+        trust_remote_code: run the Python code that the checkpoint brings, where its architecture is its own.
 
     Raises:
         FileNotFoundError: a folder is not there or has no model in it.
-        ValueError: an adapter of another base, or one whose label forbids it.
+        ValueError: an adapter of another base, or one whose label forbids it; code that may not be run.
     """
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
     folder = resolve_folder(folder)
     device = choose_device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    read_config(folder, trust_remote_code)  # Transformers would ask on the terminal
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, trust_remote_code=trust_remote_code)
     if adapter is not None and (pathlib.Path(adapter) / PACKED_FILE).exists():
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:

@@ -1,7 +1,5 @@
 """lowra inside the Hugging Face stack. Importing this package registers everything."""
 
-from . import patches, peft, transformers
+from . import peft, transformers
 
-patches.apply_patches()
-
-__all__ = ["patches", "peft", "transformers"]
+__all__ = ["peft", "transformers"]

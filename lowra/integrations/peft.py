@@ -4,6 +4,7 @@ PEFT takes `LowRALinear` for an `nn.Linear`, so every adapter method trains on i
 packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merges into a dequantised layer instead.
 """
 
+import functools
 import pathlib
 
 import torch
@@ -19,9 +20,9 @@ from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear, PackedModule, as_autocast
 from ..nn.lora import lora_linear
 from ..weights.fingerprint import fingerprint_of, weight_digest
-from .adapter_records import check_fingerprint, packing, record_of
+from .adapter_records import check_fingerprint, packing, records
 from .modules import dense_linear, make_embedding_dense
-from .peft_limits import check_start
+from .peft_limits import check_start, refuse_embeddings
 
 
 class LowRALoraLinear(LoraLinear):
@@ -139,7 +140,11 @@ def prepare_for_training(
 
 
 def merge_into_dense(
-    model: PeftModel, original: str | pathlib.Path | None = None, initial: str | pathlib.Path | None = None
+    model: PeftModel,
+    original: str | pathlib.Path | None = None,
+    initial: str | pathlib.Path | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Merges the active adapters and leaves a plain dense model whose config.json has no `quantization_config`.
 
@@ -150,6 +155,7 @@ def merge_into_dense(
         initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ,
             CLoQ or PiSSA: that makes up for the quantisation and is taken off again, so that only the training is
             merged.
+        trust_remote_code: run the Python code that `original` brings, where its architecture is its own.
 
     Raises:
         ValueError: no packed base; a method without anything to merge; `original` is another model; an adapter that
@@ -169,14 +175,14 @@ def merge_into_dense(
         raise ValueError("`initial` is only taken off the original weights: give `original` too, or leave both out.")
     if original is not None:
         for name in model.active_adapters:
-            start = record_of(model, name).get("init")
+            start = records(model).get(name, {}).get("init")
             if start not in (None, "lora") and initial is None:
                 raise ValueError(
                     f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not "
                     "belong on the original weights. Give initial='DIR/initial_adapter' to take its start off, or "
                     "merge into the dequantised base (original=None)."
                 )
-        _put_original_below(model, original, initial)
+        _put_original_below(model, original, initial, trust_remote_code)
     for layer in base.modules():
         # LowRALoraLinear merges by itself; the layers of other methods (IA3, OFT, VeRA …) need a dense base first
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LowRALoraLinear):
@@ -185,10 +191,10 @@ def merge_into_dense(
     return quantizer.dequantize(merged)
 
 
-def _put_original_below(model: PeftModel, original, initial) -> None:
+def _put_original_below(model: PeftModel, original, initial, trust_remote_code: bool) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
     base, folder = model.get_base_model(), resolve_folder(str(original))
-    skeleton = empty_model(folder)
+    skeleton = empty_model(folder, trust_remote_code)
     which = ("modules_to_not_convert", "quantize_head", "quantize_embeddings")
     targets = find_targets(skeleton, *(packing(base, name) for name in which))
     source = DenseCheckpoint(safetensors_files(folder), skeleton)
@@ -234,3 +240,18 @@ def _make_dense(layer: BaseTunerLayer, weight: torch.Tensor | None = None) -> No
     """Puts a dense base below an adapter layer for good: the dequantised weight, or the weight [N, K] given."""
     if isinstance(layer.base_layer, LowRALinear):
         layer.base_layer = dense_linear(layer.base_layer, layer.base_layer.compute_dtype, weight)
+
+
+def _register_layer() -> None:
+    """Puts `LowRALoraLinear` into every LoraConfig; PEFT does not save custom layers, so a reload must find it too."""
+    original = LoraConfig.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self):
+        original(self)
+        self._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings})
+
+    LoraConfig.__post_init__ = __post_init__
+
+
+_register_layer()

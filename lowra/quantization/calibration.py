@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Iterable
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
-from ..checkpoints.guarded import read_tensors, read_text
 from ..checkpoints.targets import Target, find_targets
 from ..device import choose_device
 from .lowrank import truncated_svd
@@ -121,7 +121,7 @@ class Calibration:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
         parts = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
-        for key, tensor in read_tensors(path, "the statistics of a calibration")[0].items():
+        for key, tensor in load_file(path).items():
             part, _, name = key.partition(".")
             if part not in parts:
                 raise ValueError(f"{path} holds {key}, which no calibration has.")
@@ -141,6 +141,7 @@ def calibrate(
     *,
     head: bool = False,
     embeddings: bool = False,
+    trust_remote_code: bool = False,
 ) -> Calibration:
     """Statistics of every linear layer of a dense model's blocks, fused experts included, over running text.
 
@@ -155,14 +156,15 @@ def calibrate(
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
             `LowRAConfig.feedback` need.
         head, embeddings: those too, as `LowRAConfig.quantize_head` and `quantize_embeddings`.
+        trust_remote_code: run the Python code that the model brings, where its architecture is its own.
 
     Raises:
         FileNotFoundError, ValueError: model or text that cannot be used.
     """
     folder = resolve_folder(model)
-    skeleton = empty_model(folder)
+    skeleton = empty_model(folder, trust_remote_code)
     targets = find_targets(skeleton, None, head, embeddings)
-    sequences = _sequences(folder, text, tokens, skeleton.config)
+    sequences = _sequences(folder, text, tokens, skeleton.config, trust_remote_code)
     device = choose_device(device)
     where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
     dense = type(skeleton).from_pretrained(folder, **where)
@@ -201,12 +203,14 @@ def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObser
     return observers + [ExpertObserver(model.get_submodule(module), leaves) for module, leaves in experts.items()]
 
 
-def _sequences(folder, text, tokens, config) -> torch.Tensor:
+def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.Tensor:
     """Token ids [count, length] of the beginning of the text."""
     if isinstance(text, (str, pathlib.Path)):
         path = pathlib.Path(text)
-        text = read_text(path, "UTF-8 text to calibrate with").splitlines(keepends=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a text file to calibrate with.")
+        text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []
     for row in text:

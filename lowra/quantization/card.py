@@ -30,7 +30,7 @@ in the base.
 import lowra  # registers the format with Transformers and PEFT
 from transformers import {architecture}
 
-model = {architecture}.from_pretrained("THIS FOLDER")
+model = {architecture}.from_pretrained("THIS FOLDER"{trust})
 ```
 """
 
@@ -78,6 +78,7 @@ def model_card(
         "written with": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
     }
+    of_transformers = hasattr(transformers, architecture)  # otherwise its code lies beside it
     card = _CARD.format(
         base_model=f"base_model: {config.base}\n" if of_hub else "",  # the hub refuses cards that name a folder there
         title=config.base if of_hub else pathlib.Path(config.base).name,
@@ -85,7 +86,8 @@ def model_card(
         packed=" and ".join(packed),
         version=__version__,
         rows="\n".join(f"| {name} | {content} |" for name, content in rows.items()),
-        architecture=architecture,
+        architecture=architecture if of_transformers else "AutoModelForCausalLM",
+        trust="" if of_transformers else ", trust_remote_code=True",
     )
     return card if adapter is None else card + _ADAPTED
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -10,7 +11,6 @@ from transformers import (
 )
 
 from ..checkpoints.atomic import save_json, save_tensors
-from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .loftq import METHODS, STEPS
@@ -67,11 +67,12 @@ def check_rank(rank: int, targets: dict[str, Target]) -> None:
 
 def task_type(model: PreTrainedModel) -> str | None:
     """PEFT's name for what a model is for, by which its Auto classes choose; None for other than language models."""
-    for name, mapping in (
-        ("SEQ_2_SEQ_LM", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-        ("CAUSAL_LM", MODEL_FOR_CAUSAL_LM_MAPPING),
+    own = getattr(type(model), "_auto_class", None)  # of a class that came with its checkpoint
+    for name, mapping, door in (
+        ("SEQ_2_SEQ_LM", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "AutoModelForSeq2SeqLM"),
+        ("CAUSAL_LM", MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"),
     ):
-        if mapping.get(type(model.config), None) is type(model):
+        if own == door or mapping.get(type(model.config), None) is type(model):
             return name
     return None
 
@@ -98,7 +99,7 @@ def write_adapter(
     """
     tensors = {}
     for path in factors:
-        tensors.update(read_tensors(path, "factors of the initial adapter")[0])
+        tensors.update(load_file(path))
     save_tensors(tensors, folder / "adapter_model.safetensors")
     save_json(
         {

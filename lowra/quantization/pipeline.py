@@ -5,6 +5,7 @@ run that is started again with the same arguments goes on where it stopped, and 
 """
 
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
@@ -22,7 +23,6 @@ from ..checkpoints.dense import (
     resolve_folder,
     safetensors_files,
 )
-from ..checkpoints.guarded import read_json
 from ..checkpoints.targets import check_skips, find_targets
 from ..config import LowRAConfig
 from ..device import choose_device
@@ -45,6 +45,8 @@ def quantize_checkpoint(
     device: str | torch.device | None = None,
     progress: bool = True,
     calibration: Calibration | Callable[[], Calibration] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict:
     """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
 
@@ -57,6 +59,7 @@ def quantize_checkpoint(
         progress: show progress bars.
         calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`. A function
             that makes one is called when all that headers tell has been checked.
+        trust_remote_code: run the Python code that the checkpoint brings, where its architecture is its own.
 
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
@@ -70,7 +73,7 @@ def quantize_checkpoint(
     folder = resolve_folder(model)
     device = choose_device(device)
     files = safetensors_files(folder)
-    skeleton = empty_model(folder)
+    skeleton = empty_model(folder, trust_remote_code, files)
     if getattr(skeleton.config, "quantization_config", None):
         raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
     check_skips(skeleton, config.modules_to_not_convert)
@@ -156,7 +159,7 @@ def _clear_work_of_other_recipe(job: Job, files: list[pathlib.Path]) -> None:
         "calibration": job.calibration.digest() if job.calibration else None,
     }
     begun = job.work / "recipe.json"
-    if begun.exists() and read_json(begun, "the recipe of an earlier run") != recipe:
+    if begun.exists() and json.loads(begun.read_text()) != recipe:
         begun.unlink()  # first, so that a kill in between leaves nothing that looks like this recipe's
         for path in job.work.iterdir():
             shutil.rmtree(path)

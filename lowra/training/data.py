@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoints.dense import resolve_folder
+from ..checkpoints.dense import read_config, resolve_folder
 from .recipe import Recipe
 
 IGNORED = -100  # label that the losses of Transformers leave out
@@ -43,7 +43,7 @@ def load_data(recipe: Recipe, progress: bool = True) -> TaskData:
     """
     folder = resolve_folder(recipe.model)
     check_length(folder, recipe)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
     train, validation = _rows(recipe)
     if recipe.task == "language_modeling":
         train = text_blocks(train, tokenizer, recipe.block_size, progress)
@@ -57,10 +57,10 @@ def load_data(recipe: Recipe, progress: bool = True) -> TaskData:
     return TaskData(*encoded, tokenizer, Collator(tokenizer), references)
 
 
-def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} has no tokenizer that can be read ({error}).") from error
 
@@ -70,7 +70,7 @@ def check_length(folder: pathlib.Path, recipe: Recipe) -> None:
     Raises:
         ValueError: sequences longer than the model has positions for.
     """
-    limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    limit = getattr(read_config(folder, recipe.trust_remote_code), "max_position_embeddings", None)
     lengths = {
         "language_modeling": {"block_size": recipe.block_size},
         "instruction": {"source_length + target_length": recipe.source_length + recipe.target_length},

@@ -7,16 +7,15 @@ weights and its bits are counted, see `hqq.py`.
 """
 
 import dataclasses
+import json
 import logging
 import pathlib
 
 import peft
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
-from ..checkpoints.guarded import read_json
+from ..checkpoints.dense import empty_model, read_config, resolve_folder, safetensors_files
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
@@ -118,7 +117,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
         FileNotFoundError, ValueError: a model that cannot be used; `folder` has not been created then.
     """
     source = resolve_folder(recipe.model)
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source, recipe.trust_remote_code)
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
         return _packed_base(source, packed, recipe)
@@ -132,8 +131,16 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     quantization = quantization_config(recipe)
     adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
     if not (folder / "config.json").exists():
-        quantize_checkpoint(recipe.model, folder, quantization, adapter, device, progress)
-    reached = read_json(folder / "config.json", "the configuration of the packed base")["quantization_config"]
+        quantize_checkpoint(
+            recipe.model,
+            folder,
+            quantization,
+            adapter,
+            device,
+            progress,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    reached = json.loads((folder / "config.json").read_text())["quantization_config"]
     _check_same(folder, reached, quantization, adapter)
     return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
 
@@ -143,7 +150,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
     Raises:
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
-    stored = read_json(folder / ADAPTER_FOLDER / "adapter_config.json", "the base's initial adapter")
+    stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
     pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in FILLED_IN}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
@@ -162,7 +169,7 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
         logger.warning("%s has %g bits; the recipe's %g bits are not used.", source, packed["bits"], recipe.bits)
     adapter = source / ADAPTER_FOLDER
     if adapter.exists():
-        rank = read_json(adapter / "adapter_config.json", "the base's initial adapter")["r"]
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
         if rank != recipe.rank:
             logger.warning("%s has rank %d; the recipe's rank of %d is not used.", adapter, rank, recipe.rank)
     return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
@@ -171,8 +178,8 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
 def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The base model on the device, in the compute type of the recipe."""
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    architecture = type(empty_model(base.folder)).__name__
-    model = getattr(transformers, architecture).from_pretrained(base.folder, dtype=dtype).to(device)
+    architecture = type(empty_model(base.folder, recipe.trust_remote_code))
+    model = architecture.from_pretrained(base.folder, dtype=dtype).to(device)
     if base.hqq_bits is not None:
         hqq.quantize_model(model, base.hqq_bits)
     return model

@@ -55,6 +55,7 @@ class Recipe:
         workers: processes that load data.
         report_to: trackers of Transformers, such as "wandb,tensorboard", or "none".
         resume: go on from the last checkpoint in `output`.
+        trust_remote_code: run the Python code that the model brings, where its architecture is its own.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Recipe:
     workers: int = 0
     report_to: str = "none"
     resume: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(Recipe).items():
