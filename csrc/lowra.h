@@ -4,8 +4,8 @@
 //
 // A linear weight W [out_features N, in_features K] is stored row by row ("a row" = one output channel):
 //   rows are sorted by precision, first all 4-bit rows, then 2-bit, then 1-bit, each class in the order of W;
-//   the codes of a row lie contiguously, code k of a b-bit row in bits [(k * b) % 8, (k * b) % 8 + b) of byte k * b / 8,
-//   lowest bits first; every row starts on a multiple of LOWRA_ROW_ALIGNMENT bytes, the padding is zero.
+//   the codes of a row lie contiguously, code k of a b-bit row in bits [(k * b) % 8, (k * b) % 8 + b) of byte k * b /
+//   8, lowest bits first; every row starts on a multiple of LOWRA_ROW_ALIGNMENT bytes, the padding is zero.
 // Beside the codes, all in packed row order:
 //   scales [N, groups], groups = ceil(K / group_size): the absmax of each group, as float32, float16, or one byte c
 //     that stands for c * c * step, where step is float32 and shared by LOWRA_SCALE_BLOCK consecutive scales;
@@ -27,16 +27,17 @@ extern "C" {
 
 enum lowra_status {
   LOWRA_OK = 0,
-  LOWRA_BAD_SHAPE = 1,   // negative counts, a group size that is not a multiple of 8 or above the maximum
-  LOWRA_BAD_TYPE = 2,    // an element or scale type that is not listed below
+  LOWRA_BAD_SHAPE = 1,  // negative counts, a group size that is not a multiple of 8 or above the maximum
+  LOWRA_BAD_TYPE = 2,   // an element or scale type that is not listed below
   LOWRA_NULL_POINTER = 3,
-  LOWRA_CUDA_ERROR = 4,  // a launch failed; lowra_cuda_error() has the runtime's words
-  LOWRA_UNSUPPORTED = 5, // a shape this kernel does not cover; the caller takes the reference
+  LOWRA_CUDA_ERROR = 4,   // a launch failed; lowra_cuda_error() has the runtime's words
+  LOWRA_UNSUPPORTED = 5,  // a shape this kernel does not cover; the caller takes the reference
 };
 
 enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
 
-// Shape of one packed weight. rows of each precision, in packed order: [0, rows4), [rows4, rows4 + rows2), the rest 1-bit.
+// Shape of one packed weight. rows of each precision, in packed order: [0, rows4), [rows4, rows4 + rows2), the rest
+// 1-bit.
 typedef struct lowra_shape {
   int64_t rows4, rows2, rows1;
   int64_t in_features;  // K
@@ -46,12 +47,12 @@ typedef struct lowra_shape {
 // Everything a product or a dequantisation reads. Pointers are to the memory of the library's device.
 typedef struct lowra_packed {
   lowra_shape shape;
-  const uint8_t *codes;        // rows padded as described above
-  const int32_t *row_order;    // [N] packed row -> row of W
-  const void *scales;          // [N, groups] of scale_type
-  const float *scale_steps;    // [ceil(N * groups / 256)], only for LOWRA_UINT8
-  const uint16_t *levels;      // float16 bits
-  int32_t scale_type;          // LOWRA_FLOAT32, LOWRA_FLOAT16 or LOWRA_UINT8
+  const uint8_t *codes;      // rows padded as described above
+  const int32_t *row_order;  // [N] packed row -> row of W
+  const void *scales;        // [N, groups] of scale_type
+  const float *scale_steps;  // [ceil(N * groups / 256)], only for LOWRA_UINT8
+  const uint16_t *levels;    // float16 bits
+  int32_t scale_type;        // LOWRA_FLOAT32, LOWRA_FLOAT16 or LOWRA_UINT8
 } lowra_packed;
 
 // Rows and columns of W.
@@ -82,8 +83,8 @@ static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");
 LOWRA_API int lowra_format_version(void);
 
 // codes and absmax of `weight` [N, K]; row i of the packed order is row row_order[i] of `weight`. thresholds (float32)
-// in packed order: 15 for each 4-bit row, 3 for each 2-bit row, 1 for each 1-bit row. A code is the number of thresholds
-// t with t * absmax < w. absmax is float32 [N, groups] in packed order.
+// in packed order: 15 for each 4-bit row, 3 for each 2-bit row, 1 for each 1-bit row. A code is the number of
+// thresholds t with t * absmax < w. absmax is float32 [N, groups] in packed order.
 LOWRA_API int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type,
                                  const int32_t *row_order, const float *thresholds, uint8_t *codes, float *absmax,
                                  int32_t threads);
@@ -110,8 +111,8 @@ LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part
                                     void *stream);
 
 // out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type` (float16 or
-// bfloat16). Group sizes 32, 64, 128 and 256, K a multiple of 32; above 64 tokens only on Hopper, group sizes from 64 on,
-// K a multiple of 64 and N one of 4.
+// bfloat16). Group sizes 32, 64, 128 and 256, K a multiple of 32; above 64 tokens only on Hopper, group sizes from 64
+// on, K a multiple of 64 and N one of 4.
 LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                  int32_t type, void *stream);
 
@@ -126,9 +127,9 @@ LOWRA_API int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int6
                                    const float *column_weights, int32_t iterations, int32_t squared, float *levels,
                                    float *thresholds, float *errors, void *stream);
 
-// Gradients (bitsandbytes/backends/lowra/table_gradients.py) of the levels, float32 in the order of packed->levels, and of
-// the scales, float32 [N, groups], unless null, from that of the dense weight [N, K] of `type`, rows in the order of W.
-// K up to 97,000 where the scales' are asked for.
+// Gradients (bitsandbytes/backends/lowra/table_gradients.py) of the levels, float32 in the order of packed->levels, and
+// of the scales, float32 [N, groups], unless null, from that of the dense weight [N, K] of `type`, rows in the order of
+// W. K up to 97,000 where the scales' are asked for.
 LOWRA_API int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient, int32_t type,
                                          float *for_levels, float *for_scales, void *stream);
 
@@ -142,7 +143,7 @@ typedef struct lowra_lloyd {
   const float *column_weights;      // [in_features] or null
   int64_t rows, in_features, group_size;
   int32_t iterations;
-  int32_t squared;                  // weight of a group in the search: absmax squared, or absmax
+  int32_t squared;  // weight of a group in the search: absmax squared, or absmax
 } lowra_lloyd;
 
 // levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.

@@ -4,7 +4,8 @@
 
 #include "lowra.h"
 
-// One row of K weights: `weight` of `weight_type`, `thresholds` [2^bits - 1]; writes padded codes and `absmax` [groups].
+// One row of K weights: `weight` of `weight_type`, `thresholds` [2^bits - 1]; writes padded codes and `absmax`
+// [groups].
 using quantize_row_fn = void (*)(const void *weight, int32_t weight_type, int64_t in_features, int64_t group_size,
                                  int bits, const float *thresholds, uint8_t *codes, float *absmax);
 

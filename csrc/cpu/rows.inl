@@ -118,8 +118,8 @@ void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, in
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
   // With 4 bits sixteen codes fill two words: lanes 0-7 shift the first, lanes 8-15 the second.
-  const __m512i shift = _mm512_mullo_epi32(bits == 4 ? _mm512_and_si512(lane, _mm512_set1_epi32(7)) : lane,
-                                           _mm512_set1_epi32(bits));
+  const __m512i shift =
+      _mm512_mullo_epi32(bits == 4 ? _mm512_and_si512(lane, _mm512_set1_epi32(7)) : lane, _mm512_set1_epi32(bits));
   int k = 0;
   for (; k + 16 <= count; k += 16) {
     uint64_t word = 0;
@@ -149,8 +149,8 @@ void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, in
     memcpy(&word, codes + k * bits / 8, (size_t)bits);
     const __m256i index = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)word), shift), mask);
     const __m256i upper = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(7));
-    const __m256i value = _mm256_blendv_epi8(_mm256_permutevar8x32_epi32(low, index),
-                                             _mm256_permutevar8x32_epi32(high, index), upper);
+    const __m256i value =
+        _mm256_blendv_epi8(_mm256_permutevar8x32_epi32(low, index), _mm256_permutevar8x32_epi32(high, index), upper);
     if (size == 4) {
       _mm256_storeu_si256((__m256i *)((uint32_t *)out + k), value);
     } else {

@@ -1,5 +1,5 @@
-// What the blocks of product_wgmma do with their sums: each sends its own to where they are added up, which costs one way
-// between multiprocessors and needs no barrier of the cluster.
+// What the blocks of product_wgmma do with their sums: each sends its own to where they are added up, which costs one
+// way between multiprocessors and needs no barrier of the cluster.
 #pragma once
 
 #include "product.cuh"
@@ -10,13 +10,14 @@ namespace lowra {
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kGroupWarps = kGroupThreads / 32;
 constexpr int kGroupRows = 64;
-constexpr int kDecoders = 3;   // warpgroups that decode
-constexpr int kMaxSplits = 8;  // blocks of a cluster
+constexpr int kDecoders = 3;                               // warpgroups that decode
+constexpr int kMaxSplits = 8;                              // blocks of a cluster
 constexpr int kSumBytes = kDecoders * kGroupThreads * 16;  // of eight tokens, from one block
 
-// The blocks of a cluster share out the tokens, eight at a time: block b takes the b-th eight, and so on. What a block gets
-// lies as [its eights][from which block][decoding warpgroup][warp][pair of tokens][row % 8], four sums each as wgmma leaves
-// them: two tokens of one row, and of the row 8 further on. In this order neither writing nor reading meets a bank twice.
+// The blocks of a cluster share out the tokens, eight at a time: block b takes the b-th eight, and so on. What a block
+// gets lies as [its eights][from which block][decoding warpgroup][warp][pair of tokens][row % 8], four sums each as
+// wgmma leaves them: two tokens of one row, and of the row 8 further on. In this order neither writing nor reading
+// meets a bank twice.
 
 // How many eights of `tokens` block `block` of `splits` takes.
 __host__ __device__ __forceinline__ int eights_of_block(int tokens, int splits, int block) {
@@ -49,10 +50,11 @@ __device__ __forceinline__ void send_sums(const float (&sum)[TOKENS / 2], int to
   }
 }
 
-// Adds up what has come, in the order of the columns, and stores it. A warp stores 32 rows of a token together: neighbours
-// in packed order lie close in W. place: the 64 rows of this warpgroup.
+// Adds up what has come, in the order of the columns, and stores it. A warp stores 32 rows of a token together:
+// neighbours in packed order lie close in W. place: the 64 rows of this warpgroup.
 template <class T>
-__device__ __forceinline__ void collect_sums(const product &q, const tile_place &place, uint32_t sums, uint32_t barrier) {
+__device__ __forceinline__ void collect_sums(const product &q, const tile_place &place, uint32_t sums,
+                                             uint32_t barrier) {
   const int splits = gridDim.x, group = threadIdx.x / kGroupThreads, warp = threadIdx.x % kGroupThreads / 32;
   const int row = warp % 2 * 32 + threadIdx.x % 32, packed_row = place.first_row + row;
   const int pair = warp / 2 * 2;  // of tokens, and the next one

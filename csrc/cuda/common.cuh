@@ -48,8 +48,12 @@ struct rows_layout {
 };
 
 inline rows_layout layout_of(const lowra_shape &s) {
-  return {(int)s.rows4, (int)s.rows2, (int)s.rows1, (int)lowra_row_bytes(s.in_features, 4),
-          (int)lowra_row_bytes(s.in_features, 2), (int)lowra_row_bytes(s.in_features, 1)};
+  return {(int)s.rows4,
+          (int)s.rows2,
+          (int)s.rows1,
+          (int)lowra_row_bytes(s.in_features, 4),
+          (int)lowra_row_bytes(s.in_features, 2),
+          (int)lowra_row_bytes(s.in_features, 1)};
 }
 
 // Where a packed row begins: in the codes, and in a table with 2^bits + EXTRA entries for each row.
@@ -93,9 +97,7 @@ __device__ __forceinline__ const uint8_t *scale_address(const lowra_packed &p, s
 // number * divisor < 2^32; a divisor of 1 is marked by 0, since 2^32 has no place in the word.
 struct small_divisor {
   uint32_t magic;
-  __device__ __forceinline__ uint32_t divide(uint32_t number) const {
-    return magic ? __umulhi(number, magic) : number;
-  }
+  __device__ __forceinline__ uint32_t divide(uint32_t number) const { return magic ? __umulhi(number, magic) : number; }
 };
 
 inline small_divisor divisor_of(uint32_t divisor) {
@@ -136,11 +138,11 @@ struct device_limits {
 // Of the current device; asked for once, since the queries cost more than a launch.
 int limits_of_current_device(device_limits &limits);
 
-// Programmatic dependent launch (Hopper on): a kernel may be put on the chip while the one before it on the stream drains.
-// Nothing may be read from or written to global memory before wait_for_earlier_kernels, which every block must reach:
-// only then have all earlier kernels finished and their writes arrived. Prefetches into the L2 cache may come before,
-// since they move no value. let_later_kernels_start must come after the wait, so that a kernel that starts early follows
-// at most one unfinished kernel, the one that it waits for.
+// Programmatic dependent launch (Hopper on): a kernel may be put on the chip while the one before it on the stream
+// drains. Nothing may be read from or written to global memory before wait_for_earlier_kernels, which every block must
+// reach: only then have all earlier kernels finished and their writes arrived. Prefetches into the L2 cache may come
+// before, since they move no value. let_later_kernels_start must come after the wait, so that a kernel that starts
+// early follows at most one unfinished kernel, the one that it waits for.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,8 +1,8 @@
 // Dequantise: dense [N, K] in the order of W from packed rows, or a part of it. Reference: reference.dequantize.
 //
 // A warp takes 1024 neighbouring weights of one row, a lane 8 of them at a time, four times over with all loads issued
-// first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. What else counts is the order
-// in which memory sees the rows (row_blocks) and that no warp waits for it (ask_for_block).
+// first: reads are a tenth of the traffic, so the kernel is laid out for its 16-byte stores. What else counts is the
+// order in which memory sees the rows (row_blocks) and that no warp waits for it (ask_for_block).
 #include "common.cuh"
 
 namespace lowra {
@@ -18,7 +18,8 @@ constexpr int kMinBlocks = 6;  // sm_86 and sm_89 have room for 1536 threads
 constexpr int kMinBlocks = kResident;
 #endif
 
-// Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by one.
+// Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by
+// one.
 template <class Out>
 __device__ __forceinline__ void store_chunk(Out *row, int first, int end, bool vector,
                                             const uint32_t (&words)[2 * sizeof(Out)]) {
@@ -38,8 +39,8 @@ __device__ __forceinline__ void store_chunk(Out *row, int first, int end, bool v
   }
 }
 
-// The codes of a span as they are loaded, 128 bytes of the row an instruction: word i of the span is words[i / 32] of lane
-// i % 32. Narrower loads, each lane its own bytes, cost more in the way to the cache than the shuffles here.
+// The codes of a span as they are loaded, 128 bytes of the row an instruction: word i of the span is words[i / 32] of
+// lane i % 32. Narrower loads, each lane its own bytes, cost more in the way to the cache than the shuffles here.
 template <int BITS>
 struct span_codes {
   uint32_t words[BITS];
@@ -62,9 +63,9 @@ struct span_codes {
   }
 };
 
-// What a lane needs to decode one chunk. 16-bit outputs of 1- and 2-bit rows: the group's values, already rounded, as bytes
-// to select from (`table`); otherwise the group's scale. `level`: the row's levels, one register each for 1 and 2 bits; with
-// 4 bits lane i of each half-warp holds level i, and a shuffle looks one up.
+// What a lane needs to decode one chunk. 16-bit outputs of 1- and 2-bit rows: the group's values, already rounded, as
+// bytes to select from (`table`); otherwise the group's scale. `level`: the row's levels, one register each for 1 and 2
+// bits; with 4 bits lane i of each half-warp holds level i, and a shuffle looks one up.
 template <int BITS, class Out>
 struct decoder {
   static constexpr bool kTable = BITS < 4 && sizeof(Out) == 2;
@@ -158,9 +159,9 @@ struct dense_shape {
   bool vector;  // rows of the output start on multiples of 16 bytes
 };
 
-// Blocks of rows, each of one precision, spread evenly over the grid: rows of all precisions that are near each other in W
-// are then written at about the same time. Precision after precision, only every third or twentieth row of a stretch of
-// memory would be written at a time, which costs a tenth of the write bandwidth.
+// Blocks of rows, each of one precision, spread evenly over the grid: rows of all precisions that are near each other
+// in W are then written at about the same time. Precision after precision, only every third or twentieth row of a
+// stretch of memory would be written at a time, which costs a tenth of the write bandwidth.
 struct row_blocks {
   int total;
   uint64_t share4, share2;  // 2^32 times the share of 4-bit blocks in all, and of 2-bit ones in the others
@@ -194,10 +195,11 @@ __device__ __forceinline__ block_place place_block(const row_blocks &blocks, con
   return {first, min(kRows, end - first)};
 }
 
-// Asks for all that a block reads in the L2 cache, one range a lane: a load that has to go to memory waits for thousands
-// of cycles behind the writes. The small tables count as much as the codes, since a warp waits for the slowest.
-__device__ __forceinline__ void ask_for_block(const lowra_packed &p, const rows_layout &layout, const dense_shape &shape,
-                                              const block_place &at) {
+// Asks for all that a block reads in the L2 cache, one range a lane: a load that has to go to memory waits for
+// thousands of cycles behind the writes. The small tables count as much as the codes, since a warp waits for the
+// slowest.
+__device__ __forceinline__ void ask_for_block(const lowra_packed &p, const rows_layout &layout,
+                                              const dense_shape &shape, const block_place &at) {
   const row_place place = place_of<0>(layout, at.first);
   const size_t groups = shape.groups, first_scale = at.first * groups, scales = at.rows * groups;
   const int scale_bytes = p.scale_type == LOWRA_UINT8 ? 1 : p.scale_type == LOWRA_FLOAT16 ? 2 : 4;
@@ -254,8 +256,8 @@ __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = first + 32 * c + lane;
-      of_group.set_scale(chunk * 8 < shape.in_features
-                             ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f);
+      of_group.set_scale(
+          chunk * 8 < shape.in_features ? load_scale(p, first_scale + shape.chunks_per_group.divide(chunk)) : 0.f);
       of_group.decode(codes.chunk(c), words);
       store_chunk<Out>(row, chunk * 8, shape.end, shape.vector, words);
     }
@@ -263,7 +265,8 @@ __device__ __forceinline__ void dequantize_span(const lowra_packed &p, const row
 }
 
 // ahead: how many blocks of rows lie between one and the other that it asks for. origin: where column 0 of row 0 of W
-// would stand. (Subtracting the part's first row and column in the kernel makes a call 1.5 us longer, whatever its size.)
+// would stand. (Subtracting the part's first row and column in the kernel makes a call 1.5 us longer, whatever its
+// size.)
 template <class Out>
 __global__ void __launch_bounds__(32 * kRows, kMinBlocks)
     dequantize_kernel(const __grid_constant__ lowra_packed p, rows_layout layout, dense_shape shape, row_blocks blocks,
@@ -297,9 +300,14 @@ int dequantize(const lowra_packed &p, const lowra_part &part, void *out, cudaStr
   const lowra_shape &s = p.shape;
   const rows_layout layout = layout_of(s);
   const int chunks = (int)((part.columns + 7) / 8);
-  const dense_shape shape = {(int)s.in_features, (int)((s.in_features + s.group_size - 1) / s.group_size),
-                             (int)(part.first_column / 8), (int)(part.first_column + part.columns), (int)part.columns,
-                             (int)part.first_row, (int)part.rows, part.rows == row_count(s),
+  const dense_shape shape = {(int)s.in_features,
+                             (int)((s.in_features + s.group_size - 1) / s.group_size),
+                             (int)(part.first_column / 8),
+                             (int)(part.first_column + part.columns),
+                             (int)part.columns,
+                             (int)part.first_row,
+                             (int)part.rows,
+                             part.rows == row_count(s),
                              (s.group_size & (s.group_size - 1)) ? 0 : __builtin_ctz((unsigned)s.group_size / 8),
                              divisor_of((uint32_t)s.group_size / 8),
                              aligned16(out) && part.columns * sizeof(Out) % 16 == 0};
@@ -324,7 +332,8 @@ int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, vo
   if (status == LOWRA_BAD_SHAPE) return status;
   const int64_t rows = row_count(packed->shape), columns = packed->shape.in_features;
   if (part->first_row < 0 || part->rows < 0 || part->first_row + part->rows > rows || part->first_column < 0 ||
-      part->first_column % LOWRA_MAX_GROUP_SIZE != 0 || part->columns < 0 || part->first_column + part->columns > columns) {
+      part->first_column % LOWRA_MAX_GROUP_SIZE != 0 || part->columns < 0 ||
+      part->first_column + part->columns > columns) {
     return LOWRA_BAD_SHAPE;
   }
   if (part->rows == 0 || part->columns == 0) return LOWRA_OK;

@@ -1,9 +1,10 @@
 // Codes and x to operands of the tensor cores for up to 8 tokens: what product_small.cu is made of.
 //
-// The weight is operand A of mma.m16n8k16 (16 packed rows), x operand B. With few tokens the 8 columns of an mma are put
-// to use: a lane, or a pair of lanes, of a quad decodes columns of one group, and its own columns of B hold x of the
-// tokens at these k's only, zeros elsewhere. So each sum belongs to one group, ends up in a lane that decodes it, and is
-// multiplied by the group's scale afterwards: operand A needs no scale, its values are the levels as they are stored.
+// The weight is operand A of mma.m16n8k16 (16 packed rows), x operand B. With few tokens the 8 columns of an mma are
+// put to use: a lane, or a pair of lanes, of a quad decodes columns of one group, and its own columns of B hold x of
+// the tokens at these k's only, zeros elsewhere. So each sum belongs to one group, ends up in a lane that decodes it,
+// and is multiplied by the group's scale afterwards: operand A needs no scale, its values are the levels as they are
+// stored.
 //
 // float16 holds them exactly. x becomes float16 as well, divided by a power of two for each 64 columns; what is lost
 // lies 2^-21 below the largest of the 64 for 1-bit rows, 2^-31 for others. So the result is nearer to the exact product
@@ -18,11 +19,11 @@ constexpr int kUnitBits = 512;     // bits of a row in a unit of work: 64 bytes,
 constexpr int kChunkColumns = 64;  // columns of x under one power of two
 constexpr int kChunkUnits = 9;     // 16-byte units of a token's chunk: 8 of x, and one of its power and sums
 constexpr int kMaxTeams = 256;
-constexpr int kKinds = 3;          // kinds of rows: 4, 2 and 1 bits
+constexpr int kKinds = 3;  // kinds of rows: 4, 2 and 1 bits
 
-// How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes of
-// a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of 64, an even
-// number in a row.
+// How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes
+// of a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of
+// 64, an even number in a row.
 template <int TOKENS_, int LANES_, bool DEFAULT_FORM_>
 struct setup {
   static constexpr int TOKENS = TOKENS_, LANES = LANES_;
@@ -52,10 +53,10 @@ struct division {
   int first[kMaxTeams + 1][kKinds];  // first tile of a team, counted within the kind
 };
 
-// Codes of 1 bit become operand A without a table: moved to one of the bits 7 to 14, a code is a float16 that is a power
-// of two, and x of its column is divided by it (`folded`). Bits 10 to 14 are normal numbers; 7 to 9 have at most three
-// leading zeros, which is all that the tensor cores lose when they align the products.
-// Column j of 8 is multiplied by fold(j); kFolded undoes it.
+// Codes of 1 bit become operand A without a table: moved to one of the bits 7 to 14, a code is a float16 that is a
+// power of two, and x of its column is divided by it (`folded`). Bits 10 to 14 are normal numbers; 7 to 9 have at most
+// three leading zeros, which is all that the tensor cores lose when they align the products. Column j of 8 is
+// multiplied by fold(j); kFolded undoes it.
 constexpr float kFolded = 1024.f;
 __device__ __forceinline__ constexpr float fold(int j) {
   return j < 5 ? (float)(128 >> j) : j == 5 ? 2.f : j == 6 ? 0.125f : 1.f / 2048.f;
@@ -126,10 +127,10 @@ __device__ __forceinline__ void decode(const levels_of<4> &levels, const uint32_
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = index >> (16 * i), which = pick >> (16 * i);
-      const uint32_t low = permute(permute(levels.low[0], levels.low[1], at),
-                                   permute(levels.low[2], levels.low[3], at), which);
-      const uint32_t high = permute(permute(levels.high[0], levels.high[1], at),
-                                    permute(levels.high[2], levels.high[3], at), which);
+      const uint32_t low =
+          permute(permute(levels.low[0], levels.low[1], at), permute(levels.low[2], levels.low[3], at), which);
+      const uint32_t high =
+          permute(permute(levels.high[0], levels.high[1], at), permute(levels.high[2], levels.high[3], at), which);
       out[4 * w + 2 * i] = permute(low, high, 0x6240);
       out[4 * w + 2 * i + 1] = permute(low, high, 0x7351);
     }
@@ -138,10 +139,9 @@ __device__ __forceinline__ void decode(const levels_of<4> &levels, const uint32_
 
 // Into registers that keep their zeros in the lanes that load nothing.
 __device__ __forceinline__ void load_if(bool wanted, uint32_t address, uint32_t (&out)[4]) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(out[0]), "+r"(out[1]), "+r"(out[2]), "+r"(out[3])
-      : "r"(address), "r"((uint32_t)wanted));
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(out[0]), "+r"(out[1]), "+r"(out[2]), "+r"(out[3])
+               : "r"(address), "r"((uint32_t)wanted));
 }
 
 // Unit 8 of a token's chunk, see stage_x.
@@ -150,7 +150,8 @@ __device__ __forceinline__ float4 load_facts(uint32_t address) {
   float4 facts = {};
   if constexpr (BITS == 1) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(facts.x), "=f"(facts.y), "=f"(facts.z), "=f"(facts.w) : "r"(address));
+                 : "=f"(facts.x), "=f"(facts.y), "=f"(facts.z), "=f"(facts.w)
+                 : "r"(address));
   } else {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(facts.z) : "r"(address + 8));
   }
@@ -181,11 +182,11 @@ __device__ __forceinline__ tile_spot spot_of_unit(const division &d, const int (
 // has 128 neighbouring columns at a time.
 template <class S>
 struct lane_tile {
-  const uint8_t *codes[2];    // the next unit
+  const uint8_t *codes[2];  // the next unit
   const uint16_t *levels[2];
   size_t first_scale[2];
-  uint32_t first_levels[2];   // two of them, so that the others come from the first-level cache
-  int byte, stride;           // where the unit lies in the row, and the row's length
+  uint32_t first_levels[2];  // two of them, so that the others come from the first-level cache
+  int byte, stride;          // where the unit lies in the row, and the row's length
 
   __device__ __forceinline__ void place(const product &q, const division &d, const tile_spot &spot, int team, int begin,
                                         int lane) {
@@ -312,11 +313,11 @@ __device__ __forceinline__ x_piece fetch_x(const product &q, const division &d, 
   return piece;
 }
 
-// x of a block's columns [begin, end) in shared memory: [chunk][token] units of 16 bytes, zeros from `end` on. Word j of
-// a chunk's half holds columns j and j + 16 of its 32; unit 8 holds the sums of both halves, the power of two that was
-// divided out, and the sum of both sums (the sums are divided as well). `folded`: column j is multiplied by
-// fold(j % 8). plain, folded: null where no row of the block needs them; without `folded` there are no sums.
-// next: piece threadIdx.x, fetched.
+// x of a block's columns [begin, end) in shared memory: [chunk][token] units of 16 bytes, zeros from `end` on. Word j
+// of a chunk's half holds columns j and j + 16 of its 32; unit 8 holds the sums of both halves, the power of two that
+// was divided out, and the sum of both sums (the sums are divided as well). `folded`: column j is multiplied by fold(j
+// % 8). plain, folded: null where no row of the block needs them; without `folded` there are no sums. next: piece
+// threadIdx.x, fetched.
 template <class S, class T>
 __device__ __forceinline__ void stage_x(const product &q, const division &d, int begin, int end, int threads,
                                         x_piece next, uint4 *plain, uint4 *folded) {

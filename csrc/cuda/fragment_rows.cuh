@@ -8,8 +8,8 @@ namespace lowra {
 constexpr int kHalfColumns = 128;  // of half a tile of x: the columns of a block are a multiple of these
 constexpr int kAheadBytes = 256;   // of a row's codes, asked for at the start
 
-// Columns [begin, end) of a block, in tiles of which a quad takes four times 64, half of them at a time. A rest of half a
-// tile or less is one of four times 32.
+// Columns [begin, end) of a block, in tiles of which a quad takes four times 64, half of them at a time. A rest of half
+// a tile or less is one of four times 32.
 struct column_slice {
   int begin, end;
   __device__ __forceinline__ int halves() const { return (end - begin + kHalfColumns - 1) / kHalfColumns; }
@@ -26,8 +26,8 @@ struct column_slice {
   }
 };
 
-// The two rows of a lane, `lane / 4` and `lane / 4 + 8` of its warp's 16, as offsets of 32 bits: registers are scarce here.
-// Rows past the end of a precision repeat its last row; their sums are never stored.
+// The two rows of a lane, `lane / 4` and `lane / 4 + 8` of its warp's 16, as offsets of 32 bits: registers are scarce
+// here. Rows past the end of a precision repeat its last row; their sums are never stored.
 template <int BITS>
 struct fragment_rows {
   uint32_t rows[2], codes[2], first_scale[2], tables[2];
@@ -69,7 +69,8 @@ struct fragment_rows {
 
   // WORDS words of each row, whose columns begin at `column`, zero from `end` on (a multiple of 32).
   template <int WORDS>
-  __device__ __forceinline__ void fetch_codes(const product &q, int column, int end, uint32_t (&words)[2][WORDS]) const {
+  __device__ __forceinline__ void fetch_codes(const product &q, int column, int end,
+                                              uint32_t (&words)[2][WORDS]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint8_t *at = q.packed.codes + (codes[h] + column * BITS / 8);

@@ -1,9 +1,9 @@
 // Codes to operands of the tensor cores, in registers: weights rounded to the type of x (product_tensor.cu).
 //
-// The weight is operand A of mma.m16n8k16 (16 packed rows), x is operand B (8 tokens), sums are float32. Which 16 columns
-// of W meet in one mma is free as long as A and B agree, so it is chosen for cheap decoding: lane t of a quad takes
-// columns [64 t, 64 t + 64) of a tile of 256, so that its codes are 8, 16 or 32 neighbouring bytes under one scale, and
-// four neighbouring columns of it meet in one mma, so that x needs no reordering.
+// The weight is operand A of mma.m16n8k16 (16 packed rows), x is operand B (8 tokens), sums are float32. Which 16
+// columns of W meet in one mma is free as long as A and B agree, so it is chosen for cheap decoding: lane t of a quad
+// takes columns [64 t, 64 t + 64) of a tile of 256, so that its codes are 8, 16 or 32 neighbouring bytes under one
+// scale, and four neighbouring columns of it meet in one mma, so that x needs no reordering.
 //
 // The value of a weight, float32(level) * scale, is rounded to T as in lowra_cuda_dequantize: the products sum exactly
 // the weights that dequantise + cuBLAS sums.
@@ -34,9 +34,9 @@ struct product {
   int tokens, in_features, groups, group_shift;
 };
 
-constexpr int kTileRows = 16;         // rows of one mma
-constexpr int kLaneColumns = 64;      // columns of a lane in one tile
-constexpr int kTileColumns = 256;     // columns of a quad: one tile of x
+constexpr int kTileRows = 16;                 // rows of one mma
+constexpr int kLaneColumns = 64;              // columns of a lane in one tile
+constexpr int kTileColumns = 256;             // columns of a quad: one tile of x
 constexpr int kTileUnits = kTileColumns / 8;  // 16-byte units of one token in a tile of x
 
 // BITS: decides table and selection. 1 bit: two values, selected by masks.
@@ -121,17 +121,17 @@ __device__ __forceinline__ value_table<BITS> build_table(const row_levels<BITS> 
   return table_of<BITS, T>(stored, scale);
 }
 
-// Bytes 0 and 2 of the result are bytes 0 and 2 of `word` (bytes 1 and 3 for ODD), and the byte above each is the same one
-// code further on: field j of a byte and of the byte above are then neighbouring codes.
-// BITS: width of a code. ODD: which half of the bytes.
+// Bytes 0 and 2 of the result are bytes 0 and 2 of `word` (bytes 1 and 3 for ODD), and the byte above each is the same
+// one code further on: field j of a byte and of the byte above are then neighbouring codes. BITS: width of a code. ODD:
+// which half of the bytes.
 template <int BITS, bool ODD>
 __device__ __forceinline__ uint32_t neighbours(uint32_t word) {
   return permute(word, word >> BITS, ODD ? 0x7351 : 0x6240);
 }
 
-// A part of a word is at most four mma, so that few operands are alive at once: half a word of 1-bit codes, else a word.
-// out[i] and out[M + i]: column pairs i of its first and of its second unit of x, M the number of mma.
-// ODD: for 1 bit, whether the part takes the odd bytes of the word.
+// A part of a word is at most four mma, so that few operands are alive at once: half a word of 1-bit codes, else a
+// word. out[i] and out[M + i]: column pairs i of its first and of its second unit of x, M the number of mma. ODD: for 1
+// bit, whether the part takes the odd bytes of the word.
 template <bool ODD>
 __device__ __forceinline__ void decode(const value_table<1> &table, uint32_t word, uint32_t (&out)[8]) {
   const uint32_t half = neighbours<1, ODD>(word);
@@ -157,13 +157,14 @@ __device__ __forceinline__ void decode(const value_table<2> &table, uint32_t wor
 
 template <bool ODD>
 __device__ __forceinline__ void decode(const value_table<4> &table, uint32_t word, uint32_t (&out)[4]) {
-  // A permutation selects among 8 bytes, so each code is looked up in both halves of the table by its low three bits and
-  // its top bit picks between the two.
+  // A permutation selects among 8 bytes, so each code is looked up in both halves of the table by its low three bits
+  // and its top bit picks between the two.
   const uint32_t index = word & 0x77777777u, half = ((word & 0x88888888u) >> 1) | 0x32103210u;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t at = index >> (16 * i), pick = half >> (16 * i);
-    const uint32_t low = permute(permute(table.low[0], table.low[1], at), permute(table.low[2], table.low[3], at), pick);
+    const uint32_t low =
+        permute(permute(table.low[0], table.low[1], at), permute(table.low[2], table.low[3], at), pick);
     const uint32_t high =
         permute(permute(table.high[0], table.high[1], at), permute(table.high[2], table.high[3], at), pick);
     out[2 * i] = permute(low, high, 0x5140);
@@ -215,8 +216,8 @@ __device__ __forceinline__ float finish_scale(const lowra_packed &p, const raw_s
   return p.scale_type == LOWRA_FLOAT16 ? half_bits_to_float((uint16_t)raw.bits) : __uint_as_float(raw.bits);
 }
 
-// What a lane holds of one tile: the codes of 64 columns of its two rows, `lane / 4` and `lane / 4 + 8`, and the scale of
-// the first 32 or more of them.
+// What a lane holds of one tile: the codes of 64 columns of its two rows, `lane / 4` and `lane / 4 + 8`, and the scale
+// of the first 32 or more of them.
 template <int BITS>
 struct lane_codes {
   static constexpr int kWords = 2 * BITS;
@@ -284,9 +285,9 @@ template <int BITS, int NT, class T>
 __device__ __forceinline__ void multiply_tile(const product &q, const lane_rows<BITS> &rows,
                                               const lane_codes<BITS> &codes, int column, const uint4 *x, int reach,
                                               int lane, float (&sum)[NT][4]) {
-  constexpr int kParts = BITS == 1 ? 2 : 1;    // parts of a word
-  constexpr int kMmas = BITS == 4 ? 2 : 4;     // mma of a part
-  constexpr int kWordUnits = kParts * kMmas / 2;  // units of x that a word meets
+  constexpr int kParts = BITS == 1 ? 2 : 1;        // parts of a word
+  constexpr int kMmas = BITS == 4 ? 2 : 4;         // mma of a part
+  constexpr int kWordUnits = kParts * kMmas / 2;   // units of x that a word meets
   const int key = lane % 4 | (lane / 4 % 2) << 2;  // of unit_place: the same for all units of the lane
   value_table<BITS> table[2];
 #pragma unroll

@@ -1,11 +1,11 @@
 // Weighted Lloyd-Max of all precisions for every row. Reference: lloyd.lloyd_max (values agree to float32 rounding).
 //
-// A block keeps one row on chip for all iterations: the weight is read from memory once. The reference sorts the row and
-// takes a cell's sums from prefix sums; here every weight is compared with every threshold and added in double precision
-// to the sums above it, which costs a row of 4096 less than its sort would at 20 iterations, needs no scratch memory and
-// gives the same sums, since both are differences of sums over "greater than the threshold". The order of additions is
-// fixed, so results repeat bit for bit. Double precision matters: the search ends when the error no longer falls, and
-// float32 sums would end it early.
+// A block keeps one row on chip for all iterations: the weight is read from memory once. The reference sorts the row
+// and takes a cell's sums from prefix sums; here every weight is compared with every threshold and added in double
+// precision to the sums above it, which costs a row of 4096 less than its sort would at 20 iterations, needs no scratch
+// memory and gives the same sums, since both are differences of sums over "greater than the threshold". The order of
+// additions is fixed, so results repeat bit for bit. Double precision matters: the search ends when the error no longer
+// falls, and float32 sums would end it early.
 #include "common.cuh"
 
 namespace lowra {
@@ -126,8 +126,10 @@ __device__ __forceinline__ double error_of(const cell &c, double level, const sh
 template <int BITS>
 __device__ __forceinline__ void learn(const search &s, const float *x, const float *absmax, shared_state &state,
                                       int row) {
-  constexpr int kCuts = (1 << BITS) - 1, kLevelAt = BITS == 4 ? 0 : BITS == 2 ? 16 : 20,
-                kCutAt = BITS == 4 ? 0 : BITS == 2 ? 15 : 18, kErrorAt = BITS == 4 ? 0 : BITS == 2 ? 1 : 2;
+  constexpr int kCuts = (1 << BITS) - 1;
+  constexpr int kLevelAt = BITS == 4 ? 0 : BITS == 2 ? 16 : 20;
+  constexpr int kCutAt = BITS == 4 ? 0 : BITS == 2 ? 15 : 18;
+  constexpr int kErrorAt = BITS == 4 ? 0 : BITS == 2 ? 1 : 2;
   const int lane = threadIdx.x % 32, place = min(lane, kCuts);
   const bool decides = threadIdx.x < 32;
   double level = s.initial_levels[kLevelAt + place], threshold = s.initial_thresholds[kCutAt + min(lane, kCuts - 1)];
@@ -214,10 +216,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) lloyd_max_kernel(const __grid_
 }  // namespace
 }  // namespace lowra
 
-int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, int64_t in_features,
-                         int64_t group_size, const float *initial_levels, const float *initial_thresholds,
-                         const float *column_weights, int32_t iterations, int32_t squared, float *levels,
-                         float *thresholds, float *errors, void *stream) {
+int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, int64_t in_features, int64_t group_size,
+                         const float *initial_levels, const float *initial_thresholds, const float *column_weights,
+                         int32_t iterations, int32_t squared, float *levels, float *thresholds, float *errors,
+                         void *stream) {
   using namespace lowra;
   if (bad_shape({rows, 0, 0, in_features, group_size}) || iterations < 0) return LOWRA_BAD_SHAPE;
   if (weight_type < LOWRA_FLOAT32 || weight_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
@@ -236,11 +238,12 @@ int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, 
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t bytes = ((in_features + 3) / 4 * 4 + s.groups) * (int64_t)sizeof(float);
   if (bytes + (int64_t)sizeof(shared_state) > limit) return LOWRA_UNSUPPORTED;
-  if (const int status = keep_error(
-          cudaFuncSetAttribute(lloyd_max_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes))) {
+  if (const int status =
+          keep_error(cudaFuncSetAttribute(lloyd_max_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes))) {
     return status;
   }
-  // Few warps for each row keep the share of the reductions small; long rows leave room for few blocks, so they get more.
+  // Few warps for each row keep the share of the reductions small; long rows leave room for few blocks, so they get
+  // more.
   const int warps = in_features <= 8192 ? 4 : in_features <= 16384 ? 8 : kMaxWarps;
   lloyd_max_kernel<<<(unsigned)rows, 32 * warps, (size_t)bytes, static_cast<cudaStream_t>(stream)>>>(s);
   return launched();

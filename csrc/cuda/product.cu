@@ -6,8 +6,8 @@ namespace {
 
 constexpr int kFew = 64;  // tokens that need no product_many
 
-// Up to how many tokens product_small is the quickest (docs/kernels.md). Rows of 4 bits cost it more than others, and on
-// Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
+// Up to how many tokens product_small is the quickest (docs/kernels.md). Rows of 4 bits cost it more than others, and
+// on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
 int tokens_for_small(const lowra_shape &s, int major) {
   const bool mostly4 = 2 * s.rows4 > row_count(s), large = row_count(s) * s.in_features > 50'000'000;
   return mostly4 || (major == 9 && !large) ? 4 : 8;
@@ -34,8 +34,8 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (const int status = check_packed(*packed)) return status;
   if (!x || !out) return LOWRA_NULL_POINTER;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
-  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) ||
-      !aligned16(packed->codes) || !aligned16(packed->levels)) {
+  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed->codes) ||
+      !aligned16(packed->levels)) {
     return LOWRA_UNSUPPORTED;
   }
   product q = {};

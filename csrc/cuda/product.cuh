@@ -21,12 +21,13 @@ __device__ __forceinline__ void store_if(bool wanted, T *at, float value) {
       ".reg .pred wanted;\n"
       "setp.ne.s32 wanted, %2, 0;\n"
       "@wanted st.global.u16 [%0], %1;\n"
-      "}\n" ::"l"(at), "h"(reinterpret_cast<const uint16_t &>(rounded)), "r"((int)wanted)
+      "}\n" ::"l"(at),
+      "h"(reinterpret_cast<const uint16_t &>(rounded)), "r"((int)wanted)
       : "memory");
 }
 
-// Words of codes at `at`. Asks for 256 bytes in the L2 cache, the columns that follow: a wait for memory takes longer than
-// decoding them.
+// Words of codes at `at`. Asks for 256 bytes in the L2 cache, the columns that follow: a wait for memory takes longer
+// than decoding them.
 #define LOWRA_LOAD "ld.global.nc.L2::256B."
 __device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[1]) {
   asm volatile(LOWRA_LOAD "u32 %0, [%1];" : "=r"(words[0]) : "l"(at));
@@ -36,7 +37,8 @@ __device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[
 }
 __device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[4]) {
   asm volatile(LOWRA_LOAD "v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(at));
 }
 #undef LOWRA_LOAD
 

@@ -21,11 +21,10 @@ int map_of(const product &q, int box_tokens, CUtensorMap &map) {
   const cuuint64_t sizes[2] = {(cuuint64_t)q.in_features, (cuuint64_t)q.tokens};
   const cuuint64_t row_bytes = sizes[0] * sizeof(T);
   const cuuint32_t box[2] = {kStepColumns, (cuuint32_t)box_tokens}, steps[2] = {1, 1};
-  constexpr auto kType =
-      std::is_same_v<T, fp16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(&map, kType, 2, const_cast<void *>(q.x), sizes, &row_bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  constexpr auto kType = std::is_same_v<T, fp16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(&map, kType, 2, const_cast<void *>(q.x), sizes, &row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? LOWRA_OK : LOWRA_UNSUPPORTED;
 }
 
@@ -66,12 +65,13 @@ int launch(const product &q, const plan &p, cudaStream_t stream) {
   const tile_grid grid = grid_of(q, p);
   const int at_once = clusters_of(0), blocks = kPair << p.split_shift;
   const int clusters = p.split_shift > 0 || grid.tile_pairs < at_once ? grid.tile_pairs : at_once;
-  return launch_early(kernel, dim3(blocks * clusters), dim3(shape::kThreads), shape::kBytes, blocks, stream, q, map, grid);
+  return launch_early(kernel, dim3(blocks * clusters), dim3(shape::kThreads), shape::kBytes, blocks, stream, q, map,
+                      grid);
 }
 
 // With which a multiprocessor has the least to do. Cycles of a step are those of shared memory, 128 bytes each: x and W
-// are written and x is read once, W for every 64 tokens; what a pair shares of W is read once more. A tile's start and end
-// take some 4000, adding up the sums of several pairs some 2500.
+// are written and x is read once, W for every 64 tokens; what a pair shares of W is read once more. A tile's start and
+// end take some 4000, adding up the sums of several pairs some 2500.
 plan best_plan(const product &q) {
   const bool shared = shares_rows(q);
   constexpr int kRows[] = {64, 96, 128, 160, 176};
@@ -118,7 +118,8 @@ int choose(const product &q, cudaStream_t stream) {
 }  // namespace
 
 bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, int64_t l2_bytes) {
-  // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured: docs/kernels.md).
+  // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured:
+  // docs/kernels.md).
   const int64_t dense_bytes = 2 * rows * in_features;
   if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2 || tokens > 512) return false;
   if (tokens <= 128) return true;
@@ -127,8 +128,8 @@ bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, 
   const plan p = best_plan(q);
   if (p.waves > 1 || dense_bytes <= l2_bytes / 4 * 3) return false;
   if (tokens <= 256) return true;
-  // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, the tiles large or
-  // their columns not shared, and little of the time spent at their ends.
+  // With 257 it takes nearly as long as with 512, the dense product half as long: the chip must be full, the tiles
+  // large or their columns not shared, and little of the time spent at their ends.
   const bool full = 10 * grid_of(q, p).tile_pairs >= 9 * clusters_of(p.split_shift);
   const bool lasting = q.in_features >> p.split_shift >= 4096;
   return tokens > 416 && full && lasting && (p.rows == 176 || p.split_shift == 0);
@@ -138,7 +139,7 @@ int product_many(const product &q, int32_t type, cudaStream_t stream) {
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
   const bool fits = (size_t)q.layout.rows() * q.groups <= UINT32_MAX;  // tile_row
-  if (!fits || limits.major != 9) return LOWRA_UNSUPPORTED;           // sm_90a code runs on no other chip
+  if (!fits || limits.major != 9) return LOWRA_UNSUPPORTED;            // sm_90a code runs on no other chip
   if (q.in_features % kStepColumns || q.group_shift < 6 || q.layout.rows() % 4 ||
       reinterpret_cast<uintptr_t>(q.out) % 8) {
     return LOWRA_UNSUPPORTED;

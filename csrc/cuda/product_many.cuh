@@ -1,19 +1,19 @@
-// Decode x product on Hopper (sm_90a) for more than 64 tokens. Reference: reference.linear, up to the order of the float32
-// sums.
+// Decode x product on Hopper (sm_90a) for more than 64 tokens. Reference: reference.linear, up to the order of the
+// float32 sums.
 //
 // A tile of the output is TOKENS tokens x ROWS rows of W, summed over steps of 64 columns. Some warps decode: a thread
-// writes the 64 weights of one row and step, 128 bytes, to shared memory, where two warpgroups multiply them with x, half
-// of the tokens each. Both operands come from shared memory, so decoding and multiplying never wait for one another's
-// registers; a ring of stages lies between them.
+// writes the 64 weights of one row and step, 128 bytes, to shared memory, where two warpgroups multiply them with x,
+// half of the tokens each. Both operands come from shared memory, so decoding and multiplying never wait for one
+// another's registers; a ring of stages lies between them.
 //
-// Rows of a tile are neighbours in W, whatever their precision, so that the outputs of a token are one stretch of memory.
-// (Rows in packed order would be written two bytes at a time to places far apart.) Within a precision packed rows keep the
-// order of W, so those of a tile are three runs, found by bisection (tile_rows.cuh).
+// Rows of a tile are neighbours in W, whatever their precision, so that the outputs of a token are one stretch of
+// memory. (Rows in packed order would be written two bytes at a time to places far apart.) Within a precision packed
+// rows keep the order of W, so those of a tile are three runs, found by bisection (tile_rows.cuh).
 //
-// Blocks work in pairs (clusters). For up to 128 tokens a pair takes neighbouring tiles of rows; each block copies half of
-// x for both. For more tokens it takes the same rows and neighbouring tiles of tokens; each block decodes half of the
-// rows and sends them to the other. Where pairs are too few for the chip, several of them in one cluster share the columns
-// of their tiles, and at the end add up each other's sums.
+// Blocks work in pairs (clusters). For up to 128 tokens a pair takes neighbouring tiles of rows; each block copies half
+// of x for both. For more tokens it takes the same rows and neighbouring tiles of tokens; each block decodes half of
+// the rows and sends them to the other. Where pairs are too few for the chip, several of them in one cluster share the
+// columns of their tiles, and at the end add up each other's sums.
 #pragma once
 
 #include <cuda.h>
@@ -54,7 +54,7 @@ struct tile_shape {
 
 struct tile_grid {
   int token_tiles, tile_pairs;
-  int split_shift;         // log2 of the splits: pairs of blocks that share a work's columns, and then have no other work
+  int split_shift;  // log2 of the splits: pairs of blocks that share a work's columns, and then have no other work
 
   __host__ __device__ int splits() const { return 1 << split_shift; }
 };
@@ -221,8 +221,9 @@ __device__ __forceinline__ void decode_tiles(const product &q, const tile_grid &
     const task mine = task_of(first_bits, tasks, warp, shape::kDecodeWarps);
     const int other = tile.first_row + (rank ^ 1) * shape::kOwnRows;
     const uint32_t sent = SHARED && other < rows ? shape::kOwnBytes : 0;
-    const decoding to = {x,     memory, full, full + 8 * shape::kStages, memory + shape::kDone,
-                         tasks, tile,   shape::kTokenBytes + sent, role};
+    const decoding to = {
+        x,   memory, full, full + 8 * shape::kStages, memory + shape::kDone, tasks, tile, shape::kTokenBytes + sent,
+        role};
     const bool leads = mine.index == 0;
     if (mine.bits == 1) decode_steps<1, TOKENS, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
     if (mine.bits == 2) decode_steps<2, TOKENS, ROWS, SHARED, T>(q, mine, leads, runs, to, ring);
@@ -249,7 +250,9 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
   const block_role role = role_of(q, grid);
   const int steps = role.end_step - role.first_step;
   // Lane r tells block r of the pair that a stage is free here: what comes into it comes from both.
-  const auto empty_in = [&](int r) { return address_in_block(full + 8 * shape::kStages, kPair * role.split + r % kPair); };
+  const auto empty_in = [&](int r) {
+    return address_in_block(full + 8 * shape::kStages, kPair * role.split + r % kPair);
+  };
   const uint32_t empty = empty_in(lane);
   const auto give_back = [&](int stage) {
     if (lane < kPair * kWarpArrivals) barrier_arrive_in_cluster(empty + 8 * stage);
@@ -286,7 +289,8 @@ __device__ __forceinline__ void multiply_tiles(const product &q, const tile_grid
       ring.advance(1);
     }
     wgmma_wait<0>();
-    // The sums are read from here on: moved to before the wait, a read would put the tensor cores' work one after another.
+    // The sums are read from here on: moved to before the wait, a read would put the tensor cores' work one after
+    // another.
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll

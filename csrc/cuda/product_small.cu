@@ -1,8 +1,8 @@
 // Decode x product for up to 8 tokens. Reference: reference.linear. How the operands come about: few_tokens.cuh.
 //
-// A team of one block or two (a cluster, which splits the columns) takes a share of all rows, 4-, 2- and 1-bit rows alike.
-// Its work is counted in units of 64 bytes of 16 rows, whose cost hardly depends on the precision, and its warps share
-// them evenly. So a launch fills the chip once, and x is made ready once for each multiprocessor.
+// A team of one block or two (a cluster, which splits the columns) takes a share of all rows, 4-, 2- and 1-bit rows
+// alike. Its work is counted in units of 64 bytes of 16 rows, whose cost hardly depends on the precision, and its warps
+// share them evenly. So a launch fills the chip once, and x is made ready once for each multiprocessor.
 #include <cooperative_groups.h>
 
 #include "few_tokens.cuh"
@@ -59,9 +59,8 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
         for (int u = 0; u < 2; ++u) {
 #pragma unroll
           for (int p = 0; p < S::kMmas; ++p) {
-            uint32_t(&to)[4] = b[(u + p) % 2];
-            load_if(mine && S::kPerMma * p + token < q.tokens,
-                    own + (part * 2 + u) * 16 + S::kPerMma * p * kToken, to);
+            uint32_t (&to)[4] = b[(u + p) % 2];
+            load_if(mine && S::kPerMma * p + token < q.tokens, own + (part * 2 + u) * 16 + S::kPerMma * p * kToken, to);
             mma<fp16>(sum[p], a[0][4 * u], a[1][4 * u], a[0][4 * u + 1], a[1][4 * u + 1], to[0], to[1]);
             mma<fp16>(sum[p], a[0][4 * u + 2], a[1][4 * u + 2], a[0][4 * u + 3], a[1][4 * u + 3], to[2], to[3]);
           }
@@ -96,10 +95,12 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
 // Asks for the scales, levels and places of a kind of this team's rows; two blocks share them out.
 __device__ __forceinline__ void ask_for_facts(const product &q, const division &d, int kind, int team, int rank) {
   const kind_rows &rows = d.kinds[kind];
-  int from = min(d.first[team][kind] * kTileRows, rows.count), to = min(d.first[team + 1][kind] * kTileRows, rows.count);
+  int from = min(d.first[team][kind] * kTileRows, rows.count),
+      to = min(d.first[team + 1][kind] * kTileRows, rows.count);
   if (d.splits > 1) (rank == 0 ? to : from) = (from + to) / 2;
   if (from >= to) return;
-  const size_t groups = q.groups * (q.packed.scale_type == LOWRA_UINT8 ? 1 : q.packed.scale_type == LOWRA_FLOAT16 ? 2 : 4);
+  const int scale_bytes = q.packed.scale_type == LOWRA_UINT8 ? 1 : q.packed.scale_type == LOWRA_FLOAT16 ? 2 : 4;
+  const size_t groups = q.groups * scale_bytes;
   const uint8_t *scales = static_cast<const uint8_t *>(q.packed.scales) + rows.first * groups;
   prefetch_to_l2(scales + from * groups, scales + to * groups);
   const uint16_t *levels = q.packed.levels + rows.levels;
@@ -310,7 +311,8 @@ void divide_columns(const product &q, int splits, division &d) {
   }
 }
 
-// The units of the team that has most, about: whole tiles of the largest kind, half a tile of another above the average.
+// The units of the team that has most, about: whole tiles of the largest kind, half a tile of another above the
+// average.
 int most_units(const product &q, const tile_counts &counts, int processors, int splits) {
   division d;
   divide_columns(q, splits, d);
@@ -354,8 +356,8 @@ int launch(const product &q, int32_t type, cudaStream_t stream) {
     divide_rows(counts, teams, d);
     const size_t bytes = shared_bytes<S>(d);
     if (bytes > (size_t)limits.shared_bytes) continue;
-    return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits, stream,
-                        q, d, type);
+    return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits,
+                        stream, q, d, type);
   }
   return LOWRA_UNSUPPORTED;
 }
@@ -376,7 +378,7 @@ int choose(const product &q, int32_t type, cudaStream_t stream) {
 
 int product_small(const product &q, int32_t type, cudaStream_t stream) {
   const bool default_form = q.packed.scale_type == LOWRA_UINT8 && q.group_shift == 6 && q.groups % 2 == 0 &&
-                     reinterpret_cast<uintptr_t>(q.packed.scales) % 2 == 0;
+                            reinterpret_cast<uintptr_t>(q.packed.scales) % 2 == 0;
   return default_form ? choose<true>(q, type, stream) : choose<false>(q, type, stream);
 }
 

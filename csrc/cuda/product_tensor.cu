@@ -1,9 +1,9 @@
 // Decode x product for up to 64 tokens. Reference: reference.linear, up to the order of the float32 sums.
 //
-// A block takes 128 rows of one precision, 16 for each warp, and a slice of the columns; x streams through shared memory
-// in tiles of 256 columns, copied ahead without passing through registers. On Hopper the blocks of a cluster split the
-// columns and add up their sums through distributed shared memory: every block then reads only its part of x, and one
-// launch serves.
+// A block takes 128 rows of one precision, 16 for each warp, and a slice of the columns; x streams through shared
+// memory in tiles of 256 columns, copied ahead without passing through registers. On Hopper the blocks of a cluster
+// split the columns and add up their sums through distributed shared memory: every block then reads only its part of x,
+// and one launch serves.
 #include <cooperative_groups.h>
 
 #include "product.cuh"
@@ -135,7 +135,8 @@ int launch(product q, cudaStream_t stream) {
   constexpr int kX = kStages * 8 * NT * kTileUnits * 16, kSums = 8 * NT * (kBlockRows + 1) * 4;
   constexpr int kBytes = kX > kSums ? kX : kSums;
   auto *kernel = product_tensor_kernel<NT, T>;
-  if (const int status = keep_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))) {
+  if (const int status =
+          keep_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))) {
     return status;
   }
   cudaLaunchConfig_t config = {};

@@ -1,4 +1,5 @@
-// Decode x product on Hopper (sm_90a), up to 64 tokens. Reference: reference.linear, up to the order of the float32 sums.
+// Decode x product on Hopper (sm_90a), up to 64 tokens. Reference: reference.linear, up to the order of the float32
+// sums.
 //
 // The weight is operand A of wgmma, decoded in registers as in fragments.cuh; x is operand B in shared memory. A
 // warpgroup takes 64 rows of one precision and all tokens, and decodes the next columns while the tensor cores work on
@@ -6,8 +7,9 @@
 // columns that meet in one wgmma are 64 apart (fragments.cuh), and there the exchange costs nothing: four units of 16
 // bytes come in, and word i of each goes out in unit i.
 //
-// The blocks of a cluster split the columns (cluster_sums.cuh). Half of the time of a small weight is spent at the two ends
-// of a block, so addresses are computed, and what is read first is asked for in the L2 cache, while the kernel before runs.
+// The blocks of a cluster split the columns (cluster_sums.cuh). Half of the time of a small weight is spent at the two
+// ends of a block, so addresses are computed, and what is read first is asked for in the L2 cache, while the kernel
+// before runs.
 #include "cluster_sums.cuh"
 #include "fragment_rows.cuh"
 
@@ -32,20 +34,21 @@ struct block_shape {
   static int bytes(int splits) { return kSums + eights_of_block(TOKENS, splits, 0) * splits * kSumBytes; }
 };
 
-// Tiles of 64 rows are dealt out to the blocks one by one, 4-bit ones first, so that the dear ones do not meet in a few.
+// Tiles of 64 rows are dealt out to the blocks one by one, 4-bit ones first, so that the dear ones do not meet in a
+// few.
 __device__ __forceinline__ int tile_of_group(int group) { return blockIdx.y + group * gridDim.y; }
 
 // Past the first-level cache: x was written by the kernel before, and each block reads it once.
 __device__ __forceinline__ uint4 load_x(const void *at) {
   uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
   return v;
 }
 
-// Unit `unit` (0 to 3, 8 columns of x each) of the columns of all four lanes of a quad in half a tile, into the blocks of a
-// stage: word i of each goes into unit i. `row`: where the first block keeps this token.
-__device__ __forceinline__ void store_units(const uint4 (&in)[4], uint8_t *row, size_t block_bytes, int unit, int token) {
+// Unit `unit` (0 to 3, 8 columns of x each) of the columns of all four lanes of a quad in half a tile, into the blocks
+// of a stage: word i of each goes into unit i. `row`: where the first block keeps this token.
+__device__ __forceinline__ void store_units(const uint4 (&in)[4], uint8_t *row, size_t block_bytes, int unit,
+                                            int token) {
   const uint4 out[4] = {make_uint4(in[0].x, in[1].x, in[2].x, in[3].x), make_uint4(in[0].y, in[1].y, in[2].y, in[3].y),
                         make_uint4(in[0].z, in[1].z, in[2].z, in[3].z), make_uint4(in[0].w, in[1].w, in[2].w, in[3].w)};
   row += unit / 2 * block_bytes;
@@ -53,8 +56,8 @@ __device__ __forceinline__ void store_units(const uint4 (&in)[4], uint8_t *row, 
   for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4 *>(row + ((unit % 2 * 4 + i) ^ (token % 8)) * 16) = out[i];
 }
 
-// The copying warpgroup: x a tile at a time, zeros from the end of the slice to the end of its last tile and for tokens that
-// do not exist.
+// The copying warpgroup: x a tile at a time, zeros from the end of the slice to the end of its last tile and for tokens
+// that do not exist.
 template <int TOKENS, class T>
 __device__ __forceinline__ void copy_x(const product &q, const column_slice &slice, uint8_t *x, uint32_t full,
                                        uint32_t empty) {
@@ -62,8 +65,8 @@ __device__ __forceinline__ void copy_x(const product &q, const column_slice &sli
   constexpr int kWarpTokens = TOKENS / shape::kCopyWarps;
   constexpr int kSets = kWarpTokens >= 8 ? kWarpTokens / 8 : 1;  // of four units, for a thread and part of a tile
   constexpr int kParts = kWarpTokens / 4 / kSets;                // of a tile
-  // A load takes 64 columns of four tokens, whole lines of memory: two units for each half of the tile. Eight lanes that
-  // store together have four tokens and two neighbouring units, and so all banks.
+  // A load takes 64 columns of four tokens, whole lines of memory: two units for each half of the tile. Eight lanes
+  // that store together have four tokens and two neighbouring units, and so all banks.
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   if (warp >= shape::kCopyWarps) return;
   const int unit = lane / 8 * 2 + lane % 2, token = warp * kWarpTokens + lane / 2 % 4;
@@ -133,8 +136,9 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
   using shape = block_shape<TOKENS>;
   constexpr int kParts = BITS == 1 ? 2 : 1;  // of a word: see fragments.cuh
   constexpr int kUnits = BITS == 4 ? 1 : 2;  // of x in a part, two wgmma each
-  // Codes of both halves of a tile come by one load, a tile ahead: the first-level cache takes a line a cycle, and a warp's
-  // 16 rows are 16 lines, however few bytes are wanted of each. With 4 bits the widest load, 16 bytes, is half a tile.
+  // Codes of both halves of a tile come by one load, a tile ahead: the first-level cache takes a line a cycle, and a
+  // warp's 16 rows are 16 lines, however few bytes are wanted of each. With 4 bits the widest load, 16 bytes, is half a
+  // tile.
   constexpr bool kWhole = BITS < 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32, halves = slice.halves();
   const int table_halves = q.group_shift == 5 ? 1 : 2;  // half tiles under one table
@@ -186,7 +190,7 @@ __device__ __forceinline__ void sum_columns(const product &q, const tile_place &
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const bool first = w == 0 && part == 0 && parity == 0;
-        uint32_t(&now)[2][4 * kUnits] = a[w * kParts + part];
+        uint32_t (&now)[2][4 * kUnits] = a[w * kParts + part];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           if (part == 0) decode<false>(table[h], words[parity][h][w], now[h]);
@@ -281,7 +285,8 @@ template <int TOKENS, class T>
 int clusters_of(int splits) {
   static thread_local int known[kMaxSplits + 1];
   if (known[splits] == 0) {
-    known[splits] = clusters_at_once(product_wgmma_kernel<TOKENS, T>, splits, kThreads, block_shape<TOKENS>::bytes(splits));
+    known[splits] =
+        clusters_at_once(product_wgmma_kernel<TOKENS, T>, splits, kThreads, block_shape<TOKENS>::bytes(splits));
   }
   return known[splits];
 }

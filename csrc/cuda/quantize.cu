@@ -1,9 +1,9 @@
 // Quantise: group absmax, codes and packing in one pass over the weight. Reference: reference.quantize.
 //
-// A warp takes 1024 neighbouring weights of one row. 16-bit weights of groups of 32 or more: a lane takes 32 neighbouring
-// ones and compares two at a time. A 16-bit weight is greater than a float32 edge exactly if it is greater than the edge
-// rounded down to 16 bits, so nothing is lost; the code of two weights is searched with masks, each step halving the
-// edges that are left. Any other weight: a lane takes 8 at a time and counts all edges below each.
+// A warp takes 1024 neighbouring weights of one row. 16-bit weights of groups of 32 or more: a lane takes 32
+// neighbouring ones and compares two at a time. A 16-bit weight is greater than a float32 edge exactly if it is greater
+// than the edge rounded down to 16 bits, so nothing is lost; the code of two weights is searched with masks, each step
+// halving the edges that are left. Any other weight: a lane takes 8 at a time and counts all edges below each.
 #include <type_traits>
 
 #include "common.cuh"
@@ -11,8 +11,8 @@
 namespace lowra {
 namespace {
 
-constexpr int kWarps = 8;     // warps of a block, each on its own row
-constexpr int kChunks = 4;    // chunks of 8 weights of a lane
+constexpr int kWarps = 8;   // warps of a block, each on its own row
+constexpr int kChunks = 4;  // chunks of 8 weights of a lane
 constexpr int kSpan = 32 * kChunks;
 
 // Two edges, both `edge` rounded down to T.
@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t larger_sizes<bf16>(uint32_t a, uint32_t b) {
 }
 template <>
 __device__ __forceinline__ uint32_t larger_sizes<fp16>(uint32_t a, uint32_t b) {
-  const __half2 out = __hmax2(__habs2(*reinterpret_cast<const __half2 *>(&a)),
-                              __habs2(*reinterpret_cast<const __half2 *>(&b)));
+  const __half2 out =
+      __hmax2(__habs2(*reinterpret_cast<const __half2 *>(&a)), __habs2(*reinterpret_cast<const __half2 *>(&b)));
   return *reinterpret_cast<const uint32_t *>(&out);
 }
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void search_all(const uint32_t (&words)[16], const ui
 // The same for thresholds in any order: every edge is counted.
 template <int BITS, class T>
 __device__ __forceinline__ void count_all(const uint32_t (&words)[16], const float *thresholds, float largest,
-                                       uint32_t (&out)[BITS]) {
+                                          uint32_t (&out)[BITS]) {
   uint32_t codes[16] = {};  // of two weights, 16 bits each
   for (int j = 0; j < (1 << BITS) - 1; ++j) {
     const uint32_t edge = rounded_down<T>(__ldg(thresholds + j) * largest);
@@ -191,9 +191,9 @@ __device__ __forceinline__ void load_chunk(const In *row, int first, int in_feat
 
 // BITS: 1, 2 or 4; the thresholds of the row stay in registers, which needs their number at compile time.
 template <int BITS, class In>
-__device__ __forceinline__ void quantize_span(const In *row, int in_features, int group_shift, int groups,
-                                              bool vector, int first_chunk, const float *thresholds, uint8_t *codes,
-                                              int stride, float *absmax) {
+__device__ __forceinline__ void quantize_span(const In *row, int in_features, int group_shift, int groups, bool vector,
+                                              int first_chunk, const float *thresholds, uint8_t *codes, int stride,
+                                              float *absmax) {
   constexpr int kCuts = (1 << BITS) - 1;
   float cut[kCuts];
 #pragma unroll
@@ -288,8 +288,9 @@ int quantize(const lowra_shape &s, const void *weight, const int32_t *row_order,
   const bool pairs = vector && s.in_features % 32 == 0 && s.group_size >= 32;
   const dim3 grid((chunks + kSpan - 1) / kSpan, (layout.rows() + kWarps - 1) / kWarps), block(32, kWarps);
   const auto launch = [&](auto *kernel) {
-    return launch_early(kernel, grid, block, 0, 1, stream, static_cast<const In *>(weight), row_order, thresholds, codes,
-                        absmax, layout, (int)s.in_features, __builtin_ctz((unsigned)s.group_size / 8), groups, vector);
+    return launch_early(kernel, grid, block, 0, 1, stream, static_cast<const In *>(weight), row_order, thresholds,
+                        codes, absmax, layout, (int)s.in_features, __builtin_ctz((unsigned)s.group_size / 8), groups,
+                        vector);
   };
   if constexpr (sizeof(In) == 2) {
     if (pairs) return launch(quantize_kernel<true, In>);

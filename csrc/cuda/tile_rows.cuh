@@ -1,8 +1,8 @@
 // Rows of a tile that are neighbours in W, decoded to shared memory: which they are, and 64 weights of one at a time.
 //
 // Sorted by precision they are three runs of packed rows, since packing keeps the order of W within a precision. A warp
-// takes 32 in this order. Where a run ends within a warp, its rows of fewer bits are decoded as if they had as many as the
-// others: their codes are spread, which costs less than decoding twice.
+// takes 32 in this order. Where a run ends within a warp, its rows of fewer bits are decoded as if they had as many as
+// the others: their codes are spread, which costs less than decoding twice.
 #pragma once
 
 #include "product.cuh"
@@ -10,9 +10,9 @@
 
 namespace lowra {
 
-constexpr int kStepColumns = 64;                // of a row at a time, at most one group
-constexpr int kStepBytes = 2 * kStepColumns;    // of a decoded row or a token: what the swizzle of wgmma.cuh spans
-constexpr int kRuns = 6;  // first packed row and the one past the last, for each precision
+constexpr int kStepColumns = 64;              // of a row at a time, at most one group
+constexpr int kStepBytes = 2 * kStepColumns;  // of a decoded row or a token: what the swizzle of wgmma.cuh spans
+constexpr int kRuns = 6;                      // first packed row and the one past the last, for each precision
 
 // First packed row of [begin, end) whose place in W is `row` or later; places ascend there. All 32 lanes must be here.
 __device__ __forceinline__ int first_from(const int32_t *row_order, int begin, int end, int row) {
@@ -99,8 +99,8 @@ __device__ __forceinline__ void spread_codes(uint32_t (&words)[2 * TO]) {
   }
 }
 
-// What was asked for: a thread's codes of a step in two units of 16 bytes, the word that its scale lies in, and the step of
-// a double-quantised one. A slot has these of all THREADS that decode.
+// What was asked for: a thread's codes of a step in two units of 16 bytes, the word that its scale lies in, and the
+// step of a double-quantised one. A slot has these of all THREADS that decode.
 template <int THREADS>
 struct code_slot {
   static constexpr int kScales = 32 * THREADS, kScaleSteps = 36 * THREADS, kBytes = 40 * THREADS;
@@ -180,7 +180,8 @@ struct tile_row {
     return finish_scale(q.packed, scale);
   }
 
-  // The 64 weights of step `step`, which has come into a slot, rounded to T, to shared memory. rows: the rows of a stage.
+  // The 64 weights of step `step`, which has come into a slot, rounded to T, to shared memory. rows: the rows of a
+  // stage.
   template <class T>
   __device__ __forceinline__ void decode_step(const product &q, uint32_t rows, int step, uint32_t slot) const {
     constexpr int kParts = BITS == 1 ? 2 : 1;  // of a word: see fragments.cuh

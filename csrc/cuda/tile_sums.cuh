@@ -54,8 +54,8 @@ __device__ __forceinline__ void add_up(int rank, int splits, uint32_t memory, co
   }
 }
 
-// Some units of the sums of 64 tokens from first_token on, 16 tokens a warp. Neighbouring lanes exchange sums, so that each
-// has four outputs of a token in a line and a token's outputs fill whole sectors of 32 bytes.
+// Some units of the sums of 64 tokens from first_token on, 16 tokens a warp. Neighbouring lanes exchange sums, so that
+// each has four outputs of a token in a line and a token's outputs fill whole sectors of 32 bytes.
 template <int ROWS, class T>
 __device__ __forceinline__ void store_sums(const product &q, int first_row, int first_token, const unit_range &units,
                                            float (&sum)[ROWS / 2]) {

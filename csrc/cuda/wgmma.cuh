@@ -24,8 +24,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Arrivals of a warp at a barrier. One lane's are enough after __syncwarp; but compute-sanitizer's racecheck follows a barrier
-// only for the threads that arrive themselves, so in a build for it (cmake -DLOWRA_RACECHECK=ON) all lanes do.
+// Arrivals of a warp at a barrier. One lane's are enough after __syncwarp; but compute-sanitizer's racecheck follows a
+// barrier only for the threads that arrive themselves, so in a build for it (cmake -DLOWRA_RACECHECK=ON) all lanes do.
 #ifdef LOWRA_RACECHECK
 constexpr int kWarpArrivals = 32;
 #else
@@ -55,7 +55,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // The same, for what other blocks of the cluster have sent.
@@ -66,7 +68,9 @@ __device__ __forceinline__ void barrier_wait_in_cluster(uint32_t barrier, uint32
       "again:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // Place in a ring of STAGES stages, each with a pair of barriers.
@@ -120,7 +124,8 @@ __device__ __forceinline__ uint32_t shared_add(uint32_t at, uint32_t value) {
 // The copy engine fetches a box of `map` at (column, row) to `target`; the bytes count at `barrier`.
 __device__ __forceinline__ void load_tile(uint32_t target, const void *map, int column, int row, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
@@ -129,25 +134,29 @@ __device__ __forceinline__ void load_tile_for_pair(uint32_t target, const void *
                                                    uint32_t barrier, int rank) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-      "[%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)(3 << (rank & ~1)))
+      "[%4], %5;" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)(3 << (rank & ~1)))
       : "memory");
 }
 // The copy engine copies `bytes` of this block to another one's `target`; they count at that one's `barrier`. Both are
 // addresses for the whole cluster.
 __device__ __forceinline__ void copy_to_block(uint32_t target, uint32_t source, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-               "r"(source), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "r"(source), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
-// Ordinary stores to shared memory, of this thread or known to it through a barrier, become visible to the tensor cores and
-// the copy engine.
+// Ordinary stores to shared memory, of this thread or known to it through a barrier, become visible to the tensor cores
+// and the copy engine.
 __device__ __forceinline__ void fence_stores_for_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // The barrier of a cluster, in two halves; memory accesses before the one are visible after the other.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
@@ -163,14 +172,17 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank)
 __device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 // Sends four values to `target`; their bytes count at `barrier`, in the same block. Both are addresses for the cluster.
 __device__ __forceinline__ void send_to_block(uint32_t target, const float *four, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(target),
-               "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(target),
+      "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier)
+      : "memory");
 }
 
 // REGISTERS: of each thread of the calling warpgroup from here on.
@@ -184,7 +196,8 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // Operand B: rows of 128 bytes (64 columns of one token), eight of them a block of 1024 bytes, 16-byte units of row r
-// exchanged by exclusive-or with r % 8. The address is that of the first of 16 columns in row 0; blocks are 1024-aligned.
+// exchanged by exclusive-or with r % 8. The address is that of the first of 16 columns in row 0; blocks are
+// 1024-aligned.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
   return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (address >> 4);
 }
@@ -241,15 +254,15 @@ struct wgmma_shared;
 #define LOWRA_NAMES64 LOWRA_NAMES48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define LOWRA_NAMES80 LOWRA_NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define LOWRA_NAMES88 LOWRA_NAMES80 ",%80,%81,%82,%83,%84,%85,%86,%87"
-#define LOWRA_WGMMA(ROWS, TYPE, PTX_TYPE, NAMES, A, B, ...)                                                             \
-  template <>                                                                                                           \
-  struct wgmma_shared<ROWS, TYPE> {                                                                                     \
-    static __device__ __forceinline__ void add(float (&sum)[ROWS / 2], uint64_t a, uint64_t b) {                        \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #ROWS "k16.f32." PTX_TYPE "." PTX_TYPE " {" NAMES "}, " A ", " B \
-                   ", 1, 1, 1, 0, 0;"                                                                                   \
-                   : __VA_ARGS__                                                                                        \
-                   : "l"(a), "l"(b));                                                                                   \
-    }                                                                                                                   \
+#define LOWRA_WGMMA(ROWS, TYPE, PTX_TYPE, NAMES, A, B, ...)                                                      \
+  template <>                                                                                                    \
+  struct wgmma_shared<ROWS, TYPE> {                                                                              \
+    static __device__ __forceinline__ void add(float (&sum)[ROWS / 2], uint64_t a, uint64_t b) {                 \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #ROWS "k16.f32." PTX_TYPE "." PTX_TYPE " {" NAMES "}, " A \
+                   ", " B ", 1, 1, 1, 0, 0;"                                                                     \
+                   : __VA_ARGS__                                                                                 \
+                   : "l"(a), "l"(b));                                                                            \
+    }                                                                                                            \
   };
 #define LOWRA_WGMMA_TYPES(ROWS, NAMES, A, B, ...)           \
   LOWRA_WGMMA(ROWS, bf16, "bf16", NAMES, A, B, __VA_ARGS__) \
@@ -258,7 +271,8 @@ LOWRA_WGMMA_TYPES(64, LOWRA_NAMES32, "%32", "%33", LOWRA_SUMS32(0))
 LOWRA_WGMMA_TYPES(96, LOWRA_NAMES48, "%48", "%49", LOWRA_SUMS32(0), LOWRA_SUMS16(32))
 LOWRA_WGMMA_TYPES(128, LOWRA_NAMES64, "%64", "%65", LOWRA_SUMS32(0), LOWRA_SUMS32(32))
 LOWRA_WGMMA_TYPES(160, LOWRA_NAMES80, "%80", "%81", LOWRA_SUMS32(0), LOWRA_SUMS32(32), LOWRA_SUMS16(64))
-LOWRA_WGMMA_TYPES(176, LOWRA_NAMES88, "%88", "%89", LOWRA_SUMS32(0), LOWRA_SUMS32(32), LOWRA_SUMS16(64), LOWRA_SUMS8(80))
+LOWRA_WGMMA_TYPES(176, LOWRA_NAMES88, "%88", "%89", LOWRA_SUMS32(0), LOWRA_SUMS32(32), LOWRA_SUMS16(64),
+                  LOWRA_SUMS8(80))
 #undef LOWRA_WGMMA_TYPES
 #undef LOWRA_WGMMA
 #undef LOWRA_NAMES88
