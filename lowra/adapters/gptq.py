@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoints.guarded import read_text
 from .codes import GROUP, RoundToNearest, RtnCodes, Sign
 from .formats import SplitCodes
 from .loraquant import check_bits, layout
@@ -33,12 +34,7 @@ def calibration_blocks(path: str | Path, tokenizer: Callable) -> torch.Tensor:
         FileNotFoundError: no such file. ValueError: not UTF-8 text, or shorter than one block.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Calibration file {path} does not exist; expected a UTF-8 text file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Calibration file {path} is not UTF-8 text ({error}); give plain text.") from error
+    text = read_text(path, "a Calibration file: UTF-8 text")
     tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     blocks = min(CALIBRATION_BLOCKS, len(tokens) // CALIBRATION_TOKENS)
     if blocks == 0:

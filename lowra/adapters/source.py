@@ -6,12 +6,12 @@ refused.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from ..checkpoints.guarded import read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -53,42 +53,6 @@ class LoraAdapter:
     layers: list[LoraFactors]
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     folder: Path | None = None
-
-
-def read_json(path: Path, what: str) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file, what was expected and what came.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected {what}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); expected {what}. Copy the file again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected {what}, a JSON object.")
-    return content
-
-
-def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file into memory: (tensors by name, metadata).
-
-    Raises:
-        FileNotFoundError, ValueError: missing, cut short or not safetensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected {what}.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # A copy, so that nothing keeps the file mapped: a file replaced in place would change under the reader.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); expected {what}. The file was cut short or is of another "
-            f"kind ({path.stat().st_size} bytes): copy or download it again."
-        ) from error
 
 
 def _check_config(folder: Path, config: dict) -> None:

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.atomic import save_json, save_tensors
+from ..checkpoints.guarded import parse_json, read_json, read_tensors
 from .formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
-from .source import CONFIG_FILE, LoraAdapter, read_json, read_tensors
+from .source import CONFIG_FILE, LoraAdapter
 
 FORMAT = 1
 PACKED_FILE = "lowra_adapter.safetensors"
@@ -216,7 +217,7 @@ def read_packed(folder: str | Path, shared: SharedBasis | None = None) -> Packed
     tensors, metadata = read_tensors(folder / PACKED_FILE, "a packed adapter")
     source = str(folder / PACKED_FILE)
     try:
-        header = json.loads(metadata[_HEADER])
+        header = parse_json(metadata[_HEADER], source, "the layout of a packed adapter")
         version, form, bits = header["format"], header["form"], header["bits"]
         layers = [LayerLayout(sys.intern(name), *rest) for name, *rest in header["layers"]]
         method = header["method"]

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -21,6 +19,8 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from .guarded import check_file, open_tensors, read_json
 
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 _SECOND_COPIES = ["consolidated*", "*/*"]  # of the same weights in other formats, as some repositories hold them
@@ -51,21 +51,33 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is not there.
-        ValueError: an index that cannot be read.
+        OSError, ValueError: an index that cannot be read or names other than files beside it, a shard that is no file.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         paths = [single]
     else:
-        try:
-            names = json.loads(index.read_text())["weight_map"].values()
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
-        paths = [folder / name for name in dict.fromkeys(names)]
+        paths = [folder / name for name in _shards(index)]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {path.name}{_what_is_there_instead(folder)}.")
+        check_file(path, "weights of a checkpoint")
     return paths
+
+
+def _shards(index: pathlib.Path) -> list[str]:
+    """The names of an index's files, each once."""
+    names = read_json(index, "the index of a checkpoint's shards").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is damaged (its weight_map is {names!r:.40}; expected files by tensor).")
+    for tensor, name in names.items():
+        path = pathlib.PurePath(name if isinstance(name, str) else "")
+        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(
+                f"{index} is damaged (weight_map has {name!r:.80} for {tensor!r:.80}; expected a safetensors file in "
+                "the folder of the index). Download it again."
+            )
+    return list(dict.fromkeys(names.values()))
 
 
 def _what_is_there_instead(folder: pathlib.Path) -> str:
@@ -151,11 +163,11 @@ def _door_to_own_code(auto_map: dict[str, str], architectures: list[str]) -> str
 
 def _stored_dtype(files: Sequence[pathlib.Path]) -> torch.dtype:
     """The dtype of the first floating tensor, by which Transformers too goes; float32 where there is none."""
-    for key, reader in _tensors(sorted(files)):
-        with safe_open(reader.path, framework="pt") as content:
-            stored = content.get_slice(key).get_dtype()
-        if stored in _DENSE_TYPES:
-            return _DENSE_TYPES[stored]
+    for path in sorted(files):
+        with open_tensors(path, "the weights of a checkpoint") as content:
+            for key in content.keys():
+                if (stored := content.get_slice(key).get_dtype()) in _DENSE_TYPES:
+                    return _DENSE_TYPES[stored]
     return torch.float32
 
 
@@ -368,7 +380,7 @@ def _check_shapes(matches: list[TensorMatch], model: PreTrainedModel) -> Iterato
         if match.name is not None:
             by_file.setdefault(match.reader.path, []).append(match)
     for path, members in by_file.items():
-        with safe_open(path, framework="pt") as content:
+        with open_tensors(path, "weights of a checkpoint") as content:
             for match in members:
                 header = content.get_slice(match.key)
                 if match.converter is None:
@@ -396,13 +408,8 @@ def count_and_names(names) -> str:
 
 def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, "_Reader"]]:
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as content:
-                keys = list(content.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}): it is cut short or damaged. Download it again."
-            ) from error
+        with open_tensors(path, "weights of a checkpoint") as content:
+            keys = list(content.keys())
         for key in keys:
             yield key, _Reader(path, key)
 
@@ -414,5 +421,5 @@ class _Reader:
         self.path, self.key = path, key
 
     def __call__(self) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as content:
+        with open_tensors(self.path, "weights of a checkpoint") as content:
             return content.get_tensor(self.key)

@@ -6,12 +6,13 @@ memory while that of the others is being copied, which is as fast as the page ca
 
 import concurrent.futures
 import dataclasses
-import json
 import pathlib
 import queue
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from .guarded import open_tensors, parse_json
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -52,14 +53,11 @@ def stored_tensors(path: pathlib.Path) -> list[StoredTensor]:
     Raises:
         ValueError: the file is cut short or damaged.
     """
-    try:
-        with safe_open(path, framework="pt"):  # checks that header and file fit one another
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is cut short or damaged.") from error
+    with open_tensors(path, "tensors in safetensors"):  # checks that header and file fit one another
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(length).decode(), f"The header of {path}", "that of a safetensors file")
     header.pop("__metadata__", None)
     first = 8 + length
     return [
@@ -74,6 +72,7 @@ def read(places: dict[str, StoredTensor], device: torch.device) -> dict[str, tor
     """The tensors of these places, on `device`; on the CPU mapped, so that they take no memory until they are used."""
     if device.type == "cuda":
         return _copied(places, device)
+    # open as long as a tensor of theirs is alive; the headers were checked when the places were taken
     opened = {path: safe_open(path, framework="pt") for path in {place.path for place in places.values()}}
     return {name: opened[place.path].get_tensor(place.key).to(device) for name, place in places.items()}
 

@@ -1,13 +1,12 @@
 """How far the packed channels are from the original ones."""
 
 import dataclasses
-import json
 import pathlib
 
 import torch
-from safetensors import safe_open
 
 from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.guarded import open_tensors, read_json
 from ..checkpoints.targets import Target
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 from ..weights.fingerprint import fingerprint_of, weight_digest
@@ -97,8 +96,8 @@ def channel_errors(packed: PackedFolder, original: Original) -> list[ChannelErro
 
 def _adapter_product(folder: pathlib.Path, module: str) -> torch.Tensor:
     """scaling * B A of one layer, float32 [N, K]."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as content:
+    config = read_json(folder / "adapter_config.json", "the initial adapter's configuration")
+    with open_tensors(folder / "adapter_model.safetensors", "the initial adapter's factors") as content:
         factors = [content.get_tensor(f"base_model.model.{module}.lora_{side}.weight").float() for side in "BA"]
     return config["lora_alpha"] / config["r"] * (factors[0] @ factors[1])
 

@@ -1,7 +1,6 @@
 """A packed checkpoint read layer by layer, and what each layer holds."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import torch
 from bitsandbytes.backends.lowra import layout
 
 from ..checkpoints.dense import check_packed_names, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.guarded import read_json
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, find_targets
@@ -82,10 +82,8 @@ class PackedFolder:
         self.folder = resolve_folder(model)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
-        try:
-            described = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.folder / 'config.json'} is damaged: {error}.") from None
+        config = read_json(self.folder / "config.json", "the configuration of a model")
+        described = config.get("quantization_config") or {}
         if described.get("quant_method") != "lowra":
             method = described.get("quant_method", "not quantised")
             raise ValueError(
@@ -116,14 +114,14 @@ class PackedFolder:
     def errors(self) -> dict[str, float]:
         """Squared errors over energy of the packed weights and with the initial adapter, where they are recorded."""
         path = self.folder / "lowra_report.json"
-        report = json.loads(path.read_text()) if path.is_file() else {}
+        report = read_json(path, "the report of `lowra quantize`") if path.exists() else {}
         found = {name: report.get(name) for name in ("packed_error", "adapted_error")}
         return {name: error for name, error in found.items() if error is not None}
 
     def adapter_rank(self) -> int | None:
         """Rank of the initial adapter written with the checkpoint."""
         path = self.folder / ADAPTER_FOLDER / "adapter_config.json"
-        return json.loads(path.read_text())["r"] if path.is_file() else None
+        return read_json(path, "the configuration of the initial adapter")["r"] if path.exists() else None
 
 
 def describe(target: Target, packed: PackedWeight) -> LayerContent:

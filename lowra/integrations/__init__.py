@@ -1,5 +1,7 @@
 """lowra inside the Hugging Face stack. Importing this package registers everything."""
 
-from . import peft, transformers
+from . import patches, peft, transformers
 
-__all__ = ["peft", "transformers"]
+patches.apply_patches()
+
+__all__ = ["patches", "peft", "transformers"]

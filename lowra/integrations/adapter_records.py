@@ -4,20 +4,24 @@ The record is a file of its own, because adapter_config.json takes no new keys.
 """
 
 import contextlib
-import functools
-import json
 import pathlib
+from collections.abc import Callable
 
-from peft import PeftModel, PeftType
+import torch
+from peft import AdaptionPromptModel, PeftMixedModel, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
-from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import cached_file
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.dense import count_and_names
+from ..checkpoints.guarded import read_json
 from ..checkpoints.reading import stored_tensors
 from ..quantization.initial_adapter import BASE_RECORD
+
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+_KEPT = "_lowra_record"  # attribute of a PeftConfig, which writes only its fields
 
 
 def packing(model: PreTrainedModel, name: str):
@@ -25,9 +29,15 @@ def packing(model: PreTrainedModel, name: str):
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), name, None)
 
 
-def records(model: PeftModel) -> dict[str, dict]:
-    """What is known of the start of each loaded adapter: the content of its record."""
-    return model.__dict__.setdefault("_lowra_records", {})
+def record_of(model: PeftModel, name: str) -> dict:
+    """What is known of the start of a loaded adapter: the content of its record; empty where it came with none."""
+    return getattr(model.peft_config.get(name), _KEPT, {})
+
+
+def keep_record(model: PeftModel, name: str, record: dict) -> None:
+    """Keeps a record with the adapter's configuration, so that it goes where that goes."""
+    if record:
+        setattr(model.peft_config[name], _KEPT, record)
 
 
 def check_fingerprint(found: str | None, base: PreTrainedModel, what: str, remedy: str) -> None:
@@ -86,80 +96,79 @@ def _check_fit(loaded, adapter: str | pathlib.Path) -> None:
             )
 
 
-def _read_record(adapter: str | pathlib.Path, subfolder: str | None) -> dict:
-    """The record of a local or hub adapter; empty where it has none.
+def _read_record(adapter: str | pathlib.Path, options: dict) -> dict:
+    """The record of a local or hub adapter; empty where it has none. See `check_adapter` for the arguments.
 
     Raises:
         ValueError: a record that is not JSON.
     """
+    path = None
     with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
         path = cached_file(
             str(adapter),
             BASE_RECORD,
-            subfolder=subfolder or "",
+            subfolder=options.get("subfolder") or "",
+            **{name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None},
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if path is not None:
-            try:
-                return json.loads(pathlib.Path(path).read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is damaged: {error}.") from None
-    return {}
+    return {} if path is None else read_json(pathlib.Path(path), "the record of an adapter's base")
 
 
-def _keep_records() -> None:
-    """Lets `PeftModel` write a record beside every adapter on a packed base, and check it and the adapter's tensors."""
-    save, load = PeftModel.save_pretrained, PeftModel.load_adapter
-
-    @functools.wraps(save)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        save(self, save_directory, *args, **kwargs)
-        base = self.get_base_model()
-        if packing(base, "fingerprint") is None or not kwargs.get("is_main_process", True):
-            return
-        here = {name: packing(base, name) for name in ("base", "nominal_bits", "fingerprint")}
-        for name in kwargs.get("selected_adapters") or list(self.peft_config):
-            folder = pathlib.Path(save_directory) / ("" if name == "default" else name)
-            save_json({**records(self).get(name, {}), **here}, folder / BASE_RECORD)
-
-    @functools.wraps(load)
-    def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
-        subfolder = kwargs.get("subfolder")
-        record, base = _read_record(model_id, subfolder), self.get_base_model()
-        if not any_base:
-            _check_base(record, base, model_id)
-        if not record and packing(base, "fingerprint") is None:
-            return load(self, model_id, adapter_name, *args, **kwargs)
-        _check_file(model_id, subfolder)
-        try:
-            loaded = load(self, model_id, adapter_name, *args, **kwargs)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise ValueError(f"The adapter {model_id} does not fit this model: {error}") from error
-        if self.peft_config[adapter_name].peft_type == PeftType.LORA:  # others share tensors, or keep them elsewhere
-            _check_fit(loaded, model_id)
-        records(self)[adapter_name] = record
-        return loaded
-
-    PeftModel.save_pretrained, PeftModel.load_adapter = save_pretrained, load_adapter
+def base_of(model: PeftModel | PreTrainedModel) -> torch.nn.Module:
+    """The model below PEFT's wrappers, whatever adapters are loaded and active; a model without them is its own."""
+    inner = getattr(model, "base_model", model) if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    return inner.model if isinstance(inner, (BaseTuner, AdaptionPromptModel)) else inner
 
 
-def _check_adapters_of_transformers() -> None:
-    """`model.load_adapter` of Transformers goes past `PeftModel`."""
-    load = PeftAdapterMixin.load_adapter
-
-    @functools.wraps(load)
-    def load_adapter(self, peft_model_id=None, *args, any_base: bool = False, **kwargs):
-        if peft_model_id is not None and not any_base:
-            _check_base(
-                _read_record(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder")), self, peft_model_id
-            )
-        return load(self, peft_model_id, *args, **kwargs)
-
-    PeftAdapterMixin.load_adapter = load_adapter
+def is_packed_base(model: PeftModel | PreTrainedModel) -> bool:
+    return packing(base_of(model), "fingerprint") is not None
 
 
-_keep_records()
-_check_adapters_of_transformers()
+def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: dict, any_base: bool) -> dict:
+    """The record of an adapter that is about to be loaded.
+
+    Args:
+        model: with or without PEFT's wrappers.
+        adapter: folder or name on the hub.
+        options: as PEFT takes them, of which subfolder, revision, cache_dir, token and local_files_only count.
+        any_base: do not ask whose base the adapter belongs to.
+
+    Raises:
+        ValueError: see `_check_base`; a record that is not JSON.
+    """
+    record = _read_record(adapter, options)
+    if not any_base:
+        _check_base(record, base_of(model), adapter)
+    return record
+
+
+def load_checked(
+    model: PeftModel, adapter: str | pathlib.Path, name: str, load: Callable, options: dict, any_base: bool
+):
+    """What `PeftModel.load_adapter` does on a packed base, or with an adapter of one; on others only `load`.
+
+    Raises:
+        FileNotFoundError, ValueError: an adapter of another base, without weights or with damaged ones.
+    """
+    record = check_adapter(model, adapter, options, any_base)
+    if not record and not is_packed_base(model):
+        return load()
+    _check_file(adapter, options.get("subfolder"))
+    try:
+        loaded = load()
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"The adapter {adapter} does not fit this model: {error}") from error
+    if model.peft_config[name].peft_type == PeftType.LORA:  # others share tensors, or keep them elsewhere
+        _check_fit(loaded, adapter)
+    keep_record(model, name, record)
+    return loaded
+
+
+def write_records(model: PeftModel, folder: pathlib.Path, names: list[str]) -> None:
+    """Writes the record beside each of some adapters that were saved on a packed base."""
+    here = {name: packing(base_of(model), name) for name in ("base", "nominal_bits", "fingerprint")}
+    for name in names:
+        save_json({**record_of(model, name), **here}, folder / ("" if name == "default" else name) / BASE_RECORD)

@@ -1,7 +1,4 @@
-"""Packed modules put into a Transformers model and taken out again, with what single architectures need for it."""
-
-import functools
-import types
+"""Packed modules put into a Transformers model and taken out again."""
 
 import torch
 from torch import nn
@@ -13,7 +10,7 @@ from ..checkpoints.targets import Target, embedding_scale, replace_module
 from ..nn.embedding import LowRAEmbedding
 from ..nn.experts import LowRAExperts
 from ..nn.linear import LowRALinear, PackedModule
-from ..weights.packed import TENSOR_NAMES
+from .model_patches import cast_to_weight_dtype_again, declare_ties, forget_ties, use_experts_as_before
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:
@@ -34,11 +31,8 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
         if target.transposed and isinstance(module, nn.Linear):
             replace_module(model, target.name, _conv1d(module))
     forget_ties(model)
-    for experts in _experts_modules(model, targets):
-        experts.config._experts_implementation = experts.__dict__.pop("_implementation_when_dense")
-    for module in model.modules():
-        if _casts_to_weight_dtype(module):
-            module.__dict__.pop("forward", None)
+    use_experts_as_before(model, targets)
+    cast_to_weight_dtype_again(model)
 
 
 def make_embedding_dense(model: nn.Module, target: Target, weight: torch.Tensor) -> None:
@@ -112,49 +106,6 @@ def _packed_layer(dense: nn.Linear | Conv1D | nn.Embedding, *sizes) -> PackedMod
     return packed
 
 
-def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
-    """Tells Transformers that tied modules share all packed tensors, for loading and saving."""
-    ties = {
-        f"{name}.{leaf}": f"{target.name}.{leaf}"
-        for target in targets.values()
-        for name in target.tied
-        for leaf in TENSOR_NAMES
-        if model.get_submodule(target.name)._parameters[leaf] is not None
-    }
-    if ties:
-        model._adjust_bias = lambda head, table: None  # would pad a tied head's bias to the bytes of its weight
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
-
-
-def forget_ties(model: PreTrainedModel) -> None:
-    """Takes back what `declare_ties` and `refuse_resizing` did, for a model that is dense again."""
-    for name in ("_tied_weights_keys", "_adjust_bias", "resize_token_embeddings"):
-        model.__dict__.pop(name, None)
-    packed = tuple(f".{leaf}" for leaf in TENSOR_NAMES if leaf != "weight")
-    ties = model.all_tied_weights_keys.items()
-    model.all_tied_weights_keys = {tied: source for tied, source in ties if not tied.endswith(packed)}
-
-
-def refuse_resizing(model: PreTrainedModel) -> None:
-    """Makes `resize_token_embeddings` say why it cannot change a packed table."""
-    table = model.get_input_embeddings()
-
-    @functools.wraps(model.resize_token_embeddings)
-    def resize_token_embeddings(new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs):
-        rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        if rows != table.num_embeddings:
-            raise ValueError(
-                f"The packed embeddings have {table.num_embeddings} rows and cannot be resized to {rows}: resize the "
-                "dense model and quantise that, or leave quantize_embeddings out."
-            )
-        return table
-
-    model.resize_token_embeddings = resize_token_embeddings
-
-
 def share_tied(model: PreTrainedModel, target: Target) -> None:
     """Lets the modules tied to a packed one hold its parameters."""
     source = model.get_submodule(target.name)
@@ -162,38 +113,3 @@ def share_tied(model: PreTrainedModel, target: Target) -> None:
         module = model.get_submodule(name)
         module._parameters.update(source.packed_tensors())
         module.prepare()
-
-
-def use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:
-    """The other implementations (grouped_mm and the like) need the dense weights of all experts at once."""
-    modules = _experts_modules(model, targets)
-    for experts in modules:
-        experts._implementation_when_dense = experts.config._experts_implementation
-    for experts in modules:  # only now: they share one config
-        experts.config._experts_implementation = "eager"
-        experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
-
-
-def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list[nn.Module]:
-    names = {target.name.rpartition(".")[0] for target in targets.values() if target.experts is not None}
-    return [model.get_submodule(name) for name in sorted(names)]
-
-
-def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
-    """T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes."""
-    for module in model.modules():
-        if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
-            module.forward = types.MethodType(_feed_forward_without_cast, module)
-
-
-def _casts_to_weight_dtype(module: nn.Module) -> bool:
-    return type(module).__name__.endswith(("DenseActDense", "DenseGatedActDense")) and hasattr(module, "wo")
-
-
-def _feed_forward_without_cast(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`T5DenseActDense.forward` and `T5DenseGatedActDense.forward` in the dtype of the input."""
-    if hasattr(self, "wi_0"):
-        hidden_states = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
-    else:
-        hidden_states = self.act(self.wi(hidden_states))
-    return self.wo(self.dropout(hidden_states))

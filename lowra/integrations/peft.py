@@ -4,7 +4,6 @@ PEFT takes `LowRALinear` for an `nn.Linear`, so every adapter method trains on i
 packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merges into a dequantised layer instead.
 """
 
-import functools
 import pathlib
 
 import torch
@@ -20,9 +19,9 @@ from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear, PackedModule, as_autocast
 from ..nn.lora import lora_linear
 from ..weights.fingerprint import fingerprint_of, weight_digest
-from .adapter_records import check_fingerprint, packing, records
+from .adapter_records import check_fingerprint, packing, record_of
 from .modules import dense_linear, make_embedding_dense
-from .peft_limits import check_start, refuse_embeddings
+from .peft_limits import check_start
 
 
 class LowRALoraLinear(LoraLinear):
@@ -175,7 +174,7 @@ def merge_into_dense(
         raise ValueError("`initial` is only taken off the original weights: give `original` too, or leave both out.")
     if original is not None:
         for name in model.active_adapters:
-            start = records(model).get(name, {}).get("init")
+            start = record_of(model, name).get("init")
             if start not in (None, "lora") and initial is None:
                 raise ValueError(
                     f"Adapter {name!r} began as {start}: part of it makes up for the quantisation and does not "
@@ -240,18 +239,3 @@ def _make_dense(layer: BaseTunerLayer, weight: torch.Tensor | None = None) -> No
     """Puts a dense base below an adapter layer for good: the dequantised weight, or the weight [N, K] given."""
     if isinstance(layer.base_layer, LowRALinear):
         layer.base_layer = dense_linear(layer.base_layer, layer.base_layer.compute_dtype, weight)
-
-
-def _register_layer() -> None:
-    """Puts `LowRALoraLinear` into every LoraConfig; PEFT does not save custom layers, so a reload must find it too."""
-    original = LoraConfig.__post_init__
-
-    @functools.wraps(original)
-    def __post_init__(self):
-        original(self)
-        self._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings})
-
-    LoraConfig.__post_init__ = __post_init__
-
-
-_register_layer()

@@ -5,7 +5,6 @@ precisions of all matrices, one tensor in memory at a time) and then packs each 
 checkpoint loads by copying its tensors.
 """
 
-import functools
 import os
 import pathlib
 from typing import Any
@@ -29,16 +28,9 @@ from ..quantization.pack import quantize_matrix
 from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .direct_loading import DirectLoading, large_dense_tensors
-from .modules import (
-    declare_ties,
-    make_dense,
-    mend_casts_to_weight_dtype,
-    put_packed,
-    put_stored,
-    refuse_resizing,
-    share_tied,
-    use_experts_one_by_one,
-)
+from .model_patches import declare_ties, mend_casts_to_weight_dtype, refuse_resizing, use_experts_one_by_one
+from .modules import make_dense, put_packed, put_stored, share_tied
+from .patching import require_patches
 
 
 @register_quantizer("lowra")
@@ -57,6 +49,7 @@ class LowRAHfQuantizer(HfQuantizer):
         self._device_map: dict | str | None = None
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        require_patches()
         self._device_map = device_map  # called again once "auto" and the like have been resolved
         if (
             os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
@@ -257,56 +250,22 @@ class _Pack(ConversionOps):
 register_quantization_config("lowra")(LowRAConfig)
 
 
-def _accept_load_in_lowra() -> None:
-    """Lets `from_pretrained(path, load_in_lowra=True, lowra_bits=1.5)` through: Transformers refuses such keywords."""
-    original = PreTrainedModel.from_pretrained.__func__
-
-    @functools.wraps(original)
-    def from_pretrained(cls, *args, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs):
-        if load_in_lowra:
-            if kwargs.get("quantization_config") is not None:
-                raise ValueError("Give either load_in_lowra=True or quantization_config, not both.")
-            kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
-        elif lowra_bits is not None:
-            raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
-        return original(cls, *args, **kwargs)
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+def write_card(model: PreTrainedModel, folder: pathlib.Path) -> None:
+    """Writes a model card beside packed weights, unless there is one."""
+    config, place = getattr(model.config, "quantization_config", None), folder / card.CARD_FILE
+    modules = {module.weight: module for module in model.modules() if isinstance(module, PackedModule)}.values()
+    if not modules or not isinstance(config, LowRAConfig) or place.exists():
+        return
+    parameters = sum(module.in_features * module.out_features for module in modules)
+    packed_bytes = sum(tensor.nbytes for module in modules for tensor in module.packed_tensors().values())
+    save_text(card.model_card(config, type(model).__name__, parameters, packed_bytes), place)
 
 
-def _write_a_card_with_every_checkpoint() -> None:
-    """`save_pretrained` writes a model card beside packed weights, unless there is one."""
-    original = PreTrainedModel.save_pretrained
-
-    @functools.wraps(original)
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        original(self, save_directory, is_main_process, *args, **kwargs)
-        config, place = getattr(self.config, "quantization_config", None), pathlib.Path(save_directory) / card.CARD_FILE
-        modules = {module.weight: module for module in self.modules() if isinstance(module, PackedModule)}.values()
-        if not is_main_process or not modules or not isinstance(config, LowRAConfig) or place.exists():
-            return
-        parameters = sum(module.in_features * module.out_features for module in modules)
-        packed_bytes = sum(tensor.nbytes for module in modules for tensor in module.packed_tensors().values())
-        save_text(card.model_card(config, type(self).__name__, parameters, packed_bytes), place)
-
-    PreTrainedModel.save_pretrained = save_pretrained
-
-
-def _know_the_dtype_of_packed_models() -> None:
-    """`model.dtype` is that of the first floating parameter: with packed embeddings, one of their tables."""
-    original = PreTrainedModel.dtype.fget
-
-    def dtype(self) -> torch.dtype:
-        first = next((module for module in self.modules() if _has_floats(module)), None)
-        return first.compute_dtype if isinstance(first, PackedModule) else original(self)
-
-    PreTrainedModel.dtype = property(dtype, doc=PreTrainedModel.dtype.__doc__)
+def dtype_of_packed(model: PreTrainedModel) -> torch.dtype | None:
+    """The dtype of a model whose first floating parameters are those of a packed module; None for other models."""
+    first = next((module for module in model.modules() if _has_floats(module)), None)
+    return first.compute_dtype if isinstance(first, PackedModule) else None
 
 
 def _has_floats(module: nn.Module) -> bool:
     return any(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
-
-
-_accept_load_in_lowra()
-_write_a_card_with_every_checkpoint()
-_know_the_dtype_of_packed_models()

@@ -12,13 +12,13 @@ LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adap
 import pathlib
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from bitsandbytes.backends.lowra.ops import gradient_of_input
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from ..checkpoints.atomic import save_tensors
+from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import replace_module
 from ..weights.fingerprint import weight_digest
 from ..weights.packed import store_scales
@@ -98,7 +98,7 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
     path = pathlib.Path(folder) / TABLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
-    stored = load_file(path)
+    stored, _ = read_tensors(path, "the trained tables of an adapter")
     layers = {_base_name(name): layer for name, layer in _packed_layers(model).items()}
     pending = []
     for key, tensor in sorted(stored.items(), key=lambda item: not item[0].endswith(".codes")):

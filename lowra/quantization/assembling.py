@@ -4,9 +4,8 @@ import dataclasses
 import pathlib
 import shutil
 
-from safetensors.torch import load_file
-
 from ..checkpoints.atomic import save_json, save_tensors, save_text
+from ..checkpoints.guarded import open_tensors
 from ..config import LowRAConfig
 from . import card
 from .calibration import CALIBRATION_FILE
@@ -110,7 +109,8 @@ def _write_shards(pieces: list[pathlib.Path], final: pathlib.Path, packed: set[s
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for piece in members:
-            tensors.update(load_file(piece))
+            with open_tensors(piece, "a piece of the packed checkpoint") as content:
+                tensors.update({key: content.get_tensor(key) for key in content.keys()})  # mapped, not copied
         save_tensors(tensors, final / name)
         weight_map.update(dict.fromkeys(tensors, name))
         for key, tensor in tensors.items():

@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Iterable
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
+from ..checkpoints.guarded import read_tensors, read_text
 from ..checkpoints.targets import Target, find_targets
 from ..device import choose_device
 from .lowrank import truncated_svd
@@ -121,7 +121,7 @@ class Calibration:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
         parts = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
-        for key, tensor in load_file(path).items():
+        for key, tensor in read_tensors(path, "the statistics of a calibration")[0].items():
             part, _, name = key.partition(".")
             if part not in parts:
                 raise ValueError(f"{path} holds {key}, which no calibration has.")
@@ -207,9 +207,7 @@ def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.T
     """Token ids [count, length] of the beginning of the text."""
     if isinstance(text, (str, pathlib.Path)):
         path = pathlib.Path(text)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a text file to calibrate with.")
-        text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = read_text(path, "UTF-8 text to calibrate with").splitlines(keepends=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []

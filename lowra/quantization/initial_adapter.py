@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 
-from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -11,6 +10,7 @@ from transformers import (
 )
 
 from ..checkpoints.atomic import save_json, save_tensors
+from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .loftq import METHODS, STEPS
@@ -99,7 +99,7 @@ def write_adapter(
     """
     tensors = {}
     for path in factors:
-        tensors.update(load_file(path))
+        tensors.update(read_tensors(path, "factors of the initial adapter")[0])
     save_tensors(tensors, folder / "adapter_model.safetensors")
     save_json(
         {

@@ -7,9 +7,9 @@ import json
 import pathlib
 
 import torch
-from safetensors import safe_open
 
 from ..checkpoints.atomic import save_tensors
+from ..checkpoints.guarded import open_tensors
 from ..checkpoints.targets import Target
 from ..weights.packed import PackedWeight
 from .feedback import with_feedback
@@ -112,7 +112,7 @@ def relative_errors(pieces: list[pathlib.Path]) -> tuple[float, float]:
     """Squared error over energy of all packed weights, alone and with the initial adapter."""
     sums = [0.0, 0.0, 0.0]
     for piece in pieces:
-        with safe_open(piece, framework="pt") as content:
+        with open_tensors(piece, "a piece of the packed checkpoint") as content:
             squares = json.loads(content.metadata().get("squares", "[0, 0, 0]"))
         sums = [total + part for total, part in zip(sums, squares, strict=True)]
     energy = max(sums[0], torch.finfo(torch.float64).tiny)

@@ -5,7 +5,6 @@ run that is started again with the same arguments goes on where it stopped, and 
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 import shutil
@@ -23,6 +22,7 @@ from ..checkpoints.dense import (
     resolve_folder,
     safetensors_files,
 )
+from ..checkpoints.guarded import read_json
 from ..checkpoints.targets import check_skips, find_targets
 from ..config import LowRAConfig
 from ..device import choose_device
@@ -159,7 +159,7 @@ def _clear_work_of_other_recipe(job: Job, files: list[pathlib.Path]) -> None:
         "calibration": job.calibration.digest() if job.calibration else None,
     }
     begun = job.work / "recipe.json"
-    if begun.exists() and json.loads(begun.read_text()) != recipe:
+    if begun.exists() and read_json(begun, "the recipe of an earlier run") != recipe:
         begun.unlink()  # first, so that a kill in between leaves nothing that looks like this recipe's
         for path in job.work.iterdir():
             shutil.rmtree(path)

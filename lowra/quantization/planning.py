@@ -5,10 +5,10 @@ import pathlib
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import DenseCheckpoint, check_finite
+from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from ..weights.codebook import PRECISIONS, Codebook
@@ -97,7 +97,7 @@ class Planner:
 
     def resume(self, name: str, target: Target) -> None:
         """Takes a matrix from the store."""
-        self._keep(name, target, load_file(self.store / f"{name}.safetensors"))
+        self._keep(name, target, read_tensors(self.store / f"{name}.safetensors", "what was learned of a matrix")[0])
 
     def _keep(self, name, target, record):
         self._targets[name] = target

@@ -17,6 +17,7 @@ import time
 import torch
 
 from ..checkpoints.atomic import save_json, save_text
+from ..checkpoints.guarded import read_json
 from .data import load_data
 from .finetune import train, training_arguments
 from .methods import METHODS, check_method, prepare_base, supports
@@ -148,7 +149,7 @@ def _finished(cell: Cell, output: pathlib.Path) -> dict | None:
     path = output / "cells" / f"{cell.name}.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path, "the result of a finished cell")
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
     recipes = (cell.recipe, Recipe.from_dict(result["recipe"]))  # fields newer than the result take their defaults
     ours, theirs = ({k: v for k, v in r.to_dict().items() if k not in paths} for r in recipes)

@@ -7,7 +7,6 @@ weights and its bits are counted, see `hqq.py`.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 
@@ -16,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.dense import empty_model, read_config, resolve_folder, safetensors_files
+from ..checkpoints.guarded import read_json
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
@@ -140,7 +140,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
             progress,
             trust_remote_code=recipe.trust_remote_code,
         )
-    reached = json.loads((folder / "config.json").read_text())["quantization_config"]
+    reached = read_json(folder / "config.json", "the configuration of the packed base")["quantization_config"]
     _check_same(folder, reached, quantization, adapter)
     return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
 
@@ -150,7 +150,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
     Raises:
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
-    stored = json.loads((folder / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    stored = read_json(folder / ADAPTER_FOLDER / "adapter_config.json", "the base's initial adapter")
     pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in FILLED_IN}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
@@ -169,7 +169,7 @@ def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
         logger.warning("%s has %g bits; the recipe's %g bits are not used.", source, packed["bits"], recipe.bits)
     adapter = source / ADAPTER_FOLDER
     if adapter.exists():
-        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        rank = read_json(adapter / "adapter_config.json", "the base's initial adapter")["r"]
         if rank != recipe.rank:
             logger.warning("%s has rank %d; the recipe's rank of %d is not used.", adapter, rank, recipe.rank)
     return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)

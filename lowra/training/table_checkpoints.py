@@ -3,11 +3,11 @@
 import pathlib
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..checkpoints.atomic import save_tensors
+from ..checkpoints.guarded import read_tensors
 
 _FILE = "table_changes.safetensors"
 
@@ -44,7 +44,7 @@ class TableCheckpoints(TrainerCallback):
             ValueError: the checkpoint's run trained other tables.
         """
         path = pathlib.Path(checkpoint) / _FILE
-        stored = load_file(path) if path.is_file() else {}
+        stored = read_tensors(path, "tables that were being trained")[0] if path.exists() else {}
         if set(stored) != set(self.parameters):
             raise ValueError(f"{checkpoint} belongs to a run that trained other tables: give another output.")
         for name, parameter in self.parameters.items():

@@ -1,0 +1,163 @@
+"""Patches of single models: attributes of a packed model, not of its class, so that dense models never meet them.
+
+They are objects and functions of this module and no closures: `torch.save(model)` and `copy.deepcopy` keep them.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoints.targets import Target
+from ..nn.linear import LowRALinear
+from ..weights.packed import TENSOR_NAMES
+from .patching import Patch
+
+_MODEL = "transformers.modeling_utils:PreTrainedModel."
+_CONFIG = "transformers.configuration_utils:PreTrainedConfig."
+
+TIES = Patch(
+    target=f"{_MODEL}get_expanded_tied_weights_keys",
+    why="Tied modules share five packed tensors, and Transformers ties `weight` alone.",
+    door="HfQuantizer could name the ties of a module, as it names what is serialised",
+    since="none",
+)
+BIAS = Patch(
+    target=f"{_MODEL}_adjust_bias",
+    why="The bias of a tied head would be padded to the bytes of its packed weight.",
+    door="HfQuantizer could say that the out_features of a tied module stay",
+    since="none",
+    rests_on=("output_embeddings", "input_embeddings"),
+)
+RESIZING = Patch(
+    target=f"{_MODEL}resize_token_embeddings",
+    why="A packed table cannot be resized, and Transformers would make a dense one of its bytes.",
+    door="HfQuantizer could refuse it, as it refuses `model.to(dtype)` and saving",
+    since="none",
+    rests_on=("new_num_tokens", "pad_to_multiple_of"),
+)
+EXPERTS = Patch(
+    target=f"{_CONFIG}_experts_implementation",
+    why="grouped_mm and the like multiply with the dense weights of all experts at once.",
+    door="set_experts_implementation('eager'), once get_experts_implementation tells what to go back to: before, the "
+    "former leaves configs of submodels out and nothing tells what they were",
+    since="transformers 5.23",
+)
+CAST = Patch(
+    target="transformers.models.t5.modeling_t5:T5DenseActDense.forward",
+    why="T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes.",
+    door="a cast that asks whether `wo.weight` is floating; Transformers leaves out int8 alone",
+    since="none",
+    rests_on=("hidden_states",),
+)
+MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST)
+
+
+def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
+    """Tells Transformers that tied modules share all packed tensors, for loading and saving."""
+    ties = {
+        f"{name}.{leaf}": f"{target.name}.{leaf}"
+        for target in targets.values()
+        for name in target.tied
+        for leaf in TENSOR_NAMES
+        if model.get_submodule(target.name)._parameters[leaf] is not None
+    }
+    if ties:
+        TIES.check()
+        BIAS.check()
+        model._adjust_bias = _leave_bias
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+
+
+def _leave_bias(output_embeddings: nn.Module, input_embeddings: nn.Module | torch.Tensor) -> None:
+    """In the place of `PreTrainedModel._adjust_bias`: a packed head keeps its bias."""
+
+
+def forget_ties(model: PreTrainedModel) -> None:
+    """Takes back what `declare_ties` and `refuse_resizing` did, for a model that is dense again."""
+    for name in ("_tied_weights_keys", "_adjust_bias", "resize_token_embeddings"):
+        model.__dict__.pop(name, None)
+    packed = tuple(f".{leaf}" for leaf in TENSOR_NAMES if leaf != "weight")
+    ties = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {tied: source for tied, source in ties if not tied.endswith(packed)}
+
+
+def refuse_resizing(model: PreTrainedModel) -> None:
+    """Makes `resize_token_embeddings` say why it cannot change a packed table."""
+    RESIZING.check()
+    model.resize_token_embeddings = _FixedEmbeddings(model.get_input_embeddings())
+
+
+class _FixedEmbeddings:
+    """In the place of `PreTrainedModel.resize_token_embeddings`."""
+
+    def __init__(self, table: nn.Embedding):
+        self.table = table
+
+    def __call__(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing=True):
+        rows = self.table.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        if rows != self.table.num_embeddings:
+            raise ValueError(
+                f"The packed embeddings have {self.table.num_embeddings} rows and cannot be resized to {rows}: resize "
+                "the dense model and quantise that, or leave quantize_embeddings out."
+            )
+        return self.table
+
+
+def use_experts_one_by_one(model: PreTrainedModel, targets: dict[str, Target]) -> None:
+    """The other implementations (grouped_mm and the like) need the dense weights of all experts at once."""
+    modules = _experts_modules(model, targets)
+    if modules:
+        EXPERTS.check()
+    for experts in modules:
+        experts._implementation_when_dense = experts.config._experts_implementation
+    for experts in modules:  # only now: they share one config
+        experts.config._experts_implementation = "eager"
+        experts._is_hf_initialized = True  # its own initialisation writes into parameters that are not there
+
+
+def use_experts_as_before(model: PreTrainedModel, targets: dict[str, Target]) -> None:
+    """Takes back what `use_experts_one_by_one` did, for a model that is dense again."""
+    for experts in _experts_modules(model, targets):
+        experts.config._experts_implementation = experts.__dict__.pop("_implementation_when_dense")
+
+
+def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list[nn.Module]:
+    names = {target.name.rpartition(".")[0] for target in targets.values() if target.experts is not None}
+    return [model.get_submodule(name) for name in sorted(names)]
+
+
+def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
+    """T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes."""
+    for module in model.modules():
+        if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
+            CAST.check()
+            module.forward = _FeedForwardWithoutCast(module)
+
+
+def cast_to_weight_dtype_again(model: PreTrainedModel) -> None:
+    """Takes back what `mend_casts_to_weight_dtype` did, for a model that is dense again."""
+    for module in model.modules():
+        if _casts_to_weight_dtype(module):
+            module.__dict__.pop("forward", None)
+
+
+def _casts_to_weight_dtype(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("DenseActDense", "DenseGatedActDense")) and hasattr(module, "wo")
+
+
+class _FeedForwardWithoutCast:
+    """`T5DenseActDense.forward` and `T5DenseGatedActDense.forward` in the dtype of the input."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        module = self.module
+        if hasattr(module, "wi_0"):
+            hidden_states = module.act(module.wi_0(hidden_states)) * module.wi_1(hidden_states)
+        else:
+            hidden_states = module.act(module.wi(hidden_states))
+        return module.wo(module.dropout(hidden_states))

@@ -1,0 +1,283 @@
+"""The table of patches: every place where Transformers, PEFT or bitsandbytes does something else for packed models.
+
+Each replacement hands dense models to the original: arguments, results, exceptions and state are its own. What the
+replacements check stands in `adapter_records`, `peft_limits` and `transformers`; patches of single models, which no
+dense one ever meets, in `model_patches`.
+"""
+
+import functools
+import inspect
+import logging
+import pathlib
+from collections.abc import Callable
+
+from peft import LoraConfig
+
+from ..config import LowRAConfig
+from ..nn.embedding import LowRAEmbedding
+from ..nn.linear import LowRALinear, PackedModule
+from .adapter_records import check_adapter, is_packed_base, keep_record, load_checked, write_records
+from .model_patches import MODEL_PATCHES
+from .patching import Patch, install_patches
+from .peft import LowRALoraLinear
+from .peft_limits import (
+    check_experts,
+    check_merge,
+    check_method,
+    is_packed,
+    packed_experts,
+    refuse_embeddings,
+    refuse_training,
+)
+from .transformers import dtype_of_packed, write_card
+
+logger = logging.getLogger(__name__)
+
+
+def _load_in_lowra(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs):
+        if load_in_lowra:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError("Give either load_in_lowra=True or quantization_config, not both.")
+            kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
+        elif lowra_bits is not None:
+            raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
+        return original(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _with_card(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, pathlib.Path(save_directory))
+        return result
+
+    return save_pretrained
+
+
+def _dtype(original: property) -> property:
+    def dtype(self):
+        return dtype_of_packed(self) or original.fget(self)
+
+    return property(functools.wraps(original.fget)(dtype), doc=original.__doc__)
+
+
+def _checked_method(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        if is_packed(model):
+            check_method(self, model, peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config)
+        original(self, model, peft_config, adapter_name, *args, **kwargs)
+
+    return __init__
+
+
+def _with_our_layers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        if is_packed(model):
+            config = self.peft_config[adapter_name]
+            check_method(self, model, config)
+            check_experts(model, config)
+            if isinstance(config, LoraConfig):
+                config._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings})
+        return original(self, model, adapter_name, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _names_kept(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def convert_peft_config_for_transformers(peft_config, model, *args, **kwargs):
+        if packed_experts(model):
+            return peft_config
+        return original(peft_config, model, *args, **kwargs)
+
+    return convert_peft_config_for_transformers
+
+
+def _checked_merge(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _check_merge_allowed(self, *args, **kwargs):
+        check_merge(self.model)
+        return original(self, *args, **kwargs)
+
+    return _check_merge_allowed
+
+
+def _checked_training(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self, module_to_save, *args, **kwargs):
+        if isinstance(module_to_save, PackedModule):
+            refuse_training(type(self).__name__)
+        original(self, module_to_save, *args, **kwargs)
+
+    return __init__
+
+
+def _with_records(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if is_packed_base(self):
+            given = signature.bind(self, *args, **kwargs)
+            given.apply_defaults()
+            if given.arguments["is_main_process"]:
+                names = given.arguments["selected_adapters"] or list(self.peft_config)
+                write_records(self, pathlib.Path(given.arguments["save_directory"]), names)
+        return result
+
+    return save_pretrained
+
+
+def _checked_adapter(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
+        load = functools.partial(original, self, model_id, adapter_name, *args, **kwargs)
+        return load_checked(self, model_id, adapter_name, load, kwargs, any_base)
+
+    return load_adapter
+
+
+def _checked_adapter_of_transformers(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_adapter(self, *args, any_base: bool = False, **kwargs):
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            return original(self, *args, **kwargs)  # which says what is wrong with them
+        path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
+        record = {}
+        if path is not None:
+            options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+            record = check_adapter(self, path, options, any_base)
+        result = original(self, *args, **kwargs)
+        keep_record(self, name, record)
+        return result
+
+    return load_adapter
+
+
+_MODEL = "transformers.modeling_utils:PreTrainedModel."
+_TUNER = "peft.tuners.tuners_utils:BaseTuner."
+
+TABLE = (
+    Patch(
+        target=f"{_MODEL}from_pretrained",
+        why="Transformers refuses keywords it does not know, load_in_lowra and lowra_bits among them.",
+        door="quantization_config=LowRAConfig(bits=1.5), which does the same; these two are its short form",
+        since="transformers 5.0",
+        wrap=_load_in_lowra,
+    ),
+    Patch(
+        target=f"{_MODEL}save_pretrained",
+        why="A packed checkpoint would be without a model card.",
+        door="HfQuantizer could be told the folder that is saved to; a hook on one model does not survive pickling",
+        since="none",
+        rests_on=("save_directory", "is_main_process"),
+        wrap=_with_card,
+    ),
+    Patch(
+        target=f"{_MODEL}dtype",
+        why="`model.dtype` is that of the first floating parameter: with packed embeddings, of one of their tables.",
+        door="none: a property is looked up in the class",
+        since="none",
+        wrap=_dtype,
+    ),
+    Patch(
+        target="transformers.integrations.peft:PeftAdapterMixin.load_adapter",
+        why="`model.load_adapter` goes past PeftModel, and an adapter of another base would be put on a packed one.",
+        door="a hook on loading adapters",
+        since="none",
+        rests_on=("peft_model_id", "adapter_name", "adapter_kwargs"),
+        wrap=_checked_adapter_of_transformers,
+    ),
+    Patch(
+        target="peft.peft_model:PeftModel.save_pretrained",
+        why="adapter_config.json takes no new keys, so whose base an adapter belongs to would be lost.",
+        door="PeftConfig could keep keys that it does not know",
+        since="none",
+        rests_on=("save_directory", "selected_adapters", "is_main_process"),
+        wrap=_with_records,
+    ),
+    Patch(
+        target="peft.peft_model:PeftModel.load_adapter",
+        why="An adapter of another base, or a damaged one, would be loaded with a warning at most.",
+        door="a hook on loading adapters",
+        since="none",
+        rests_on=("model_id", "adapter_name"),
+        wrap=_checked_adapter,
+    ),
+    Patch(
+        target=f"{_TUNER}__init__",
+        why="Methods that read the dense weight would read packed bytes, some before they inject an adapter.",
+        door="peft.utils.register_peft_method knows nothing of the layers of a method",
+        since="none",
+        rests_on=("model", "peft_config", "adapter_name"),
+        also={f"{_TUNER}_check_target_module_exists": ()},
+        wrap=_checked_method,
+    ),
+    Patch(
+        target=f"{_TUNER}inject_adapter",
+        why="PEFT's own LoRA layer would merge into packed bytes, and its other methods would read them.",
+        door="LoraConfig._register_custom_module, which PEFT calls experimental: it is used here, since PEFT does not "
+        "save it and a reloaded adapter must find it too",
+        since="none",
+        rests_on=("model", "adapter_name"),
+        also={"peft:LoraConfig._register_custom_module": ("mapping",)},
+        wrap=_with_our_layers,
+    ),
+    Patch(
+        target=f"{_TUNER}_check_merge_allowed",
+        why="The layers of other methods than LoRA would merge into packed bytes.",
+        door="a layer could refuse to be merged before any other is",
+        since="none",
+        wrap=_checked_merge,
+    ),
+    Patch(
+        target="peft.utils.other:AuxiliaryTrainingWrapper.__init__",
+        why="modules_to_save and trainable_token_indices would train packed bytes; PyTorch's message does not say so.",
+        door="none",
+        since="none",
+        rests_on=("module_to_save",),
+        wrap=_checked_training,
+    ),
+    Patch(
+        target="peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
+        why="PEFT takes every gate_proj of a mixture for fused experts, moves such names to parameters that packed "
+        "experts do not have, and what was meant goes without an adapter.",
+        door="none",
+        since="none",
+        rests_on=("peft_config", "model"),
+        wrap=_names_kept,
+        optional=True,  # from PEFT 0.19 on
+    ),
+    Patch(
+        target="transformers.integrations.peft:convert_peft_config_for_transformers",
+        why="The same in Transformers' own loading of adapters.",
+        door="none",
+        since="none",
+        rests_on=("peft_config", "model"),
+        wrap=_names_kept,
+        optional=True,  # before PEFT did that
+    ),
+    Patch(
+        target="bitsandbytes.backends.cpu.ops:logger",
+        why="On some CPUs it warns at every import of a kernel for NF4 that concerns nothing here (lowra/backend.py).",
+        door="a debug message",
+        since="none",
+    ),
+    *MODEL_PATCHES,
+)
+
+
+def apply_patches() -> None:
+    install_patches(TABLE)
