@@ -270,13 +270,10 @@ def _normalised(row: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def _level_shares(row: torch.Tensor, content, channel: int) -> tuple[np.ndarray, np.ndarray]:
     """The levels of one channel, and the share of its weights at each, from its dequantised weights [K]."""
-    order = layout.row_order(content.row_bits).long()
-    place = int((order == channel).nonzero())
-    bits = content.row_bits[order]
-    sizes = 2 ** bits.long()
-    start = int(sizes[:place].sum())
-    levels = content.levels[start : start + int(sizes[place])].float()
-    scales = decode_scales(content.scales, content.scale_steps)[place].repeat_interleave(content.group_size)
+    place = (layout.row_order(content.row_bits) == channel).nonzero()[0]
+    (segment,) = (s for s in content.segments() if s.first <= int(place) < s.end)
+    levels = content.levels[segment.levels_of(int(place), int(place) + 1)].float()
+    scales = decode_scales(content.scales, content.scale_steps, place)[0].repeat_interleave(content.group_size)
     normal = row / scales[: row.numel()].clamp(min=torch.finfo(torch.float32).tiny)
     nearest = (normal[:, None] - levels[None]).abs().argmin(dim=1)
     shares = torch.bincount(nearest, minlength=levels.numel()).float() / row.numel()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.reference import decode_scales
 
 from ..weights.groups import widen
 from .linear import PackedModule
@@ -53,22 +54,18 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
 
     def count_rows(self, row_bits: torch.Tensor) -> None:
         super().count_rows(row_bits)
-        (order,) = self._row_order.values()
+        (order,) = self._row_order.values()  # on the CPU
         place = torch.empty(self.out_features, dtype=torch.int64)
         place[order.long()] = torch.arange(self.out_features)
         codes, levels = torch.empty_like(place), torch.empty_like(place)
-        code_start = level_start = 0
-        for bits, first, end in layout.segments(self.out_features, *self._rows):
-            rows, within = order[first:end].long(), torch.arange(end - first)
-            stride = layout.row_bytes(self.in_features, bits)
-            codes[rows] = code_start + within * stride
-            levels[rows] = level_start + within * 2**bits
-            code_start += (end - first) * stride
-            level_start += (end - first) * 2**bits
+        for segment in layout.segments(self.out_features, *self._rows, self.in_features):
+            rows, within = order[segment.first : segment.end].long(), torch.arange(segment.end - segment.first)
+            codes[rows] = segment.first_byte + within * segment.row_bytes
+            levels[rows] = segment.first_level + within * 2**segment.bits
         self._row_places = {place.device: (place, codes, levels)}
 
-    def _layout(self) -> tuple[torch.Tensor]:
-        order = super()._layout()
+    def row_order(self) -> torch.Tensor:
+        order = super().row_order()
         device = self.weight.device
         if device not in self._row_places:
             kept = next(iter(self._row_places.values()))
@@ -85,18 +82,14 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         return torch.cat([self._decode(part, dtype) for part in indices.split(count)])
 
     def _decode(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        self._layout()
+        packed = self.matrix()
         place, code_start, level_start = (kept[indices, None] for kept in self._row_places[self.weight.device])
-        scales, steps, levels = self._decoding()
         bits = self.row_bits[indices, None].int()
         first_bit = torch.arange(self.in_features, dtype=torch.int32, device=indices.device) * bits
-        codes = self.weight[code_start + (first_bit >> 3)].int() >> (first_bit & 7) & ((1 << bits) - 1)
-        scale = scales[place[:, 0]].float()
-        if steps is not None:
-            groups = torch.arange(scales.shape[1], device=indices.device)
-            scale = scale * scale * steps[(place * scales.shape[1] + groups) // layout.SCALE_BLOCK]
+        codes = packed.codes[code_start + (first_bit >> 3)].int() >> (first_bit & 7) & ((1 << bits) - 1)
+        scale = decode_scales(packed.scales, packed.scale_steps, place[:, 0])
         wide = widen(scale, self.group_size, self.in_features)
-        return (levels[level_start + codes].float() * wide).to(dtype)
+        return (packed.levels[level_start + codes].float() * wide).to(dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype

@@ -1,10 +1,13 @@
 """Packed weights of a mixture of experts: one matrix for all experts of a projection, used one expert at a time."""
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.layout import PackedMatrix
+from bitsandbytes.backends.lowra.ops import linear
+from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .linear import PackedModule, as_autocast
 
@@ -46,49 +49,38 @@ class LowRAExperts(PackedModule):
             self._runs.append(runs)
 
     def __getitem__(self, expert: int | torch.Tensor) -> "ExpertWeight":
-        (order,) = self._layout()
-        scales, steps, levels = self._decoding()
-        rows = self.out_features // self.experts
+        packed = self.matrix()
         runs = self._runs[int(expert)]
-        code_runs, level_runs = [], []
-        code_start = level_start = 0
-        for (bits, first, end), (start, stop) in zip(
-            layout.segments(self.out_features, *self._rows), runs, strict=True
-        ):
-            stride, entries = layout.row_bytes(self.in_features, bits), 2**bits
-            code_runs.append(self.weight[code_start + (start - first) * stride : code_start + (stop - first) * stride])
-            level_runs.append(levels[level_start + (start - first) * entries : level_start + (stop - first) * entries])
-            code_start += (end - first) * stride
-            level_start += (end - first) * entries
-        return ExpertWeight(
-            torch.cat(code_runs),
-            torch.cat([order[start:stop] for start, stop in runs]) - int(expert) * rows,
-            torch.cat([_decode_rows(scales, steps, start, stop) for start, stop in runs]),
-            torch.cat(level_runs),
-            (runs[0][1] - runs[0][0], runs[1][1] - runs[1][0]),
+        parts = list(zip(packed.segments(), runs, strict=True))
+        places = torch.cat([torch.arange(start, stop, device=packed.codes.device) for start, stop in runs])
+        rows_4bit, rows_2bit, _ = (stop - start for start, stop in runs)
+        own = PackedMatrix(
+            torch.cat([packed.codes[segment.codes_of(*run)] for segment, run in parts]),
+            packed.row_order[places] - int(expert) * (self.out_features // self.experts),
+            decode_scales(packed.scales, packed.scale_steps, places),
+            None,
+            torch.cat([packed.levels[segment.levels_of(*run)] for segment, run in parts]),
+            rows_4bit,
+            rows_2bit,
+            self.in_features,
             self.group_size,
         )
+        return ExpertWeight(own)
 
     def extra_repr(self) -> str:
         rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
         return f"{self.experts} x [{self.out_features // self.experts}, {self.in_features}], packed{rows}"
 
 
-class ExpertWeight(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ExpertWeight:
     """The packed weight [N, K] of one expert; `F.linear(x, weight)` is all that can be done with it.
 
     Attributes:
-        codes, row_order, scales, levels: as the ops take them, of this expert's rows; scales in float32.
-        rows: rows of 4 and of 2 bits.
-        group_size: weights that share a scale.
+        packed: this expert's rows alone, scales in float32.
     """
 
-    codes: torch.Tensor
-    row_order: torch.Tensor
-    scales: torch.Tensor
-    levels: torch.Tensor
-    rows: tuple[int, int]
-    group_size: int
+    packed: PackedMatrix
 
     @classmethod
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
@@ -104,17 +96,4 @@ class ExpertWeight(NamedTuple):
 def _linear(input: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     x = as_autocast(input)
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.ops.bitsandbytes.lowra_linear(
-        x, weight.codes, weight.row_order, weight.scales, None, weight.levels, bias, *weight.rows, weight.group_size
-    )
-
-
-def _decode_rows(scales: torch.Tensor, steps: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-    """float32 scales [stop - start, groups] of some packed rows."""
-    rows = scales[start:stop].float()
-    if steps is None:
-        return rows
-    groups = scales.shape[1]
-    place = torch.arange(start * groups, stop * groups, device=scales.device) // layout.SCALE_BLOCK
-    root = rows.reshape(-1)
-    return (root * root * steps[place]).view(rows.shape)
+    return linear(x, weight.packed, bias)

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from bitsandbytes.backends.lowra import layout
-from bitsandbytes.backends.lowra.ops import PackedLinear
+from bitsandbytes.backends.lowra.layout import PackedMatrix
+from bitsandbytes.backends.lowra.ops import PackedLinear, linear
 
 from ..weights.packed import TENSOR_NAMES, PackedWeight
 
@@ -66,9 +67,15 @@ class PackedModule(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight [N, K], detached."""
-        return torch.ops.bitsandbytes.lowra_dequantize(
-            self.weight, *self._layout(), *self._decoding(), *self._rows, self.in_features, self.group_size, dtype
-        )
+        return torch.ops.bitsandbytes.lowra_dequantize(*self.matrix(), dtype)
+
+    def matrix(self) -> PackedMatrix:
+        """The packed weight as the ops take it, on the device where it is now."""
+        order = self.row_order()
+        # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
+        levels = self.levels if self.levels.dtype == torch.float16 else self.levels.to(torch.float16)
+        sizes = *self._rows, self.in_features, self.group_size
+        return PackedMatrix(self.weight, order, self.scales, self.scale_steps, levels, *sizes)
 
     @property
     def row_counts(self) -> tuple[int, int] | None:
@@ -79,7 +86,7 @@ class PackedModule(nn.Module):
         """Makes everything that the first forward would have to make."""
         if self._rows is None:
             self.count_rows(self.row_bits.detach().cpu())  # the only step that waits for a GPU
-        self._layout()
+        self.row_order()
 
     def count_rows(self, row_bits: torch.Tensor) -> None:
         """Counts the rows of each precision and builds the row order.
@@ -97,19 +104,15 @@ class PackedModule(nn.Module):
         order = layout.row_order(row_bits)
         self._row_order = {order.device: order}
 
-    def _layout(self) -> tuple[torch.Tensor]:
+    def row_order(self) -> torch.Tensor:
+        """int32 [N]: the row of W that stands at each packed place, on the device of the weight."""
         if self._rows is None:
             self.prepare()
         device = self.weight.device
         if device not in self._row_order:
             # Offloading hooks move parameters between devices under our feet; the order follows on demand.
             self._row_order[device] = next(iter(self._row_order.values())).to(device)
-        return (self._row_order[device],)
-
-    def _decoding(self) -> tuple[torch.Tensor | None, ...]:
-        # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
-        levels = self.levels if self.levels.dtype == torch.float16 else self.levels.to(torch.float16)
-        return self.scales, self.scale_steps, levels
+        return self._row_order[device]
 
     def _apply(self, fn, recurse=True):
         """Moves the packed tensors but never casts them: `model.to(torch.bfloat16)` must not touch scales or levels."""
@@ -122,7 +125,7 @@ class PackedModule(nn.Module):
             self._parameters[name] = nn.Parameter(self._parameters[name].data.view(dtype), requires_grad=False)
         self._row_order = {device: order for device, order in self._row_order.items() if device.type == "cpu"}
         if self._row_order and self.weight.device.type != "meta":
-            self._layout()  # now, so that a compiled forward finds it
+            self.row_order()  # now, so that a compiled forward finds it
         return self
 
     def _row_counts(self) -> str:
@@ -149,13 +152,12 @@ class LowRALinear(PackedModule, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = as_autocast(x)
         # Compiled code has no host to spare, and the compiler knows the op but not the function.
-        linear = torch.ops.bitsandbytes.lowra_linear if torch.compiler.is_compiling() else PackedLinear.apply
-        return linear(x, *self.operands(x.dtype))
+        product = linear if torch.compiler.is_compiling() else PackedLinear.apply
+        return product(x, self.matrix(), self.bias_as(x.dtype))
 
-    def operands(self, dtype: torch.dtype) -> tuple:
-        """What `bitsandbytes::lowra_linear` takes after an x of this dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self.weight, *self._layout(), *self._decoding(), bias, *self._rows, self.group_size
+    def bias_as(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias as the ops take it beside an x of this dtype."""
+        return None if self.bias is None else self.bias.to(dtype)
 
     def extra_repr(self) -> str:
         rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"

@@ -7,7 +7,8 @@ longer for them than the GPU. It also keeps two more copies of x, one of them in
 import torch
 from torch.autograd.function import once_differentiable
 
-from bitsandbytes.backends.lowra.ops import gradient_of_input
+from bitsandbytes.backends.lowra.layout import PackedMatrix
+from bitsandbytes.backends.lowra.ops import gradient_of_input, linear
 
 from .linear import LowRALinear
 
@@ -22,25 +23,25 @@ def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Te
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
     """
-    return _LoraLinear.apply(x, a, b, scaling, *base.operands(x.dtype))
+    return _LoraLinear.apply(x, a, b, scaling, base.matrix(), base.bias_as(x.dtype))
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, b, scaling, codes, row_order, scales, scale_steps, levels, bias, *numbers):
+    def forward(ctx, x, a, b, scaling, packed, bias):
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.ops.bitsandbytes.lowra_linear(rows, codes, row_order, scales, scale_steps, levels, bias, *numbers)
+        out = linear(rows, packed, bias)
         inner = rows @ a.to(x.dtype).t()
         out.addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
-        ctx.save_for_backward(rows, inner, a, b, codes, row_order, scales, scale_steps, levels)
-        ctx.shape, ctx.scaling, ctx.numbers = x.shape, scaling, numbers
+        ctx.save_for_backward(rows, inner, a, b, *packed.tensors)
+        ctx.shape, ctx.scaling, ctx.sizes = x.shape, scaling, packed.sizes
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, inner, a, b, *packed = ctx.saved_tensors
+        rows, inner, a, b, *tensors = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         a, b = a.to(grad.dtype), b.to(grad.dtype)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
@@ -52,7 +53,6 @@ class _LoraLinear(torch.autograd.Function):
         if needs_a:
             grad_a = grad_inner.t() @ rows
         if needs_x:
-            *counts, group_size = ctx.numbers
-            grad_x = gradient_of_input(grad, *packed, *counts, rows.shape[1], group_size)
+            grad_x = gradient_of_input(grad, PackedMatrix(*tensors, *ctx.sizes))
             grad_x = grad_x.addmm_(grad_inner, a).view(ctx.shape)
-        return grad_x, grad_a, grad_b, *[None] * (len(packed) + 5)
+        return grad_x, grad_a, grad_b, None, None, None

@@ -1,6 +1,6 @@
 """Levels and group scales trained together with an adapter: the codes stay, what they stand for is learned.
 
-LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adapters, with a mapping for each task.
+LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adapters, with levels for each task.
 
     parameters = train_tables(model, scales=True)  # a PeftModel on a packed base; by name, for a trainer's checkpoints
     ...                                            # any training loop
@@ -14,8 +14,10 @@ import pathlib
 import torch
 from torch import nn
 
-from bitsandbytes.backends.lowra.ops import gradient_of_input
+from bitsandbytes.backends.lowra.layout import PackedMatrix
+from bitsandbytes.backends.lowra.ops import gradient_of_input, linear
 from bitsandbytes.backends.lowra.reference import decode_scales
+from bitsandbytes.backends.lowra.table_gradients import table_gradients_of
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import read_tensors
@@ -153,9 +155,8 @@ class TrainedTablesLinear(LowRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = as_autocast(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         levels, scales = self.tables()
-        return TabledLinear.apply(x, levels, scales, bias, self.weight, *self._layout(), *self._rows, self.group_size)
+        return TabledLinear.apply(x, levels, scales, self.bias_as(x.dtype), self.matrix())
 
     @torch.no_grad()
     def baked(self) -> LowRALinear:
@@ -181,32 +182,28 @@ class TabledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, levels, scales, bias, codes, row_order, rows_4bit, rows_2bit, group_size):
-        """Args: x [..., K], levels float32 [entries] and scales float32 [N, groups] in packed row order, the rest as
-        in `bitsandbytes::lowra_linear`.
+    def forward(ctx, x, levels, scales, bias, packed):
+        """Args: x [..., K], levels float32 [entries] and scales float32 [N, groups] in packed row order, bias [N] or
+        None, and the packed weight, whose own levels and scales do not matter.
         """
-        ctx.save_for_backward(x, levels, scales, codes, row_order)
-        ctx.rows, ctx.group_size, ctx.with_bias = (rows_4bit, rows_2bit), group_size, bias is not None
-        return torch.ops.bitsandbytes.lowra_linear(
-            x, codes, row_order, scales, None, levels.half(), bias, rows_4bit, rows_2bit, group_size
-        )
+        ctx.save_for_backward(x, levels, scales, packed.codes, packed.row_order)
+        ctx.sizes, ctx.with_bias = packed.sizes, bias is not None
+        return linear(x, packed._replace(scales=scales, scale_steps=None, levels=levels.half()), bias)
 
     @staticmethod
     def backward(ctx, gradient):
         x, levels, scales, codes, row_order = ctx.saved_tensors
-        packed, rounded = (codes, row_order, scales, None), levels.half()
+        packed = PackedMatrix(codes, row_order, scales, None, levels.half(), *ctx.sizes)
         for_x = for_levels = for_scales = for_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
-            for_x = gradient_of_input(gradient, *packed, rounded, *ctx.rows, x.shape[-1], ctx.group_size)
+            for_x = gradient_of_input(gradient, packed)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = flat.T @ x.reshape(-1, x.shape[-1])
-            for_levels, for_scales = torch.ops.bitsandbytes.lowra_table_gradients(
-                of_weight, *packed, rounded, *ctx.rows, ctx.group_size, ctx.needs_input_grad[2]
-            )
+            for_levels, for_scales = table_gradients_of(of_weight, packed, ctx.needs_input_grad[2])
         if ctx.with_bias and ctx.needs_input_grad[3]:
             for_bias = flat.sum(dim=0)
-        return for_x, for_levels, for_scales, for_bias, None, None, None, None, None
+        return for_x, for_levels, for_scales, for_bias, None
 
 
 def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:

@@ -14,7 +14,7 @@ from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales, pack_codes
 
 from ..weights.groups import widen
-from ..weights.packed import PackedWeight, row_counts
+from ..weights.packed import PackedWeight
 
 _BLOCK = 128
 # Levels stay where no output of the calibration pulls at them: share of the mean diagonal of a row's system.
@@ -50,14 +50,13 @@ def recode(weight: torch.Tensor, packed: PackedWeight, moment: torch.Tensor) -> 
         weight - packed.dequantize()[order], moment
     )
     levels = torch.where(better[:, None], levels, before)
-    tables, stream, start = [], [], 0
-    for bits, first, end in _classes(packed):
-        stride = layout.row_bytes(packed.in_features, bits)
-        own = packed.weight[start : start + (end - first) * stride].view(end - first, stride)
-        start += own.numel()
-        new = pack_codes(codes[first:end].to(torch.uint8), bits, stride)
+    tables, stream = [], []
+    for segment in packed.segments():
+        first, end = segment.first, segment.end
+        own = packed.weight[segment.codes_of(first, end)].view(end - first, segment.row_bytes)
+        new = pack_codes(codes[first:end].to(torch.uint8), segment.bits, segment.row_bytes)
         stream.append(torch.where(better[first:end, None], new, own).reshape(-1))
-        tables.append(levels[first:end, : 2**bits].reshape(-1))
+        tables.append(levels[first:end, : 2**segment.bits].reshape(-1))
     return dataclasses.replace(packed, weight=torch.cat(stream), levels=torch.cat(tables).half())
 
 
@@ -68,11 +67,10 @@ def _output_error(left: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 def padded_levels(packed: PackedWeight) -> torch.Tensor:
     """Levels of each row, float32 [N, 16] in packed row order; infinite behind a row's own."""
-    levels, start = torch.full((packed.row_bits.numel(), _WIDEST), torch.inf, device=packed.levels.device), 0
-    for bits, first, end in _classes(packed):
-        size = (end - first) * 2**bits
-        levels[first:end, : 2**bits] = packed.levels[start : start + size].view(-1, 2**bits).float()
-        start += size
+    levels = torch.full((packed.row_bits.numel(), _WIDEST), torch.inf, device=packed.levels.device)
+    for segment in packed.segments():
+        first, end, count = segment.first, segment.end, 2**segment.bits
+        levels[first:end, :count] = packed.levels[segment.levels_of(first, end)].view(-1, count).float()
     return levels
 
 
@@ -129,7 +127,3 @@ def fit_levels(
             fitted[rows, :count] = table.gather(1, places).half().float()
             codes[rows] = places.argsort(dim=1).gather(1, codes[rows])
     return fitted, codes
-
-
-def _classes(packed: PackedWeight) -> list[tuple[int, int, int]]:
-    return layout.segments(packed.row_bits.numel(), *row_counts(packed.row_bits))

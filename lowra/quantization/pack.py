@@ -39,24 +39,24 @@ def quantize_matrix(
 
 def _quantize_refined(weight, codebook, row_bits, order, config) -> PackedWeight:
     """Scales and levels by least squares, then the codes nearest under what is stored of them."""
-    segments = layout.segments(len(order), *row_counts(row_bits))
-    segments = [(bits, first, end) for bits, first, end in segments if end > first]
-    rows = [order[first:end] for _, first, end in segments]
+    segments = layout.segments(len(order), *row_counts(row_bits), weight.shape[1])
+    segments = [segment for segment in segments if segment.end > segment.first]
+    rows = [order[segment.first : segment.end] for segment in segments]
     groups = layout.group_count(weight.shape[1], config.group_size)
     tables, scales = [], []
-    for (bits, _, _), members in zip(segments, rows, strict=True):
+    for segment, members in zip(segments, rows, strict=True):
         part = weight[members].float()
         padded = torch.nn.functional.pad(part, (0, -part.shape[1] % config.group_size))
         absmax = padded.view(len(part), groups, config.group_size).abs().amax(dim=2)
-        start = codebook.levels[members, LEVELS[bits]]
+        start = codebook.levels[members, LEVELS[segment.bits]]
         levels, fitted = refine(part, start, absmax, config.group_size, config.refine)
         tables.append(levels.half())
         scales.append(fitted)
     stored, steps = store_scales(torch.cat(scales), config.scales)
     decoded = decode_scales(stored, steps).split([len(members) for members in rows])
     codes = []
-    for (bits, _, _), members, table, scale in zip(segments, rows, tables, decoded, strict=True):
+    for segment, members, table, scale in zip(segments, rows, tables, decoded, strict=True):
         nearest = nearest_codes(weight[members].float(), table.float(), scale, config.group_size)
-        codes.append(pack_codes(nearest, bits, layout.row_bytes(weight.shape[1], bits)).reshape(-1))
+        codes.append(pack_codes(nearest, segment.bits, segment.row_bytes).reshape(-1))
     levels = torch.cat([table.reshape(-1) for table in tables])
     return PackedWeight(torch.cat(codes), row_bits, stored, steps, levels, weight.shape[1], config.group_size)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.layout import PackedMatrix
 
 from ..config import LowRAConfig
 
@@ -40,7 +41,7 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight [N, K]."""
-        return torch.ops.bitsandbytes.lowra_dequantize(
+        matrix = PackedMatrix(
             self.weight,
             layout.row_order(self.row_bits),
             self.scales,
@@ -49,12 +50,16 @@ class PackedWeight:
             *row_counts(self.row_bits),
             self.in_features,
             self.group_size,
-            dtype,
         )
+        return torch.ops.bitsandbytes.lowra_dequantize(*matrix, dtype)
+
+    def segments(self) -> list[layout.Segment]:
+        """The rows of each precision in packed order, and where their codes and levels lie."""
+        return layout.segments(self.row_bits.numel(), *row_counts(self.row_bits), self.in_features)
 
     @property
     def stored_bits(self) -> int:
-        """Everything stored: codes, padding, scales, mappings and precisions."""
+        """Everything stored: codes, padding, scales, levels and precisions."""
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @property

@@ -61,8 +61,9 @@ def test_without_correlation_codes_are_the_nearest_and_levels_the_centroids():
     rows, wide, levels = in_packed_order(weight, packed)
     codes = feed_back(rows, levels, wide, moment)
     scales = decode_scales(packed.scales, packed.scale_steps)
-    for bits, first, end in layout.segments(len(rows), 1, 3):
-        own = levels[first:end, : 2**bits]
+    for segment in packed.segments():
+        first, end = segment.first, segment.end
+        own = levels[first:end, : 2**segment.bits]
         expected = nearest_codes(rows[first:end], own, scales[first:end], packed.group_size)
         assert torch.equal(codes[first:end], expected.long())
     fitted, same = fit_levels(rows, levels, codes, wide, moment)

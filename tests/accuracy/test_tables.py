@@ -31,7 +31,7 @@ def packed_layer(row_bits, columns=136, group_size=64, scales="double_quant", bi
 
 def plain_weight(layer: LowRALinear, levels, scales) -> torch.Tensor:
     """levels[codes] * scale as one differentiable formula, rows in the order of W."""
-    (order,) = layer._layout()
+    order = layer.row_order()
     bits = layer.row_bits[order.long()].long()
     starts = torch.cumsum(2**bits, 0) - 2**bits
     normal = layer.dequantize() / widen(decode_scales(layer.scales, layer.scale_steps), layer.group_size, 4096)[

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from bitsandbytes.backends.lowra import layout, reference
+from bitsandbytes.backends.lowra.layout import PackedMatrix
 
 
 @dataclass
@@ -27,14 +28,15 @@ class Case:
         return self.weight, self.row_order, self.thresholds, self.rows_4bit, self.rows_2bit, self.group_size
 
     @property
-    def tensors(self):
-        return self.codes, self.row_order, self.scales, self.scale_steps, self.levels
+    def packed(self) -> PackedMatrix:
+        tensors = self.codes, self.row_order, self.scales, self.scale_steps, self.levels
+        return PackedMatrix(*tensors, self.rows_4bit, self.rows_2bit, self.weight.shape[1], self.group_size)
 
     def dequantize_arguments(self, dtype):
-        return *self.tensors, self.rows_4bit, self.rows_2bit, self.weight.shape[1], self.group_size, dtype
+        return *self.packed, dtype
 
     def linear_arguments(self, x, bias=None):
-        return x, *self.tensors, bias, self.rows_4bit, self.rows_2bit, self.group_size
+        return x, *self.packed.tensors, bias, self.rows_4bit, self.rows_2bit, self.group_size
 
     def to(self, device) -> "Case":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -60,10 +62,10 @@ def packed_case(
     weight = weight.to(dtype)
     bits = torch.tensor([4] * rows_4bit + [2] * rows_2bit + [1] * rows_1bit, dtype=torch.uint8)
     order = layout.row_order(bits[torch.randperm(rows, generator=random)])
-    segments = layout.segments(rows, rows_4bit, rows_2bit)
+    segments = layout.segments(rows, rows_4bit, rows_2bit, in_features)
 
     def tables(entries):
-        parts = [torch.rand(end - start, entries(b), generator=random) * 2 - 1 for b, start, end in segments]
+        parts = [torch.rand(s.end - s.first, entries(s.bits), generator=random) * 2 - 1 for s in segments]
         return torch.cat([part.sort(dim=1).values.reshape(-1) for part in parts])
 
     thresholds = tables(lambda b: 2**b - 1)

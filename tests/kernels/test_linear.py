@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import layout, ops, reference
+from bitsandbytes.backends.lowra import ops, reference
 from bitsandbytes.backends.lowra.ops import gradient_of_input, product_by_columns, product_by_rows
 
 OPS = torch.ops.bitsandbytes
@@ -27,12 +27,11 @@ SHAPES = [
 
 def largest_weights(case):
     """Every weight of a row at the size of its largest level: what the sums of 1-bit rows are made of."""
-    levels, start = case.levels.clone(), 0
-    for bits, first, end in layout.segments(case.row_order.numel(), case.rows_4bit, case.rows_2bit):
-        rows = levels[start : start + (end - first) * 2**bits].view(end - first, 2**bits)
+    levels = case.levels.clone()
+    for segment in case.packed.segments():
+        rows = levels[segment.levels_of(segment.first, segment.end)].view(-1, 2**segment.bits)
         rows[:] = rows.abs().amax(dim=1, keepdim=True)
-        start += rows.numel()
-    return reference.dequantize(*replace(case, levels=levels).dequantize_arguments(torch.float32))
+    return reference.dequantize(replace(case, levels=levels).packed, torch.float32)
 
 
 def close(out, x, case, bias, fused):
@@ -42,7 +41,7 @@ def close(out, x, case, bias, fused):
     unit, errors = torch.finfo(out.dtype).eps, []
     size = x.double().abs() @ largest_weights(case).double().T
     for dtype in {out.dtype, torch.float32}:
-        exact = x.double() @ reference.dequantize(*case.dequantize_arguments(dtype)).double().T
+        exact = x.double() @ reference.dequantize(case.packed, dtype).double().T
         if bias is not None:
             exact = exact + bias.double()
         if fused:
@@ -85,7 +84,7 @@ def test_tiny_and_huge_x(device, size):
     x = (torch.rand(2, 512, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
     x[:, ::7] *= 2.0**-20  # far below the largest of their 64
     out = OPS.lowra_linear(*case.to(device).linear_arguments(x.to(device)))
-    fits = (x.double() @ reference.dequantize(*case.dequantize_arguments(torch.float32)).double().T).abs() < 3e38
+    fits = (x.double() @ reference.dequantize(case.packed, torch.float32).double().T).abs() < 3e38
     assert torch.equal(out.cpu().isfinite(), fits)
     if fits.all():
         close(out.cpu(), x, case, None, True)
@@ -109,7 +108,7 @@ def test_leading_dimensions_and_unaligned_x(device):
 @pytest.mark.parametrize("tokens", [4, 80])
 def test_backward_multiplies_by_the_dequantised_weight(device, tokens):
     case = packed_case(5, 9, 18, 320)
-    weight = reference.dequantize(*case.dequantize_arguments(torch.float32))
+    weight = reference.dequantize(case.packed, torch.float32)
     x = torch.randn(tokens, 320, generator=torch.Generator().manual_seed(0))
     bias, grad = torch.zeros(32), torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1))
     on_x, on_bias = (tensor.to(device).requires_grad_() for tensor in (x, bias))
@@ -121,17 +120,17 @@ def test_backward_multiplies_by_the_dequantised_weight(device, tokens):
 @pytest.mark.parametrize("at_once", [256, 512])
 def test_products_with_a_part_of_the_weight_at_a_time(device, at_once):
     case = packed_case(100, 300, 600, 1056, scales=torch.uint8)
-    weight = reference.dequantize(*case.dequantize_arguments(torch.float32))
+    weight = reference.dequantize(case.packed, torch.float32)
     random = torch.Generator().manual_seed(1)
     x, grad = torch.randn(2, 3, 1056, generator=random), torch.randn(2, 3, 1000, generator=random)
     bias = torch.randn(1000, generator=random)
-    *packed, _ = case.to(device).dequantize_arguments(torch.float32)
+    packed = case.to(device).packed
     close_to = {"rtol": 1e-4, "atol": 1e-4}
-    out = product_by_columns(grad.to(device), at_once, *packed)
+    out = product_by_columns(grad.to(device), packed, at_once)
     torch.testing.assert_close(out.cpu(), grad @ weight, **close_to)
-    out = product_by_rows(x.to(device), None, at_once, *packed)
+    out = product_by_rows(x.to(device), packed, None, at_once)
     torch.testing.assert_close(out.cpu(), x @ weight.T, **close_to)
-    out = product_by_rows(x.to(device), bias.to(device), at_once, *packed)
+    out = product_by_rows(x.to(device), packed, bias.to(device), at_once)
     torch.testing.assert_close(out.cpu(), x @ weight.T + bias, **close_to)
 
 
@@ -140,7 +139,7 @@ def test_products_with_a_part_of_the_weight_at_a_time(device, at_once):
 def test_a_large_weight_is_never_dense_as_a_whole(monkeypatch):
     monkeypatch.setattr(ops, "_DENSE_BYTES", 8 << 20)
     case = packed_case(300, 700, 3096, 4096, scales=torch.uint8).to("cuda")
-    *packed, _ = case.dequantize_arguments(torch.bfloat16)
+    packed = case.packed
     weight = OPS.lowra_dequantize(*packed, torch.bfloat16)
     x = torch.randn(1200, 4096, device="cuda", dtype=torch.bfloat16)
     expected = x @ weight.T, x @ weight
@@ -150,7 +149,7 @@ def test_a_large_weight_is_never_dense_as_a_whole(monkeypatch):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
-            outputs = OPS.lowra_linear(*case.linear_arguments(x)), gradient_of_input(x, *packed)
+            outputs = OPS.lowra_linear(*case.linear_arguments(x)), gradient_of_input(x, packed)
         used = torch.cuda.max_memory_allocated() - before
         for out, exact in zip(outputs, expected, strict=True):
             torch.testing.assert_close(out, exact, rtol=2e-2, atol=4e-1)

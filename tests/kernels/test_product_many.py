@@ -40,12 +40,11 @@ def packed(shape, scales):
 
 @functools.cache
 def reference_weight(shape, scales, dtype):
-    return reference.dequantize(*packed(shape, scales).dequantize_arguments(dtype)).cuda()
+    return reference.dequantize(packed(shape, scales).packed, dtype).cuda()
 
 
 def product(case, x, bias=None):
-    arguments = (*case.tensors, bias, case.rows_4bit, case.rows_2bit, case.group_size)
-    return native.cuda_product(x, *arguments)
+    return native.cuda_product(x, case.packed, bias)
 
 
 def assert_within_one_rounding(out, x, weight, bias):

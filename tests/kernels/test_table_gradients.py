@@ -22,7 +22,7 @@ SCALES = [torch.float32, torch.float16, torch.uint8]
 
 
 def arguments_of(case):
-    return *case.tensors, case.rows_4bit, case.rows_2bit, case.group_size
+    return *case.packed.tensors, case.rows_4bit, case.rows_2bit, case.group_size
 
 
 def sums_in_double(gradient, case):
@@ -34,9 +34,7 @@ def sums_in_double(gradient, case):
     found = []
     for part in (gradient.double(), gradient.double().abs()):
         for_levels, normal = [], torch.empty(rows, columns, dtype=torch.float64)
-        for bits, own, entries, code in reference.rows_of_codes(
-            case.codes, rows, case.rows_4bit, case.rows_2bit, columns
-        ):
+        for bits, own, entries, code in reference.rows_of_codes(case.packed):
             scaled = part[case.row_order[own].long()] * wide[own]
             table = torch.zeros(len(code), 2**bits, dtype=torch.float64)
             for_levels.append(table.scatter_add_(1, code.long(), scaled).view(-1))

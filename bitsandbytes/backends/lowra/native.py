@@ -12,6 +12,7 @@ import pathlib
 import torch
 
 from . import layout
+from .layout import PackedMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +116,16 @@ def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_
     return _Shape(rows_4bit, rows_2bit, rows - rows_4bit - rows_2bit, in_features, group_size)
 
 
-def packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size) -> _Packed:
+def packed_of(packed: PackedMatrix) -> _Packed:
+    steps = packed.scale_steps
     return _packed(
-        (row_order.numel(), rows_4bit, rows_2bit, in_features, group_size),
-        codes.data_ptr(),
-        row_order.data_ptr(),
-        scales.data_ptr(),
-        None if scale_steps is None else scale_steps.data_ptr(),
-        levels.data_ptr(),
-        _TYPES[scales.dtype],
+        (packed.rows, *packed.sizes),
+        packed.codes.data_ptr(),
+        packed.row_order.data_ptr(),
+        packed.scales.data_ptr(),
+        None if steps is None else steps.data_ptr(),
+        packed.levels.data_ptr(),
+        _TYPES[packed.scales.dtype],
     )
 
 
@@ -164,14 +166,14 @@ def cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size
     return codes, absmax
 
 
-def cpu_dequantize(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
+def cpu_dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """`reference.dequantize` on the CPU library."""
-    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-    out = torch.empty(row_order.numel(), in_features, dtype=dtype)
+    struct = packed_of(packed)
+    out = torch.empty(packed.rows, packed.in_features, dtype=dtype)
     status = _cpu.lowra_cpu_dequantize(
-        ctypes.byref(packed), ctypes.c_void_p(out.data_ptr()), _TYPES[dtype], torch.get_num_threads()
+        ctypes.byref(struct), ctypes.c_void_p(out.data_ptr()), _TYPES[dtype], torch.get_num_threads()
     )
-    check(status, "dequantisation", packed.shape)
+    check(status, "dequantisation", struct.shape)
     return out
 
 
@@ -263,22 +265,23 @@ def cuda_encode_scales(absmax):
 
 
 def cuda_dequantize(
-    codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype, part=None
-):
+    packed: PackedMatrix, dtype: torch.dtype, part: tuple[int, int, int, int] | None = None
+) -> torch.Tensor:
     """`reference.dequantize` on the CUDA library, or a part (first row, rows, first column, columns) of it."""
-    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-    part = (0, row_order.numel(), 0, in_features) if part is None else part
+    struct = packed_of(packed)
+    part = (0, packed.rows, 0, packed.in_features) if part is None else part
+    codes = packed.codes
     out = codes.new_empty(part[1], part[3], dtype=dtype)
     status = _call_cuda(
         "lowra_cuda_dequantize",
         codes.device,
-        ctypes.byref(packed),
+        ctypes.byref(struct),
         ctypes.byref(_Part(*part)),
         out.data_ptr(),
         _TYPES[dtype],
         _stream(codes),
     )
-    check(status, "dequantisation", packed.shape)
+    check(status, "dequantisation", struct.shape)
     return out
 
 
@@ -288,18 +291,17 @@ def product_is_quicker(device: torch.device, tokens: int, rows: int, in_features
     return bool(_call_cuda("lowra_cuda_product_is_quicker", device, tokens, rows, in_features))
 
 
-def cuda_product(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-    """`reference.linear` on the CUDA library; None where it does not cover the shape."""
-    in_features = x.shape[-1]
-    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`ops.linear` without a dense weight, on the CUDA library; None where it does not cover the shape."""
+    struct = packed_of(packed)
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], row_order.numel())
+    out = x.new_empty(*x.shape[:-1], packed.rows)
     status = _call_cuda(
         "lowra_cuda_product",
         x.device,
-        ctypes.byref(packed),
+        ctypes.byref(struct),
         x.data_ptr(),
-        x.numel() // in_features,
+        x.numel() // packed.in_features,
         None if bias is None else bias.contiguous().data_ptr(),
         out.data_ptr(),
         _TYPES[x.dtype],
@@ -307,7 +309,7 @@ def cuda_product(x, codes, row_order, scales, scale_steps, levels, bias, rows_4b
     )
     if status == _UNSUPPORTED:
         return None
-    check(status, "product", packed.shape)
+    check(status, "product", struct.shape)
     return out
 
 
@@ -343,18 +345,18 @@ def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, g
 
 
 def cuda_table_gradients(
-    gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size, with_scales
-):
+    gradient: torch.Tensor, packed: PackedMatrix, with_scales: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`table_gradients.table_gradients` on the CUDA library; None where a row has too many groups."""
-    in_features = gradient.shape[1]
-    packed = packed_of(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+    struct = packed_of(packed)
     gradient = gradient.contiguous()
-    for_levels = torch.empty_like(levels, dtype=torch.float32)
+    for_levels = torch.empty_like(packed.levels, dtype=torch.float32)
+    scales = packed.scales
     for_scales = torch.empty_like(scales, dtype=torch.float32) if with_scales else scales.new_empty(0).float()
     status = _call_cuda(
         "lowra_cuda_table_gradients",
         gradient.device,
-        ctypes.byref(packed),
+        ctypes.byref(struct),
         gradient.data_ptr(),
         _TYPES[gradient.dtype],
         for_levels.data_ptr(),
@@ -363,5 +365,5 @@ def cuda_table_gradients(
     )
     if status == _UNSUPPORTED:
         return None
-    check(status, "gradients of the tables", packed.shape)
+    check(status, "gradients of the tables", struct.shape)
     return for_levels, for_scales

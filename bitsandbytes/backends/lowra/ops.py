@@ -1,11 +1,13 @@
 """Ops `bitsandbytes::lowra_*`: schema, checks, fake kernel, PyTorch reference, CPU kernel and autograd.
 
-The packed tensors of one weight travel as separate arguments (an op cannot take a class); `LowRALinear` holds them.
+The packed tensors of one weight travel as separate arguments (an op cannot take a class), here and below as one
+`PackedMatrix`.
 """
 
 import torch
 
 from . import layout, lloyd, native, reference
+from .layout import PackedMatrix
 
 _PACKED = (
     "Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels, {bias}"
@@ -70,32 +72,34 @@ def _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size):
     )
 
 
-def check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size):
+def check_packed(packed: PackedMatrix) -> None:
     """Raises where the tensors of a packed weight do not fit one another (`torch._check`)."""
-    rows = row_order.numel()
-    _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size)
-    size = layout.codes_size(rows, rows_4bit, rows_2bit, in_features)
+    rows, in_features = packed.rows, packed.in_features
+    codes, scales, levels = packed.codes, packed.scales, packed.levels
+    _check_rows(rows, packed.row_order, packed.rows_4bit, packed.rows_2bit, packed.group_size)
+    size = layout.codes_size(rows, packed.rows_4bit, packed.rows_2bit, in_features)
     torch._check(
         codes.dtype == torch.uint8 and codes.numel() == size,
         lambda: f"codes must be {size} bytes (uint8) for in_features={in_features}, got {codes.numel()} {codes.dtype}",
     )
-    groups = layout.group_count(in_features, group_size)
+    groups = layout.group_count(in_features, packed.group_size)
     torch._check(
         scales.numel() == rows * groups,
         lambda: f"scales must be [{rows}, {groups}], got {tuple(scales.shape)}",
     )
+    steps = packed.scale_steps
     if scales.dtype == torch.uint8:
-        blocks = layout.scale_step_count(rows, in_features, group_size)
+        blocks = layout.scale_step_count(rows, in_features, packed.group_size)
         torch._check(
-            scale_steps is not None and scale_steps.dtype == torch.float32 and scale_steps.numel() == blocks,
+            steps is not None and steps.dtype == torch.float32 and steps.numel() == blocks,
             lambda: f"8-bit scales need scale_steps float32 [{blocks}]",
         )
     else:
         torch._check(
-            scales.dtype in (torch.float32, torch.float16) and scale_steps is None,
+            scales.dtype in (torch.float32, torch.float16) and steps is None,
             lambda: f"scales must be float32, float16 or (with scale_steps) uint8, got {scales.dtype}",
         )
-    entries = layout.levels_size(rows, rows_4bit, rows_2bit)
+    entries = layout.levels_size(rows, packed.rows_4bit, packed.rows_2bit)
     torch._check(
         levels.dtype == torch.float16 and levels.numel() == entries,
         lambda: f"levels must be {entries} float16 values, got {levels.numel()} of {levels.dtype}",
@@ -105,12 +109,13 @@ def check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_
 _checked = set()
 
 
-def _check_packed_once(codes, row_order, scales, scale_steps, levels, *numbers):
+def _check_packed_once(packed: PackedMatrix) -> None:
     """`check_packed` for kernels: known sizes pass at once, since the checks take longer than a launch."""
+    codes, row_order, scales, scale_steps, levels = packed.tensors
     steps = (None, None) if scale_steps is None else (scale_steps.numel(), scale_steps.dtype)
-    key = tuple((tensor.numel(), tensor.dtype) for tensor in (codes, row_order, scales, levels)) + steps + numbers
+    key = tuple((tensor.numel(), tensor.dtype) for tensor in (codes, row_order, scales, levels)) + steps + packed.sizes
     if key not in _checked:
-        check_packed(codes, row_order, scales, scale_steps, levels, *numbers)
+        check_packed(packed)
         _checked.add(key)
 
 
@@ -172,45 +177,67 @@ def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
 
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize")
-def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
-    check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
+def _(*arguments):
+    *packed, dtype = arguments
+    packed = PackedMatrix(*packed)
+    check_packed(packed)
     torch._check(dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    return codes.new_empty(row_order.numel(), in_features, dtype=dtype)
+    return packed.codes.new_empty(packed.rows, packed.in_features, dtype=dtype)
 
 
-def _check_part(shape, first_row, rows, first_column, columns):
-    """A part of a weight must lie within it; kernels begin with a group, whatever its size."""
-    inside = 0 <= first_row and 0 <= rows and first_row + rows <= shape[0]
-    inside = inside and 0 <= first_column and 0 <= columns and first_column + columns <= shape[1]
+def _part_of(arguments) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
+    """The arguments of `lowra_dequantize_part`: a weight, (first row, rows, first column, columns) and a dtype.
+
+    Raises:
+        RuntimeError: the part does not lie within the weight; kernels begin with a group, whatever its size.
+    """
+    *packed, first_row, rows, first_column, columns, dtype = arguments
+    packed = PackedMatrix(*packed)
+    inside = 0 <= first_row and 0 <= rows and first_row + rows <= packed.rows
+    inside = inside and 0 <= first_column and 0 <= columns and first_column + columns <= packed.in_features
     torch._check(
         inside and first_column % 256 == 0,
         lambda: (
-            f"a part must lie within {list(shape)} and its columns begin at a multiple of 256, got {rows} rows from "
-            f"{first_row} on, {columns} columns from {first_column} on"
+            f"a part must lie within {[packed.rows, packed.in_features]} and its columns begin at a multiple of 256, "
+            f"got {rows} rows from {first_row} on, {columns} columns from {first_column} on"
         ),
     )
+    return packed, (first_row, rows, first_column, columns), dtype
 
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize_part")
 def _(*arguments):
-    *packed, first_row, rows, first_column, columns, dtype = arguments
-    check_packed(*packed)
-    _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
-    return packed[0].new_empty(rows, columns, dtype=dtype)
+    packed, (_, rows, _, columns), dtype = _part_of(arguments)
+    check_packed(packed)
+    return packed.codes.new_empty(rows, columns, dtype=dtype)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", None)
 def _(*arguments):
-    *packed, first_row, rows, first_column, columns, dtype = arguments
-    _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
+    packed, (first_row, rows, first_column, columns), dtype = _part_of(arguments)
     whole = torch.ops.bitsandbytes.lowra_dequantize(*packed, dtype)
     return whole[first_row : first_row + rows, first_column : first_column + columns].clone()
 
 
+def _operands_of(arguments) -> tuple[torch.Tensor, PackedMatrix, torch.Tensor | None]:
+    """The arguments of `lowra_linear` as x, the weight and the bias."""
+    x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = arguments
+    sizes = rows_4bit, rows_2bit, x.shape[-1], group_size
+    return x, PackedMatrix(codes, row_order, scales, scale_steps, levels, *sizes), bias
+
+
+def linear(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`bitsandbytes::lowra_linear`: x [..., K] times the transposed weight [N, K], plus bias: [..., N], as x."""
+    return torch.ops.bitsandbytes.lowra_linear(
+        x, *packed.tensors, bias, packed.rows_4bit, packed.rows_2bit, packed.group_size
+    )
+
+
 @torch.library.register_fake("bitsandbytes::lowra_linear")
-def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-    check_packed(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size)
-    return x.new_empty(*x.shape[:-1], row_order.numel())
+def _(*arguments):
+    x, packed, _ = _operands_of(arguments)
+    check_packed(packed)
+    return x.new_empty(*x.shape[:-1], packed.rows)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_quantize", None)
@@ -220,18 +247,17 @@ def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
-def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
-    packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-    check_packed(*packed)
-    return reference.dequantize(*packed, dtype)
+def _(*arguments):
+    *packed, dtype = arguments
+    packed = PackedMatrix(*packed)
+    check_packed(packed)
+    return reference.dequantize(packed, dtype)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_linear", None)
-def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-    weight = torch.ops.bitsandbytes.lowra_dequantize(
-        codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size, x.dtype
-    )
-    return torch.nn.functional.linear(x, weight, bias)
+def _(*arguments):
+    x, packed, bias = _operands_of(arguments)
+    return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
 
 
 if native.cpu_available():
@@ -242,10 +268,11 @@ if native.cpu_available():
         return native.cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
-    def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
-        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-        _check_packed_once(*packed)
-        return native.cpu_dequantize(*packed, dtype)
+    def _(*arguments):
+        *packed, dtype = arguments
+        packed = PackedMatrix(*packed)
+        _check_packed_once(packed)
+        return native.cpu_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
     def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
@@ -269,35 +296,32 @@ if native.cuda_available():
         return native.cuda_encode_scales(absmax)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
-    def _(codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size, dtype):
-        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-        _check_packed_once(*packed)
-        return native.cuda_dequantize(*packed, dtype)
+    def _(*arguments):
+        *packed, dtype = arguments
+        packed = PackedMatrix(*packed)
+        _check_packed_once(packed)
+        return native.cuda_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cuda")
     def _(*arguments):
-        *packed, first_row, rows, first_column, columns, dtype = arguments
-        _check_packed_once(*packed)
-        _check_part((packed[1].numel(), packed[7]), first_row, rows, first_column, columns)
-        return native.cuda_dequantize(*packed, dtype, (first_row, rows, first_column, columns))
+        packed, part, dtype = _part_of(arguments)
+        _check_packed_once(packed)
+        return native.cuda_dequantize(packed, dtype, part)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
-    def _(x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size):
-        in_features = x.shape[-1]
-        packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, in_features, group_size)
-        _check_packed_once(*packed)
-        tokens, out_features = x.shape[:-1].numel(), row_order.numel()
+    def _(*arguments):
+        x, packed, bias = _operands_of(arguments)
+        _check_packed_once(packed)
+        tokens = x.shape[:-1].numel()
         fused = tokens > 0 and x.dtype in _FUSED_TYPES
-        if fused and native.product_is_quicker(x.device, tokens, out_features, in_features):
-            out = native.cuda_product(
-                x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size
-            )
+        if fused and native.product_is_quicker(x.device, tokens, packed.rows, packed.in_features):
+            out = native.cuda_product(x, packed, bias)
             if out is not None:
                 return out
-        rows = _at_once(out_features, in_features * x.element_size())
-        if rows < out_features:
-            return product_by_rows(x, bias, rows, *packed)
-        return torch.nn.functional.linear(x, native.cuda_dequantize(*packed, x.dtype), bias)
+        rows = _at_once(packed.rows, packed.in_features * x.element_size())
+        if rows < packed.rows:
+            return product_by_rows(x, packed, bias, rows)
+        return torch.nn.functional.linear(x, native.cuda_dequantize(packed, x.dtype), bias)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments):
@@ -316,91 +340,98 @@ def _at_once(count: int, bytes_each: int) -> int:
     return -(-count // parts // 256) * 256
 
 
-def product_by_rows(
-    x: torch.Tensor, bias: torch.Tensor | None, rows: int, *packed: torch.Tensor | int | None
-) -> torch.Tensor:
+def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
     """x [..., K] times the transposed packed weight [N, K], plus bias, with so many rows of the weight dense at a time.
 
-    Not differentiable. packed: what `lowra_dequantize` takes, without the dtype, which is that of x.
+    Not differentiable.
     """
-    out_features, in_features = packed[1].numel(), packed[7]
-    flat = x.reshape(-1, in_features)
-    out = x.new_empty(flat.shape[0], out_features)
-    for first in range(0, out_features, rows):
-        block = slice(first, min(first + rows, out_features))
-        part = (first, block.stop - first, 0, in_features)
+    flat = x.reshape(-1, packed.in_features)
+    out = x.new_empty(flat.shape[0], packed.rows)
+    for first in range(0, packed.rows, rows):
+        block = slice(first, min(first + rows, packed.rows))
+        part = (first, block.stop - first, 0, packed.in_features)
         weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, x.dtype).t()
         if bias is None:
             torch.mm(flat, weight, out=out[:, block])
         else:
             torch.addmm(bias[block], flat, weight, out=out[:, block])
         del weight  # or two parts would be held while the next is made
-    return out.view(*x.shape[:-1], out_features)
+    return out.view(*x.shape[:-1], packed.rows)
 
 
-def product_by_columns(gradient: torch.Tensor, columns: int, *packed: torch.Tensor | int | None) -> torch.Tensor:
+def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: int) -> torch.Tensor:
     """gradient [..., N] times the packed weight [N, K], with so many columns of the weight dense at a time.
 
-    Not differentiable. columns: a multiple of 256. packed: as in `product_by_rows`.
+    Not differentiable. columns: a multiple of 256.
     """
-    rows, in_features = packed[1].numel(), packed[7]
-    flat = gradient.reshape(-1, rows)
-    out = gradient.new_empty(flat.shape[0], in_features)
-    for first in range(0, in_features, columns):
-        block = slice(first, min(first + columns, in_features))
-        part = (0, rows, first, block.stop - first)
+    flat = gradient.reshape(-1, packed.rows)
+    out = gradient.new_empty(flat.shape[0], packed.in_features)
+    for first in range(0, packed.in_features, columns):
+        block = slice(first, min(first + columns, packed.in_features))
+        part = (0, packed.rows, first, block.stop - first)
         weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, gradient.dtype)
         torch.mm(flat, weight, out=out[:, block])
         del weight
-    return out.view(*gradient.shape[:-1], in_features)
+    return out.view(*gradient.shape[:-1], packed.in_features)
 
 
-def gradient_of_input(gradient: torch.Tensor, *packed: torch.Tensor | int | None) -> torch.Tensor:
-    """gradient [..., N] times the packed weight [N, K]: [..., K], the backward of `lowra_linear` in x.
-
-    Args:
-        packed: what `lowra_dequantize` takes, without the dtype, which is that of `gradient`.
-    """
-    rows, in_features = packed[1].numel(), packed[7]
-    columns = _at_once(in_features, rows * gradient.element_size())
-    in_parts = columns < in_features and gradient.is_cuda and native.cuda_available()
+def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
+    """gradient [..., N] times the packed weight [N, K]: [..., K], the backward of `lowra_linear` in x."""
+    columns = _at_once(packed.in_features, packed.rows * gradient.element_size())
+    in_parts = columns < packed.in_features and gradient.is_cuda and native.cuda_available()
     # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_parts:
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
-    return product_by_columns(gradient, columns, *packed)
+    return product_by_columns(gradient, packed, columns)
 
 
-def _linear_setup_context(ctx, inputs, output):
-    x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = inputs
+def _save_for_backward(ctx, packed: PackedMatrix, bias: torch.Tensor | None) -> None:
     # Packed tensors only: a dense weight kept for backward would undo the saving.
-    ctx.save_for_backward(codes, row_order, scales, scale_steps, levels)
-    ctx.arguments = (rows_4bit, rows_2bit, x.shape[-1], group_size)
+    ctx.save_for_backward(*packed.tensors)
+    ctx.sizes = packed.sizes
     ctx.needs_bias = bias is not None and bias.requires_grad
 
 
-def _linear_backward(ctx, grad):
-    codes, row_order, scales, scale_steps, levels = ctx.saved_tensors
-    grad_x = grad_bias = None
+def _gradients(ctx, grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those of x and of the bias."""
+    of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = gradient_of_input(grad, codes, row_order, scales, scale_steps, levels, *ctx.arguments)
+        of_x = gradient_of_input(grad, PackedMatrix(*ctx.saved_tensors, *ctx.sizes))
     if ctx.needs_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+    return of_x, of_bias
 
 
-torch.library.register_autograd("bitsandbytes::lowra_linear", _linear_backward, setup_context=_linear_setup_context)
+def _op_setup_context(ctx, inputs, output):
+    _, packed, bias = _operands_of(inputs)
+    _save_for_backward(ctx, packed, bias)
+
+
+def _op_backward(ctx, grad):
+    of_x, of_bias = _gradients(ctx, grad)
+    return of_x, None, None, None, None, None, of_bias, None, None, None
+
+
+torch.library.register_autograd("bitsandbytes::lowra_linear", _op_backward, setup_context=_op_setup_context)
 
 
 class PackedLinear(torch.autograd.Function):
-    """`lowra_linear` with the same backward, by a shorter way than an op's registered autograd takes on the host.
+    """`linear` with the same backward, by a shorter way than an op's registered autograd takes on the host.
 
     A training step of a 7B model calls it 448 times; the registered way costs about twice as much a call, and there the
     host, not the GPU, is the limit.
     """
 
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.bitsandbytes.lowra_linear(*arguments)
+    def forward(x, packed, bias):
+        return linear(x, packed, bias)
 
-    setup_context = staticmethod(_linear_setup_context)
-    backward = staticmethod(_linear_backward)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, packed, bias = inputs
+        _save_for_backward(ctx, packed, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_x, of_bias = _gradients(ctx, grad)
+        return of_x, None, of_bias

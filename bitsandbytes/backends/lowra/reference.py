@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from . import layout
+from .layout import PackedMatrix
 
 # Rows are handled in slices of about this many weights, so that the temporaries stay small beside the weight.
 _SLICE_WEIGHTS = 1 << 22
@@ -40,93 +41,44 @@ def quantize(
         layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8, device=weight.device
     )
     absmax = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
-    code_start = threshold_start = 0
-    for bits, first, end in layout.segments(rows, rows_4bit, rows_2bit):
-        stride, cuts = layout.row_bytes(in_features, bits), 2**bits - 1
-        for start, stop in _row_slices(first, end, in_features):
+    for segment in layout.segments(rows, rows_4bit, rows_2bit, in_features):
+        bits, cuts = segment.bits, 2**segment.bits - 1
+        for start, stop in _row_slices(segment.first, segment.end, in_features):
             count = stop - start
             normal = weight[row_order[start:stop].long()].float()
             normal = torch.nn.functional.pad(normal, (0, groups * group_size - in_features))
             normal = normal.view(count, groups, group_size)
             absmax[start:stop] = normal.abs().amax(dim=2)
             code = torch.zeros(normal.shape, dtype=torch.uint8, device=weight.device)
-            table = thresholds[threshold_start : threshold_start + count * cuts].view(count, 1, cuts)
+            table = thresholds[segment.thresholds_of(start, stop)].view(count, 1, cuts)
             for cut in range(cuts):
                 code += normal > (table[:, :, cut] * absmax[start:stop])[:, :, None]
-            packed = pack_codes(code.view(count, -1)[:, :in_features], bits, stride)
-            codes[code_start : code_start + count * stride] = packed.reshape(-1)
-            code_start += count * stride
-            threshold_start += count * cuts
+            packed = pack_codes(code.view(count, -1)[:, :in_features], bits, segment.row_bytes)
+            codes[segment.codes_of(start, stop)] = packed.reshape(-1)
     return codes, absmax
 
 
-def dequantize(
-    codes: torch.Tensor,
-    row_order: torch.Tensor,
-    scales: torch.Tensor,
-    scale_steps: torch.Tensor | None,
-    levels: torch.Tensor,
-    rows_4bit: int,
-    rows_2bit: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Dense weight [N, K] of `dtype`, rows in the order of W (LowRA, appendix A.2).
-
-    Args:
-        codes: uint8 [bytes], packed order.
-        row_order: int32 [N], packed row -> row of W.
-        scales: float32, float16 or uint8 [N, groups], packed order; see `decode_scales`.
-        scale_steps: float32 [blocks] for uint8 scales, else None.
-        levels: float16, packed order, 16, 4 or 2 for each row of 4, 2 or 1 bits.
-    """
-    rows = row_order.numel()
-    groups = layout.group_count(in_features, group_size)
-    absmax = decode_scales(scales, scale_steps).view(rows, groups)
-    out = torch.empty(rows, in_features, dtype=dtype, device=codes.device)
-    for bits, part, entries, code in rows_of_codes(codes, rows, rows_4bit, rows_2bit, in_features):
-        normal = torch.gather(levels[entries].view(-1, 2**bits).float(), 1, code.long())
-        scale = absmax[part].repeat_interleave(group_size, dim=1)[:, :in_features]
-        out[row_order[part].long()] = (normal * scale).to(dtype)
+def dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """Dense weight [N, K] of `dtype`, rows in the order of W (LowRA, appendix A.2)."""
+    groups = layout.group_count(packed.in_features, packed.group_size)
+    absmax = decode_scales(packed.scales, packed.scale_steps).view(packed.rows, groups)
+    out = torch.empty(packed.rows, packed.in_features, dtype=dtype, device=packed.codes.device)
+    for bits, part, entries, code in rows_of_codes(packed):
+        normal = torch.gather(packed.levels[entries].view(-1, 2**bits).float(), 1, code.long())
+        scale = absmax[part].repeat_interleave(packed.group_size, dim=1)[:, : packed.in_features]
+        out[packed.row_order[part].long()] = (normal * scale).to(dtype)
     return out
 
 
-def rows_of_codes(
-    codes: torch.Tensor, rows: int, rows_4bit: int, rows_2bit: int, in_features: int
-) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
+def rows_of_codes(packed: PackedMatrix) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
     """Slices of a weight's rows, each of one precision, as: bits, rows in packed order, their entries of `levels`, and
     codes uint8 [rows of the slice, K].
     """
-    code_start = entry = 0
-    for bits, first, end in layout.segments(rows, rows_4bit, rows_2bit):
-        stride = layout.row_bytes(in_features, bits)
-        for start, stop in _row_slices(first, end, in_features):
-            count = stop - start
-            packed = codes[code_start : code_start + count * stride].view(count, stride)
-            entries = slice(entry, entry + count * 2**bits)
-            yield bits, slice(start, stop), entries, _unpack(packed, bits)[:, :in_features]
-            code_start += count * stride
-            entry = entries.stop
-
-
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    row_order: torch.Tensor,
-    scales: torch.Tensor,
-    scale_steps: torch.Tensor | None,
-    levels: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows_4bit: int,
-    rows_2bit: int,
-    group_size: int,
-) -> torch.Tensor:
-    """x [..., K] times the transposed packed weight [N, K], plus bias: [..., N], in the dtype of x."""
-    weight = dequantize(
-        codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, x.shape[-1], group_size, x.dtype
-    )
-    return torch.nn.functional.linear(x, weight, bias)
+    for segment in packed.segments():
+        for start, stop in _row_slices(segment.first, segment.end, packed.in_features):
+            own = packed.codes[segment.codes_of(start, stop)].view(stop - start, segment.row_bytes)
+            code = _unpack(own, segment.bits)[:, : packed.in_features]
+            yield segment.bits, slice(start, stop), segment.levels_of(start, stop), code
 
 
 def encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,13 +104,28 @@ def encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return code.to(torch.uint8).view(-1)[: flat.numel()].view(absmax.shape), steps
 
 
-def decode_scales(scales: torch.Tensor, scale_steps: torch.Tensor | None) -> torch.Tensor:
-    """float32 scales, of the shape of `scales`, from any of the three storages."""
+def decode_scales(
+    scales: torch.Tensor, scale_steps: torch.Tensor | None, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 scales from any of the three storages.
+
+    Args:
+        scales: float32, float16 or uint8 [N, groups], packed order.
+        scale_steps: float32 [blocks] for uint8 scales, else None.
+        rows: int64 [T], the packed rows that are wanted; all where None.
+
+    Returns:
+        [T, groups], or the shape of `scales`.
+    """
+    root = (scales if rows is None else scales[rows]).float()
     if scale_steps is None:
-        return scales.float()
-    root = scales.reshape(-1).float()
-    step = scale_steps.repeat_interleave(layout.SCALE_BLOCK)[: root.numel()]
-    return (root * root * step).view(scales.shape)
+        return root
+    if rows is None:
+        step = scale_steps.repeat_interleave(layout.SCALE_BLOCK)[: root.numel()].view(root.shape)
+    else:
+        groups = scales.shape[1]
+        step = scale_steps[(rows[:, None] * groups + torch.arange(groups, device=rows.device)) // layout.SCALE_BLOCK]
+    return root * root * step
 
 
 def _row_slices(first: int, end: int, in_features: int) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ that have its code, and that of a scale the sum of level * gradient over its gro
 import torch
 
 from . import layout, native
+from .layout import PackedMatrix
 from .ops import check_packed
 from .reference import decode_scales, rows_of_codes
 
@@ -18,34 +19,26 @@ torch.library.define(
 
 
 def table_gradients(
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    row_order: torch.Tensor,
-    scales: torch.Tensor,
-    scale_steps: torch.Tensor | None,
-    levels: torch.Tensor,
-    rows_4bit: int,
-    rows_2bit: int,
-    group_size: int,
-    with_scales: bool,
+    gradient: torch.Tensor, packed: PackedMatrix, with_scales: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification, in plain PyTorch.
 
     Args:
-        gradient: of the dense weight, floating point [N, K], rows in the order of W; the rest as in
-            `reference.dequantize`.
+        gradient: of the dense weight, floating point [N, K], rows in the order of W.
+        packed: the weight.
         with_scales: whether the scales' is wanted.
 
     Returns:
         float32, in packed order: for levels [entries], and for scales [N, groups] or, if not wanted, [0].
     """
     rows, columns = gradient.shape
+    group_size, levels = packed.group_size, packed.levels
     groups = layout.group_count(columns, group_size)
-    absmax = decode_scales(scales, scale_steps).view(rows, groups)
+    absmax = decode_scales(packed.scales, packed.scale_steps).view(rows, groups)
     for_levels = torch.empty(levels.shape, dtype=torch.float32, device=gradient.device)
     for_scales = torch.empty(absmax.shape if with_scales else 0, dtype=torch.float32, device=gradient.device)
-    for bits, part, entries, code in rows_of_codes(codes, rows, rows_4bit, rows_2bit, columns):
-        own = gradient[row_order[part].long()].float()
+    for bits, part, entries, code in rows_of_codes(packed):
+        own = gradient[packed.row_order[part].long()].float()
         scaled = own * absmax[part].repeat_interleave(group_size, dim=1)[:, :columns]
         sums = [(scaled * (code == level)).sum(dim=1) for level in range(2**bits)]
         for_levels[entries] = torch.stack(sums, dim=1).view(-1)
@@ -56,32 +49,48 @@ def table_gradients(
     return for_levels, for_scales
 
 
-def _check(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size):
-    rows = row_order.numel()
+def table_gradients_of(
+    gradient: torch.Tensor, packed: PackedMatrix, with_scales: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`bitsandbytes::lowra_table_gradients`, by the kernel of the device; as `table_gradients`."""
+    return torch.ops.bitsandbytes.lowra_table_gradients(
+        gradient, *packed.tensors, packed.rows_4bit, packed.rows_2bit, packed.group_size, with_scales
+    )
+
+
+def _checked(arguments) -> tuple[torch.Tensor, PackedMatrix, bool]:
+    """The op's arguments by name.
+
+    Raises:
+        RuntimeError: they do not fit one another.
+    """
+    gradient, *tensors, rows_4bit, rows_2bit, group_size, with_scales = arguments
+    rows = tensors[1].numel()
     torch._check(
         gradient.dim() == 2 and gradient.shape[0] == rows and gradient.is_floating_point(),
         lambda: f"gradient must be floating point [{rows}, K], got {gradient.dtype} {tuple(gradient.shape)}",
     )
-    packed = (codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, gradient.shape[1], group_size)
-    check_packed(*packed)
+    packed = PackedMatrix(*tensors, rows_4bit, rows_2bit, gradient.shape[1], group_size)
+    check_packed(packed)
+    return gradient, packed, with_scales
 
 
 @torch.library.register_fake("bitsandbytes::lowra_table_gradients")
-def _(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size, with_scales):
-    _check(gradient, codes, row_order, scales, scale_steps, levels, rows_4bit, rows_2bit, group_size)
-    for_scales = scales.shape if with_scales else 0
+def _(*arguments):
+    _, packed, with_scales = _checked(arguments)
+    for_scales = packed.scales.shape if with_scales else 0
+    levels = packed.levels
     return levels.new_empty(levels.shape, dtype=torch.float32), levels.new_empty(for_scales, dtype=torch.float32)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", None)
 def _(*arguments):
-    _check(*arguments[:-1])
-    return table_gradients(*arguments)
+    return table_gradients(*_checked(arguments))
 
 
 if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", "cuda")
     def _(*arguments):
-        _check(*arguments[:-1])
-        return native.cuda_table_gradients(*arguments) or table_gradients(*arguments)
+        checked = _checked(arguments)
+        return native.cuda_table_gradients(*checked) or table_gradients(*checked)
