@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints.guarded import read_text
+from ..corpus import read_text
 from .codes import GROUP, RoundToNearest, RtnCodes, Sign
 from .formats import SplitCodes
 from .loraquant import check_bits, layout
@@ -28,14 +28,15 @@ CALIBRATION_BLOCKS = 64  # blocks at most
 
 
 def calibration_blocks(path: str | Path, tokenizer: Callable) -> torch.Tensor:
-    """Tokens of a UTF-8 text file as [blocks, 256], 64 blocks at most, the remainder dropped.
+    """Tokens of a file of text, or of JSON lines with a field `text`, as [blocks, 256], 64 at most, the rest dropped.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not UTF-8 text, or shorter than one block.
+        FileNotFoundError: no such file. ValueError: not text, or shorter than one block.
     """
     path = Path(path)
-    text = read_text(path, "a Calibration file: UTF-8 text")
-    tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    if not path.is_file():
+        raise FileNotFoundError(f"Calibration file {path} does not exist; expected a UTF-8 text file.")
+    tokens = torch.tensor(tokenizer("".join(read_text(path)))["input_ids"], dtype=torch.long)
     blocks = min(CALIBRATION_BLOCKS, len(tokens) // CALIBRATION_TOKENS)
     if blocks == 0:
         raise ValueError(

@@ -23,7 +23,7 @@ from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
 from ..checkpoints.atomic import refuse_existing, written_beside
 from ..checkpoints.dense import empty_model, read_config
-from ..training.data import load_tokenizer
+from ..corpus import check_token_ids, load_tokenizer
 from .parser import add_trust
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
@@ -52,7 +52,7 @@ def _add_quantize(actions: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="loraquant", help=f"one of {', '.join(METHODS)} (default loraquant)")
     parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
     parser.add_argument("--base", type=Path, help="base model; default: the one the adapter names, if it is a folder")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text for the Hessians of gptq")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text or JSON lines for the Hessians of gptq")
     add_trust(parser)
 
     own = parser.add_argument_group("loraquant")
@@ -197,7 +197,9 @@ def _load_base(path: Path, trust_remote_code: bool) -> nn.Module:
 
 
 def _run_gptq(args, bits: int, adapter: LoraAdapter, base: nn.Module, base_path: Path) -> PackedAdapter:
-    blocks = calibration_blocks(args.calibration, load_tokenizer(base_path, args.trust_remote_code))
+    tokenizer = load_tokenizer(base_path, args.trust_remote_code)
+    blocks = calibration_blocks(args.calibration, tokenizer)
+    check_token_ids(set(blocks.flatten().tolist()), base.config, tokenizer, "the calibration text")
     model = PeftModel.from_pretrained(base, args.adapters[0])
     names = [layer.name for layer in adapter.layers]
     hessians = input_hessians(model, blocks, names, progress=True)

@@ -3,10 +3,10 @@
 import pathlib
 import time
 
+from ..corpus import load_tokenizer
 from ..demo import train_base, write_texts
 from ..generation.loading import load_model
 from ..generation.text import generate_text
-from ..training.data import load_tokenizer
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe
 from .parser import add_trust

@@ -4,8 +4,9 @@ import argparse
 import pathlib
 
 from ..checkpoints.dense import empty_model, resolve_folder
+from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..generation.loading import load_model
-from ..training.data import Collator, load_tokenizer, read_json_lines, read_text, text_blocks
+from ..training.data import Collator, text_blocks
 from ..training.evaluation import language_model_metrics
 from .parser import add_trust
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed or dense model")
     parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of an adapter, of PEFT or packed")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
-    parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or .jsonl with a field `text`")
+    parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or JSON lines with a field `text`")
     parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
     parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
@@ -47,11 +48,9 @@ def run(args: argparse.Namespace) -> dict:
     if limit is not None and args.block_size > limit:
         raise ValueError(f"--block-size is {args.block_size}, but {args.model} has {limit} positions.")
     tokenizer = load_tokenizer(folder, args.trust_remote_code)
-    if args.data.endswith((".json", ".jsonl")):
-        rows = [row["text"] for row in read_json_lines(args.data, ["text"])]
-    else:
-        rows = read_text(args.data)
-    blocks = text_blocks(rows, tokenizer, args.block_size)
+    blocks = text_blocks(read_text(args.data), tokenizer, args.block_size)
+    ids = {token for block in blocks for token in block["input_ids"]}
+    check_token_ids(ids, skeleton.config, tokenizer, args.data)
     adapter = None if args.adapter is None else str(args.adapter)
     model = load_model(str(folder), adapter, args.device, args.force, args.trust_remote_code)
     metrics = language_model_metrics(model, blocks, Collator(tokenizer), args.batch_size)

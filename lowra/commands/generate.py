@@ -2,9 +2,9 @@
 
 import time
 
+from ..corpus import load_tokenizer
 from ..generation.loading import load_model
 from ..generation.text import generate_text
-from ..training.data import load_tokenizer
 from .parser import add_trust
 
 

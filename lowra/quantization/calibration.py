@@ -13,12 +13,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
-from ..checkpoints.guarded import read_tensors, read_text
+from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target, find_targets
+from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
 from .lowrank import truncated_svd
 from .observers import EmbeddingObserver, ExpertObserver
@@ -150,7 +150,7 @@ def calibrate(
 
     Args:
         model: local folder or hub name.
-        text: a UTF-8 text file, or texts such as the rows of a data set.
+        text: a file of UTF-8 text or of JSON lines with a field `text`, or texts such as the rows of a data set.
         tokens: how many to use at most.
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
@@ -205,10 +205,11 @@ def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObser
 
 def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.Tensor:
     """Token ids [count, length] of the beginning of the text."""
+    if tokens < 1:
+        raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
-        path = pathlib.Path(text)
-        text = read_text(path, "UTF-8 text to calibrate with").splitlines(keepends=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        text = read_text(text)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []
     for row in text:
@@ -217,7 +218,11 @@ def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.T
             break
     count = min(len(ids), tokens) // length
     if count == 0:
-        raise ValueError(f"The calibration text has {len(ids)} tokens, less than one sequence of {length}: give more.")
+        raise ValueError(
+            f"The calibration text has {min(len(ids), tokens)} tokens to use, less than one sequence of {length}: give "
+            "more."
+        )
+    check_token_ids(set(ids), config, tokenizer, "the calibration text")
     return torch.tensor(ids[: count * length]).view(count, length)
 
 

@@ -1,17 +1,19 @@
 """Text to token sequences for the three tasks. Hub data sets by name; local files of the same fields in their place."""
 
 import dataclasses
-import json
-import pathlib
+import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoints.dense import read_config, resolve_folder
+from ..corpus import check_row, check_token_ids, load_tokenizer, read_json_lines, read_text
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label that the losses of Transformers leave out
 ROWS_PER_CONCATENATION = 1000  # as run_clm.py of Transformers does, and with it the paper
@@ -38,39 +40,43 @@ class TaskData:
 def load_data(recipe: Recipe, progress: bool = True) -> TaskData:
     """Reads and tokenises training and validation data.
 
+    Rows that would leave nothing to read or to predict, as an empty text does, are left out with a warning: a batch of
+    nothing but such rows has no loss, and one NaN would end up in every weight.
+
     Raises:
-        FileNotFoundError, ValueError: data or tokenizer that cannot be used, or too little text for one example.
+        FileNotFoundError, ValueError: data or tokenizer that cannot be used, tokens the model does not know, or too
+            little text for one example.
     """
     folder = resolve_folder(recipe.model)
-    check_length(folder, recipe)
+    config = read_config(folder, recipe.trust_remote_code)
+    check_length(config, recipe)
     tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
+    collate = Collator(tokenizer)
     train, validation = _rows(recipe)
     if recipe.task == "language_modeling":
         train = text_blocks(train, tokenizer, recipe.block_size, progress)
         validation = text_blocks(validation, tokenizer, recipe.block_size, progress)
         train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
-        return TaskData(train, validation, tokenizer, Collator(tokenizer))
-    train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
-    encode = _instruction if recipe.task == "instruction" else _summarization
-    encoded = [[encode(row, tokenizer, recipe) for row in rows] for rows in (train, validation)]
-    references = [row[recipe.target_column] for row in validation] if recipe.task == "summarization" else None
-    return TaskData(*encoded, tokenizer, Collator(tokenizer), references)
+        data = TaskData(train, validation, tokenizer, collate)
+    else:
+        check_token_ids({collate.pad}, config, tokenizer, "the padding of batches")
+        train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
+        train, _ = _encoded(train, tokenizer, recipe, "training")
+        validation, rows = _encoded(validation, tokenizer, recipe, "validation")
+        references = [row[recipe.target_column] for row in rows] if recipe.task == "summarization" else None
+        data = TaskData(train, validation, tokenizer, collate, references)
+    for examples, use in ((data.train, "the training data"), (data.validation, "the validation data")):
+        ids = {max(example[key], default=0) for example in examples for key in ("input_ids", "labels")}
+        check_token_ids(ids, config, tokenizer, use)
+    return data
 
 
-def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} has no tokenizer that can be read ({error}).") from error
-
-
-def check_length(folder: pathlib.Path, recipe: Recipe) -> None:
+def check_length(config: PreTrainedConfig, recipe: Recipe) -> None:
     """
     Raises:
         ValueError: sequences longer than the model has positions for.
     """
-    limit = getattr(read_config(folder, recipe.trust_remote_code), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     lengths = {
         "language_modeling": {"block_size": recipe.block_size},
         "instruction": {"source_length + target_length": recipe.source_length + recipe.target_length},
@@ -78,36 +84,7 @@ def check_length(folder: pathlib.Path, recipe: Recipe) -> None:
     }
     for name, length in lengths[recipe.task].items():
         if limit is not None and length > limit:
-            raise ValueError(f"{name} is {length} tokens, but {folder} has {limit} positions: give at most that.")
-
-
-def read_text(path: str | pathlib.Path) -> list[str]:
-    """Lines of a UTF-8 text file with their ends, as the rows of WikiText on the hub carry them.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, not UTF-8, or nothing but blanks in it.
-    """
-    text = _read(pathlib.Path(path))
-    return text.splitlines(keepends=True)
-
-
-def read_json_lines(path: str | pathlib.Path, columns: list[str]) -> list[dict]:
-    """Rows of a JSON-lines file, each with text in the columns.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, empty, a line that is not JSON or lacks a column.
-    """
-    rows = []
-    for number, line in enumerate(_read(pathlib.Path(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        _check_columns(row, columns, f"{path}, line {number}")
-        rows.append(row)
-    return rows
+            raise ValueError(f"{name} is {length} tokens, but {recipe.model} has {limit} positions: give at most that.")
 
 
 def text_blocks(
@@ -153,6 +130,23 @@ class Collator:
 def _padded(sequences: list[list[int]], value: int) -> torch.Tensor:
     longest = max(len(sequence) for sequence in sequences)
     return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
+
+
+def _encoded(rows: list[dict], tokenizer, recipe: Recipe, use: str) -> tuple[list[dict], list[dict]]:
+    """Examples, and the rows they come from; without those that have nothing to read or to predict.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    encode = _instruction if recipe.task == "instruction" else _summarization
+    first = 0 if recipe.task == "summarization" else 1  # a language model does not predict its first token
+    pairs = [(encode(row, tokenizer, recipe), row) for row in rows]
+    pairs = [(e, row) for e, row in pairs if e["input_ids"] and any(label != IGNORED for label in e["labels"][first:])]
+    if not pairs:
+        raise ValueError(f"None of the {len(rows)} {use} rows has text to train on: all are empty.")
+    if len(pairs) < len(rows):
+        logger.warning("%d of %d %s rows are empty and are left out.", len(rows) - len(pairs), len(rows), use)
+    return [example for example, _ in pairs], [row for _, row in pairs]
 
 
 def _instruction(row: dict, tokenizer, recipe: Recipe) -> dict:
@@ -202,10 +196,9 @@ def _columns(recipe: Recipe) -> list[str]:
 
 
 def _local_rows(path: str, recipe: Recipe) -> list:
-    if recipe.task == "language_modeling" and not str(path).endswith((".json", ".jsonl")):
-        return read_text(path)
-    rows = read_json_lines(path, _columns(recipe))
-    return [row[recipe.text_column] for row in rows] if recipe.task == "language_modeling" else rows
+    if recipe.task == "language_modeling":
+        return read_text(path, recipe.text_column)
+    return read_json_lines(path, _columns(recipe))
 
 
 def _hub_rows(recipe: Recipe, split: str) -> list:
@@ -221,24 +214,7 @@ def _hub_rows(recipe: Recipe, split: str) -> list:
     columns = _columns(recipe)
     if not len(rows):
         raise ValueError(f"The {split} split of {recipe.dataset} is empty.")
-    _check_columns(rows[0], columns, f"{recipe.dataset}, {split}")
-    return list(rows[recipe.text_column]) if recipe.task == "language_modeling" else list(rows)
-
-
-def _check_columns(row, columns: list[str], where: str) -> None:
-    for column in columns:
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{where} has no text in the field {column!r}; it has {fields}.")
-
-
-def _read(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty: there is nothing to train or evaluate on.")
-    return text
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        check_row(row, columns, f"{recipe.dataset}, {split}, row {number}")
+    return [row[recipe.text_column] for row in rows] if recipe.task == "language_modeling" else rows

@@ -32,6 +32,9 @@ def language_model_metrics(
 
     Returns:
         loss, perplexity, accuracy, tokens.
+
+    Raises:
+        ValueError: there is nothing to predict.
     """
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -49,6 +52,8 @@ def language_model_metrics(
                     sequence.float(), target, ignore_index=IGNORED, reduction="sum"
                 ).double()
                 right += ((sequence.argmax(-1) == target) & (target != IGNORED)).sum()
+    if not tokens:
+        raise ValueError(f"None of the {len(examples)} examples has a token to predict: give longer ones.")
     mean = loss.item() / tokens
     return {
         "loss": mean,
