@@ -7,7 +7,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
 PRECISIONS = (1, 2, 4)
-FILLED_IN = ("format_version", "nominal_bits", "true_bits", "error", "base", "fingerprint")  # filled in, not asked for
+# filled in by the quantiser, not asked for
+FILLED_IN = (
+    "format_version",
+    "nominal_bits",
+    "true_bits",
+    "error",
+    "base",
+    "fingerprint",
+    "packing",
+    "initial_adapter",
+    "calibration",
+)
 
 _CHOICES = {
     "budget": ("nominal", "true"),
@@ -60,8 +71,11 @@ class LowRAConfig(QuantizationConfigMixin):
 
     The remaining attributes are filled in by the quantiser and travel in config.json: `format_version`, `nominal_bits`
     and `true_bits` per quantised parameter, `error` (of the plan: sum of squared differences over the sum of squares
-    before a low-rank part, `refine` or `feedback` change them), `base` (name or path of the original) and `fingerprint`
-    (of the base's weights).
+    before a low-rank part, `refine` or `feedback` change them), `base` (name or path of the original), `fingerprint`
+    (of the base's weights), `packing` (digests of the codes and of the tables, which tell this packing from others of
+    the same base), `initial_adapter` (rank, alpha, method and steps of the adapter that was fitted while packing: the
+    packed weights alone are then less than the base by its product) and `calibration` (digest of the statistics used).
+    The last three are None in checkpoints of earlier versions.
     """
 
     quant_method: str = "lowra"  # how Transformers finds this class
@@ -87,6 +101,9 @@ class LowRAConfig(QuantizationConfigMixin):
     error: float | None = None
     base: str | None = None
     fingerprint: str | None = None
+    packing: dict[str, str] | None = None
+    initial_adapter: dict | None = None
+    calibration: str | None = None
 
     def __post_init__(self):
         _check_format(self.format_version)

@@ -14,12 +14,23 @@ from safetensors import safe_open
 
 from .guarded import open_tensors, parse_json
 
-_DTYPES = {
+# As safetensors calls them; a file may hold others, of which nothing here makes use.
+DTYPES = {
     "U8": torch.uint8,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
 }
+STORED_AS = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_BYTES = 8 << 20
 _THREADS = 8
 
@@ -30,17 +41,22 @@ class StoredTensor:
 
     Attributes:
         path, key: the file, and the tensor's name in it.
-        dtype: None for a type that neither packed nor dense weights have.
+        stored_as: its type, as safetensors calls it.
         shape: of the tensor.
         start, stop: its bytes in the file.
     """
 
     path: pathlib.Path
     key: str
-    dtype: torch.dtype | None
+    stored_as: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for a type that neither packed nor dense weights have."""
+        return DTYPES.get(self.stored_as)
 
     def placeholder(self) -> torch.Tensor:
         """A tensor of this type and shape on "meta"."""
@@ -61,9 +77,7 @@ def stored_tensors(path: pathlib.Path) -> list[StoredTensor]:
     header.pop("__metadata__", None)
     first = 8 + length
     return [
-        StoredTensor(
-            path, key, _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), *(first + at for at in entry["data_offsets"])
-        )
+        StoredTensor(path, key, entry["dtype"], tuple(entry["shape"]), *(first + at for at in entry["data_offsets"]))
         for key, entry in header.items()
     ]
 

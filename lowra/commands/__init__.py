@@ -7,10 +7,10 @@ import sys
 import warnings
 
 from ..version import __version__
-from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize
+from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize, verify
 from .parser import CommandParser
 
-_COMMANDS = (quantize, finetune, evaluate, generate, inspect, compare, adapter, demo)
+_COMMANDS = (quantize, finetune, evaluate, generate, inspect, verify, compare, adapter, demo)
 
 _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
 

@@ -29,7 +29,7 @@ from .peft_limits import (
     refuse_embeddings,
     refuse_training,
 )
-from .transformers import dtype_of_packed, write_card
+from .transformers import describe_saved, dtype_of_packed
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def _load_in_lowra(original: Callable) -> Callable:
     return from_pretrained
 
 
-def _with_card(original: Callable) -> Callable:
+def _described(original: Callable) -> Callable:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         result = original(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            write_card(self, pathlib.Path(save_directory))
+            describe_saved(self, pathlib.Path(save_directory))
         return result
 
     return save_pretrained
@@ -179,11 +179,11 @@ TABLE = (
     ),
     Patch(
         target=f"{_MODEL}save_pretrained",
-        why="A packed checkpoint would be without a model card.",
+        why="A packed checkpoint would be without digests of its tensors and without a model card.",
         door="HfQuantizer could be told the folder that is saved to; a hook on one model does not survive pickling",
         since="none",
         rests_on=("save_directory", "is_main_process"),
-        wrap=_with_card,
+        wrap=_described,
     ),
     Patch(
         target=f"{_MODEL}dtype",

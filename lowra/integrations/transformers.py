@@ -28,6 +28,7 @@ from ..quantization.pack import quantize_matrix
 from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .direct_loading import DirectLoading, large_dense_tensors
+from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
 from .model_patches import declare_ties, mend_casts_to_weight_dtype, refuse_resizing, use_experts_one_by_one
 from .modules import make_dense, put_packed, put_stored, share_tied
 from .patching import require_patches
@@ -46,6 +47,7 @@ class LowRAHfQuantizer(HfQuantizer):
         self._targets_by_weight: dict[str, Target] = {}  # under the names of tied weights too
         self._plan: Plan | None = None
         self._loading: DirectLoading | None = None
+        self._check: IntegrityCheck | None = None
         self._device_map: dict | str | None = None
 
     def validate_environment(self, *args, device_map=None, **kwargs):
@@ -109,6 +111,7 @@ class LowRAHfQuantizer(HfQuantizer):
             # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
             for parameter in module.parameters():
                 parameter._is_hf_initialized = True
+        self._check = IntegrityCheck(files, model.config)
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
             check_packed_names(files, model, packed_files.names_by_key())
@@ -153,6 +156,9 @@ class LowRAHfQuantizer(HfQuantizer):
         if self._loading is not None:
             self._loading.finish()
             self._loading = None
+        if self._check is not None:
+            self._check.finish(self.quantization_config)
+            self._check = None
         for target in self._targets.values():
             module = model.get_submodule(target.name)
             for parameter in module.packed_tensors().values():
@@ -172,6 +178,7 @@ class LowRAHfQuantizer(HfQuantizer):
             config.error = self._plan.error
             config.fingerprint = self._plan.fingerprint
             config.base = str(model.config.name_or_path)
+            config.packing = packing_in_memory(model)
             self._plan = None
             # Saving would undo the original's renamings and split merged experts again, on packed bytes.
             model._weight_conversions = []
@@ -250,15 +257,19 @@ class _Pack(ConversionOps):
 register_quantization_config("lowra")(LowRAConfig)
 
 
-def write_card(model: PreTrainedModel, folder: pathlib.Path) -> None:
-    """Writes a model card beside packed weights, unless there is one."""
-    config, place = getattr(model.config, "quantization_config", None), folder / card.CARD_FILE
+def describe_saved(model: PreTrainedModel, folder: pathlib.Path) -> None:
+    """Writes digests beside packed weights that were just saved, and a model card unless there is one."""
+    config = getattr(model.config, "quantization_config", None)
     modules = {module.weight: module for module in model.modules() if isinstance(module, PackedModule)}.values()
-    if not modules or not isinstance(config, LowRAConfig) or place.exists():
+    only_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then that is all that is saved
+    if not modules or not isinstance(config, LowRAConfig) or only_adapter:
+        return
+    write_digests_of_saved(folder, config)
+    if (folder / card.CARD_FILE).exists():
         return
     parameters = sum(module.in_features * module.out_features for module in modules)
     packed_bytes = sum(tensor.nbytes for module in modules for tensor in module.packed_tensors().values())
-    save_text(card.model_card(config, type(model).__name__, parameters, packed_bytes), place)
+    save_text(card.model_card(config, type(model).__name__, parameters, packed_bytes), folder / card.CARD_FILE)
 
 
 def dtype_of_packed(model: PreTrainedModel) -> torch.dtype | None:

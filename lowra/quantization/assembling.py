@@ -5,13 +5,15 @@ import pathlib
 import shutil
 
 from ..checkpoints.atomic import save_json, save_tensors, save_text
+from ..checkpoints.dense import count_and_names, safetensors_files
 from ..checkpoints.guarded import open_tensors
+from ..checkpoints.integrity import FoundTensors, find_tensors, write_digests
 from ..config import LowRAConfig
 from . import card
 from .calibration import CALIBRATION_FILE
 from .initial_adapter import ADAPTER_FOLDER, write_adapter
 from .job import Job
-from .pieces import relative_errors
+from .pieces import digests_of_pieces, relative_errors
 from .planning import Plan
 
 SHARD_BYTES = 4 << 30
@@ -34,13 +36,15 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
         the report, without the seconds of the stages.
     """
     total, packed_bytes = _write_shards(pieces, job.final, {target.name for target in job.targets.values()})
+    written = _read_back(pieces, job.final)
     packed_error, adapted_error = relative_errors(pieces)
     parameters = sum(target.size for target in job.targets.values())
-    reached = _reached(job, plan, parameters, packed_bytes)
+    reached = _reached(job, plan, parameters, packed_bytes, written.packing)
     model = job.source.model
     model.config.quantization_config = reached
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(job.final)
+    write_digests(job.final, written)
     for pattern in _COMPANIONS:
         for path in job.folder.glob(pattern):
             shutil.copyfile(path, job.final / path.name)
@@ -75,7 +79,23 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     return report
 
 
-def _reached(job: Job, plan: Plan, parameters: int, packed_bytes: int) -> LowRAConfig:
+def _read_back(pieces: list[pathlib.Path], final: pathlib.Path) -> FoundTensors:
+    """What the finished files hold.
+
+    Raises:
+        ValueError: something else than was computed.
+    """
+    written = find_tensors(safetensors_files(final))
+    wrong = [key for key, digest in digests_of_pieces(pieces).items() if written.digests.get(key) != digest]
+    if wrong:
+        raise ValueError(
+            f"What was written reads back otherwise in {count_and_names(wrong)}: the disk or the memory of this "
+            "machine fails. Nothing was kept; start again, best on another disk."
+        )
+    return written
+
+
+def _reached(job: Job, plan: Plan, parameters: int, packed_bytes: int, packing: dict[str, str]) -> LowRAConfig:
     """The recipe with what came of it."""
     nominal = sum(int(plan.row_bits[name].sum()) * target.in_features for name, target in job.targets.items())
     return dataclasses.replace(
@@ -85,6 +105,9 @@ def _reached(job: Job, plan: Plan, parameters: int, packed_bytes: int) -> LowRAC
         error=plan.error,
         base=job.model,
         fingerprint=plan.fingerprint,
+        packing=packing,
+        initial_adapter=None if job.adapter is None else job.adapter.started(),
+        calibration=None if job.calibration is None else job.calibration.digest(),
     )
 
 

@@ -47,6 +47,10 @@ class AdapterRecipe:
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
 
+    def started(self) -> dict:
+        """What the packed checkpoint records of it: what its packed weights depend on."""
+        return {name: getattr(self, name) for name in ("rank", "alpha", "method", "steps")}
+
 
 def check_rank(rank: int, targets: dict[str, Target]) -> None:
     """

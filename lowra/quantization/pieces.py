@@ -10,7 +10,9 @@ import torch
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import open_tensors
+from ..checkpoints.reading import STORED_AS
 from ..checkpoints.targets import Target
+from ..weights.digests import digest_of_tensor
 from ..weights.packed import PackedWeight
 from .feedback import with_feedback
 from .job import Job, with_bar
@@ -41,7 +43,7 @@ def _write_dense(job: Job, name: str) -> None:
     """What stays as it is, but for tensors that are another one's copies."""
     tied = set(getattr(job.source.model, "all_tied_weights_keys", {}))
     kept = {key: tensor for key, tensor in job.source.load(name).items() if key not in tied}
-    save_tensors(kept, job.piece(name))
+    _save(kept, job.piece(name))
 
 
 def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
@@ -58,9 +60,23 @@ def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
     if product is not None or job.config.refine or _feedback(job, name):
         lost, left = _squared_errors(weight, packed, product)
     # in the piece, so that a resumed run knows the errors of those it does not make again
-    metadata = {"format": "pt", "squares": json.dumps([plan.energy[name], lost, left])}
     tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
-    save_tensors(tensors, job.piece(name), metadata)
+    _save(tensors, job.piece(name), squares=json.dumps([plan.energy[name], lost, left]))
+
+
+def _save(tensors: dict[str, torch.Tensor], piece: pathlib.Path, **metadata: str) -> None:
+    """Writes a piece with the digests of what it is to hold."""
+    digests = {name: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for name, tensor in tensors.items()}
+    save_tensors(tensors, piece, {"format": "pt", "digests": json.dumps(digests), **metadata})
+
+
+def digests_of_pieces(pieces: list[pathlib.Path]) -> dict[str, str]:
+    """Digests by name of everything that was computed."""
+    digests: dict[str, str] = {}
+    for piece in pieces:
+        with open_tensors(piece, "a finished piece") as content:
+            digests.update(json.loads(content.metadata()["digests"]))
+    return digests
 
 
 def _pack(job: Job, plan: Plan, name: str, target: Target, weight: torch.Tensor) -> tuple[PackedWeight, LowRank | None]:

@@ -1,0 +1,230 @@
+"""Whether a packed checkpoint is what was written: a digest of every tensor, kept in `lowra_digests.json`.
+
+    {"algorithm": "xxh3_128", "tensors": {name: digest}, "config": the content of config.json}
+
+The file stands beside the weights and not in their headers, where a program that writes the weights anew would lose
+it. A checkpoint of an earlier version, without it, loads as it always did; its tables are checked all the same.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import pathlib
+
+import torch
+
+from bitsandbytes.backends.lowra import layout
+
+from ..weights.digests import ALGORITHM, TABLES, canonical_digest, digest_of, packing_of_digests
+from ..weights.packed import TENSOR_NAMES, row_counts
+from .atomic import save_json
+from .dense import count_and_names
+from .guarded import read_json
+from .reading import StoredTensor, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+DIGESTS_FILE = "lowra_digests.json"
+
+_PIECE_BYTES = 256 << 10  # stays in the processor's cache from reading to hashing
+_THREADS = min(4, os.cpu_count() or 1)
+_REMEDY = "Copy or download the checkpoint again, or write it again with `lowra quantize`."
+_OF_PROGRAMS = ("transformers_version",)  # in config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundTensors:
+    """What the files of a packed checkpoint hold.
+
+    Attributes:
+        digests: of every tensor by name.
+        packing: see `lowra.weights.digests.packing_of_digests`.
+        not_ascending: names of levels that do not ascend, as all do until they are trained.
+    """
+
+    digests: dict[str, str]
+    packing: dict[str, str]
+    not_ascending: list[str]
+
+
+def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
+    """Reads every byte of a checkpoint's tensors, on a few threads.
+
+    Raises:
+        ValueError: a file is cut short, two hold a tensor of the same name, or a table holds NaN or infinite values.
+    """
+    places: dict[str, StoredTensor] = {}
+    for place in (place for path in files for place in stored_tensors(path)):
+        if place.key in places:
+            raise ValueError(
+                f"{place.key} stands in {places[place.key].path.name} and in {place.path.name}: files of two "
+                f"checkpoints are mixed. {_REMEDY}"
+            )
+        places[place.key] = place
+    modules = [key.removesuffix(".row_bits") for key in places if key.endswith(".row_bits")]
+    weights = [
+        {leaf: places.pop(f"{module}.{leaf}") for leaf in TENSOR_NAMES if f"{module}.{leaf}" in places}
+        for module in modules
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        packed = list(threads.map(_read_packed, weights))
+        dense = list(threads.map(_digest, places.values()))
+    if not_finite := [name for weight in packed for name in weight.not_finite]:
+        raise ValueError(f"NaN or infinite values stand in {count_and_names(not_finite)}. {_REMEDY}")
+    digests = dict(zip(places, dense, strict=True))
+    for weight in packed:
+        digests.update(weight.digests)
+    return FoundTensors(
+        digests=digests,
+        packing=packing_of_digests(weight.canonical for weight in packed),
+        not_ascending=[name for weight in packed for name in weight.not_ascending],
+    )
+
+
+def write_digests(folder: pathlib.Path, found: FoundTensors) -> None:
+    """Writes what was found in a finished checkpoint beside it, with a copy of its config.json."""
+    config = read_json(folder / "config.json", "the config of the checkpoint")
+    save_json({"algorithm": ALGORITHM, "tensors": found.digests, "config": config}, folder / DIGESTS_FILE)
+
+
+def read_digests(path: pathlib.Path) -> dict | None:
+    """The content of a checkpoint's `lowra_digests.json`; None where it has none.
+
+    Raises:
+        ValueError: a file that is damaged, or of a later version.
+    """
+    if not path.exists():
+        return None
+    what = "the digests of a packed checkpoint"
+    content = read_json(path, what)
+    if content.get("algorithm") != ALGORITHM:
+        raise ValueError(
+            f"{path} has digests of the kind {content.get('algorithm')!r}, this lowra knows {ALGORITHM}: install the "
+            "version of lowra that wrote it."
+        )
+    if not isinstance(content.get("tensors"), dict) or not isinstance(content.get("config"), dict):
+        raise ValueError(f"{path} is damaged: it lacks `tensors` or `config`; expected {what}.")
+    return content
+
+
+def check_tensors(found: FoundTensors, recorded: dict | None, packing: dict | None, folder: pathlib.Path) -> None:
+    """Holds what was found against what was written.
+
+    Args:
+        found: in the files.
+        recorded: the content of `lowra_digests.json`, or None.
+        packing: what config.json says of the packing; None for checkpoints of an earlier version.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: a tensor is another one than was written, missing or too many.
+    """
+    if recorded is not None:
+        expected = recorded["tensors"]
+        for names, what in (
+            ([name for name in expected if name not in found.digests], "lacks"),
+            ([name for name in found.digests if name not in expected], "holds, though they were not written with it,"),
+            (
+                [name for name in expected if found.digests.get(name, expected[name]) != expected[name]],
+                "has other bytes than were written in",
+            ),
+        ):
+            if names:
+                raise ValueError(f"The packed checkpoint {folder} {what} {count_and_names(names)}. {_REMEDY}")
+    if packing is not None and packing != found.packing:
+        raise ValueError(
+            f"The packed weights in {folder} are not those that its config.json was written with (quantization_config."
+            f"packing): they are damaged, or files of two checkpoints are mixed. {_REMEDY}"
+        )
+    if recorded is None and packing is not None:
+        logger.warning(
+            "lowra: %s has lost its %s, so only its packed weights could be checked, not what is dense.",
+            folder,
+            DIGESTS_FILE,
+        )
+    if recorded is None and packing is None and found.not_ascending:
+        logger.warning(
+            "lowra: the levels do not ascend in %s. Trained tables need not; if none were trained, %s is damaged.",
+            count_and_names(found.not_ascending),
+            folder,
+        )
+
+
+def changed_settings(recorded: dict, folder: pathlib.Path) -> list[str]:
+    """How config.json differs from when the weights were written, such as "rms_norm_eps is 1e-05 and was 1e-06".
+
+    Such changes may be meant (a longer context), so they are told and not refused.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return []
+    now, then = read_json(path, "the config of the checkpoint"), recorded["config"]
+    names = [name for name in {**then, **now} if name not in _OF_PROGRAMS and now.get(name) != then.get(name)]
+    return [f"{name} is {now.get(name)!r} and was {then.get(name)!r}" for name in names]
+
+
+@dataclasses.dataclass
+class _PackedContent:
+    """One packed weight: digests by name, canonical digests by leaf, and what is wrong with its tables."""
+
+    digests: dict[str, str]
+    canonical: dict[str, str]
+    not_finite: list[str]
+    not_ascending: list[str]
+
+
+def _read_packed(weight: dict[str, StoredTensor]) -> _PackedContent:
+    content = _PackedContent({}, {}, [], [])
+    tables: dict[str, torch.Tensor] = {}
+    for leaf, place in weight.items():
+        content.digests[place.key] = content.canonical[leaf] = _digest(place)
+        if leaf in TABLES and place.dtype is not None and place.dtype.is_floating_point or leaf == "row_bits":
+            tables[leaf] = _tensor(place)
+    for leaf, table in tables.items():
+        if leaf != "row_bits":
+            content.canonical[leaf] = canonical_digest(table)
+            if table.numel() and not torch.stack(table.aminmax()).isfinite().all():
+                content.not_finite.append(weight[leaf].key)
+    if "levels" in tables and not _ascend(tables["levels"], tables["row_bits"]):
+        content.not_ascending.append(weight["levels"].key)
+    return content
+
+
+def _ascend(levels: torch.Tensor, row_bits: torch.Tensor) -> bool:
+    """Whether the levels of every row ascend; true for sizes that do not fit, which others refuse."""
+    counts = row_bits.numel(), *row_counts(row_bits)
+    if layout.levels_size(*counts) != levels.numel():
+        return True
+    for segment in layout.segments(*counts, in_features=0):
+        table = levels[segment.levels_of(segment.first, segment.end)].view(-1, 2**segment.bits)
+        if (table[:, 1:] < table[:, :-1]).any():
+            return False
+    return True
+
+
+def _digest(place: StoredTensor) -> str:
+    return digest_of(place.stored_as, place.shape, _bytes(place))
+
+
+def _tensor(place: StoredTensor) -> torch.Tensor:
+    content = bytearray(b"".join(bytes(piece) for piece in _bytes(place)))
+    return torch.frombuffer(content, dtype=place.dtype).view(place.shape) if content else torch.empty(0)
+
+
+def _bytes(place: StoredTensor):
+    """The bytes of a tensor, a piece at a time in the same buffer.
+
+    Raises:
+        ValueError: the file has become shorter.
+    """
+    buffer = memoryview(bytearray(min(_PIECE_BYTES, place.stop - place.start)))
+    with open(place.path, "rb", buffering=0) as file:
+        file.seek(place.start)
+        left = place.stop - place.start
+        while left:
+            count = file.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise ValueError(f"{place.path} was changed while it was read.")
+            yield buffer[:count]
+            left -= count
