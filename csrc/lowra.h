@@ -9,7 +9,8 @@
 // Beside the codes, all in packed row order:
 //   scales [N, groups], groups = ceil(K / group_size): the absmax of each group, as float32, float16, or one byte c
 //     that stands for c * c * step, where step is float32 and shared by LOWRA_SCALE_BLOCK consecutive scales;
-//   levels float16: 16 for each 4-bit row, then 4 for each 2-bit row, then 2 for each 1-bit row, ascending.
+//   levels float16: 16 for each 4-bit row, then 4 for each 2-bit row, then 2 for each 1-bit row; a row's levels
+//     ascend unless they were trained.
 // The value of a weight is float32(level[code]) * scale, rounded once to the output type.
 #ifndef LOWRA_H
 #define LOWRA_H
@@ -32,6 +33,7 @@ enum lowra_status {
   LOWRA_NULL_POINTER = 3,
   LOWRA_CUDA_ERROR = 4,   // a launch failed; lowra_cuda_error() has the runtime's words
   LOWRA_UNSUPPORTED = 5,  // a shape this kernel does not cover; the caller takes the reference
+  LOWRA_NOT_FORCED = 6,   // the environment's LOWRA_PRODUCT names a kernel that does not cover this product, or none
 };
 
 enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
@@ -112,12 +114,13 @@ LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part
 
 // out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type` (float16 or
 // bfloat16). Group sizes 32, 64, 128 and 256, K a multiple of 32; above 64 tokens only on Hopper, group sizes from 64
-// on, K a multiple of 64 and N one of 4.
+// on, K a multiple of 64 and N one of 4. The environment variable LOWRA_PRODUCT (small, tensor, wgmma, many or dense),
+// read at the first call, names the kernel of every product in place of the quickest.
 LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                  int32_t type, void *stream);
 
 // 1 where lowra_cuda_product is quicker on the current device than a dense product after lowra_cuda_dequantize, for a
-// weight [rows, in_features] that it covers, else 0 (measured: docs/kernels.md).
+// weight [rows, in_features] that it covers, else 0 (measured: docs/kernels/measured.md).
 LOWRA_API int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features);
 
 // Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],

@@ -1,6 +1,6 @@
-"""Measures the CUDA kernels beside bitsandbytes NF4 and bf16 in one run, and draws docs/kernels.png.
+"""Measures the CUDA kernels beside bitsandbytes NF4 and bf16 in one run, and draws docs/kernels/measured.png.
 
-    python scripts/bench_kernels.py --out docs/kernels.json --picture docs/kernels.png
+    python scripts/bench_kernels.py --out docs/kernels/h200.json --picture docs/kernels/measured.png
 
 Every number is the time of one call with a cold L2 cache: a CUDA graph holds calls on several copies of the weight
 (together several times the L2 cache, outputs included), is replayed, and the median replay is divided by the calls, 40

@@ -1,16 +1,47 @@
 // Checks the arguments of a fused product and picks its kernel.
 #include "product.cuh"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace lowra {
 namespace {
 
 constexpr int kFew = 64;  // tokens that need no product_many
 
-// Up to how many tokens product_small is the quickest (docs/kernels.md). Rows of 4 bits cost it more than others, and
-// on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
+// Up to how many tokens product_small is the quickest (docs/kernels/product_small.md). Rows of 4 bits cost it more than
+// others, and on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
 int tokens_for_small(const lowra_shape &s, int major) {
   const bool mostly4 = 2 * s.rows4 > row_count(s), large = row_count(s) * s.in_features > 50'000'000;
   return mostly4 || (major == 9 && !large) ? 4 : 8;
+}
+
+// The kernel that the environment variable LOWRA_PRODUCT names for every product, so that two can be compared at one
+// shape. `none`: it is not set. Read at the first product; afterwards it costs a load and a branch.
+enum class force { none, small, tensor, wgmma, many, dense, unknown };
+
+force forced_kernel() {
+  static const force named = [] {
+    const char *name = std::getenv("LOWRA_PRODUCT");
+    if (!name || !*name) return force::none;
+    if (std::strcmp(name, "small") == 0) return force::small;
+    if (std::strcmp(name, "tensor") == 0) return force::tensor;
+    if (std::strcmp(name, "wgmma") == 0) return force::wgmma;
+    if (std::strcmp(name, "many") == 0) return force::many;
+    return std::strcmp(name, "dense") == 0 ? force::dense : force::unknown;
+  }();
+  return named;
+}
+
+// A kernel whatever is quicker. LOWRA_UNSUPPORTED where it does not cover the product.
+int run_forced(const product &q, int32_t type, cudaStream_t stream) {
+  switch (forced_kernel()) {
+    case force::small: return q.tokens <= 8 ? product_small(q, type, stream) : LOWRA_UNSUPPORTED;
+    case force::tensor: return q.tokens <= kFew ? product_tensor(q, type, stream) : LOWRA_UNSUPPORTED;
+    case force::wgmma: return q.tokens <= kFew ? product_wgmma(q, type, stream) : LOWRA_UNSUPPORTED;
+    case force::many: return product_many(q, type, stream);
+    default: return LOWRA_UNSUPPORTED;
+  }
 }
 
 }  // namespace
@@ -18,6 +49,7 @@ int tokens_for_small(const lowra_shape &s, int major) {
 
 int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features) {
   using namespace lowra;
+  if (forced_kernel() != force::none) return forced_kernel() != force::dense;
   if (tokens <= kFew) return true;
   device_limits limits;
   if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return false;
@@ -33,10 +65,12 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (row_count(s) == 0 || tokens == 0) return LOWRA_OK;
   if (const int status = check_packed(*packed)) return status;
   if (!x || !out) return LOWRA_NULL_POINTER;
+  if (forced_kernel() == force::dense) return LOWRA_UNSUPPORTED;
+  const bool forced = forced_kernel() != force::none;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
   if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed->codes) ||
       !aligned16(packed->levels)) {
-    return LOWRA_UNSUPPORTED;
+    return forced ? LOWRA_NOT_FORCED : LOWRA_UNSUPPORTED;
   }
   product q = {};
   q.packed = *packed;
@@ -46,6 +80,10 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
   q.group_shift = __builtin_ctz((unsigned)s.group_size);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (forced) {
+    const int status = run_forced(q, type, on);
+    return status == LOWRA_UNSUPPORTED ? LOWRA_NOT_FORCED : status;
+  }
   if (tokens > kFew) return product_many(q, type, on);
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
