@@ -7,6 +7,7 @@ False; a status other than OK becomes an exception that names the shapes.
 import ctypes
 import functools
 import logging
+import os
 import pathlib
 
 import torch
@@ -23,6 +24,11 @@ _STATUS = {
     3: "a tensor has no memory",
     4: "the CUDA launch failed",
     5: "this kernel does not cover the shape",
+    6: (
+        f"LOWRA_PRODUCT={os.environ.get('LOWRA_PRODUCT')} names no kernel that covers it. small takes 1 to 8 tokens, "
+        "tensor and wgmma 1 to 64, many any number (K a multiple of 64, N of 4, groups of 64 and more); wgmma and many "
+        "need Hopper; all of them K a multiple of 32 and group sizes 32, 64, 128 or 256. dense takes everything"
+    ),
 }
 
 
@@ -73,8 +79,11 @@ _CUDA_SIGNATURES = {
 _UNSUPPORTED = 5
 
 
-def _load(name: str) -> ctypes.CDLL | None:
-    path = pathlib.Path(__file__).with_name(f"lib{name}.so")
+def _installed(name: str) -> pathlib.Path:
+    return pathlib.Path(__file__).with_name(f"lib{name}.so")
+
+
+def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     if not path.exists():
         logger.info("lowra: %s was not built; the PyTorch reference is used in its place", path.name)
         return None
@@ -92,7 +101,12 @@ def _load(name: str) -> ctypes.CDLL | None:
 def _load_cuda() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
         return None
-    library = _load(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
+    # another build than the installed one, of which two can be compared so (docs/kernels)
+    named = os.environ.get("LOWRA_CUDA_LIBRARY")
+    installed = _installed(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
+    library = _load(pathlib.Path(named) if named else installed)
+    if named and library is None:
+        raise OSError(f"LOWRA_CUDA_LIBRARY={named} is no CUDA library of lowra's format {layout.FORMAT_VERSION}.")
     if library is not None:
         library.lowra_cuda_error.restype = ctypes.c_char_p
         for name, types in _CUDA_SIGNATURES.items():
@@ -100,7 +114,7 @@ def _load_cuda() -> ctypes.CDLL | None:
     return library
 
 
-_cpu = _load("bitsandbytes_lowra_cpu")
+_cpu = _load(_installed("bitsandbytes_lowra_cpu"))
 _cuda = _load_cuda()
 
 
