@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint build clean
+.PHONY: demo test lint build clean kernel-registers kernel-sass-diff memcheck racecheck profile
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -19,6 +19,19 @@ lint: $(VENV)/.built
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 build: $(VENV)/.built
+
+# The kernel workbench (docs/kernels/README.md). ARGS: further arguments of the scripts.
+kernel-registers: $(VENV)/.dependencies
+	$(BIN)/python scripts/kernels/registers.py $(ARGS)
+
+kernel-sass-diff: $(VENV)/.dependencies
+	$(BIN)/python scripts/kernels/sass_diff.py $(ARGS)
+
+memcheck racecheck: $(VENV)/.built
+	$(BIN)/python scripts/kernels/sanitize.py $@ $(ARGS)
+
+profile: $(VENV)/.built
+	$(BIN)/python scripts/kernels/profile_kernel.py $(or $(KERNEL),$(error say which: make profile KERNEL=product_wgmma)) $(ARGS)
 
 # torch first and by its pinned version: left to another package, pip would pull a build of several GB. Then a plain
 # install with a persistent build folder; an editable one would hide upstream's bitsandbytes.

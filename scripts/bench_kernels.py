@@ -9,6 +9,10 @@ compiled model. Quantising is timed by events around single eager calls, since b
 stream, which no graph captures; the cache is flushed beforehand, and for so long that the host has enqueued the call
 meanwhile. `--events` times everything so. The weights are random; a mix of precisions stands at random rows. GB/s
 counts each packed input and each output once.
+
+    python scripts/bench_kernels.py --against docs/kernels/h200.json --threshold 5
+
+prints what takes more than 5 % longer than in an earlier run's file, and exits with 1 if anything does.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import json
 import statistics
 
 import torch
+from kernels.slower import report
 
 import bitsandbytes
 from bitsandbytes.backends.lowra import layout
@@ -55,6 +60,10 @@ class Packed:
         return torch.cat([part.sort(dim=1).values.reshape(-1) for part in parts])
 
     @property
+    def tensors(self):
+        return self.codes, self.row_order, self.scales, self.scale_steps, self.levels
+
+    @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.scale_steps, self.levels))
 
@@ -66,12 +75,15 @@ class Packed:
         return codes, *OPS.lowra_encode_scales(absmax)
 
     def dequantize(self):
-        tensors = (self.codes, self.row_order, self.scales, self.scale_steps, self.levels)
-        return OPS.lowra_dequantize(*tensors, self.rows_4bit, self.rows_2bit, self.in_features, GROUP, torch.bfloat16)
+        return OPS.lowra_dequantize(
+            *self.tensors, self.rows_4bit, self.rows_2bit, self.in_features, GROUP, torch.bfloat16
+        )
+
+    def table_gradients(self, gradient):
+        return OPS.lowra_table_gradients(gradient, *self.tensors, self.rows_4bit, self.rows_2bit, GROUP, True)
 
     def linear(self, x):
-        tensors = (self.codes, self.row_order, self.scales, self.scale_steps, self.levels)
-        return OPS.lowra_linear(x, *tensors, None, self.rows_4bit, self.rows_2bit, GROUP)
+        return OPS.lowra_linear(x, *self.tensors, None, self.rows_4bit, self.rows_2bit, GROUP)
 
 
 def time_graph(calls) -> float:
@@ -262,6 +274,10 @@ def main():
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", help="all numbers as JSON")
     parser.add_argument("--picture", help="PNG file")
+    parser.add_argument(
+        "--against", help="JSON of an earlier run: prints what got slower, exit status 1 if anything did"
+    )
+    parser.add_argument("--threshold", type=float, default=5.0, help="per cent that a number may be slower")
     parser.add_argument("--draw", help="only draw --picture from this JSON of an earlier run")
     options = parser.parse_args()
     if options.draw:
@@ -292,6 +308,8 @@ def main():
     save(options.out, ceiling, results)
     if options.picture:
         picture(results, ceiling, options.picture)
+    if options.against and report(results, torch.cuda.get_device_name(), options.against, options.threshold):
+        raise SystemExit(1)
 
 
 def save(path, ceiling, results):
