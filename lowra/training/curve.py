@@ -47,7 +47,8 @@ def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(folder / "curve.png")
+    figure.savefig(folder / "curve.png.tmp", format="png")
+    (folder / "curve.png.tmp").replace(folder / "curve.png")
     pyplot.close(figure)
 
 

@@ -1,13 +1,16 @@
 """One fine-tuning run: base -> initial adapter -> Transformers' Trainer -> adapter, loss curve and metrics.
 
 OUTPUT/base         packed base with its initial adapter; absent for dense bases and for models packed already
-OUTPUT/checkpoints  of the Trainer, from which a run resumes
+OUTPUT/checkpoints  of the Trainer, each whole or not there, from which a run resumes
 OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables were trained
 OUTPUT/curve.json, curve.png, metrics.json
+metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
+import logging
 import os
 import pathlib
+import shutil
 import time
 
 import torch
@@ -21,7 +24,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoints.atomic import save_json
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
@@ -31,6 +33,9 @@ from .evaluation import language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, check_method, load_base, prepare_base
 from .recipe import Recipe
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
+from .whole_checkpoints import WholeCheckpoints, newest_whole, partial_folder, put_in_place
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:
@@ -57,12 +62,22 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     if arguments.process_index == 0:
         # the adapter belongs to the packed base: with the dense one it would add the error it makes up for
         model.peft_config["default"].base_model_name_or_path = str(base.folder)
-        model.save_pretrained(output / "adapter")
-        if recipe.tables != "frozen":
-            save_tables(model, output / "adapter", scales=recipe.tables == "levels_and_scales")
+        (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
+        _write_adapter(model, recipe, output / "adapter")
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
         save_json(result, output / "metrics.json")
     return result
+
+
+def _write_adapter(model: PeftModel, recipe: Recipe, folder: pathlib.Path) -> None:
+    """The adapter and its tables, at once."""
+    partial = folder.parent / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial / folder.name)
+    if recipe.tables != "frozen":
+        save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
+    put_in_place(partial / folder.name, folder)
+    shutil.rmtree(partial)
 
 
 def train(
@@ -92,16 +107,22 @@ def train(
     if recipe.tables != "frozen":
         tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    partial = pathlib.Path(arguments.output_dir)
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run was writing
     trainer = _trainer(model, recipe, data, arguments, progress and main)
-    checkpoint = get_last_checkpoint(arguments.output_dir) if recipe.resume and _exists(arguments.output_dir) else None
+    checkpoint = newest_whole(partial.parent, main) if recipe.resume else None
+    if recipe.resume and main:
+        logger.warning("Going on from %s.", checkpoint or "the start: there is no whole checkpoint")
     if tables:
         set_tables_learning_rate(trainer, tables, recipe.tables_learning_rate)
         checkpoints = TableCheckpoints(tables)
         trainer.add_callback(checkpoints)
         if checkpoint is not None:
             checkpoints.restore(checkpoint)
+    trainer.add_callback(WholeCheckpoints())
     started = time.perf_counter()
-    state = trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
@@ -154,7 +175,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
     kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
     evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
     arguments = kind(
-        output_dir=str(checkpoints),
+        output_dir=str(partial_folder(checkpoints)),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
         per_device_eval_batch_size=recipe.eval_batch_size,
@@ -177,7 +198,6 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         prediction_loss_only=True,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
-        save_total_limit=2,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # a run that diverges has to show it
         dataloader_num_workers=recipe.workers,
@@ -211,7 +231,3 @@ def _trainer(model, recipe: Recipe, data: TaskData, arguments: TrainingArguments
     if progress:
         trainer.add_callback(LossBar())
     return trainer
-
-
-def _exists(folder: str) -> bool:
-    return pathlib.Path(folder).is_dir()

@@ -26,7 +26,7 @@ def set_tables_learning_rate(trainer: Trainer, parameters: dict[str, nn.Paramete
 
 
 class TableCheckpoints(TrainerCallback):
-    """Writes the parameters of trained tables beside every checkpoint, itself only an adapter, and reads them back."""
+    """Writes the parameters of trained tables into every checkpoint, itself only an adapter, and reads them back."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
         """Args: parameters: as `lowra.nn.trained_tables.train_tables` returns them."""
