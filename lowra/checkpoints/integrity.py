@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 
+import numpy as np
 import torch
 
 from bitsandbytes.backends.lowra import layout
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 DIGESTS_FILE = "lowra_digests.json"
 
-_PIECE_BYTES = 256 << 10  # stays in the processor's cache from reading to hashing
 _THREADS = min(4, os.cpu_count() or 1)
 _REMEDY = "Copy or download the checkpoint again, or write it again with `lowra quantize`."
 _OF_PROGRAMS = ("transformers_version",)  # in config.json
@@ -67,9 +67,11 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
         {leaf: places.pop(f"{module}.{leaf}") for leaf in TENSOR_NAMES if f"{module}.{leaf}" in places}
         for module in modules
     ]
+    # mapped, and not read into memory of our own: copying takes twice as long as hashing
+    contents = {path: np.memmap(path, np.uint8, mode="r") for path in files}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        packed = list(threads.map(_read_packed, weights))
-        dense = list(threads.map(_digest, places.values()))
+        packed = list(threads.map(lambda weight: _read_packed(weight, contents), weights))
+        dense = list(threads.map(lambda place: _digest(place, contents), places.values()))
     if not_finite := [name for weight in packed for name in weight.not_finite]:
         raise ValueError(f"NaN or infinite values stand in {count_and_names(not_finite)}. {_REMEDY}")
     digests = dict(zip(places, dense, strict=True))
@@ -174,13 +176,13 @@ class _PackedContent:
     not_ascending: list[str]
 
 
-def _read_packed(weight: dict[str, StoredTensor]) -> _PackedContent:
+def _read_packed(weight: dict[str, StoredTensor], contents: dict[pathlib.Path, np.ndarray]) -> _PackedContent:
     content = _PackedContent({}, {}, [], [])
     tables: dict[str, torch.Tensor] = {}
     for leaf, place in weight.items():
-        content.digests[place.key] = content.canonical[leaf] = _digest(place)
+        content.digests[place.key] = content.canonical[leaf] = _digest(place, contents)
         if leaf in TABLES and place.dtype is not None and place.dtype.is_floating_point or leaf == "row_bits":
-            tables[leaf] = _tensor(place)
+            tables[leaf] = _tensor(place, contents)
     for leaf, table in tables.items():
         if leaf != "row_bits":
             content.canonical[leaf] = canonical_digest(table)
@@ -203,28 +205,10 @@ def _ascend(levels: torch.Tensor, row_bits: torch.Tensor) -> bool:
     return True
 
 
-def _digest(place: StoredTensor) -> str:
-    return digest_of(place.stored_as, place.shape, _bytes(place))
+def _digest(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> str:
+    return digest_of(place.stored_as, place.shape, contents[place.path][place.start : place.stop])
 
 
-def _tensor(place: StoredTensor) -> torch.Tensor:
-    content = bytearray(b"".join(bytes(piece) for piece in _bytes(place)))
-    return torch.frombuffer(content, dtype=place.dtype).view(place.shape) if content else torch.empty(0)
-
-
-def _bytes(place: StoredTensor):
-    """The bytes of a tensor, a piece at a time in the same buffer.
-
-    Raises:
-        ValueError: the file has become shorter.
-    """
-    buffer = memoryview(bytearray(min(_PIECE_BYTES, place.stop - place.start)))
-    with open(place.path, "rb", buffering=0) as file:
-        file.seek(place.start)
-        left = place.stop - place.start
-        while left:
-            count = file.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise ValueError(f"{place.path} was changed while it was read.")
-            yield buffer[:count]
-            left -= count
+def _tensor(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> torch.Tensor:
+    owned = contents[place.path][place.start : place.stop].copy()
+    return torch.from_numpy(owned).view(place.dtype).view(place.shape)

@@ -15,24 +15,23 @@ ALGORITHM = "xxh3_128"
 TABLES = ("scales", "scale_steps", "levels")
 
 
-def digest_of(stored_as: str, shape: Iterable[int], content: Iterable) -> str:
+def digest_of(stored_as: str, shape: Iterable[int], content) -> str:
     """Digest, in hex, of one tensor.
 
     Args:
         stored_as: its type as safetensors calls it, such as "U8".
         shape: of the tensor.
-        content: its bytes, in pieces.
+        content: its bytes, as whatever has a buffer.
     """
     hasher = xxhash.xxh3_128(f"{stored_as} {list(shape)}\n".encode())
-    for piece in content:
-        hasher.update(piece)
+    hasher.update(content)
     return hasher.hexdigest()
 
 
 def digest_of_tensor(tensor: torch.Tensor, stored_as: str) -> str:
     """Digest of a tensor in memory: that of its bytes in a file."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return digest_of(stored_as, tensor.shape, [content.numpy()])
+    return digest_of(stored_as, tensor.shape, content.numpy())
 
 
 def canonical_digest(tensor: torch.Tensor) -> str:
