@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint build clean kernel-registers kernel-sass-diff memcheck racecheck profile
+.PHONY: demo test lint build clean fuzz kernel-registers kernel-sass-diff memcheck racecheck profile
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -17,6 +17,10 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+# 3,000 damaged checkpoints and adapters; any that ends in other numbers, a traceback or a hang is listed.
+fuzz: $(VENV)/.built
+	$(BIN)/python scripts/fuzz_checkpoints.py
 
 build: $(VENV)/.built
 
