@@ -142,14 +142,15 @@ def test_damaged_checkpoints_are_left_out(saving, tmp_path, caplog):
     assert newest_whole(checkpoints) == newest
 
 
-def test_a_later_checkpoint_that_is_damaged_goes_when_the_run_comes_to_save(saving, caplog):
+def test_a_damaged_checkpoint_is_replaced_and_the_run_saves_as_it_is_told_now(saving, caplog):
     finetune(saving, progress=False)
     checkpoints = pathlib.Path(saving.output) / "checkpoints"
     (checkpoints / "checkpoint-6" / "optimizer.pt").unlink()
     with caplog.at_level("WARNING", logger="lowra"):
         finetune(dataclasses.replace(saving, save_steps=5, resume=True), progress=False)
     assert "optimizer.pt is missing" in caplog.text and "Going on from" in caplog.text
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-5", "checkpoint-6"]  # and at the end
+    assert newest_whole(checkpoints) == checkpoints / "checkpoint-6"
 
 
 def test_without_a_whole_checkpoint_the_run_starts_anew(saving, caplog):
