@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
 from ..checkpoints.guarded import read_tensors
+from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
@@ -89,8 +90,15 @@ class Calibration:
 
     def digest(self) -> str:
         """Names these statistics in the record of a quantisation that may be resumed."""
-        tensors = [t for part in (self.inputs, self.gradients) for _, t in sorted(part.items())]
-        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        # of the moments, which are larger than the model, the sums of their rows
+        sums = {name: moment.sum(dim=1) for name, moment in self.moments.items()}
+        for part in (self.inputs, self.gradients, sums, self.factors):
+            for name, tensor in sorted(part.items()):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(b";")
+        return digest.hexdigest()
 
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
@@ -116,7 +124,7 @@ class Calibration:
         Raises:
             FileNotFoundError, ValueError: no such file, or not one of these.
         """
-        path = pathlib.Path(path)
+        path = expanded(path)
         path = path / CALIBRATION_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
@@ -208,7 +216,7 @@ def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.T
     if tokens < 1:
         raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
-        text = read_text(text)
+        text = read_text(expanded(text))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []
