@@ -164,7 +164,7 @@ def test_what_is_copied_and_what_is_left(tiny_llama, tmp_path):
     (model / "tokenizer_old").mkdir()  # a folder of a tokenizer's name, which is no file to be copied
     output = packed(model, tmp_path / "packed")
     found = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    own = {"config.json", "model.safetensors", "README.md", "lowra_report.json"}
+    own = {"config.json", "model.safetensors", "README.md", "lowra_report.json", "lowra_digests.json"}
     assert found == own | set(COPIED)
     assert all((output / name).read_bytes() == name.encode() for name in COPIED)
     assert b"lowra" in (output / "README.md").read_bytes()

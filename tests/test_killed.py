@@ -190,8 +190,10 @@ def calibration(change=lambda parts: None):
     ],
 )
 def test_another_calibration_is_another_recipe(change):
-    assert calibration().digest() == calibration().digest()
-    assert calibration(change).digest() != calibration().digest()
+    digests = [
+        (found.digest(), found.digest_of_moments()) for found in (calibration(), calibration(), calibration(change))
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_locks(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoints.places import expanded
 from ..corpus import read_text
 from .codes import GROUP, RoundToNearest, RtnCodes, Sign
 from .formats import SplitCodes
@@ -33,7 +34,7 @@ def calibration_blocks(path: str | Path, tokenizer: Callable) -> torch.Tensor:
     Raises:
         FileNotFoundError: no such file. ValueError: not text, or shorter than one block.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"Calibration file {path} does not exist; expected a UTF-8 text file.")
     tokens = torch.tensor(tokenizer("".join(read_text(path)))["input_ids"], dtype=torch.long)

@@ -22,8 +22,8 @@ _WEIGHTS = frozenset(
 )
 # A packed checkpoint or adapter has these of its own, or they say something that is no longer true of it.
 _REPLACED = frozenset(
-    "config.json README.md adapter_config.json lowra_report.json lowra_base.json lowra_adapter.json trainer_state.json "
-    "params.json".split()
+    "config.json README.md adapter_config.json lowra_report.json lowra_digests.json lowra_base.json lowra_adapter.json "
+    "trainer_state.json params.json".split()
 )
 _OTHER_FORMATS = ("original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite")
 # For the hub: what is not to be downloaded. Weights in safetensors are wanted, but not second copies of them.

@@ -89,16 +89,12 @@ class Calibration:
         return moment + DAMPING * torch.eye(moment.shape[0])
 
     def digest(self) -> str:
-        """Names these statistics in the record of a quantisation that may be resumed."""
-        digest = hashlib.sha256()
-        # of the moments, which are larger than the model, the sums of their rows
-        sums = {name: moment.sum(dim=1) for name, moment in self.moments.items()}
-        for part in (self.inputs, self.gradients, sums, self.factors):
-            for name, tensor in sorted(part.items()):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy())
-            digest.update(b";")
-        return digest.hexdigest()
+        """Names these statistics, second moments apart, of which a file keeps less than was collected."""
+        return _digest(self.inputs, self.gradients)
+
+    def digest_of_moments(self) -> str:
+        """Names the second moments, of those that are larger than the model by the sums of their rows."""
+        return _digest({name: moment.sum(dim=1) for name, moment in self.moments.items()}, self.factors)
 
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
@@ -137,6 +133,16 @@ class Calibration:
         for name, owner in parts.pop("shared").items():
             parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
         return cls(**parts)
+
+
+def _digest(*parts: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def calibrate(

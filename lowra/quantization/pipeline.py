@@ -163,5 +163,5 @@ def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "config": job.config.to_dict(),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
-        "calibration": job.calibration.digest() if job.calibration else None,
+        "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
     }
