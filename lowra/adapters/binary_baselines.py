@@ -5,8 +5,6 @@ factors alone, in the layout of all other methods (groups along columns of B and
 size and average bits imply; salience is magnitude.
 """
 
-from __future__ import annotations
-
 import torch
 
 from .codes import RoundToNearest, from_groups, group_sizes, into_groups, round_scale

@@ -7,15 +7,12 @@ A scale is rounded to float16 *before* codes are chosen with it. The numbers tha
 therefore the very numbers that a reader of the packed file computes, bit for bit.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 import torch
 
 GROUP = 128  # numbers that share a scale; the papers' choice for all methods
-SCALE_BITS = 16
 _LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
@@ -25,7 +22,7 @@ def group_count(length: int) -> int:
 
 
 def into_groups(rows: torch.Tensor) -> torch.Tensor:
-    """View rows [..., length] as [..., groups, GROUP], zeros filling the last group."""
+    """Views rows [..., length] as [..., groups, GROUP], zeros filling the last group."""
     missing = group_count(rows.shape[-1]) * GROUP - rows.shape[-1]
     if missing:
         rows = torch.nn.functional.pad(rows, (0, missing))
@@ -33,7 +30,7 @@ def into_groups(rows: torch.Tensor) -> torch.Tensor:
 
 
 def from_groups(groups: torch.Tensor, length: int) -> torch.Tensor:
-    """Undo `into_groups`: [..., groups, GROUP] to [..., length]."""
+    """Undoes `into_groups`: [..., groups, GROUP] to [..., length]."""
     return groups.flatten(-2)[..., :length]
 
 
@@ -45,7 +42,7 @@ def group_sizes(length: int, device: torch.device) -> torch.Tensor:
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Round a scale to float16.
+    """Rounds a scale to float16.
 
     Raises:
         ValueError: a scale is beyond the range of float16.
@@ -58,7 +55,7 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.to(torch.float16)
 
 
-@dataclass
+@dataclasses.dataclass
 class RtnCodes:
     """Round-to-nearest codes of component rows: w^ = scale (code - zero).
 
@@ -77,7 +74,7 @@ class RtnCodes:
         return from_groups(levels * self.scales.to(torch.float32).unsqueeze(-1), length)
 
 
-@dataclass
+@dataclasses.dataclass
 class SignCodes:
     """Sign codes of component rows: w^ = scale where the bit is set, -scale elsewhere.
 
@@ -94,7 +91,7 @@ class SignCodes:
         return from_groups(signs * self.scales.to(torch.float32).unsqueeze(-1), length)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RoundToNearest:
     """Round-to-nearest at `bits` bits (Equations 6 and 7)."""
 
@@ -153,7 +150,7 @@ class RoundToNearest:
         return from_groups(result, rows.shape[-1])
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sign:
     """Sign binarisation with the mean |w| of each group as scale (Equation 8); zero counts as positive."""
 
@@ -188,7 +185,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Undo `pack_bits`: uint8 codes of the given shape."""
+    """Undoes `pack_bits`: uint8 codes of the given shape."""
     count = int(np.prod(shape))
     stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
     planes = np.zeros((count, 8), dtype=np.uint8)

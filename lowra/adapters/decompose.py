@@ -5,13 +5,11 @@ and of A^T so that B A itself is never formed, gives another set of components w
 gathered in the first few. Factors of equal shape are stacked and treated in one call.
 """
 
-from __future__ import annotations
-
 import torch
 
 
 def svd_components(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reparametrise stacked LoRA factors by the SVD of their products (Equations 1 and 2).
+    """Reparametrises stacked LoRA factors by the SVD of their products (Equations 1 and 2).
 
     Args:
         b: [layers, m, r].

@@ -9,9 +9,7 @@ Forms decode to component rows, b [c, m] and a [c, n] float32, where B = b^T and
 rank r, and a reader appends r - c components of zeros.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+import dataclasses
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +18,7 @@ from .codes import RtnCodes, SignCodes, from_groups, group_count, into_groups, p
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # component rows of b [c, m] and a [c, n]
 Fields = dict[str, torch.Tensor]
+Sizes = dict[str, tuple[torch.dtype, list[int]]]  # of each field: its type, and the lengths of its parts
 
 
 class LayerLayout(NamedTuple):
@@ -46,6 +45,14 @@ class LayerCodes(Protocol):
 
     def pack(self, bits: int) -> Fields: ...
 
+    @staticmethod
+    def sizes(layer: LayerLayout, bits: int) -> Sizes:
+        """Type of every field, and the lengths of its parts in one layer."""
+
+    @classmethod
+    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> "LayerCodes":
+        """Undoes `pack`."""
+
 
 def _concatenate(pieces: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([piece.reshape(-1) for piece in pieces])
@@ -55,7 +62,7 @@ def _cut(field: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     return list(field.split(sizes))
 
 
-@dataclass
+@dataclasses.dataclass
 class SplitCodes:
     """h components in round-to-nearest codes of k bits, the others in sign codes (LoraQuant, Section 3.2).
 
@@ -85,7 +92,7 @@ class SplitCodes:
         }
 
     @staticmethod
-    def sizes(layer: LayerLayout, bits: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def sizes(layer: LayerLayout, bits: int) -> Sizes:
         h, rest = layer.important, layer.stored - layer.important
         lengths = (layer.m, layer.n)
         groups = [group_count(length) for length in lengths]
@@ -98,10 +105,11 @@ class SplitCodes:
         }
 
     @classmethod
-    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> SplitCodes:
+    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> "SplitCodes":
         h, rest = layer.important, layer.stored - layer.important
         cut = {name: _cut(fields[name], sizes) for name, (_, sizes) in cls.sizes(layer, bits).items()}
-        important, other = [], []
+        important: list[RtnCodes] = []
+        other: list[SignCodes] = []
         for side, length in enumerate((layer.m, layer.n)):
             groups = group_count(length)
             important.append(
@@ -117,7 +125,7 @@ class SplitCodes:
                     cut["sign_scales"][side].view(rest, groups),
                 )
             )
-        return cls(*important, *other)
+        return cls(important[0], important[1], other[0], other[1])
 
 
 PBLLM_SALIENT = 0.1  # share of numbers kept at 8 bits
@@ -129,7 +137,7 @@ def salient_count(length: int) -> int:
     return round(PBLLM_SALIENT * length)
 
 
-@dataclass
+@dataclasses.dataclass
 class PbllmRows:
     """One factor in PB-LLM form.
 
@@ -153,7 +161,7 @@ class PbllmRows:
         return rows
 
 
-@dataclass
+@dataclasses.dataclass
 class PbllmCodes:
     """PB-LLM: a tenth of the numbers at 8 bits, the others binarised, one bit a number that says which."""
 
@@ -175,7 +183,7 @@ class PbllmCodes:
         }
 
     @staticmethod
-    def sizes(layer: LayerLayout, bits: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def sizes(layer: LayerLayout, bits: int) -> Sizes:
         c, lengths = layer.stored, (layer.m, layer.n)
         return {
             "salient": (torch.uint8, [packed_bytes(c * length, 1) for length in lengths]),
@@ -187,7 +195,7 @@ class PbllmCodes:
         }
 
     @classmethod
-    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> PbllmCodes:
+    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> "PbllmCodes":
         c = layer.stored
         cut = {name: _cut(fields[name], sizes) for name, (_, sizes) in cls.sizes(layer, bits).items()}
         sides = []
@@ -206,7 +214,7 @@ class PbllmCodes:
         return cls(*sides)
 
 
-@dataclass
+@dataclasses.dataclass
 class BillmRows:
     """One factor in BiLLM form: two bits a number and two scales a group.
 
@@ -229,7 +237,7 @@ class BillmRows:
         return from_groups(torch.where(self.residual[:, None, None], twice, bell), self.first.shape[1])
 
 
-@dataclass
+@dataclasses.dataclass
 class BillmCodes:
     """BiLLM: salient components binarised twice, the others in two groups by magnitude, each with its own scale."""
 
@@ -249,7 +257,7 @@ class BillmCodes:
         }
 
     @staticmethod
-    def sizes(layer: LayerLayout, bits: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def sizes(layer: LayerLayout, bits: int) -> Sizes:
         c, lengths = layer.stored, (layer.m, layer.n)
         planes = [packed_bytes(c * length, 1) for length in lengths]
         return {
@@ -260,7 +268,7 @@ class BillmCodes:
         }
 
     @classmethod
-    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> BillmCodes:
+    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> "BillmCodes":
         c = layer.stored
         cut = {name: _cut(fields[name], sizes) for name, (_, sizes) in cls.sizes(layer, bits).items()}
         sides = []
@@ -276,7 +284,7 @@ class BillmCodes:
         return cls(*sides)
 
 
-@dataclass
+@dataclasses.dataclass
 class DiagonalCodes:
     """JD-Diagonal: this adapter's diagonal, float16 [c], between factors that several adapters share.
 
@@ -299,18 +307,18 @@ class DiagonalCodes:
         return {"shared_b": self.shared_b.reshape(-1), "shared_a": self.shared_a.reshape(-1)}
 
     @staticmethod
-    def sizes(layer: LayerLayout, bits: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def sizes(layer: LayerLayout, bits: int) -> Sizes:
         return {"diagonal": (torch.float16, [layer.stored])}
 
     @staticmethod
-    def shared_sizes(layer: LayerLayout) -> dict[str, tuple[torch.dtype, list[int]]]:
+    def shared_sizes(layer: LayerLayout) -> Sizes:
         return {
             "shared_b": (torch.float16, [layer.stored * layer.m]),
             "shared_a": (torch.float16, [layer.stored * layer.n]),
         }
 
     @classmethod
-    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> DiagonalCodes:
+    def unpack(cls, fields: Fields, layer: LayerLayout, bits: int) -> "DiagonalCodes":
         c = layer.stored
         return cls(fields["diagonal"], fields["shared_b"].view(c, layer.m), fields["shared_a"].view(c, layer.n))
 

@@ -6,16 +6,13 @@ along rows of A and columns of B, so both methods store the same bits: a group o
 one after the other on a grid fixed when it enters the group, and a group of B lies inside one column.
 """
 
-from __future__ import annotations
-
+import pathlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoints.places import expanded
 from ..corpus import read_text
 from .codes import GROUP, RoundToNearest, RtnCodes, Sign
 from .formats import SplitCodes
@@ -28,13 +25,13 @@ CALIBRATION_TOKENS = 256  # tokens a block
 CALIBRATION_BLOCKS = 64  # blocks at most
 
 
-def calibration_blocks(path: str | Path, tokenizer: Callable) -> torch.Tensor:
+def calibration_blocks(path: str | pathlib.Path, tokenizer: Callable) -> torch.Tensor:
     """Tokens of a file of text, or of JSON lines with a field `text`, as [blocks, 256], 64 at most, the rest dropped.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not text, or shorter than one block.
     """
-    path = expanded(path)
+    path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Calibration file {path} does not exist; expected a UTF-8 text file.")
     tokens = torch.tensor(tokenizer("".join(read_text(path)))["input_ids"], dtype=torch.long)
@@ -60,8 +57,8 @@ def input_hessians(
     wanted = set(names)
     sums: dict[str, torch.Tensor] = {}
 
-    def record(name: str):
-        def hook(module, args):
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).to(torch.float32)
             sums[name] = sums[name].addmm_(x.mT, x) if name in sums else x.mT @ x
 

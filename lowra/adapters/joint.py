@@ -4,13 +4,11 @@ For each layer, B_i A_i of adapter i is approximated by U diag(d_i) V with U [m,
 decomposition of the stack of products, found by alternating least squares on the factors; no product is formed.
 """
 
-from __future__ import annotations
-
 import torch
 from tqdm import tqdm
 
 from .codes import round_scale
-from .formats import DiagonalCodes
+from .formats import DiagonalCodes, LayerLayout
 from .loraquant import layout
 from .source import LoraAdapter
 from .storage import PackedAdapter, SharedBasis, pack
@@ -59,7 +57,7 @@ def joint_diagonal(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.T
 
 
 def check_alike(adapters: list[LoraAdapter]) -> None:
-    """Raise ValueError unless there are several adapters with the same layers in the same shapes."""
+    """Raises ValueError unless there are several adapters with the same layers in the same shapes."""
     if len(adapters) < 2:
         raise ValueError(
             "jd-diagonal shares factors between adapters; expected two or more adapter folders, came "
@@ -79,8 +77,8 @@ def check_alike(adapters: list[LoraAdapter]) -> None:
 def quantize_joint(adapters: list[LoraAdapter], progress: bool = False) -> list[PackedAdapter]:
     """JD-Diagonal over several adapters, one packed adapter each around one shared basis, all in float16."""
     check_alike(adapters)
-    coded = [[] for _ in adapters]
-    shared = {"shared_b": [], "shared_a": []}
+    coded: list[list[tuple[LayerLayout, DiagonalCodes]]] = [[] for _ in adapters]
+    shared: dict[str, list[torch.Tensor]] = {"shared_b": [], "shared_a": []}
     for layers in tqdm(list(zip(*(x.layers for x in adapters), strict=True)), desc="jd-diagonal", disable=not progress):
         b, a = torch.stack([layer.b for layer in layers]), torch.stack([layer.a for layer in layers])
         columns, rows, diagonals = joint_diagonal(b, a, a.shape[1])

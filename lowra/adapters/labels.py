@@ -4,8 +4,6 @@ A label is a record, not a signature: the hash shows that bytes have changed sin
 edit. Someone who can rewrite the adapter can rewrite its label too.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import warnings
@@ -70,7 +68,7 @@ def base_fingerprint(model: nn.Module) -> str:
         count = min(SAMPLE, flat.numel())
         places = torch.arange(count, device=flat.device) * flat.numel() // max(1, count)
         hasher.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        hasher.update(flat[places].contiguous().view(torch.uint8).cpu().numpy())
+        hasher.update(flat[places].contiguous().view(torch.uint8).cpu().numpy().data)
     return hasher.hexdigest()
 
 
@@ -103,12 +101,12 @@ class BaseIdentity(NamedTuple):
     quantization: str
 
     @classmethod
-    def of(cls, model: nn.Module) -> BaseIdentity:
+    def of(cls, model: nn.Module) -> "BaseIdentity":
         return cls(base_fingerprint(model), base_quantization(model))
 
 
 def parse_retirement(date: str) -> str:
-    """Check a date of retirement, YYYY-MM-DD; raise ValueError otherwise."""
+    """Checks a date of retirement, YYYY-MM-DD; raises ValueError otherwise."""
     try:
         return datetime.date.fromisoformat(date).isoformat()
     except (TypeError, ValueError) as error:
@@ -179,7 +177,7 @@ def base_problem(label: dict, base: BaseIdentity) -> str | None:
 
 
 def check_label(packed: PackedAdapter, base: BaseIdentity, source: str, force: bool = False) -> None:
-    """Refuse an adapter for another base, past its retirement or with changed bytes.
+    """Refuses an adapter for another base, past its retirement or with changed bytes.
 
     Args:
         base: what it is to be loaded on.

@@ -9,19 +9,17 @@ PEFT keeps one module per adapter and layer, so its `adapter_names=` batches wor
 name the same adapter go through its factors together.
 """
 
-from __future__ import annotations
-
 import copy
+import pathlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..checkpoints.places import expanded
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
@@ -29,7 +27,7 @@ BASE = "__base__"  # PEFT's name for rows of a batch that use no adapter
 
 
 def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
-    """Decode a packed adapter into a PEFT adapter of this name, without checks of its label.
+    """Decodes a packed adapter into a PEFT adapter of this name, without checks of its label.
 
     Args:
         model: the base model, which gets wrapped, or a PeftModel, which gets one adapter more; what is active stays so.
@@ -47,7 +45,7 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
     else:
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         model = wrapper(model, config, adapter_name=name, low_cpu_mem_usage=True)
-    result = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
+    result: Any = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
     absent = [key for key in result.missing_keys if "lora_" in key and f".{name}." in f"{key}."]
     if result.unexpected_keys or absent:
         model.delete_adapter(name)
@@ -60,9 +58,10 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
 
 
 def _check_fit(model: nn.Module, packed: PackedAdapter, name: str) -> None:
-    """Raise ValueError unless the model has every layer of the adapter in its shape; PEFT would find out too late."""
+    """Raises ValueError unless the model has every layer of the adapter in its shape; PEFT would find out too late."""
     # Not get_base_model(), which asks for the active adapter, and a library that was emptied has none.
-    modules = dict((model.base_model.model if isinstance(model, PeftModel) else model).named_modules())
+    bare = model.get_submodule("base_model.model") if isinstance(model, PeftModel) else model
+    modules = dict(bare.named_modules())
     for layer in packed.layers:
         module = modules.get(layer.name.removeprefix("base_model.model."))
         kind = (
@@ -80,18 +79,21 @@ def _check_fit(model: nn.Module, packed: PackedAdapter, name: str) -> None:
 
 
 def _place(model: nn.Module, name: str) -> None:
-    """Move an adapter's parameters to where the layers they belong to are, which may be several devices."""
+    """Moves an adapter's parameters to where the layers they belong to are, which may be several devices."""
     for module in model.modules():
         if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-            own, others = [], []
+            own: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
             for parameter_name, parameter in module.named_parameters():
                 (own if f".{name}." in f".{parameter_name}." else others).append(parameter)
             for parameter in own if others else []:
                 parameter.data = parameter.data.to(others[0].device)
 
 
-def load_packed(model: nn.Module, folder: str | Path, adapter_name: str = "default", force: bool = False) -> PeftModel:
-    """Load one packed adapter into a model, its label checked; the counterpart of `PeftModel.from_pretrained`.
+def load_packed(
+    model: nn.Module, folder: str | pathlib.Path, adapter_name: str = "default", force: bool = False
+) -> PeftModel:
+    """Loads one packed adapter into a model, its label checked; the counterpart of `PeftModel.from_pretrained`.
 
     Args:
         model: the base model or a PeftModel on it.
@@ -149,8 +151,8 @@ class AdapterLibrary:
         """Adapters that are decoded at present, least recently used first."""
         return list(self._decoded)
 
-    def add(self, name: str, folder: str | Path, force: bool = False) -> None:
-        """Take a packed adapter into the library; it stays packed.
+    def add(self, name: str, folder: str | pathlib.Path, force: bool = False) -> None:
+        """Takes a packed adapter into the library; it stays packed.
 
         Args:
             name: what batches call it; no dots, since PEFT makes module names of it.
@@ -166,7 +168,7 @@ class AdapterLibrary:
             raise ValueError(
                 f"Adapter name {name!r} cannot be used; expected one without dots, not empty, not {BASE!r}."
             )
-        above = str(expanded(folder).resolve().parent)
+        above = str(pathlib.Path(folder).resolve().parent)
         packed = read_packed(folder, self._shared.get(above))
         check_label(packed, self.base, str(folder), force)
         if packed.shared:
@@ -174,7 +176,7 @@ class AdapterLibrary:
         self._packed[name] = packed
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; the others, decoded or not, stay as they are."""
+        """Forgets an adapter; the others, decoded or not, stay as they are."""
         self._require(name)
         if name == self._active:
             self._active = None
@@ -190,7 +192,7 @@ class AdapterLibrary:
         return self._packed[name].label
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Decode every adapter that a batch names, "__base__" apart, for `self.model(..., adapter_names=names)`.
+        """Decodes every adapter that a batch names, "__base__" apart, for `self.model(..., adapter_names=names)`.
 
         Raises:
             ValueError: an unknown name, or more different adapters than the cache holds beside the active one.
@@ -217,11 +219,11 @@ class AdapterLibrary:
         self.model.eval()
 
     def switch(self, name: str) -> None:
-        """Make one adapter the active one, for batches that name none; it stays decoded until another is."""
+        """Makes one adapter the active one, for batches that name none; it stays decoded until another is."""
         self._require(name)
         self._active = None
         self.prepare([name])
-        self.model.set_adapter(name, inference_mode=True)
+        self._wrapped.set_adapter(name, inference_mode=True)
         self._active = name
 
     def memory(self) -> dict[str, float]:
@@ -246,13 +248,20 @@ class AdapterLibrary:
             "average_bits": 8 * (packed_bytes + shared_bytes) / parameters if parameters else 0.0,
         }
 
+    @property
+    def _wrapped(self) -> PeftModel:
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("No adapter of this library has been used yet, so its model is the bare base.")
+        return self.model
+
     def _require(self, name: str) -> None:
         if name not in self._packed:
             held = ", ".join(sorted(self._packed)[:10]) or "none"
             raise ValueError(f"The library has no adapter {name!r} among its {len(self)}: {held}.")
 
     def _drop(self, name: str) -> None:
-        if name in self.model.active_adapters and len(self._decoded) > 1:
-            self.model.set_adapter(next(other for other in self._decoded if other != name), inference_mode=True)
-        self.model.delete_adapter(name)
+        model = self._wrapped
+        if name in model.active_adapters and len(self._decoded) > 1:
+            model.set_adapter(next(other for other in self._decoded if other != name), inference_mode=True)
+        model.delete_adapter(name)
         del self._decoded[name]

@@ -1,9 +1,7 @@
 """LoraQuant, and the two baselines that are its parts: BIN and RTN (LoraQuant, Sections 3.1 to 3.3 and Table 1)."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -18,7 +16,7 @@ from .straight_through import Quantizer, refine
 SPLITS = ("svd", "norm", "random")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LoraQuantSettings:
     """Settings of LoraQuant; the defaults are the paper's 2@0.9.
 
@@ -59,12 +57,12 @@ class LoraQuantSettings:
 
 
 def check_bits(bits: int) -> None:
-    """Raise ValueError unless round-to-nearest codes of this width can be packed."""
+    """Raises ValueError unless round-to-nearest codes of this width can be packed."""
     if not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits}; expected 1 to 8 (the papers use 2 and 3).")
 
 
-@dataclass
+@dataclasses.dataclass
 class _Components:
     """One layer on its way: rows of b [c, m] and a [c, n], of which the first h are important."""
 
@@ -78,10 +76,11 @@ def _decompose(layers: list[LoraFactors], settings: LoraQuantSettings, device: s
     """Components of every layer, most important first; layers of one shape share the SVD calls."""
     if settings.split != "svd":
         generator = torch.Generator().manual_seed(0)
+        most = settings.static_h or 0  # the settings demand one where the split is not by singular values
         result = []
         for layer in layers:
             order = importance_order(layer.b.mT, layer.a, settings.split, generator)
-            important = min(settings.static_h, len(order))
+            important = min(most, len(order))
             b, a = layer.b.mT[order].to(device), layer.a[order].to(device)
             result.append(_Components(layer, b, a, important))
         return result
@@ -102,12 +101,12 @@ def _decompose(layers: list[LoraFactors], settings: LoraQuantSettings, device: s
 
 
 def _refine_all(components: list[_Components], bits: int, progress: bool) -> None:
-    """Refine in place, all components of one shape and one quantiser in one batch."""
+    """Refines in place, all components of one shape and one quantiser in one batch."""
     batches: dict[tuple[Quantizer, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     for layer in components:
-        h, shape = layer.important, (layer.b.shape[1], layer.a.shape[1])
-        batches[(RoundToNearest(bits), *shape)].append((layer.b[:h], layer.a[:h]))
-        batches[(Sign(), *shape)].append((layer.b[h:], layer.a[h:]))
+        h, m, n = layer.important, layer.b.shape[1], layer.a.shape[1]
+        batches[RoundToNearest(bits), m, n].append((layer.b[:h], layer.a[:h]))
+        batches[Sign(), m, n].append((layer.b[h:], layer.a[h:]))
     total = sum(len(layer.b) for layer in components)
     with tqdm(total=total, desc="refine", unit="component", disable=not progress) as bar:
         for (quantizer, _, _), views in batches.items():
@@ -143,7 +142,7 @@ def layout(factors: LoraFactors, stored: int, important: int) -> LayerLayout:
 def simulate_loraquant(
     adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False, device: str = "cpu"
 ) -> list[tuple[LayerLayout, SplitCodes]]:
-    """Quantise all layers without packing: codes whose `rows()` are the simulated factors.
+    """Quantises all layers without packing: codes whose `rows()` are the simulated factors.
 
     Args:
         progress: show a progress bar over the components being refined.
@@ -161,7 +160,7 @@ def simulate_loraquant(
 def quantize_loraquant(
     adapter: LoraAdapter, settings: LoraQuantSettings, progress: bool = False, device: str = "cpu"
 ) -> PackedAdapter:
-    """Quantise and pack an adapter by LoraQuant; arguments as in `simulate_loraquant`."""
+    """Quantises and packs an adapter by LoraQuant; arguments as in `simulate_loraquant`."""
     coded = simulate_loraquant(adapter, settings, progress, device)
     return pack(adapter, settings.description, "split", settings.bits, coded)
 

@@ -4,15 +4,12 @@ Only safetensors and JSON are read. An adapter saved as adapter_model.bin is a p
 refused.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from pathlib import Path
+import dataclasses
+import pathlib
 
 import torch
 
 from ..checkpoints.guarded import read_json, read_tensors
-from ..checkpoints.places import expanded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,7 +29,7 @@ _UNSUPPORTED_FIELDS = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class LoraFactors:
     """One LoRA layer: B [m, r] and A [r, n] float32, so that the update is scaling * B A."""
 
@@ -46,17 +43,17 @@ class LoraFactors:
         return self.b.numel() + self.a.numel()
 
 
-@dataclass
+@dataclasses.dataclass
 class LoraAdapter:
     """A trained adapter: PEFT configuration, layers, and tensors that stay as they are (biases, saved modules)."""
 
     config: dict
     layers: list[LoraFactors]
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    folder: Path | None = None
+    kept: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    folder: pathlib.Path | None = None
 
 
-def _check_config(folder: Path, config: dict) -> None:
+def _check_config(folder: pathlib.Path, config: dict) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
@@ -71,7 +68,7 @@ def _check_config(folder: Path, config: dict) -> None:
             )
 
 
-def _check_factor(path: Path, name: str, tensor: torch.Tensor) -> None:
+def _check_factor(path: pathlib.Path, name: str, tensor: torch.Tensor) -> None:
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(
             f"Tensor {name} of {path} has shape {list(tensor.shape)}; expected a matrix. Convolution adapters are not "
@@ -90,8 +87,8 @@ def _check_factor(path: Path, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def read_adapter(folder: str | Path) -> LoraAdapter:
-    """Read a PEFT LoRA folder.
+def read_adapter(folder: str | pathlib.Path) -> LoraAdapter:
+    """Reads a PEFT LoRA folder.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
@@ -100,7 +97,7 @@ def read_adapter(folder: str | Path) -> LoraAdapter:
         FileNotFoundError: the folder or one of its files is missing. ValueError: not a plain LoRA, a cut file,
         unpaired factors, NaN or infinite values; the message names the tensor.
     """
-    folder = expanded(folder)
+    folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder; expected a trained PEFT LoRA adapter with {CONFIG_FILE} and {WEIGHTS_FILE}."

@@ -10,21 +10,18 @@ and, for JD-Diagonal, `shared_basis.safetensors` one folder up. A folder is writ
 and renamed, so a killed process leaves no half-written adapter.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import hashlib
 import json
+import pathlib
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..checkpoints.atomic import save_json, save_tensors
 from ..checkpoints.guarded import parse_json, read_json, read_tensors
-from ..checkpoints.places import expanded
-from .formats import FORMS, DiagonalCodes, LayerCodes, LayerLayout
+from .formats import FORMS, DiagonalCodes, Fields, LayerCodes, LayerLayout, Sizes
 from .source import CONFIG_FILE, LoraAdapter
 
 FORMAT = 1
@@ -47,11 +44,11 @@ def digest(header: str, config: dict, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hasher.update(tensor.view(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
-@dataclass
+@dataclasses.dataclass
 class SharedBasis:
     """Factors that `adapters` JD-Diagonal adapters share: one copy in memory and on disk, counted in equal parts."""
 
@@ -63,7 +60,7 @@ class SharedBasis:
         return digest(str(self.adapters), {}, self.tensors)
 
 
-@dataclass
+@dataclasses.dataclass
 class PackedAdapter:
     """A quantised adapter in packed form; decoding makes new tensors and leaves this one as it is."""
 
@@ -73,7 +70,7 @@ class PackedAdapter:
     layers: list[LayerLayout]
     tensors: dict[str, torch.Tensor]
     config: dict
-    label: dict = field(default_factory=dict)
+    label: dict = dataclasses.field(default_factory=dict)
     shared: SharedBasis | None = None
 
     @property
@@ -106,7 +103,7 @@ class PackedAdapter:
         return digest(self.header, self.config, self.tensors)
 
     def layer_codes(self) -> Iterator[tuple[LayerLayout, LayerCodes]]:
-        """Unpack one layer after the other."""
+        """Unpacks one layer after the other."""
         form = FORMS[self.form]
         position: dict[str, int] = {}
         for layer in self.layers:
@@ -126,7 +123,7 @@ class PackedAdapter:
         return state
 
     def check(self, source: str) -> None:
-        """Raise ValueError unless every field has the type and length that the layout asks for."""
+        """Raises ValueError unless every field has the type and length that the layout asks for."""
         expected: dict[str, tuple[torch.dtype, int]] = {}
         for layer in self.layers:
             for _, sizes in self._fields(layer):
@@ -142,7 +139,7 @@ class PackedAdapter:
                     f"{came}. The file does not belong to its layout: pack the adapter again."
                 )
 
-    def _fields(self, layer: LayerLayout):
+    def _fields(self, layer: LayerLayout) -> Iterator[tuple[Fields, Sizes]]:
         yield self.tensors, FORMS[self.form].sizes(layer, self.bits)
         if self.shared:
             yield self.shared.tensors, DiagonalCodes.shared_sizes(layer)
@@ -161,7 +158,7 @@ def factor_state(layer: LayerLayout, codes: LayerCodes) -> dict[str, torch.Tenso
 
 
 def pack(
-    adapter: LoraAdapter, method: str, form: str, bits: int, coded: list[tuple[LayerLayout, LayerCodes]]
+    adapter: LoraAdapter, method: str, form: str, bits: int, coded: Sequence[tuple[LayerLayout, LayerCodes]]
 ) -> PackedAdapter:
     """Pack the codes of all layers of an adapter; for JD-Diagonal the caller sets `shared` afterwards."""
     pieces: dict[str, list[torch.Tensor]] = {}
@@ -173,21 +170,21 @@ def pack(
     return PackedAdapter(method, form, bits, [layer for layer, _ in coded], tensors, adapter.config)
 
 
-def write_packed(folder: Path, packed: PackedAdapter) -> None:
-    """Write one packed adapter into an existing folder; its label gets the hash of what is written."""
+def write_packed(folder: pathlib.Path, packed: PackedAdapter) -> None:
+    """Writes one packed adapter into an existing folder; its label gets the hash of what is written."""
     packed.label["sha256"] = packed.sha256
     save_tensors(packed.tensors, folder / PACKED_FILE, {_HEADER: packed.header})
     for name, content in ((CONFIG_FILE, packed.config), (LABEL_FILE, packed.label)):
         save_json(content, folder / name)
 
 
-def write_shared(folder: Path, shared: SharedBasis) -> None:
-    """Write the basis of JD-Diagonal adapters into the folder above theirs."""
+def write_shared(folder: pathlib.Path, shared: SharedBasis) -> None:
+    """Writes the basis of JD-Diagonal adapters into the folder above theirs."""
     save_tensors(shared.tensors, folder / SHARED_FILE, {"adapters": str(shared.adapters)})
 
 
-def read_shared(folder: Path) -> SharedBasis:
-    """Read the basis of JD-Diagonal adapters from the folder above theirs."""
+def read_shared(folder: pathlib.Path) -> SharedBasis:
+    """Reads the basis of JD-Diagonal adapters from the folder above theirs."""
     path = folder / SHARED_FILE
     tensors, metadata = read_tensors(path, "the basis that these JD-Diagonal adapters share")
     adapters = metadata.get("adapters", "")
@@ -196,8 +193,8 @@ def read_shared(folder: Path) -> SharedBasis:
     return SharedBasis(tensors, int(adapters))
 
 
-def read_packed(folder: str | Path, shared: SharedBasis | None = None) -> PackedAdapter:
-    """Read a packed adapter into memory, packed. Hash, base and retirement are checked by `labels`, not here.
+def read_packed(folder: str | pathlib.Path, shared: SharedBasis | None = None) -> PackedAdapter:
+    """Reads a packed adapter into memory, packed. Hash, base and retirement are checked by `labels`, not here.
 
     Args:
         folder: what `lowra adapter quantize` wrote.
@@ -207,7 +204,7 @@ def read_packed(folder: str | Path, shared: SharedBasis | None = None) -> Packed
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a cut file, another format, or tensors that do not fit the layout.
     """
-    folder = expanded(folder)
+    folder = pathlib.Path(folder)
     if not (folder / PACKED_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {PACKED_FILE}; expected a folder written by `lowra adapter quantize`. A PEFT adapter "

@@ -15,10 +15,8 @@ For sign codes the start is already the global minimum: whatever q is, the best 
 |b| up to a factor, and the matrix of products of group means has rank one. Their refinement stops after PATIENCE steps.
 """
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -35,7 +33,7 @@ class Quantizer(Protocol):
     """What refinement needs of a quantiser of rows, float32 [components, length]; rows do not influence one another."""
 
     def simulate(self, rows: torch.Tensor) -> torch.Tensor:
-        """Quantise and dequantise, [components, length]."""
+        """Quantises and dequantises, [components, length]."""
 
     def straight_through(self, rows: torch.Tensor, simulated: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient at `rows` from the gradient at `simulated`, all [components, length]."""
@@ -53,7 +51,7 @@ def refine(
     quantizer: Quantizer,
     on_batch: Callable[[int], None] = lambda components: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refine all components of one shape.
+    """Refines all components of one shape.
 
     Args:
         b: columns of B' as rows, float32 [components, m].
@@ -75,9 +73,9 @@ def refine(
     return best_b, best_a
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: operations of this size meet at a barrier every few microseconds.
+    """Keeps torch to one thread: operations of this size meet at a barrier every few microseconds.
 
     Where another process holds a core, the barriers took the shapes of a 7B adapter from 15 to 276 seconds.
     """

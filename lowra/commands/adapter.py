@@ -1,18 +1,16 @@
 """`lowra adapter`: quantise trained LoRA adapters and read the labels of packed ones."""
 
-from __future__ import annotations
-
 import argparse
 import os
+import pathlib
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 import transformers
 from peft import PeftModel
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapters.binary_baselines import quantize_billm, quantize_pbllm
 from ..adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
@@ -21,9 +19,8 @@ from ..adapters.labels import bytes_problem, make_label, parse_retirement, retir
 from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
-from ..checkpoints.atomic import written_beside
+from ..checkpoints.atomic import refuse_existing, written_beside
 from ..checkpoints.dense import empty_model, read_config
-from ..checkpoints.places import expanded, new_folder
 from ..corpus import check_token_ids, load_tokenizer
 from .parser import add_trust
 
@@ -32,12 +29,12 @@ _TAKES_BITS = ("loraquant", "rtn", "gptq")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `adapter` with its actions; each sets `run`, from the parsed arguments to a JSON-able dict."""
+    """Adds `adapter` with its actions; each sets `run`, from the parsed arguments to a JSON-able dict."""
     adapter = subparsers.add_parser("adapter", help="quantise LoRA adapters below two bits, and inspect packed ones")
     actions = adapter.add_subparsers(dest="action", required=True)
     _add_quantize(actions)
     inspect = actions.add_parser("inspect", help="show the label of a packed adapter and whether it still holds")
-    inspect.add_argument("adapter", type=Path, help="folder written by `lowra adapter quantize`")
+    inspect.add_argument("adapter", type=pathlib.Path, help="folder written by `lowra adapter quantize`")
     inspect.set_defaults(run=run_inspect)
 
 
@@ -47,13 +44,21 @@ def _add_quantize(actions: argparse._SubParsersAction) -> None:
         help="quantise a trained PEFT LoRA adapter and pack it",
         description="Quantise a trained PEFT LoRA adapter by LoraQuant or one of its baselines, and write it packed.",
     )
-    parser.add_argument("adapters", metavar="ADAPTER", type=Path, nargs="+", help="PEFT folder (jd-diagonal: several)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the packed adapter")
+    parser.add_argument(
+        "adapters", metavar="ADAPTER", type=pathlib.Path, nargs="+", help="PEFT folder (jd-diagonal: several)"
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, required=True, metavar="DIR", help="new folder for the packed adapter"
+    )
     # Checked by hand, so that an unknown method gets the same kind of message as any other bad input.
     parser.add_argument("--method", default="loraquant", help=f"one of {', '.join(METHODS)} (default loraquant)")
     parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
-    parser.add_argument("--base", type=Path, help="base model; default: the one the adapter names, if it is a folder")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text or JSON lines for the Hessians of gptq")
+    parser.add_argument(
+        "--base", type=pathlib.Path, help="base model; default: the one the adapter names, if it is a folder"
+    )
+    parser.add_argument(
+        "--calibration", type=pathlib.Path, metavar="FILE", help="text or JSON lines for the Hessians of gptq"
+    )
     add_trust(parser)
 
     own = parser.add_argument_group("loraquant")
@@ -75,7 +80,7 @@ def _add_quantize(actions: argparse._SubParsersAction) -> None:
 
 
 def run_quantize(args: argparse.Namespace) -> dict:
-    """Quantise, label and write; everything that can be refused is refused before anything is written.
+    """Quantises, labels and writes; everything that can be refused is refused before anything is written.
 
     Raises:
         ValueError, FileNotFoundError: bad options or input, with what was expected, what came and what to do.
@@ -84,10 +89,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
     evaluation = _parse_evaluation(args.evaluation)
     if args.retire is not None:
         parse_retirement(args.retire)
-    args.output = expanded(args.output)
-    new_folder(args.output)
-    args.adapters = [expanded(folder) for folder in args.adapters]
-    args.base = None if args.base is None else expanded(args.base)
+    refuse_existing(args.output)
     adapters = [read_adapter(folder) for folder in args.adapters]
     if args.method == "jd-diagonal":
         check_alike(adapters)
@@ -108,7 +110,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
         )
 
     start = time.perf_counter()
-    if args.method == "gptq":
+    if base is not None and base_path is not None and args.method == "gptq":
         packed = [_run_gptq(args, settings.bits, adapters[0], base, base_path)]
     else:
         packed = _run_method(args.method, settings, adapters)
@@ -179,17 +181,17 @@ def _parse_evaluation(pairs: list[str]) -> dict[str, str]:
     return results
 
 
-def _base_path(args: argparse.Namespace, adapter: LoraAdapter) -> Path | None:
+def _base_path(args: argparse.Namespace, adapter: LoraAdapter) -> pathlib.Path | None:
     """Folder of the base: --base, or what the adapter names if that is a folder here."""
     if args.base is not None:
         if not (args.base / "config.json").is_file():
             raise FileNotFoundError(f"{args.base} has no config.json; expected the folder of a base model.")
         return args.base
     named = adapter.config.get("base_model_name_or_path")
-    return Path(named) if named and (Path(named) / "config.json").is_file() else None
+    return pathlib.Path(named) if named and (pathlib.Path(named) / "config.json").is_file() else None
 
 
-def _load_base(path: Path, trust_remote_code: bool) -> nn.Module:
+def _load_base(path: pathlib.Path, trust_remote_code: bool) -> PreTrainedModel:
     """The base model in the type of its checkpoint, in the class that its configuration names."""
     if trust_remote_code:
         return type(empty_model(path, trust_remote_code)).from_pretrained(path, dtype="auto")
@@ -200,7 +202,9 @@ def _load_base(path: Path, trust_remote_code: bool) -> nn.Module:
     return model_class.from_pretrained(path, dtype="auto")
 
 
-def _run_gptq(args, bits: int, adapter: LoraAdapter, base: nn.Module, base_path: Path) -> PackedAdapter:
+def _run_gptq(
+    args: argparse.Namespace, bits: int, adapter: LoraAdapter, base: PreTrainedModel, base_path: pathlib.Path
+) -> PackedAdapter:
     tokenizer = load_tokenizer(base_path, args.trust_remote_code)
     blocks = calibration_blocks(args.calibration, tokenizer)
     check_token_ids(set(blocks.flatten().tolist()), base.config, tokenizer, "the calibration text")
@@ -267,7 +271,7 @@ def _important_counts(packed: PackedAdapter) -> str:
 
 
 def run_inspect(args: argparse.Namespace) -> dict:
-    """Show the label of a packed adapter, whether its bytes are those packed and whether it is past retirement.
+    """Shows the label of a packed adapter, whether its bytes are those packed and whether it is past retirement.
 
     Raises:
         ValueError, FileNotFoundError: no packed adapter, or one that cannot be read.
