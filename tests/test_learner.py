@@ -1,4 +1,4 @@
-"""The mapping and threshold learner against its definition, written out naively here."""
+"""The learner of levels and thresholds against its definition, written out naively here."""
 
 import pytest
 import torch

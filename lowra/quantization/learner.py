@@ -1,4 +1,4 @@
-"""Mapping and threshold learner (P1): weighted Lloyd-Max per output channel, data-free (LowRA, section 5)."""
+"""Learner of levels and thresholds (P1): weighted Lloyd-Max per output channel, data-free (LowRA, section 5)."""
 
 import torch
 

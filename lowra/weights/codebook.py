@@ -1,4 +1,4 @@
-"""Mappings and thresholds: the tables every search starts from, and the tables learned for one matrix."""
+"""Levels and thresholds: the tables every search starts from, and the tables learned for one matrix."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ class Codebook:
     """Tables of one matrix for all precisions, columns in the order 4, 2, 1 bits (LowRA, T2 of figure 1).
 
     Attributes:
-        levels: float32 [N, 22], mappings in normalised space, ascending within a precision.
+        levels: float32 [N, 22], in normalised space, ascending within a precision.
         thresholds: float32 [N, 19].
         errors: float32 [N, 3], squared error of each channel in the dequantised domain at 4, 2 and 1 bits.
     """
@@ -47,11 +47,11 @@ class Codebook:
         column = (row_bits == 2).long() + 2 * (row_bits == 1).long()
         return self.errors.gather(1, column[:, None])[:, 0]
 
-    def to(self, device) -> "Codebook":
+    def to(self, device: torch.device | str) -> "Codebook":
         return Codebook(self.levels.to(device), self.thresholds.to(device), self.errors.to(device))
 
 
-def initial_tables(device=None) -> tuple[torch.Tensor, torch.Tensor]:
+def initial_tables(device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels [22] and thresholds [19] every search starts from (LowRA, appendix F)."""
     nf4_midpoints = [(low + high) / 2 for low, high in zip(NF4, NF4[1:], strict=False)]
     levels = torch.tensor([*NF4, *NF2, *BINARY], dtype=torch.float32, device=device)

@@ -6,6 +6,7 @@ loaded. It guards against damage and confusion, not against somebody who makes f
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 import xxhash
 
@@ -15,7 +16,7 @@ ALGORITHM = "xxh3_128"
 TABLES = ("scales", "scale_steps", "levels")
 
 
-def digest_of(stored_as: str, shape: Iterable[int], content) -> str:
+def digest_of(stored_as: str, shape: Iterable[int], content: bytes | np.ndarray) -> str:
     """Digest, in hex, of one tensor.
 
     Args:
@@ -24,7 +25,7 @@ def digest_of(stored_as: str, shape: Iterable[int], content) -> str:
         content: its bytes, as whatever has a buffer.
     """
     hasher = xxhash.xxh3_128(f"{stored_as} {list(shape)}\n".encode())
-    hasher.update(content)
+    hasher.update(content if isinstance(content, bytes) else content.data)
     return hasher.hexdigest()
 
 
