@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -30,7 +32,7 @@ _CHOICES = {
     "sensitivity": ("layer", "none", "fisher"),
 }
 
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "bits": (int, float),
     **dict.fromkeys(("group_size", "iterations", "refine", "feedback"), int),
     **dict.fromkeys(("quantize_head", "quantize_embeddings"), bool),
@@ -46,7 +48,7 @@ class LowRAConfig(QuantizationConfigMixin):
         bits: budget in bits per quantised parameter, from the smallest to the largest of `menu`.
         menu: precisions a channel may get, a subset of (1, 2, 4). The paper leaves out 1 for LLaMA from 2.0 bits on.
         budget: "nominal" counts codes alone, as the paper does; "true" counts everything stored (codes, padding, group
-            scales, mappings, precisions).
+            scales, levels, precisions).
         group_size: consecutive weights of a channel that share a scale; a multiple of 8 up to 256.
         scales: storage of the group scales: "double_quant" (8 bits and a float32 per 256), "float16" or "float32".
         codebook: "learned" (weighted Lloyd-Max per channel) or "normal_float" (NF4, NF2; no 1-bit form).
@@ -78,7 +80,7 @@ class LowRAConfig(QuantizationConfigMixin):
     The last three are None in checkpoints of earlier versions.
     """
 
-    quant_method: str = "lowra"  # how Transformers finds this class
+    quant_method: Any = "lowra"  # how Transformers finds this class; it has an enumeration of its own methods
     bits: float = 2.0
     menu: tuple[int, ...] = PRECISIONS
     budget: str = "nominal"
@@ -105,7 +107,7 @@ class LowRAConfig(QuantizationConfigMixin):
     initial_adapter: dict | None = None
     calibration: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_format(self.format_version)
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
@@ -140,7 +142,7 @@ class LowRAConfig(QuantizationConfigMixin):
             )
 
     @classmethod
-    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary of the attributes above (config.json, YAML). An unknown key is refused by name."""
         _check_format(config_dict.get("format_version", FORMAT_VERSION))  # first: another format has other keys
         check_keys(config_dict, [field.name for field in dataclasses.fields(cls)], "LowRAConfig")
@@ -151,7 +153,7 @@ class LowRAConfig(QuantizationConfigMixin):
         return {**dataclasses.asdict(self), "menu": list(self.menu)}
 
 
-def _check_format(version) -> None:
+def _check_format(version: object) -> None:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"This checkpoint has packed format {version!r}, this lowra reads format {FORMAT_VERSION}. "
@@ -159,7 +161,7 @@ def _check_format(version) -> None:
         )
 
 
-def check_keys(given, known, what: str) -> None:
+def check_keys(given: Iterable[str], known: Collection[str], what: str) -> None:
     """Raises ValueError for keys that are not known, naming the nearest one that is."""
     for key in given:
         if key not in known:
@@ -168,5 +170,5 @@ def check_keys(given, known, what: str) -> None:
             raise ValueError(f"{what} has no key {key!r}.{hint}")
 
 
-def _words(values) -> str:
+def _words(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values)

@@ -10,6 +10,7 @@ a number as it is, turns the text "2020-01-01T00:00:00" into a date, and takes 3
 
 import json
 import pathlib
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ def read_json_lines(path: str | pathlib.Path, columns: list[str]) -> list[dict]:
     return _rows(path, _decoded(path), columns)
 
 
-def check_row(row, columns: list[str], where: str) -> None:
+def check_row(row: Any, columns: list[str], where: str) -> None:
     """
     Raises:
         ValueError: something other than an object with text in each of the columns; `where` begins the message.
@@ -116,7 +117,7 @@ def check_token_ids(ids: set[int], config: PreTrainedConfig, tokenizer: PreTrain
 
 
 def _rows(path: pathlib.Path, text: str, columns: list[str]) -> list[dict]:
-    rows = []
+    rows: list[dict] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -217,7 +218,7 @@ def _lone_surrogate(text: str) -> str | None:
     return None
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 

@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -20,10 +21,10 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .companions import NOT_WANTED
 from .guarded import check_file, open_tensors, read_json
-from .places import expanded
 
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_SECOND_COPIES = ["consolidated*", "*/*"]  # of the same weights in other formats, as some repositories hold them
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -33,13 +34,13 @@ def resolve_folder(model: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: neither a folder nor a name the hub knows.
     """
-    folder = expanded(model)
+    folder = pathlib.Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder with a model in it.")
     try:
-        return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
+        return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS, ignore_patterns=_SECOND_COPIES))
     except Exception as error:
         raise FileNotFoundError(
             f"{model} is neither a local folder nor could it be had from the hub: {error}"
@@ -177,8 +178,10 @@ def _class_with_head(name: str, config: PreTrainedConfig) -> type[PreTrainedMode
     Checkpoints such as facebook/bart-large name the bare model, which no task can be trained with.
     """
     named = getattr(transformers, name)
-    if config.is_encoder_decoder and config.tie_word_embeddings and MODEL_MAPPING.get(type(config), None) is named:
-        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), named)
+    bare: Any = MODEL_MAPPING.get(type(config), None)
+    if config.is_encoder_decoder and config.tie_word_embeddings and bare is named:
+        with_head: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), named)
+        return with_head
     return named
 
 
@@ -212,7 +215,7 @@ class DenseCheckpoint:
         matches = match_tensors(files, model, needed=needed)
         self.unplaced = _unplaced(matches, model)
         for match, dtype in _check_shapes(matches, model):
-            if self._expected[match.name].is_floating_point() and dtype not in _DENSE_TYPES:
+            if self._expected[str(match.name)].is_floating_point() and dtype not in _DENSE_TYPES:
                 raise ValueError(
                     f"Tensor {match.key} is stored as {dtype}: only dense checkpoints in 16 or 32 bits "
                     f"({', '.join(_DENSE_TYPES)}) are read."
@@ -227,7 +230,8 @@ class DenseCheckpoint:
                 name = ties[name]
             made_by = WeightRenaming(match.key, name) if match.converter is None else match.converter
             mapping = self._mappings.setdefault(name, copy.deepcopy(made_by))
-            mapping.add_tensor(name, match.key, match.pattern, match.reader)
+            reader: Any = match.reader  # called, as it would call a future's result
+            mapping.add_tensor(name, match.key, match.pattern, reader)
 
     def names(self) -> list[str]:
         """One name per conversion, in natural order; `load` may give several tensors for one."""
@@ -384,7 +388,7 @@ def _check_shapes(matches: list[TensorMatch], model: PreTrainedModel) -> Iterato
             for match in members:
                 header = content.get_slice(match.key)
                 if match.converter is None:
-                    _check_shape(match.key, header.get_shape(), expected[match.name].shape, model)
+                    _check_shape(match.key, header.get_shape(), expected[str(match.name)].shape, model)
                 yield match, header.get_dtype()
 
 
@@ -400,7 +404,7 @@ def _any_of(patterns: set[str]) -> re.Pattern:
     return re.compile("|".join(patterns or ["(?!)"]))
 
 
-def count_and_names(names) -> str:
+def count_and_names(names: Iterable[str]) -> str:
     """Such as "2 tensor(s): a, b"."""
     names = sorted(names)
     return f"{len(names)} tensor(s): {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"

@@ -11,6 +11,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,8 +82,8 @@ def parse_json(text: str, place: str, what: str) -> dict:
     return content
 
 
-def _unambiguous(pairs: list[tuple]) -> dict:
-    content = {}
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content and content[key] != value:
             raise ValueError(f"the key {key!r} twice with different values")

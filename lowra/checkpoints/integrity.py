@@ -68,7 +68,7 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
         for module in modules
     ]
     # mapped, and not read into memory of our own: copying takes twice as long as hashing
-    contents = {path: np.memmap(path, np.uint8, mode="r") for path in files}
+    contents: dict[pathlib.Path, np.ndarray] = {path: np.memmap(path, np.uint8, mode="r") for path in files}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         packed = list(threads.map(lambda weight: _read_packed(weight, contents), weights))
         dense = list(threads.map(lambda place: _digest(place, contents), places.values()))
@@ -210,5 +210,7 @@ def _digest(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> st
 
 
 def _tensor(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> torch.Tensor:
+    if place.dtype is None:
+        raise ValueError(f"{place.key} is stored as {place.stored_as}, which no packed weight is. {_REMEDY}")
     owned = contents[place.path][place.start : place.stop].copy()
     return torch.from_numpy(owned).view(place.dtype).view(place.shape)

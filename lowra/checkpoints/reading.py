@@ -138,7 +138,7 @@ def _copy_chunks(chunks: queue.SimpleQueue, device: torch.device, allocated: tor
     """Reads and copies chunks until none is left; one of several threads."""
     with torch.cuda.device(device):  # or the page-locked memory would open a context on the first GPU
         buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-        bytes_of_buffer = memoryview(buffer.numpy())
+        bytes_of_buffer = buffer.numpy().data
         stream = torch.cuda.Stream(device)
         stream.wait_event(allocated)
         with torch.cuda.stream(stream):

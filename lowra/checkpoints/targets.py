@@ -79,7 +79,7 @@ def find_targets(
     Raises:
         ValueError: nothing is left to quantise, or head or embeddings are asked for that cannot be.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     targets, dense = {}, {}
     for name, module in model.named_modules():
@@ -133,7 +133,7 @@ def check_skips(model: nn.Module, skip: list[str] | None) -> None:
 
 
 def _embedding_target(model: nn.Module) -> dict[str, Target]:
-    table = model.get_input_embeddings()
+    table = getattr(model, "get_input_embeddings", lambda: None)()
     name = _name_of(model, table)
     if name is None or not isinstance(table, nn.Embedding):
         raise ValueError(f"{type(model).__name__} has no token embeddings to quantise: leave quantize_embeddings out.")

@@ -6,8 +6,6 @@ import logging
 import sys
 import warnings
 
-from safetensors import SafetensorError
-
 from ..version import __version__
 from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize, verify
 from .parser import CommandParser
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         result = args.run(args)
-    except (ValueError, OSError, SafetensorError) as error:  # the last where the Trainer or PEFT cannot write
+    except (ValueError, OSError) as error:
         print(f"lowra: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

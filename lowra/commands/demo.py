@@ -1,9 +1,9 @@
 """`lowra demo`: the main job on a model trained on the spot, or on any model given."""
 
+import argparse
 import pathlib
 import time
 
-from ..checkpoints.places import usable_folder
 from ..corpus import load_tokenizer
 from ..demo import train_base, write_texts
 from ..generation.loading import load_model
@@ -17,7 +17,7 @@ _BITS = (4.0, 2.0, 1.5)
 _RANK = 8
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="compare 16-bit, QLoRA, LoftQ and LowRA at 4, 2 and 1.5 bits in one table and picture",
@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """Trains the base where none is given, runs the comparison, and lets the smallest model speak.
 
     Raises:
@@ -46,17 +46,16 @@ def run(args) -> dict:
     """
     if (args.train is None) != (args.validation is None):
         raise ValueError("Give --train and --validation together, or neither.")
-    output = usable_folder(args.output)
     start = time.perf_counter()
-    texts = write_texts(output / "text")
+    texts = write_texts(args.output / "text")
     model = args.model
     if model is None:
-        model = str(output / "base")
-        if not (output / "base" / "tokenizer_config.json").exists():
-            train_base(texts["base"], output / "base", args.seed)
+        model = str(args.output / "base")
+        if not (args.output / "base" / "tokenizer_config.json").exists():
+            train_base(texts["base"], args.output / "base", args.seed)
     recipe = Recipe(
         model=model,
-        output=str(output),
+        output=str(args.output),
         rank=_RANK,
         train_file=args.train or str(texts["train"]),
         validation_file=args.validation or str(texts["validation"]),
@@ -72,12 +71,12 @@ def run(args) -> dict:
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
     )
-    result = run_grid(recipe, plan_grid(recipe, list(_METHODS), list(_BITS), [args.seed]), output)
+    result = run_grid(recipe, plan_grid(recipe, list(_METHODS), list(_BITS), [args.seed]), args.output)
     print()
-    print((output / "table.md").read_text(encoding="utf-8"))
+    print((args.output / "table.md").read_text(encoding="utf-8"))
     print(f"Perplexity on held-out text before (untuned) and after {args.steps} steps; lower is better.")
     print(f"Table: {result['table']}. Picture: {result['picture']}.")
-    smallest = next(path for path in (output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
+    smallest = next(path for path in (args.output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
     loaded = load_model(str(smallest), str(smallest / "initial_adapter"), trust_remote_code=args.trust_remote_code)
     sizes = [sum(path.stat().st_size for path in pathlib.Path(at).glob("*.safetensors")) for at in (model, smallest)]
     if sizes[0]:  # a name on the hub has no folder

@@ -42,7 +42,7 @@ def _show(recipe: Recipe, result: dict) -> None:
     print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
 
 
-def _number(value) -> str:
+def _number(value: object) -> str:
     if value is None:
         return "diverged"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

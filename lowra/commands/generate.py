@@ -1,5 +1,6 @@
 """`lowra generate`: text from a packed model and its adapter."""
 
+import argparse
 import time
 
 from ..corpus import load_tokenizer
@@ -8,7 +9,7 @@ from ..generation.text import generate_text
 from .parser import add_trust
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a prompt",
@@ -26,7 +27,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """Prints the prompt with its continuation."""
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1; got {args.tokens}.")

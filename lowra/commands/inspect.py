@@ -1,16 +1,16 @@
 """`lowra inspect`: where the bits of a packed checkpoint went, and what they cost."""
 
+import argparse
 import dataclasses
 import pathlib
 
-from ..checkpoints.places import expanded, usable_file, usable_folder
 from ..inspection.errors import Original, channel_errors, quantiles
 from ..inspection.memory import PAPER_RANK, TOKENS, footprints
 from ..inspection.packed import NF4_BITS, LayerContent, PackedFolder
 from .parser import add_trust
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="show bits, bytes and errors of a packed checkpoint, and draw them",
@@ -31,9 +31,8 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """Prints the tables and returns them as one object."""
-    plot = None if args.plot is None else _checked_plot(args.plot)
     packed = PackedFolder(args.model, args.trust_remote_code)
     original = None if args.original is None else Original(args.original, packed, args.trust_remote_code)
     layers = list(packed.contents())
@@ -54,27 +53,13 @@ def run(args) -> dict:
         errors = channel_errors(packed, original)
         result["errors"] = quantiles(errors)
         _print_errors(result["errors"])
-    if plot is not None:
+    if args.plot is not None:
         from ..inspection.pictures import draw_all, write_pictures  # matplotlib takes a second to import
 
-        paths = write_pictures(draw_all(packed, layers, rank, original, errors), plot)
+        paths = write_pictures(draw_all(packed, layers, rank, original, errors), args.plot)
         result["pictures"] = [str(path) for path in paths]
         print(f"\npictures: {', '.join(result['pictures'])}")
     return result
-
-
-def _checked_plot(place: pathlib.Path) -> pathlib.Path:
-    """
-    Raises:
-        OSError, ValueError: a file type that matplotlib does not write, or a place that cannot be written.
-    """
-    place = expanded(place)
-    if not place.suffix or place.is_dir():
-        return usable_folder(place)
-    if place.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot takes a folder, or a file in .png, .svg or .pdf; got {place.name}.")
-    usable_file(place.with_name(f"{place.stem}-channels{place.suffix}"))  # the longest name there is
-    return place if place.suffix != ".pdf" else usable_file(place)
 
 
 def _totals(packed: PackedFolder, layers: list[LayerContent]) -> dict:
@@ -126,8 +111,8 @@ def _print_totals(total: dict) -> None:
             "of the packed weights": "packed_error",
             "with the initial adapter": "adapted_error",
         }
-        parts = [f"{name} {total[key]:.5f}" for name, key in shown.items() if key in total]
-        print(f"  squared error / energy: {', '.join(parts)}")
+        errors = [f"{name} {total[key]:.5f}" for name, key in shown.items() if key in total]
+        print(f"  squared error / energy: {', '.join(errors)}")
 
 
 def _by_kind(layers: list[LayerContent]) -> list[dict]:

@@ -2,15 +2,19 @@
 
 import argparse
 import difflib
+from collections.abc import Sequence
+from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
     """Knows no abbreviations, under which a misspelt option would pass for another, and names the nearest instead."""
 
-    def __init__(self, *args, formatter_class=None, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class or HelpWithDefaults, **kwargs)
+    def __init__(self, *, formatter_class: type[argparse.HelpFormatter] | None = None, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class or HelpWithDefaults, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override] # overloads of argparse by the kind of namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [word.partition("=")[0] for word in unknown if word.startswith("-")]

@@ -1,9 +1,10 @@
 """`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
 
+import argparse
 import functools
 import pathlib
+from collections.abc import Callable
 
-from ..checkpoints.places import expanded
 from ..config import LowRAConfig
 from ..quantization.calibration import TOKENS, Calibration, calibrate
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
@@ -12,7 +13,7 @@ from ..quantization.pipeline import quantize_checkpoint
 from .parser import add_trust
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "quantize",
         help="pack a checkpoint into 1 to 4 bits per weight and prepare an adapter",
@@ -72,10 +73,9 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """Quantises and prints what came out."""
     _refuse_options_without_effect(args)
-    args.output = expanded(args.output)
     stored = Calibration.load(args.calibrate) if (args.calibrate or "").endswith(".safetensors") else None
     has_moments = _wants_moments(args) if stored is None else stored.has_moments
     config = LowRAConfig(
@@ -100,7 +100,7 @@ def run(args) -> dict:
     if args.rank is not None:
         method = args.init or ("cloq" if has_moments else "loftq")
         adapter = AdapterRecipe(args.rank, args.alpha, method, STEPS if args.loftq_steps is None else args.loftq_steps)
-    calibration = stored
+    calibration: Calibration | Callable[[], Calibration] | None = stored
     if args.calibrate and stored is None:
         calibration = functools.partial(
             calibrate,
@@ -138,7 +138,7 @@ def run(args) -> dict:
     return {"output": str(args.output), **report}
 
 
-def _refuse_options_without_effect(args) -> None:
+def _refuse_options_without_effect(args: argparse.Namespace) -> None:
     """Raises ValueError for an option that needs another one."""
     needs = {
         "--alpha": (args.alpha, "--rank", args.rank),
@@ -151,7 +151,7 @@ def _refuse_options_without_effect(args) -> None:
             raise ValueError(f"{option} has no effect without {needed}: give that too, or leave it out.")
 
 
-def _wants_moments(args) -> bool:
+def _wants_moments(args: argparse.Namespace) -> bool:
     """Whether a pass over text has to collect second moments, for feedback or for the adapter's start."""
     cloq = args.rank is not None and args.init in (None, "cloq")
     return args.calibrate is not None and (cloq or args.feedback != 0)

@@ -1,11 +1,13 @@
 """`lowra verify`: whether a packed checkpoint is, byte for byte, what was written."""
 
+import argparse
+
 from ..checkpoints.dense import resolve_folder, safetensors_files
 from ..checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tensors, find_tensors, read_digests
 from ..inspection.packed import PackedFolder
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="check every byte of a packed checkpoint against what was written",
@@ -16,7 +18,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """
     Raises:
         FileNotFoundError, ValueError: no packed checkpoint, or one that is damaged or was changed.

@@ -48,7 +48,7 @@ def train_base(text: pathlib.Path, folder: pathlib.Path, seed: int = 0) -> None:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix(loss=f"{loss.item():.2f}")
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

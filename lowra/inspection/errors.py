@@ -104,11 +104,11 @@ def _adapter_product(folder: pathlib.Path, module: str) -> torch.Tensor:
 
 def quantiles(errors: list[ChannelErrors]) -> dict[str, dict]:
     """Quantiles of the relative errors by precision, of the base alone and with the initial adapter."""
-    found = {}
+    found: dict[str, dict] = {}
     for bits in (4, 2, 1):
         for which in ("base", "adapted"):
-            values = [getattr(e, which)[e.row_bits == bits] for e in errors if getattr(e, which) is not None]
-            values = torch.cat(values) if values else torch.empty(0)
+            parts = [getattr(e, which)[e.row_bits == bits] for e in errors if getattr(e, which) is not None]
+            values = torch.cat(parts) if parts else torch.empty(0)
             if values.numel():
                 at = torch.quantile(values.double(), torch.tensor(QUANTILES, dtype=torch.float64))
                 found.setdefault(f"{bits} bit" + ("s" if bits > 1 else ""), {})[which] = {

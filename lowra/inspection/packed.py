@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -103,7 +104,7 @@ class PackedFolder:
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""
         tensors = read(self._files.of(target.name), torch.device("cpu"))
-        named = {name: tensors.get(name) for name in TENSOR_NAMES}
+        named: dict[str, Any] = {name: tensors.get(name) for name in TENSOR_NAMES}
         return PackedWeight(**named, in_features=target.in_features, group_size=self.config.group_size)
 
     def contents(self) -> Iterator[LayerContent]:

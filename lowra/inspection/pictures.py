@@ -1,6 +1,7 @@
 """Pictures of a packed checkpoint, among them the paper's figures 2, 7 to 10 for the given model."""
 
 import pathlib
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
+from ..weights.packed import PackedWeight
 from .errors import ChannelErrors, Original
 from .memory import TOKENS, footprints
 from .packed import LayerContent, PackedFolder, block_of, kind_of
@@ -56,8 +58,12 @@ def draw_all(
 
 
 def write_pictures(pictures: dict[str, Figure], place: pathlib.Path) -> list[pathlib.Path]:
-    """Into a folder as NAME.png; into a PDF as its pages; beside an image file's name as STEM-NAME.png."""
-    if place.suffix == ".pdf" and not place.is_dir():
+    """Into a folder as NAME.png; into a PDF as its pages; beside an image file's name as STEM-NAME.png.
+
+    Raises:
+        ValueError: a file type that matplotlib does not write.
+    """
+    if place.suffix == ".pdf":
         from matplotlib.backends.backend_pdf import PdfPages
 
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +72,8 @@ def write_pictures(pictures: dict[str, Figure], place: pathlib.Path) -> list[pat
                 pages.savefig(figure)
         return [place]
     if place.suffix and not place.is_dir():
+        if place.suffix not in (".png", ".svg"):
+            raise ValueError(f"--plot takes a folder, or a file in .png, .svg or .pdf; got {place.name}.")
         paths = {name: place.with_name(f"{place.stem}-{name}{place.suffix}") for name in pictures}
     else:
         paths = {name: place / f"{name}.png" for name in pictures}
@@ -104,9 +112,9 @@ def draw_bits(layers: list[LayerContent]) -> Figure:
     figure.colorbar(image, ax=left, label="bits")
     total = sum(counts.values())
     start = np.zeros(len(kinds))
-    for bits, count in counts.items():
-        right.barh(range(len(kinds)), count / total, left=start, color=_COLOURS[bits], label=_words(bits))
-        start += count / total
+    for bits, of_kinds in counts.items():
+        right.barh(range(len(kinds)), of_kinds / total, left=start, color=_COLOURS[bits], label=_words(bits))
+        start += of_kinds / total
     right.set_xlim(0, 1)
     right.xaxis.set_major_formatter("{x:.0%}")
     right.set_xlabel("share of output channels")
@@ -157,7 +165,7 @@ def draw_memory(layers: list[LayerContent], packed: PackedFolder, rank: int) -> 
     """Figures 7 to 9: memory by what it is spent on, for inference and for fine-tuning."""
     dense_bytes = packed.total_bytes - sum(layer.stored_bytes for layer in layers)
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
     for axis, training in zip(axes, (False, True), strict=True):
         bars = footprints(layers, dense_bytes, rank, training)
         unit, divisor = _unit(max(bar.total for bar in bars))
@@ -178,7 +186,7 @@ def draw_memory(layers: list[LayerContent], packed: PackedFolder, rank: int) -> 
         axis.tick_params(labelleft=True)
         axis.set_ylabel(f"memory [{unit}]")
     figure.suptitle(f"Memory by use (batch 1 x {TOKENS} tokens, linear layers only, no gradient checkpointing)")
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -262,7 +270,7 @@ def _normalised(row: torch.Tensor, group_size: int) -> torch.Tensor:
     return (padded / absmax.clamp(min=torch.finfo(torch.float32).tiny)).reshape(-1)[: row.numel()]
 
 
-def _level_shares(row: torch.Tensor, content, channel: int) -> tuple[np.ndarray, np.ndarray]:
+def _level_shares(row: torch.Tensor, content: PackedWeight, channel: int) -> tuple[np.ndarray, np.ndarray]:
     """The levels of one channel, and the share of its weights at each, from its dequantised weights [K]."""
     place = (layout.row_order(content.row_bits) == channel).nonzero()[0]
     (segment,) = (s for s in content.segments() if s.first <= int(place) < s.end)

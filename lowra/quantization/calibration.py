@@ -8,16 +8,17 @@ loss at output i, H = mean x x^T. With the diagonal of H alone this is the squar
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
 from ..checkpoints.guarded import read_tensors
-from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
@@ -89,12 +90,9 @@ class Calibration:
         return moment + DAMPING * torch.eye(moment.shape[0])
 
     def digest(self) -> str:
-        """Names these statistics, second moments apart, of which a file keeps less than was collected."""
-        return _digest(self.inputs, self.gradients)
-
-    def digest_of_moments(self) -> str:
-        """Names the second moments, of those that are larger than the model by the sums of their rows."""
-        return _digest({name: moment.sum(dim=1) for name, moment in self.moments.items()}, self.factors)
+        """Names these statistics in the record of a quantisation that may be resumed."""
+        tensors = [t for part in (self.inputs, self.gradients) for _, t in sorted(part.items())]
+        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()
 
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
@@ -120,11 +118,11 @@ class Calibration:
         Raises:
             FileNotFoundError, ValueError: no such file, or not one of these.
         """
-        path = expanded(path)
+        path = pathlib.Path(path)
         path = path / CALIBRATION_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
-        parts = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
         for key, tensor in read_tensors(path, "the statistics of a calibration")[0].items():
             part, _, name = key.partition(".")
             if part not in parts:
@@ -133,16 +131,6 @@ class Calibration:
         for name, owner in parts.pop("shared").items():
             parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
         return cls(**parts)
-
-
-def _digest(*parts: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        for name, tensor in sorted(part.items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
-        digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def calibrate(
@@ -217,12 +205,18 @@ def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObser
     return observers + [ExpertObserver(model.get_submodule(module), leaves) for module, leaves in experts.items()]
 
 
-def _sequences(folder, text, tokens, config, trust_remote_code: bool) -> torch.Tensor:
+def _sequences(
+    folder: pathlib.Path,
+    text: str | pathlib.Path | Iterable[str],
+    tokens: int,
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
+) -> torch.Tensor:
     """Token ids [count, length] of the beginning of the text."""
     if tokens < 1:
         raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
-        text = read_text(expanded(text))
+        text = read_text(text)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []
@@ -244,16 +238,19 @@ class Collector:
     """Hooks that reduce inputs and output gradients on the fly; nothing of size tokens stays alive."""
 
     def __init__(self, modules: dict[str, nn.Module], moments: bool):
-        self.inputs, self.gradients, self.moments = {}, {}, {}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.moments: dict[str, torch.Tensor] = {}
         self._with_moments = moments
-        self._tokens, self._gradient_tokens = {}, {}
-        self._handles = []
+        self._tokens: dict[str, int] = {}
+        self._gradient_tokens: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
             self._handles.append(module.register_forward_pre_hook(self._on_input(name)))
             self._handles.append(module.register_full_backward_hook(self._on_gradient(name)))
 
-    def _on_input(self, name):
-        def hook(module, args):
+    def _on_input(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
             _add(self.inputs, name, x.square().sum(dim=0))
             if self._with_moments:
@@ -262,8 +259,8 @@ class Collector:
 
         return hook
 
-    def _on_gradient(self, name):
-        def hook(module, grad_input, grad_output):
+    def _on_gradient(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, grad_input: object, grad_output: tuple[torch.Tensor, ...]) -> None:
             gradient = grad_output[0].detach()
             gradient = gradient.reshape(-1, gradient.shape[-1]).float()
             _add(self.gradients, name, gradient.square().sum(dim=0))
@@ -289,14 +286,16 @@ class Collector:
         )
 
 
-def _add(totals, name, value):
+def _add(totals: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
     if name in totals:
         totals[name] += value
     else:
         totals[name] = value
 
 
-def collect(model: nn.Module, modules: dict[str, nn.Module], sequences: torch.Tensor, moments: bool, progress: bool):
+def collect(
+    model: PreTrainedModel, modules: dict[str, nn.Module], sequences: torch.Tensor, moments: bool, progress: bool
+) -> Calibration:
     """Statistics of `modules` over token sequences [count, length], one sequence at a time.
 
     The parameters are frozen: gradients flow through activations alone, and the outputs of embeddings start them.

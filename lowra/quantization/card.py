@@ -9,6 +9,7 @@ import transformers
 
 from ..config import FILLED_IN, LowRAConfig
 from ..version import __version__
+from .initial_adapter import AdapterRecipe
 
 CARD_FILE = "README.md"
 
@@ -51,7 +52,7 @@ def model_card(
     parameters: int,
     packed_bytes: int,
     report: dict | None = None,
-    adapter=None,
+    adapter: AdapterRecipe | None = None,
 ) -> str:
     """Text of README.md for a packed checkpoint: base, recipe, bits, error, versions, how to load.
 
@@ -66,9 +67,10 @@ def model_card(
     packed += ["embeddings (with a head that is tied to them)"] if config.quantize_embeddings else []
     packed += ["output head"] if config.quantize_head else []
     asked = {name: value for name, value in config.to_dict().items() if name not in (*FILLED_IN, "quant_method")}
-    of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.base) and not pathlib.Path(config.base).exists()
+    base = str(config.base)
+    of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not pathlib.Path(base).exists()
     rows = {
-        "base": f"`{config.base}`",
+        "base": f"`{base}`",
         "fingerprint of the base": f"`{config.fingerprint}`",
         "nominal bits (codes alone)": f"{config.nominal_bits:.4f}",
         "true bits (everything stored)": f"{config.true_bits:.4f} per packed weight",
@@ -80,8 +82,8 @@ def model_card(
     }
     of_transformers = hasattr(transformers, architecture)  # otherwise its code lies beside it
     card = _CARD.format(
-        base_model=f"base_model: {config.base}\n" if of_hub else "",  # the hub refuses cards that name a folder there
-        title=config.base if of_hub else pathlib.Path(config.base).name,
+        base_model=f"base_model: {base}\n" if of_hub else "",  # the hub refuses cards that name a folder there
+        title=base if of_hub else pathlib.Path(base).name,
         nominal_bits=config.nominal_bits,
         packed=" and ".join(packed),
         version=__version__,
@@ -92,7 +94,7 @@ def model_card(
     return card if adapter is None else card + _ADAPTED
 
 
-def _of_report(config: LowRAConfig, report: dict | None, adapter) -> dict[str, str]:
+def _of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRecipe | None) -> dict[str, str]:
     """Rows that only a finished run of `quantize_checkpoint` knows of; without one, the error that was planned."""
     if report is None:
         return {"squared error / energy": f"{config.error:.5f} (planned)"}

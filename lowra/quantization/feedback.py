@@ -26,6 +26,8 @@ _WIDEST = 16
 def with_feedback(weight: torch.Tensor, packed: PackedWeight, moment: torch.Tensor | None, rounds: int) -> PackedWeight:
     """`recode` as often as asked; `moment` may be None where that is 0."""
     for _ in range(rounds):
+        if moment is None:
+            raise ValueError("Feedback needs the second moment of the layer's inputs.")
         packed = recode(weight, packed, moment)
     return packed
 

@@ -37,7 +37,7 @@ class AdapterRecipe:
     steps: int = STEPS
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.alpha = float(self.rank if self.alpha is None else self.alpha)
         if self.method not in METHODS:
             raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
@@ -46,6 +46,11 @@ class AdapterRecipe:
                 raise ValueError(f"A {name} is at least 1; got {number}.")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, by which the product of the factors counts."""
+        return (self.alpha or self.rank) / self.rank
 
     def started(self) -> dict:
         """What the packed checkpoint records of it: what its packed weights depend on."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..weights.packed import PackedWeight
-from .feedback import recode, with_feedback
+from .feedback import with_feedback
 from .lowrank import truncated_svd
 
 METHODS = ("loftq", "cloq", "pissa", "lora")
@@ -77,11 +77,13 @@ def initialize(
         left, right = truncated_svd(weight, rank, seed)
         rest = weight - left @ right
         return with_feedback(rest, quantize(rest), moment, feedback), _scaled(left, right, scaling)
-    root = torch.linalg.cholesky(moment.to(weight.device).double()).float() if method == "cloq" else None
-    packed, left, right = quantize(weight), None, None
+    root = None
+    if method == "cloq" and moment is not None:
+        root = torch.linalg.cholesky(moment.to(weight.device).double()).float()
+    packed = quantize(weight)
     for step in range(steps + feedback):
         if step >= steps:
-            packed = recode(weight - left @ right, packed, moment)
+            packed = with_feedback(weight - left @ right, packed, moment, 1)
         elif step:
             packed = quantize(weight - left @ right)
         residual = weight - packed.dequantize()

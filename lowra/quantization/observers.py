@@ -5,9 +5,17 @@ takes one expert out of a fused weight [E, N, K] and hands it to `F.linear`, and
 and gives the outputs whose gradients are wanted.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 class ExpertStatistics:
@@ -64,7 +72,8 @@ class ExpertObserver:
         """
         self.statistics = {key: ExpertStatistics(module.get_parameter(leaf)) for leaf, key in leaves.items()}
         self._module, self._leaves = module, leaves
-        module.config._experts_implementation = "eager"  # the others multiply all experts at once
+        config: Any = module.config
+        config._experts_implementation = "eager"  # the others multiply all experts at once
         self._own_forward = module.__dict__.get("forward")  # where offloading has put one
         self._forward = module.forward
         module.forward = self._watched
@@ -75,13 +84,13 @@ class ExpertObserver:
         if self._own_forward is not None:
             self._module.forward = self._own_forward
 
-    def add_to(self, calibration, damping: float) -> None:
+    def add_to(self, calibration: Calibration, damping: float) -> None:
         """Puts the statistics in a calibration."""
         for key, statistics in self.statistics.items():
             calibration.inputs[key] = statistics.inputs()
             calibration.gradients[key] = statistics.channel_gradients(damping)
 
-    def _watched(self, *args, **kwargs):
+    def _watched(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         weights = [(self._module.get_parameter(leaf), self.statistics[key]) for leaf, key in self._leaves.items()]
         with _Watch(weights):
             out = self._forward(*args, **kwargs)
@@ -97,12 +106,14 @@ class ExpertObserver:
 class _Watch(TorchFunctionMode):
     """Finds `F.linear(x, weight[expert])` for the given weights."""
 
-    def __init__(self, weights: list[tuple[torch.Tensor, ExpertStatistics]]):
+    def __init__(self, weights: Sequence[tuple[torch.Tensor, ExpertStatistics]]):
         super().__init__()
         self._weights = weights
         self._taken: list[tuple[torch.Tensor, int, ExpertStatistics]] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.Tensor.__getitem__:
             for weight, statistics in self._weights:
@@ -129,13 +140,13 @@ class EmbeddingObserver:
         for handle in self._handles:
             handle.remove()
 
-    def add_to(self, calibration, damping: float) -> None:
+    def add_to(self, calibration: Calibration, damping: float) -> None:
         """Puts the statistics in a calibration, on top of those of a head with the same weight."""
         inputs = calibration.inputs.setdefault(self._key, torch.ones(self._columns))
         rows = self.row_weights(damping) / inputs.mean()
         calibration.gradients[self._key] = calibration.gradients.get(self._key, 0) + rows
 
-    def _on_output(self, module, args, out) -> None:
+    def _on_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         out.requires_grad_(True).register_hook(
             lambda gradient: self._add(args[0].reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
         )

@@ -37,7 +37,9 @@ def quantize_matrix(
     return PackedWeight(codes, row_bits, scales, steps, levels, weight.shape[1], config.group_size)
 
 
-def _quantize_refined(weight, codebook, row_bits, order, config) -> PackedWeight:
+def _quantize_refined(
+    weight: torch.Tensor, codebook: Codebook, row_bits: torch.Tensor, order: torch.Tensor, config: LowRAConfig
+) -> PackedWeight:
     """Scales and levels by least squares, then the codes nearest under what is stored of them."""
     segments = layout.segments(len(order), *row_counts(row_bits), weight.shape[1])
     segments = [segment for segment in segments if segment.end > segment.first]

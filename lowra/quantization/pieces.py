@@ -8,6 +8,7 @@ import pathlib
 
 import torch
 
+from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import open_tensors
 from ..checkpoints.reading import STORED_AS
 from ..checkpoints.targets import Target
@@ -18,7 +19,6 @@ from .job import Job, with_bar
 from .loftq import LowRank, initialize
 from .pack import quantize_matrix
 from .planning import Plan
-from .work import ADAPTER, PIECES
 
 
 def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
@@ -28,7 +28,7 @@ def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
         the pieces, in the order of the source.
     """
     names = job.source.names()
-    finished = {name for name in names if _is_finished(job, name)}
+    finished = {name for name in names if job.piece(name).exists()}
     for name in with_bar(names, job.targets, finished, "quantising", job.progress):
         if name in finished:
             continue
@@ -36,20 +36,14 @@ def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
             _write_packed(job, plan, name, job.targets[name])
         else:
             _write_dense(job, name)
-    return [job.work.path(PIECES, name) for name in names]
-
-
-def _is_finished(job: Job, name: str) -> bool:
-    """Whether an earlier run has made all that this name stands for."""
-    kinds = (PIECES, ADAPTER) if job.adapter and name in job.targets and job.targets[name].adapted else (PIECES,)
-    return all(job.work.has(kind, name) for kind in kinds)
+    return [job.piece(name) for name in names]
 
 
 def _write_dense(job: Job, name: str) -> None:
     """What stays as it is, but for tensors that are another one's copies."""
     tied = set(getattr(job.source.model, "all_tied_weights_keys", {}))
     kept = {key: tensor for key, tensor in job.source.load(name).items() if key not in tied}
-    _save(job, name, kept)
+    _save(kept, job.piece(name))
 
 
 def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
@@ -57,23 +51,23 @@ def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
     weight = target.as_matrix(job.source.load(name)[name]).to(job.device)
     packed, factors = _pack(job, plan, name, target, weight)
     product = None
-    if factors is not None:
+    if factors is not None and job.adapter is not None:
         prefix = f"base_model.model.{target.name}"
         tensors = {f"{prefix}.lora_A.weight": factors.lora_A.cpu(), f"{prefix}.lora_B.weight": factors.lora_B.cpu()}
-        job.work.save(ADAPTER, name, tensors)
-        product = factors.lora_B, factors.lora_A, job.adapter.alpha / job.adapter.rank
+        save_tensors(tensors, job.factors(name))
+        product = factors.lora_B, factors.lora_A, job.adapter.scaling
     lost = left = plan.loss(name)
     if product is not None or job.config.refine or _feedback(job, name):
         lost, left = _squared_errors(weight, packed, product)
     # in the piece, so that a resumed run knows the errors of those it does not make again
     tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
-    _save(job, name, tensors, squares=json.dumps([plan.energy[name], lost, left]))
+    _save(tensors, job.piece(name), squares=json.dumps([plan.energy[name], lost, left]))
 
 
-def _save(job: Job, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+def _save(tensors: dict[str, torch.Tensor], piece: pathlib.Path, **metadata: str) -> None:
     """Writes a piece with the digests of what it is to hold."""
-    digests = {key: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for key, tensor in tensors.items()}
-    job.work.save(PIECES, name, tensors, {"digests": json.dumps(digests), **metadata})
+    digests = {name: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for name, tensor in tensors.items()}
+    save_tensors(tensors, piece, {"format": "pt", "digests": json.dumps(digests), **metadata})
 
 
 def digests_of_pieces(pieces: list[pathlib.Path]) -> dict[str, str]:
@@ -89,19 +83,20 @@ def _pack(job: Job, plan: Plan, name: str, target: Target, weight: torch.Tensor)
     """The packed weight, and the adapter's factors where it takes one."""
     codebook, row_bits = plan.codebooks[name].to(job.device), plan.row_bits[name].to(job.device)
 
-    def pack(matrix):
+    def pack(matrix: torch.Tensor) -> PackedWeight:
         return quantize_matrix(matrix, codebook, row_bits, job.config)
 
     adapter = job.adapter if target.adapted else None
     feedback = _feedback(job, name)
-    moment = job.calibration.moment(name) if feedback or (adapter and adapter.method == "cloq") else None
+    needed = feedback or (adapter is not None and adapter.method == "cloq")
+    moment = job.calibration.moment(name) if needed and job.calibration is not None else None
     if adapter is None:
         return with_feedback(weight.float(), pack(weight), moment, feedback), None
     return initialize(
         weight.float(),
         pack,
         adapter.rank,
-        adapter.alpha,
+        adapter.alpha or adapter.rank,
         adapter.method,
         adapter.steps,
         moment=moment,

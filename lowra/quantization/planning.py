@@ -1,10 +1,12 @@
 """The plan of a model: what the learner found for every matrix, and the precision the assigner gives each channel."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import torch
 
+from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import DenseCheckpoint, check_finite
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
@@ -16,7 +18,6 @@ from .assigner import Assignment, Problem, assign
 from .calibration import Calibration
 from .job import with_bar
 from .learner import learn_codebook
-from .work import LEARNED, WorkFolder
 
 
 @dataclasses.dataclass
@@ -47,11 +48,11 @@ class Plan:
 class Planner:
     """Collects one matrix at a time, then assigns precisions over all of them."""
 
-    def __init__(self, config: LowRAConfig, store: WorkFolder | None = None, calibration: Calibration | None = None):
+    def __init__(self, config: LowRAConfig, store: pathlib.Path | None = None, calibration: Calibration | None = None):
         """
         Args:
             config: recipe and budget.
-            store: keeps finished matrices, so that a killed run resumes; None keeps nothing.
+            store: folder that keeps finished matrices, so that a killed run resumes; None keeps nothing.
             calibration: for sensitivity "fisher".
 
         Raises:
@@ -87,18 +88,23 @@ class Planner:
             "sample": torch.frombuffer(bytearray.fromhex(weight_digest(name, weight)), dtype=torch.uint8),
         }
         if self.store is not None:
-            self.store.save(LEARNED, name, record)
+            save_tensors(record, self._stored(name))
         self._keep(name, target, record)
 
     def has_stored(self, name: str) -> bool:
         """Whether an earlier run has learned a matrix."""
-        return self.store is not None and self.store.has(LEARNED, name)
+        return self.store is not None and self._stored(name).exists()
 
     def resume(self, name: str, target: Target) -> None:
         """Takes a matrix from the store."""
-        self._keep(name, target, read_tensors(self.store.path(LEARNED, name), "what was learned of a matrix")[0])
+        self._keep(name, target, read_tensors(self._stored(name), "what was learned of a matrix")[0])
 
-    def _keep(self, name, target, record):
+    def _stored(self, name: str) -> pathlib.Path:
+        if self.store is None:
+            raise ValueError("This planner keeps nothing, so there is nothing to resume.")
+        return self.store / f"{name}.safetensors"
+
+    def _keep(self, name: str, target: Target, record: dict[str, torch.Tensor]) -> None:
         self._targets[name] = target
         self._codebooks[name] = Codebook(record["levels"], record["thresholds"], record["errors"])
         self._energy[name] = float(record["energy"])
@@ -119,19 +125,19 @@ class Planner:
         return plan
 
     def _problem(self) -> Problem:
-        errors, sizes, costs = [], [], []
+        errors, each_size, costs = [], [], []
         for name, book in self._codebooks.items():
             target = self._targets[name]
             errors.append(book.errors.double().numpy() * self._sensitivity(name))
-            sizes.append(np.full(target.out_features, target.in_features, dtype=np.int64))
+            each_size.append(np.full(target.out_features, target.in_features, dtype=np.int64))
             costs.append(np.tile(self._channel_costs(target), (target.out_features, 1)))
-        sizes = np.concatenate(sizes)
+        sizes = np.concatenate(each_size)
         budget = int(self.config.bits * int(sizes.sum()) + 1e-6)
         return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
 
     def _sensitivity(self, name: str) -> np.ndarray | float:
         """What a unit of squared error costs in this matrix, or in each of its channels [N, 1]."""
-        if self.config.sensitivity == "fisher":
+        if self.config.sensitivity == "fisher" and self.calibration is not None:
             return self.calibration.channel_weights(name).double().numpy()[:, None]
         if self.config.sensitivity == "layer":
             # relative to the matrix: plain squared error starves whole layers of small norm

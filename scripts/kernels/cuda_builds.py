@@ -44,9 +44,11 @@ def build(source: pathlib.Path, name: str, arch: str, *options: str, fresh: bool
         SystemExit: there is no nvcc, or the build failed.
     """
     find_tool("nvcc", "install a CUDA toolkit, or set CUDA_HOME to where one is")
-    cmake = find_tool("cmake", "`make build` installs it into .venv")
+    cmake, ninja = (find_tool(tool, "`make build` installs it into .venv") for tool in ("cmake", "ninja"))
     folder = FOLDER / name
-    configure = [cmake, "-S", str(source), "-B", str(folder), f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real", *options]
+    # Ninja keeps what one compiler prints together.
+    configure = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", str(source), "-B", str(folder)]
+    configure += [f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real", *options]
     compile_all = [cmake, "--build", str(folder), "--parallel", str(len(os.sched_getaffinity(0)))]
     log = _run(configure) + _run(compile_all + (["--clean-first"] if fresh else []))
     libraries = list(folder.glob("**/libbitsandbytes_lowra_cuda*.so"))

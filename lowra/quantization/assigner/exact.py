@@ -49,7 +49,9 @@ def solve_relaxation(problem: Problem) -> tuple[np.ndarray, float]:
     return choice, bound
 
 
-def _hull_steps(errors, costs, columns):
+def _hull_steps(
+    errors: np.ndarray, costs: np.ndarray, columns: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Steps along every channel's lower convex hull: channel, column reached, error saved, bits paid; steeper first."""
     channels = np.arange(len(errors))
     steps = []
@@ -77,7 +79,7 @@ def _hull_steps(errors, costs, columns):
     return channel[useful], target[useful], saving[useful], cost[useful]
 
 
-def _fill(choice, problem, columns, free):
+def _fill(choice: np.ndarray, problem: Problem, columns: list[int], free: int) -> None:
     """Spends what is left, less than one step's cost, on the single upgrades that save most and still fit."""
     rows = np.arange(len(choice))
     while free > 0:

@@ -25,7 +25,7 @@ class Problem:
     budget: int
     menu: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not np.isfinite(self.errors).all() or (self.errors < 0).any():
             raise ValueError("The channels' errors must be finite and not negative.")
         columns = self.columns

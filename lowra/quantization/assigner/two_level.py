@@ -7,6 +7,7 @@ clusters of one or two channels.
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pulp
@@ -19,7 +20,7 @@ CLUSTERS = 128
 _SOLVERS = ("HiGHS", "PULP_CBC_CMD", "COIN_CMD")
 
 
-def assign_two_level(problem: Problem, seed: int = 0, progress=None) -> Assignment:
+def assign_two_level(problem: Problem, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Assignment:
     """The assignment of the paper's algorithm 1.
 
     Args:
@@ -56,7 +57,7 @@ def assign_two_level(problem: Problem, seed: int = 0, progress=None) -> Assignme
     )
 
 
-def _solver():
+def _solver() -> pulp.LpSolver:
     for name in _SOLVERS:
         solver = pulp.getSolver(name, msg=False)
         if solver.available():
@@ -71,7 +72,9 @@ def _clusters(errors: np.ndarray, seed: int) -> np.ndarray:
     return KMeans(n_clusters=count, n_init=1, random_state=seed).fit_predict(scaled)
 
 
-def _cluster_program(problem, members, labels, budget, solver) -> list[dict[int, int]]:
+def _cluster_program(
+    problem: Problem, members: np.ndarray, labels: np.ndarray, budget: int, solver: pulp.LpSolver
+) -> list[dict[int, int]]:
     """How many channels of each cluster get each column."""
     columns = problem.columns
     clusters = [members[labels == cluster] for cluster in range(labels.max() + 1)]
@@ -92,7 +95,9 @@ def _cluster_program(problem, members, labels, budget, solver) -> list[dict[int,
     return [{p: round(y[c, p].value()) for p in columns} for c in range(len(clusters))]
 
 
-def _channel_program(errors, columns, numbers, solver) -> np.ndarray:
+def _channel_program(
+    errors: np.ndarray, columns: list[int], numbers: dict[int, int], solver: pulp.LpSolver
+) -> np.ndarray:
     """Column of each channel of one cluster, `numbers[p]` of them at column p, with the least error."""
     given = [p for p in columns if numbers[p] > 0]
     if len(given) == 1:
@@ -109,7 +114,7 @@ def _channel_program(errors, columns, numbers, solver) -> np.ndarray:
     return np.array([next(p for p in given if x[i, p].value() > 0.5) for i in range(len(errors))])
 
 
-def _solve(program, solver, what) -> None:
+def _solve(program: pulp.LpProblem, solver: pulp.LpSolver, what: str) -> None:
     program.solve(solver)
     if pulp.LpStatus[program.status] != "Optimal":
         raise RuntimeError(f"{solver.name} answered {pulp.LpStatus[program.status]!r} for {what}.")
