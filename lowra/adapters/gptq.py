@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoints.places import expanded
 from ..corpus import read_text
 from .codes import GROUP, RoundToNearest, RtnCodes, Sign
 from .formats import SplitCodes
@@ -31,7 +32,7 @@ def calibration_blocks(path: str | pathlib.Path, tokenizer: Callable) -> torch.T
     Raises:
         FileNotFoundError: no such file. ValueError: not text, or shorter than one block.
     """
-    path = pathlib.Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"Calibration file {path} does not exist; expected a UTF-8 text file.")
     tokens = torch.tensor(tokenizer("".join(read_text(path)))["input_ids"], dtype=torch.long)

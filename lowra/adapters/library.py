@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..checkpoints.places import expanded
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
@@ -168,7 +169,7 @@ class AdapterLibrary:
             raise ValueError(
                 f"Adapter name {name!r} cannot be used; expected one without dots, not empty, not {BASE!r}."
             )
-        above = str(pathlib.Path(folder).resolve().parent)
+        above = str(expanded(folder).resolve().parent)
         packed = read_packed(folder, self._shared.get(above))
         check_label(packed, self.base, str(folder), force)
         if packed.shared:

@@ -10,6 +10,7 @@ import pathlib
 import torch
 
 from ..checkpoints.guarded import read_json, read_tensors
+from ..checkpoints.places import expanded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -97,7 +98,7 @@ def read_adapter(folder: str | pathlib.Path) -> LoraAdapter:
         FileNotFoundError: the folder or one of its files is missing. ValueError: not a plain LoRA, a cut file,
         unpaired factors, NaN or infinite values; the message names the tensor.
     """
-    folder = pathlib.Path(folder)
+    folder = expanded(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder; expected a trained PEFT LoRA adapter with {CONFIG_FILE} and {WEIGHTS_FILE}."

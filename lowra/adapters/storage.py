@@ -21,6 +21,7 @@ import torch
 
 from ..checkpoints.atomic import save_json, save_tensors
 from ..checkpoints.guarded import parse_json, read_json, read_tensors
+from ..checkpoints.places import expanded
 from .formats import FORMS, DiagonalCodes, Fields, LayerCodes, LayerLayout, Sizes
 from .source import CONFIG_FILE, LoraAdapter
 
@@ -204,7 +205,7 @@ def read_packed(folder: str | pathlib.Path, shared: SharedBasis | None = None) -
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a cut file, another format, or tensors that do not fit the layout.
     """
-    folder = pathlib.Path(folder)
+    folder = expanded(folder)
     if not (folder / PACKED_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {PACKED_FILE}; expected a folder written by `lowra adapter quantize`. A PEFT adapter "

@@ -1,8 +1,8 @@
 """Files and folders written beside their place and renamed into it: a killed run leaves nothing half-written behind."""
 
 import contextlib
-import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -10,26 +10,32 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .places import new_folder
 
-def refuse_existing(output: pathlib.Path) -> None:
-    """Raises ValueError where something other than an empty folder is in the output's place."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty: give another --output, or remove it first.")
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
 def written_beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder that takes the place `output` when the block ends well, and goes away when it does not."""
-    refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    """A new folder that takes the place `output` when the block ends well, and goes away when it does not.
+
+    Raises:
+        OSError, ValueError: see `new_folder`.
+    """
+    place = new_folder(output)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.parent / f".{place.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        move_folder(partial, output)
+        move_folder(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -42,35 +48,46 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"Another process is writing to {folder}: wait for it, or give another output.") from None
-        except OSError:
-            pass  # a file system that knows no locks
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another process is writing to {folder}: wait for it, or give another output.") from None
+    except OSError as error:
+        logger.warning("lowra: %s cannot be locked (%s); let no other process write there.", folder, error)
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
-def move_folder(folder: pathlib.Path, output: pathlib.Path) -> None:
-    """Renames a finished folder to `output`, which may be there as an empty folder."""
-    if output.exists():
-        output.rmdir()
-    folder.rename(output)
+def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:
+    """Renames a finished folder to `place`, which may be there as an empty folder.
+
+    Raises:
+        OSError: something came to be there since `new_folder` looked; the finished folder stays where it is.
+    """
+    if place.exists():
+        shutil.copymode(place, folder)
+    try:
+        os.rename(folder, place)
+    except OSError as error:
+        raise OSError(
+            f"{place} cannot be taken ({error.strerror}); what was to be put there is finished and lies in {folder}."
+        ) from error
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: pathlib.Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file; without other metadata with Transformers'."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes a safetensors file; without other metadata with Transformers'.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(content, temporary, metadata=metadata or {"format": "pt"})
-    # safetensors makes files that only their owner can read; as any other file it should follow the umask
-    temporary.chmod(0o666 & ~_umask())
-    os.replace(temporary, path)
+    with _replaced(path) as temporary:
+        save_file(content, temporary, metadata=metadata or {"format": "pt"})
+        # safetensors makes files that only their owner can read; as any other file it should follow the umask
+        temporary.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:
@@ -80,13 +97,34 @@ def _umask() -> int:
 
 
 def save_text(text: str, path: pathlib.Path) -> None:
-    """Writes a text file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a text file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_json(content: Any, path: pathlib.Path) -> None:
-    """Writes a JSON file."""
+    """Writes a JSON file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     save_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+@contextlib.contextmanager
+def _replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside `path`; what is written under it takes the place of `path`, or goes away where that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error  # safetensors says it in words of its own
+        raise OSError(f"{path} cannot be written: {reason}.") from error

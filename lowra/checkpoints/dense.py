@@ -21,10 +21,10 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .companions import NOT_WANTED
 from .guarded import check_file, open_tensors, read_json
+from .places import expanded
 
-_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-_SECOND_COPIES = ["consolidated*", "*/*"]  # of the same weights in other formats, as some repositories hold them
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,13 +34,13 @@ def resolve_folder(model: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: neither a folder nor a name the hub knows.
     """
-    folder = pathlib.Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return folder
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder with a model in it.")
     try:
-        return pathlib.Path(snapshot_download(str(model), allow_patterns=_PATTERNS, ignore_patterns=_SECOND_COPIES))
+        return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
     except Exception as error:
         raise FileNotFoundError(
             f"{model} is neither a local folder nor could it be had from the hub: {error}"

@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 
+from safetensors import SafetensorError
+
 from ..version import __version__
 from . import adapter, compare, demo, evaluate, finetune, generate, inspect, quantize, verify
 from .parser import CommandParser
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         result = args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last where the Trainer or PEFT cannot write
         print(f"lowra: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -19,8 +19,9 @@ from ..adapters.labels import bytes_problem, make_label, parse_retirement, retir
 from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
-from ..checkpoints.atomic import refuse_existing, written_beside
+from ..checkpoints.atomic import written_beside
 from ..checkpoints.dense import empty_model, read_config
+from ..checkpoints.places import expanded, new_folder
 from ..corpus import check_token_ids, load_tokenizer
 from .parser import add_trust
 
@@ -89,7 +90,10 @@ def run_quantize(args: argparse.Namespace) -> dict:
     evaluation = _parse_evaluation(args.evaluation)
     if args.retire is not None:
         parse_retirement(args.retire)
-    refuse_existing(args.output)
+    args.output = expanded(args.output)
+    new_folder(args.output)
+    args.adapters = [expanded(folder) for folder in args.adapters]
+    args.base = None if args.base is None else expanded(args.base)
     adapters = [read_adapter(folder) for folder in args.adapters]
     if args.method == "jd-diagonal":
         check_alike(adapters)

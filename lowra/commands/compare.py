@@ -4,6 +4,7 @@ import argparse
 import pathlib
 import re
 
+from ..checkpoints.places import usable_folder
 from ..training.grid import plan_grid, run_grid
 from ..training.methods import METHODS
 from ..training.recipe import load_recipe
@@ -38,10 +39,11 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, grid, model or data that cannot be used.
     """
+    output = usable_folder(args.output)
     recipe = load_recipe(args.config, args.overrides)
     cells = plan_grid(recipe, re.split(_COMMAS, args.methods), _numbers(args.bits, float), _numbers(args.seeds, int))
-    result = run_grid(recipe, cells, args.output)
-    print((args.output / "table.md").read_text(encoding="utf-8"))
+    result = run_grid(recipe, cells, output)
+    print((output / "table.md").read_text(encoding="utf-8"))
     print(f"table in {result['table']}, picture in {result['picture']}")
     return result
 

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 import time
 
+from ..checkpoints.places import usable_folder
 from ..corpus import load_tokenizer
 from ..demo import train_base, write_texts
 from ..generation.loading import load_model
@@ -46,16 +47,17 @@ def run(args: argparse.Namespace) -> dict:
     """
     if (args.train is None) != (args.validation is None):
         raise ValueError("Give --train and --validation together, or neither.")
+    output = usable_folder(args.output)
     start = time.perf_counter()
-    texts = write_texts(args.output / "text")
+    texts = write_texts(output / "text")
     model = args.model
     if model is None:
-        model = str(args.output / "base")
-        if not (args.output / "base" / "tokenizer_config.json").exists():
-            train_base(texts["base"], args.output / "base", args.seed)
+        model = str(output / "base")
+        if not (output / "base" / "tokenizer_config.json").exists():
+            train_base(texts["base"], output / "base", args.seed)
     recipe = Recipe(
         model=model,
-        output=str(args.output),
+        output=str(output),
         rank=_RANK,
         train_file=args.train or str(texts["train"]),
         validation_file=args.validation or str(texts["validation"]),
@@ -71,12 +73,12 @@ def run(args: argparse.Namespace) -> dict:
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
     )
-    result = run_grid(recipe, plan_grid(recipe, list(_METHODS), list(_BITS), [args.seed]), args.output)
+    result = run_grid(recipe, plan_grid(recipe, list(_METHODS), list(_BITS), [args.seed]), output)
     print()
-    print((args.output / "table.md").read_text(encoding="utf-8"))
+    print((output / "table.md").read_text(encoding="utf-8"))
     print(f"Perplexity on held-out text before (untuned) and after {args.steps} steps; lower is better.")
     print(f"Table: {result['table']}. Picture: {result['picture']}.")
-    smallest = next(path for path in (args.output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
+    smallest = next(path for path in (output / "bases").iterdir() if path.name.startswith("lowra-1.5bit"))
     loaded = load_model(str(smallest), str(smallest / "initial_adapter"), trust_remote_code=args.trust_remote_code)
     sizes = [sum(path.stat().st_size for path in pathlib.Path(at).glob("*.safetensors")) for at in (model, smallest)]
     if sizes[0]:  # a name on the hub has no folder

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 
+from ..checkpoints.places import expanded, usable_file, usable_folder
 from ..inspection.errors import Original, channel_errors, quantiles
 from ..inspection.memory import PAPER_RANK, TOKENS, footprints
 from ..inspection.packed import NF4_BITS, LayerContent, PackedFolder
@@ -33,6 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Prints the tables and returns them as one object."""
+    plot = None if args.plot is None else _checked_plot(args.plot)
     packed = PackedFolder(args.model, args.trust_remote_code)
     original = None if args.original is None else Original(args.original, packed, args.trust_remote_code)
     layers = list(packed.contents())
@@ -53,13 +55,27 @@ def run(args: argparse.Namespace) -> dict:
         errors = channel_errors(packed, original)
         result["errors"] = quantiles(errors)
         _print_errors(result["errors"])
-    if args.plot is not None:
+    if plot is not None:
         from ..inspection.pictures import draw_all, write_pictures  # matplotlib takes a second to import
 
-        paths = write_pictures(draw_all(packed, layers, rank, original, errors), args.plot)
+        paths = write_pictures(draw_all(packed, layers, rank, original, errors), plot)
         result["pictures"] = [str(path) for path in paths]
         print(f"\npictures: {', '.join(result['pictures'])}")
     return result
+
+
+def _checked_plot(place: pathlib.Path) -> pathlib.Path:
+    """
+    Raises:
+        OSError, ValueError: a file type that matplotlib does not write, or a place that cannot be written.
+    """
+    place = expanded(place)
+    if not place.suffix or place.is_dir():
+        return usable_folder(place)
+    if place.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot takes a folder, or a file in .png, .svg or .pdf; got {place.name}.")
+    usable_file(place.with_name(f"{place.stem}-channels{place.suffix}"))  # the longest name there is
+    return place if place.suffix != ".pdf" else usable_file(place)
 
 
 def _totals(packed: PackedFolder, layers: list[LayerContent]) -> dict:

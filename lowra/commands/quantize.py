@@ -5,6 +5,7 @@ import functools
 import pathlib
 from collections.abc import Callable
 
+from ..checkpoints.places import expanded
 from ..config import LowRAConfig
 from ..quantization.calibration import TOKENS, Calibration, calibrate
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
@@ -76,6 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Quantises and prints what came out."""
     _refuse_options_without_effect(args)
+    args.output = expanded(args.output)
     stored = Calibration.load(args.calibrate) if (args.calibrate or "").endswith(".safetensors") else None
     has_moments = _wants_moments(args) if stored is None else stored.has_moments
     config = LowRAConfig(

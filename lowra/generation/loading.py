@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.places import expanded
 from ..device import choose_device
 from ..nn.trained_tables import TABLES_FILE, load_tables
 
@@ -34,6 +35,7 @@ def load_model(
         FileNotFoundError: a folder is not there or has no model in it.
         ValueError: an adapter of another base, or one whose label forbids it; code that may not be run.
     """
+    adapter = None if adapter is None else str(expanded(adapter))
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
     folder = resolve_folder(folder)

@@ -58,12 +58,8 @@ def draw_all(
 
 
 def write_pictures(pictures: dict[str, Figure], place: pathlib.Path) -> list[pathlib.Path]:
-    """Into a folder as NAME.png; into a PDF as its pages; beside an image file's name as STEM-NAME.png.
-
-    Raises:
-        ValueError: a file type that matplotlib does not write.
-    """
-    if place.suffix == ".pdf":
+    """Into a folder as NAME.png; into a PDF as its pages; beside an image file's name as STEM-NAME.png."""
+    if place.suffix == ".pdf" and not place.is_dir():
         from matplotlib.backends.backend_pdf import PdfPages
 
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +68,6 @@ def write_pictures(pictures: dict[str, Figure], place: pathlib.Path) -> list[pat
                 pages.savefig(figure)
         return [place]
     if place.suffix and not place.is_dir():
-        if place.suffix not in (".png", ".svg"):
-            raise ValueError(f"--plot takes a folder, or a file in .png, .svg or .pdf; got {place.name}.")
         paths = {name: place.with_name(f"{place.stem}-{name}{place.suffix}") for name in pictures}
     else:
         paths = {name: place / f"{name}.png" for name in pictures}

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..checkpoints.atomic import save_json
-from ..checkpoints.dense import count_and_names
 from ..checkpoints.guarded import read_json
 from ..checkpoints.reading import stored_tensors
 from ..quantization.initial_adapter import BASE_RECORD
+from .adapter_keys import check_keys, is_saved_module, watch_keys
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 _KEPT = "_lowra_record"  # attribute of a PeftConfig, which writes only its fields
@@ -35,8 +35,8 @@ def record_of(model: PeftModel, name: str) -> dict:
 
 
 def keep_record(model: PeftModel, name: str, record: dict) -> None:
-    """Keeps a record with the adapter's configuration, so that it goes where that goes."""
-    if record:
+    """Keeps a record with the adapter's configuration, so that it goes where that goes; on a packed base only."""
+    if is_packed_base(model):
         setattr(model.peft_config[name], _KEPT, record)
 
 
@@ -58,6 +58,13 @@ def _check_base(record: dict, base: PreTrainedModel, adapter: str) -> None:
     remedy = "Load its own base, or pass any_base=True."
     check_fingerprint(record.get("fingerprint"), base, f"The adapter {adapter}", remedy)
     bits, here = record.get("nominal_bits"), packing(base, "nominal_bits")
+    if here and record.get("converted_from", "lora") != "lora":
+        raise ValueError(
+            f"The adapter {adapter} was converted for the original of this base "
+            f"(path_initial_model_for_weight_conversion): its start, {record['converted_from']}, which makes up for "
+            "the quantisation, has been taken out. Load it on the original, save it without converting it, or pass "
+            "any_base=True."
+        )
     if bits and here and bits != here:
         raise ValueError(
             f"The adapter {adapter} was trained on the same base at {bits:.4f} nominal bits, this model has "
@@ -87,21 +94,16 @@ def _check_file(adapter: str | pathlib.Path, subfolder: str | None) -> None:
         raise FileNotFoundError(f"{folder} has an adapter_config.json and no {SAFETENSORS_WEIGHTS_NAME}.")
 
 
-def _check_fit(loaded, adapter: str | pathlib.Path) -> None:
-    """Raises ValueError for tensors that a LoRA lacks or has too many of; PEFT warns of the former only."""
-    for keys, what in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for them,")):
-        if keys:
-            raise ValueError(
-                f"The adapter {adapter} {what} {count_and_names(keys)}. It is damaged, or its config was changed."
-            )
-
-
 def _read_record(adapter: str | pathlib.Path, options: dict) -> dict:
     """The record of a local or hub adapter; empty where it has none. See `check_adapter` for the arguments.
 
     Raises:
         ValueError: a record that is not JSON.
     """
+    folder = pathlib.Path(adapter) / (options.get("subfolder") or "")
+    if folder.is_dir():
+        path = folder / BASE_RECORD
+        return read_json(path, "the record of an adapter's base") if path.exists() else {}
     path = None
     with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
         path = cached_file(
@@ -146,29 +148,63 @@ def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: 
 def load_checked(
     model: PeftModel, adapter: str | pathlib.Path, name: str, load: Callable, options: dict, any_base: bool
 ):
-    """What `PeftModel.load_adapter` does on a packed base, or with an adapter of one; on others only `load`.
+    """What `PeftModel.load_adapter` does on a packed base; on a dense one `load`, unless the adapter belongs elsewhere.
 
     Raises:
         FileNotFoundError, ValueError: an adapter of another base, without weights or with damaged ones.
     """
     record = check_adapter(model, adapter, options, any_base)
-    if not record and not is_packed_base(model):
+    if not is_packed_base(model):
         return load()
     _check_file(adapter, options.get("subfolder"))
-    try:
-        loaded = load()
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise ValueError(f"The adapter {adapter} does not fit this model: {error}") from error
+    with watch_keys(model) as seen:
+        try:
+            loaded = load()
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(f"The adapter {adapter} does not fit this model: {error}") from error
+        except KeyError as error:  # PEFT looks the tensors of modules_to_save up
+            if not is_saved_module(model, error.args[0]):
+                raise
+            raise ValueError(f"The adapter {adapter} lacks {error.args[0]}. It is damaged.") from error
     if model.peft_config[name].peft_type == PeftType.LORA:  # others share tensors, or keep them elsewhere
-        _check_fit(loaded, adapter)
+        for missing, unexpected in seen:
+            check_keys(model, name, missing, unexpected, str(adapter))
     keep_record(model, name, record)
     return loaded
 
 
-def write_records(model: PeftModel, folder: pathlib.Path, names: list[str]) -> None:
-    """Writes the record beside each of some adapters that were saved on a packed base."""
+def check_loaded_by_transformers(model: PreTrainedModel, name: str, loading, what: str) -> None:
+    """
+    Args:
+        model: a packed one, whose `load_adapter` has loaded an adapter.
+        name: of the adapter.
+        loading: what that returned; None before Transformers told.
+        what: the adapter, for the message.
+
+    Raises:
+        ValueError: tensors of the adapter went past the model.
+    """
+    if loading is not None and model.peft_config[name].peft_type == PeftType.LORA:
+        remedy = "Transformers does not read all that PEFT writes (DoRA): try PeftModel.from_pretrained."
+        check_keys(model, name, set(loading.missing_keys), set(loading.unexpected_keys), what, remedy)
+
+
+def write_records(model: PeftModel, folder: pathlib.Path, names: list[str], converted: bool = False) -> None:
+    """Writes the record beside each of some adapters that were saved on a packed base.
+
+    Args:
+        model: with the adapters.
+        folder: where they were saved.
+        names: of the adapters.
+        converted: PEFT took their start out (`path_initial_model_for_weight_conversion`). What is left belongs to the
+            original, and to no packing of it: the start made up for the errors of that.
+    """
     here = {name: packing(base_of(model), name) for name in ("base", "nominal_bits", "fingerprint")}
     for name in names:
-        save_json({**record_of(model, name), **here}, folder / ("" if name == "default" else name) / BASE_RECORD)
+        record = {**record_of(model, name), **here}
+        if converted:
+            start = record.get("init", "lora")
+            record = {"base": here["base"], "fingerprint": here["fingerprint"], "converted_from": start}
+        save_json(record, folder / ("" if name == "default" else name) / BASE_RECORD)

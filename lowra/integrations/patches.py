@@ -16,7 +16,14 @@ from peft import LoraConfig
 from ..config import LowRAConfig
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear, PackedModule
-from .adapter_records import check_adapter, is_packed_base, keep_record, load_checked, write_records
+from .adapter_records import (
+    check_adapter,
+    check_loaded_by_transformers,
+    is_packed_base,
+    keep_record,
+    load_checked,
+    write_records,
+)
 from .model_patches import MODEL_PATCHES
 from .patching import Patch, install_patches
 from .peft import LowRALoraLinear
@@ -130,7 +137,9 @@ def _with_records(original: Callable) -> Callable:
             given.apply_defaults()
             if given.arguments["is_main_process"]:
                 names = given.arguments["selected_adapters"] or list(self.peft_config)
-                write_records(self, pathlib.Path(given.arguments["save_directory"]), names)
+                folder = pathlib.Path(given.arguments["save_directory"])
+                converted = given.arguments["path_initial_model_for_weight_conversion"] is not None
+                write_records(self, folder, names, converted)
         return result
 
     return save_pretrained
@@ -160,7 +169,9 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
             options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
             record = check_adapter(self, path, options, any_base)
         result = original(self, *args, **kwargs)
-        keep_record(self, name, record)
+        if is_packed_base(self):
+            check_loaded_by_transformers(self, name, result, str(path))
+            keep_record(self, name, record)
         return result
 
     return load_adapter
@@ -186,7 +197,7 @@ TABLE = (
         wrap=_described,
     ),
     Patch(
-        target=f"{_MODEL}dtype",
+        target="transformers.modeling_utils:ModuleUtilsMixin.dtype",
         why="`model.dtype` is that of the first floating parameter: with packed embeddings, of one of their tables.",
         door="none: a property is looked up in the class",
         since="none",
@@ -205,7 +216,12 @@ TABLE = (
         why="adapter_config.json takes no new keys, so whose base an adapter belongs to would be lost.",
         door="PeftConfig could keep keys that it does not know",
         since="none",
-        rests_on=("save_directory", "selected_adapters", "is_main_process"),
+        rests_on=(
+            "save_directory",
+            "selected_adapters",
+            "is_main_process",
+            "path_initial_model_for_weight_conversion",
+        ),
         wrap=_with_records,
     ),
     Patch(

@@ -21,6 +21,7 @@ from bitsandbytes.backends.lowra.table_gradients import table_gradients_of
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import read_tensors
+from ..checkpoints.places import expanded
 from ..checkpoints.targets import replace_module
 from ..weights.fingerprint import weight_digest
 from ..weights.packed import store_scales
@@ -86,7 +87,7 @@ def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = Tru
         for part in ("levels", "scales", "scale_steps") if scales else ("levels",):
             if getattr(layer, part) is not None:
                 tensors[f"{name}.{part}"] = getattr(layer, part).detach().cpu()
-    path = pathlib.Path(folder) / TABLES_FILE
+    path = expanded(folder) / TABLES_FILE
     save_tensors(tensors, path)
     return path
 
@@ -97,7 +98,7 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
     Raises:
         FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's.
     """
-    path = pathlib.Path(folder) / TABLES_FILE
+    path = expanded(folder) / TABLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
     stored, _ = read_tensors(path, "the trained tables of an adapter")

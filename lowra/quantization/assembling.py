@@ -2,9 +2,9 @@
 
 import dataclasses
 import pathlib
-import shutil
 
 from ..checkpoints.atomic import save_json, save_tensors, save_text
+from ..checkpoints.companions import copy_companions
 from ..checkpoints.dense import count_and_names, safetensors_files
 from ..checkpoints.guarded import open_tensors
 from ..checkpoints.integrity import FoundTensors, find_tensors, write_digests
@@ -15,44 +15,34 @@ from .initial_adapter import ADAPTER_FOLDER, write_adapter
 from .job import Job
 from .pieces import digests_of_pieces, relative_errors
 from .planning import Plan
+from .work import ADAPTER
 
 SHARD_BYTES = 4 << 30
-_COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens*",
-    "generation_config.json",
-    "*.jinja",
-    "*.py",
-)
 
 
 def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
-    """Writes the checkpoint into `job.final`, all but the report.
+    """Writes the checkpoint into the work folder's `final`, all but the report.
 
     Returns:
         the report, without the seconds of the stages.
     """
-    total, packed_bytes = _write_shards(pieces, job.final, {target.name for target in job.targets.values()})
-    written = _read_back(pieces, job.final)
+    final = job.work.final
+    total, packed_bytes = _write_shards(pieces, final, {target.name for target in job.targets.values()})
+    written = _read_back(pieces, final)
     packed_error, adapted_error = relative_errors(pieces)
     parameters = sum(target.size for target in job.targets.values())
     reached = _reached(job, plan, parameters, packed_bytes, written.packing)
     model = job.source.model
     model.config.quantization_config = reached
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(job.final)
-    write_digests(job.final, written)
-    for pattern in _COMPANIONS:
-        for path in job.folder.glob(pattern):
-            shutil.copyfile(path, job.final / path.name)
+    model.config.save_pretrained(final)
+    write_digests(final, written)
+    copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
-        factors = sorted(job.factors("").parent.glob("*.safetensors"))
-        write_adapter(factors, job.final / ADAPTER_FOLDER, job.output, model, job.targets, job.adapter, reached)
+        factors = [job.work.path(ADAPTER, name) for name, target in job.targets.items() if target.adapted]
+        write_adapter(factors, final / ADAPTER_FOLDER, job.output, model, job.targets, job.adapter, reached)
     if job.calibration is not None:
-        job.calibration.save(job.final / CALIBRATION_FILE)
+        job.calibration.save(final / CALIBRATION_FILE)
     report = {
         "model": job.model,
         "bits": job.config.bits,
@@ -75,7 +65,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
         },
     }
     text = card.model_card(reached, type(model).__name__, parameters, packed_bytes, report, job.adapter)
-    save_text(text, job.final / card.CARD_FILE)
+    save_text(text, final / card.CARD_FILE)
     return report
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import empty_model, resolve_folder
 from ..checkpoints.guarded import read_tensors
+from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
@@ -90,9 +91,12 @@ class Calibration:
         return moment + DAMPING * torch.eye(moment.shape[0])
 
     def digest(self) -> str:
-        """Names these statistics in the record of a quantisation that may be resumed."""
-        tensors = [t for part in (self.inputs, self.gradients) for _, t in sorted(part.items())]
-        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()
+        """Names these statistics, second moments apart, of which a file keeps less than was collected."""
+        return _digest(self.inputs, self.gradients)
+
+    def digest_of_moments(self) -> str:
+        """Names the second moments, of those that are larger than the model by the sums of their rows."""
+        return _digest({name: moment.sum(dim=1) for name, moment in self.moments.items()}, self.factors)
 
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
@@ -118,7 +122,7 @@ class Calibration:
         Raises:
             FileNotFoundError, ValueError: no such file, or not one of these.
         """
-        path = pathlib.Path(path)
+        path = expanded(path)
         path = path / CALIBRATION_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
@@ -131,6 +135,16 @@ class Calibration:
         for name, owner in parts.pop("shared").items():
             parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
         return cls(**parts)
+
+
+def _digest(*parts: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def calibrate(
@@ -216,7 +230,7 @@ def _sequences(
     if tokens < 1:
         raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
-        text = read_text(text)
+        text = read_text(expanded(text))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []

@@ -12,6 +12,7 @@ from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .calibration import Calibration
 from .initial_adapter import AdapterRecipe
+from .work import WorkFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Job:
         calibration: statistics of the layers, or None.
         model: name or path of the source, as it was given.
         folder: where the source lies.
-        output: where the packed checkpoint will lie.
-        work: where finished pieces lie until then.
+        companions: files beside its weights that belong to it, relative to that.
+        output: where the packed checkpoint will lie, as it was given.
+        work: the folder where finished pieces lie until then.
         device: where the arithmetic runs.
         progress: show progress bars.
     """
@@ -39,23 +41,11 @@ class Job:
     calibration: Calibration | None
     model: str
     folder: pathlib.Path
+    companions: list[pathlib.Path]
     output: pathlib.Path
-    work: pathlib.Path
+    work: WorkFolder
     device: torch.device
     progress: bool
-
-    @property
-    def final(self) -> pathlib.Path:
-        """Where the finished checkpoint is put together."""
-        return self.work / "final"
-
-    def piece(self, name: str) -> pathlib.Path:
-        """The file of one conversion of the source, packed or kept dense."""
-        return self.work / "pieces" / f"{name}.safetensors"
-
-    def factors(self, name: str) -> pathlib.Path:
-        """The file of the initial adapter's two factors on one weight."""
-        return self.work / "adapter" / f"{name}.safetensors"
 
 
 def with_bar(

@@ -8,7 +8,6 @@ import pathlib
 
 import torch
 
-from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import open_tensors
 from ..checkpoints.reading import STORED_AS
 from ..checkpoints.targets import Target
@@ -19,6 +18,7 @@ from .job import Job, with_bar
 from .loftq import LowRank, initialize
 from .pack import quantize_matrix
 from .planning import Plan
+from .work import ADAPTER, PIECES
 
 
 def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
@@ -28,7 +28,7 @@ def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
         the pieces, in the order of the source.
     """
     names = job.source.names()
-    finished = {name for name in names if job.piece(name).exists()}
+    finished = {name for name in names if _is_finished(job, name)}
     for name in with_bar(names, job.targets, finished, "quantising", job.progress):
         if name in finished:
             continue
@@ -36,14 +36,20 @@ def write_pieces(job: Job, plan: Plan) -> list[pathlib.Path]:
             _write_packed(job, plan, name, job.targets[name])
         else:
             _write_dense(job, name)
-    return [job.piece(name) for name in names]
+    return [job.work.path(PIECES, name) for name in names]
+
+
+def _is_finished(job: Job, name: str) -> bool:
+    """Whether an earlier run has made all that this name stands for."""
+    kinds = (PIECES, ADAPTER) if job.adapter and name in job.targets and job.targets[name].adapted else (PIECES,)
+    return all(job.work.has(kind, name) for kind in kinds)
 
 
 def _write_dense(job: Job, name: str) -> None:
     """What stays as it is, but for tensors that are another one's copies."""
     tied = set(getattr(job.source.model, "all_tied_weights_keys", {}))
     kept = {key: tensor for key, tensor in job.source.load(name).items() if key not in tied}
-    _save(kept, job.piece(name))
+    _save(job, name, kept)
 
 
 def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
@@ -54,20 +60,20 @@ def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
     if factors is not None and job.adapter is not None:
         prefix = f"base_model.model.{target.name}"
         tensors = {f"{prefix}.lora_A.weight": factors.lora_A.cpu(), f"{prefix}.lora_B.weight": factors.lora_B.cpu()}
-        save_tensors(tensors, job.factors(name))
+        job.work.save(ADAPTER, name, tensors)
         product = factors.lora_B, factors.lora_A, job.adapter.scaling
     lost = left = plan.loss(name)
     if product is not None or job.config.refine or _feedback(job, name):
         lost, left = _squared_errors(weight, packed, product)
     # in the piece, so that a resumed run knows the errors of those it does not make again
     tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
-    _save(tensors, job.piece(name), squares=json.dumps([plan.energy[name], lost, left]))
+    _save(job, name, tensors, squares=json.dumps([plan.energy[name], lost, left]))
 
 
-def _save(tensors: dict[str, torch.Tensor], piece: pathlib.Path, **metadata: str) -> None:
+def _save(job: Job, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
     """Writes a piece with the digests of what it is to hold."""
-    digests = {name: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for name, tensor in tensors.items()}
-    save_tensors(tensors, piece, {"format": "pt", "digests": json.dumps(digests), **metadata})
+    digests = {key: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for key, tensor in tensors.items()}
+    job.work.save(PIECES, name, tensors, {"digests": json.dumps(digests), **metadata})
 
 
 def digests_of_pieces(pieces: list[pathlib.Path]) -> dict[str, str]:

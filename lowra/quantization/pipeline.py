@@ -7,13 +7,13 @@ run that is started again with the same arguments goes on where it stopped, and 
 import dataclasses
 import logging
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 
 import torch
 
-from ..checkpoints.atomic import locked, move_folder, refuse_existing, save_json
+from ..checkpoints.atomic import save_json
+from ..checkpoints.companions import companions
 from ..checkpoints.dense import (
     DenseCheckpoint,
     check_finite,
@@ -22,7 +22,7 @@ from ..checkpoints.dense import (
     resolve_folder,
     safetensors_files,
 )
-from ..checkpoints.guarded import read_json
+from ..checkpoints.places import expanded, new_folder
 from ..checkpoints.targets import check_skips, find_targets
 from ..config import LowRAConfig
 from ..device import choose_device
@@ -33,6 +33,7 @@ from .initial_adapter import AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
 from .planning import Planner, learn
+from .work import WorkFolder
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,11 @@ def quantize_checkpoint(
         of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage.
 
     Raises:
-        FileNotFoundError, ValueError: input that cannot be used; nothing has been written to `output` then.
+        OSError, ValueError: input that cannot be used, or an output that cannot be written; nothing has been written to
+            `output` then.
     """
-    output = pathlib.Path(output)
-    refuse_existing(output)
+    output = expanded(output)
+    work = WorkFolder(new_folder(output))
     folder = resolve_folder(model)
     device = choose_device(device)
     files = safetensors_files(folder)
@@ -91,8 +93,37 @@ def quantize_checkpoint(
         if name not in targets:  # the learner looks at the others
             for key, tensor in source.load(name).items():
                 check_finite(key, tensor)
-    if callable(calibration):
-        calibration = calibration()
+    beside = companions(folder, outside=(work.folder, work.place))
+    with work.held():
+        if callable(calibration):
+            calibration = calibration()
+        _check_moments(config, adapter, calibration)
+        job = Job(
+            source=source,
+            targets=targets,
+            config=config,
+            adapter=adapter,
+            calibration=calibration,
+            model=str(model),
+            folder=folder,
+            companions=beside,
+            output=output,
+            work=work,
+            device=device,
+            progress=progress,
+        )
+        work.begin(_recipe(job, files))
+        try:
+            report = _stream(job)
+        except ValueError:
+            work.clear()  # input that cannot be used: there is nothing to go on with
+            raise
+        work.finish()
+    return report
+
+
+def _check_moments(config: LowRAConfig, adapter: AdapterRecipe | None, calibration: Calibration | None) -> None:
+    """Raises ValueError where the recipe needs second moments and there are none."""
     for wanted, name in (
         (adapter is not None and adapter.method == "cloq", "method=cloq"),
         (config.feedback, "feedback"),
@@ -101,37 +132,13 @@ def quantize_checkpoint(
             raise ValueError(
                 f"{name} needs second moments of the inputs: calibrate with moments=True (--calibrate FILE)."
             )
-    work = output.with_name(output.name + ".partial")
-    job = Job(
-        source=source,
-        targets=targets,
-        config=config,
-        adapter=adapter,
-        calibration=calibration,
-        model=str(model),
-        folder=folder,
-        output=output,
-        work=work,
-        device=device,
-        progress=progress,
-    )
-    with locked(work):
-        _clear_work_of_other_recipe(job, files)
-        try:
-            report = _stream(job)
-        except ValueError:
-            shutil.rmtree(work)  # input that cannot be used: there is nothing to go on with
-            raise
-        move_folder(job.final, output)
-        shutil.rmtree(work)
-    return report
 
 
 def _stream(job: Job) -> dict:
-    """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `job.final`."""
+    """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `job.work.final`."""
     seconds = {}
     clock = time.perf_counter()
-    planner = Planner(job.config, job.work / "learned", job.calibration)
+    planner = Planner(job.config, job.work, job.calibration)
     learn(planner, job.source, job.targets, job.device, job.progress)
     seconds["learn"] = time.perf_counter() - clock
     plan = planner.assign()
@@ -145,23 +152,16 @@ def _stream(job: Job) -> dict:
     report = assemble(job, plan, pieces)
     seconds["write"] = time.perf_counter() - clock
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
-    save_json(report, job.final / "lowra_report.json")
+    save_json(report, job.work.final / "lowra_report.json")
     return report
 
 
-def _clear_work_of_other_recipe(job: Job, files: list[pathlib.Path]) -> None:
-    """Empties the work folder unless it was begun with the same source and recipe; the folder itself is held."""
-    recipe = {
+def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
+    """All that the pieces depend on."""
+    return {
         "version": __version__,
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "config": job.config.to_dict(),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
-        "calibration": job.calibration.digest() if job.calibration else None,
+        "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
     }
-    begun = job.work / "recipe.json"
-    if begun.exists() and read_json(begun, "the recipe of an earlier run") != recipe:
-        begun.unlink()  # first, so that a kill in between leaves nothing that looks like this recipe's
-        for path in job.work.iterdir():
-            shutil.rmtree(path)
-    save_json(recipe, begun)
-    shutil.rmtree(job.final, ignore_errors=True)

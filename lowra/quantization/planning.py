@@ -1,12 +1,10 @@
 """The plan of a model: what the learner found for every matrix, and the precision the assigner gives each channel."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 import torch
 
-from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import DenseCheckpoint, check_finite
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
@@ -18,6 +16,7 @@ from .assigner import Assignment, Problem, assign
 from .calibration import Calibration
 from .job import with_bar
 from .learner import learn_codebook
+from .work import LEARNED, WorkFolder
 
 
 @dataclasses.dataclass
@@ -48,11 +47,11 @@ class Plan:
 class Planner:
     """Collects one matrix at a time, then assigns precisions over all of them."""
 
-    def __init__(self, config: LowRAConfig, store: pathlib.Path | None = None, calibration: Calibration | None = None):
+    def __init__(self, config: LowRAConfig, store: WorkFolder | None = None, calibration: Calibration | None = None):
         """
         Args:
             config: recipe and budget.
-            store: folder that keeps finished matrices, so that a killed run resumes; None keeps nothing.
+            store: keeps finished matrices, so that a killed run resumes; None keeps nothing.
             calibration: for sensitivity "fisher".
 
         Raises:
@@ -88,21 +87,18 @@ class Planner:
             "sample": torch.frombuffer(bytearray.fromhex(weight_digest(name, weight)), dtype=torch.uint8),
         }
         if self.store is not None:
-            save_tensors(record, self._stored(name))
+            self.store.save(LEARNED, name, record)
         self._keep(name, target, record)
 
     def has_stored(self, name: str) -> bool:
         """Whether an earlier run has learned a matrix."""
-        return self.store is not None and self._stored(name).exists()
+        return self.store is not None and self.store.has(LEARNED, name)
 
     def resume(self, name: str, target: Target) -> None:
         """Takes a matrix from the store."""
-        self._keep(name, target, read_tensors(self._stored(name), "what was learned of a matrix")[0])
-
-    def _stored(self, name: str) -> pathlib.Path:
         if self.store is None:
             raise ValueError("This planner keeps nothing, so there is nothing to resume.")
-        return self.store / f"{name}.safetensors"
+        self._keep(name, target, read_tensors(self.store.path(LEARNED, name), "what was learned of a matrix")[0])
 
     def _keep(self, name: str, target: Target, record: dict[str, torch.Tensor]) -> None:
         self._targets[name] = target

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..checkpoints.atomic import save_json
+from ..checkpoints.places import expanded, usable_folder
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, save_curve
 from .data import TaskData, load_data
@@ -48,10 +49,10 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
     """
     check_method(recipe)
-    output = pathlib.Path(recipe.output)
     # Of several processes the first decides: to one that starts later the folder is already the run's own.
     first = os.environ.get("RANK", "0") == "0"
-    if first and output.exists() and (not output.is_dir() or any(output.iterdir())) and not recipe.resume:
+    output = usable_folder(recipe.output) if first else expanded(recipe.output)
+    if first and output.exists() and any(output.iterdir()) and not recipe.resume:
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
     data = load_data(recipe, progress)
     arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several

@@ -3,7 +3,12 @@
 import copy
 import dataclasses
 import importlib
+import json
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import transformers
@@ -117,3 +122,23 @@ def test_patched_models_are_copied_and_pickled(architecture, tmp_path):
             with pytest.raises(ValueError, match="cannot be resized to 7"):
                 other.resize_token_embeddings(7)
             assert other.resize_token_embeddings() is other.get_input_embeddings()
+
+
+def test_dense_models_are_as_without_lowra(tmp_path):
+    """PEFT's and Transformers' usual journeys: outputs, state, exceptions, warnings and the bytes of files."""
+    script, root = pathlib.Path(__file__).with_name("peft_journeys.py"), pathlib.Path(__file__).parents[2]
+    surroundings = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": str(root)}
+    runs = {}
+    for name, options in {"without": [], "with": ["--lowra"]}.items():
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "log").open("w") as log:
+            command = [sys.executable, str(script), str(tmp_path / name), *options]
+            runs[name] = subprocess.Popen(command, env=surroundings, stdout=log, stderr=subprocess.STDOUT)
+    for name, run in runs.items():
+        assert run.wait() == 0, (tmp_path / name / "log").read_text()[-2000:]
+    without, found = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
+    assert without.keys() == found.keys() and len(found) > 100
+    assert sum("result" in journey for journey in without.values()) > 80  # most come to an end
+    assert {name: found[name] for name in found if found[name] != without[name]} == {
+        name: without[name] for name in found if found[name] != without[name]
+    }

@@ -1,0 +1,137 @@
+"""The folder in which a quantisation is made, `OUTPUT.partial`: finished pieces on disk, so that a killed run resumes.
+
+    recipe.json   what the folder was begun for
+    learned/      tables of each matrix
+    adapter/      factors of the initial adapter on each matrix
+    pieces/       packed and dense tensors of each conversion of the source
+    final/        the checkpoint that is being put together
+
+Every piece carries the digest of the recipe it was made by, and is taken for that recipe alone: wherever a run was
+killed, also while it cleared another one's pieces, nothing of two recipes comes together.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from ..checkpoints.atomic import LOCK_FILE, locked, move_folder, save_json, save_tensors
+from ..checkpoints.guarded import open_tensors, read_json
+from ..checkpoints.places import WORK_SUFFIX
+
+LEARNED, ADAPTER, PIECES = "learned", "adapter", "pieces"
+_RECIPE_FILE = "recipe.json"
+_FINAL = "final"
+_OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, LEARNED, ADAPTER, PIECES, _FINAL}
+
+
+class WorkFolder:
+    """Pieces of one recipe.
+
+    Attributes:
+        folder: where they lie.
+        final: where the finished checkpoint is put together.
+    """
+
+    def __init__(self, place: pathlib.Path):
+        """Takes the name of the folder beside `place`, where the finished checkpoint will go; writes nothing.
+
+        Raises:
+            ValueError: a folder of this name holds files of others, which clearing it would delete.
+        """
+        self.place = place
+        self.folder = place.with_name(place.name + WORK_SUFFIX)
+        self.final = self.folder / _FINAL
+        self._digest = ""
+        others = {path.name for path in self.folder.iterdir()} - _OWN if self.folder.is_dir() else set()
+        if others:
+            raise ValueError(
+                f"{self.folder}, in which {place.name} is to be made, holds {sorted(others)[0]}, which is not lowra's: "
+                "move it away, or give another output."
+            )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes out until the block ends.
+
+        Where nothing was put into it, the folder goes away again, with those above it that were made for it.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        with locked(self.folder):
+            try:
+                yield
+            finally:
+                if self.folder.is_dir() and os.listdir(self.folder) == [LOCK_FILE]:
+                    _remove(self.folder)
+                for path in made:
+                    with contextlib.suppress(OSError):  # gone, or not empty, which is what it was made for
+                        path.rmdir()
+
+    def begin(self, recipe: dict) -> None:
+        """Keeps the pieces of an earlier run of this recipe, and deletes those of another.
+
+        Args:
+            recipe: all that the pieces depend on, as JSON takes it.
+        """
+        self._digest = _digest(recipe)
+        begun = self.folder / _RECIPE_FILE
+        if not self._begun_for_this(begun):
+            begun.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks like this one's
+            for kind in (LEARNED, ADAPTER, PIECES):
+                _remove(self.folder / kind)
+        save_json(recipe, begun)
+        _remove(self.final)
+
+    def _begun_for_this(self, begun: pathlib.Path) -> bool:
+        try:
+            return _digest(read_json(begun, "the recipe of an earlier run")) == self._digest
+        except (FileNotFoundError, ValueError):  # killed while it cleared, or a disk that lost the end of a file
+            return False
+
+    def path(self, kind: str, name: str) -> pathlib.Path:
+        """The file of a piece."""
+        return self.folder / kind / f"{name}.safetensors"
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a piece of this recipe is finished."""
+        try:
+            with open_tensors(self.path(kind, name), "a piece of an earlier run") as content:
+                return (content.metadata() or {}).get("recipe") == self._digest
+        except (FileNotFoundError, ValueError):  # not there, or damaged: it is made again
+            return False
+
+    def save(
+        self, kind: str, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        """Writes a piece."""
+        save_tensors(tensors, self.path(kind, name), {**(metadata or {}), "format": "pt", "recipe": self._digest})
+
+    def finish(self) -> None:
+        """Renames the finished checkpoint to its place, and removes the rest.
+
+        Raises:
+            OSError: something came to be there meanwhile; the finished checkpoint stays in `final`.
+        """
+        move_folder(self.final, self.place)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the folder."""
+        _remove(self.folder)
+
+
+def _digest(recipe: dict) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
