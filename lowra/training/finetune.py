@@ -31,8 +31,9 @@ from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, save_curve
 from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
-from .methods import Base, attach_adapter, check_method, load_base, prepare_base
+from .methods import Base, attach_adapter, load_base, prepare_base
 from .recipe import Recipe
+from .settled import settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
 from .whole_checkpoints import WholeCheckpoints, newest_whole, partial_folder, put_in_place
 
@@ -48,7 +49,7 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
     """
-    check_method(recipe)
+    recipe = settle(recipe)
     # Of several processes the first decides: to one that starts later the folder is already the run's own.
     first = os.environ.get("RANK", "0") == "0"
     output = usable_folder(recipe.output) if first else expanded(recipe.output)
@@ -132,7 +133,7 @@ def train(
     tuned = measure(model, recipe, data, progress and main)
     result = finite(
         {
-            "recipe": recipe.to_dict(),
+            "recipe": used(recipe),
             "method": recipe.method,
             "rank": model.peft_config["default"].r,
             "bits": recipe.bits,

@@ -23,8 +23,15 @@ from .finetune import train, training_arguments
 from .methods import METHODS, check_method, prepare_base, supports
 from .recipe import Recipe
 from .report import draw, markdown, summarize
+from .settled import settle, without_idle_fields
 
 _BASE_FIELDS = ("model", "method", "bits", "rank", "alpha", "dropout", "init_steps", "quantization", "bf16")
+# the model, what it is read with and the data, which are read once
+_SHARED_FIELDS = (
+    "model", "trust_remote_code", "task", "dataset", "dataset_config", "train_file", "validation_file", "train_split",
+    "validation_split", "carve_validation", "text_column", "source_column", "target_column", "max_train_samples",
+    "max_eval_samples", "block_size", "source_length", "target_length", "data_seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +69,31 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
         methods: names, with overrides of any field behind colons: "lowra:quantization.sensitivity=none:rank=16".
 
     Raises:
-        ValueError: an unknown method or key, or no cell at all.
+        ValueError: an unknown method or key, an override without effect, or no cell at all.
     """
+    for name in ("method", "bits", "seed", "output", "resume"):
+        if name in recipe.given:
+            raise ValueError(f"{name} has no effect in a grid, which has its own: leave {name}= out.")
+    # an override that has an effect with one of the methods may have none with another
+    without_idle_fields(dataclasses.replace(recipe, given=recipe.given - {"init_steps"}))
+    here = pathlib.Path(recipe.model).is_dir()  # what is finished can be shown where the model is not
     cells = []
     for label in methods:
         method, *overrides = label.split(":")
+        names = {entry.partition("=")[0] for entry in overrides}
+        if shared := names & set(_SHARED_FIELDS):
+            raise ValueError(f"{min(shared)} is the same for all of a grid: give it for the whole, not in {label!r}.")
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}; the methods are {', '.join(METHODS)}.")
         for budget in [16.0] if method == "lora16" else bits:
             if not supports(method, budget):
                 continue
             for seed in seeds:
-                given = [f"method={method}", f"bits={budget}", f"seed={seed}", *overrides]
-                cell = Cell(label, recipe.changed(given))
-                check_method(cell.recipe)
-                cells.append(cell)
+                changed = recipe.changed([f"method={method}", f"bits={budget}", f"seed={seed}", *overrides])
+                changed = dataclasses.replace(changed, given=frozenset({"method", "bits"} | names))
+                cells.append(Cell(label, settle(changed) if here else without_idle_fields(changed)))
+                if not here:
+                    check_method(cells[-1].recipe)
     if not cells:
         raise ValueError(f"None of the methods {', '.join(methods)} has a form at {', '.join(map(str, bits))} bits.")
     return cells
@@ -126,13 +143,13 @@ def run_cells(
     data = load_data(recipe, progress) if missing else None
     untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if results[cell.name] is not None}
     for number, cell in enumerate(missing, start=1):
-        started = time.perf_counter()
+        started, settled = time.perf_counter(), settle(cell.recipe)
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = training_arguments(cell.recipe, pathlib.Path(scratch) / "checkpoints")
+            arguments = training_arguments(settled, pathlib.Path(scratch) / "checkpoints")
             device = torch.device(quantize_on or arguments.device)
-            base = prepare_base(cell.recipe, output / "bases" / cell.base_key, device, progress)
+            base = prepare_base(settled, output / "bases" / cell.base_key, device, progress)
             ready = time.perf_counter()
-            result = train(cell.recipe, base, data, arguments, untuned.get(cell.base_key), progress)[0]
+            result = train(settled, base, data, arguments, untuned.get(cell.base_key), progress)[0]
         gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
         result["label"] = cell.label
         result["prepare_seconds"] = round(ready - started, 3)
@@ -151,7 +168,8 @@ def _finished(cell: Cell, output: pathlib.Path) -> dict | None:
         return None
     result = read_json(path, "the result of a finished cell")
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
-    recipes = (cell.recipe, Recipe.from_dict(result["recipe"]))  # fields newer than the result take their defaults
+    # fields newer than the result take their defaults
+    recipes = (cell.recipe, without_idle_fields(Recipe.from_dict(result["recipe"])))
     ours, theirs = ({k: v for k, v in r.to_dict().items() if k not in paths} for r in recipes)
     return result if ours == theirs else None
 

@@ -7,23 +7,21 @@ weights and its bits are counted, see `hqq.py`.
 """
 
 import dataclasses
-import logging
 import pathlib
 
 import peft
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoints.dense import empty_model, read_config, resolve_folder, safetensors_files
+from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
 from ..checkpoints.guarded import read_json
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
 from ..quantization.pipeline import quantize_checkpoint
 from . import hqq
+from .packed_base import on_packed_base, packed_config
 from .recipe import Recipe
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +115,11 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
         FileNotFoundError, ValueError: a model that cannot be used; `folder` has not been created then.
     """
     source = resolve_folder(recipe.model)
-    config = read_config(source, recipe.trust_remote_code)
-    packed = getattr(config, "quantization_config", None)
+    packed = packed_config(source, recipe)
     if packed is not None:
-        return _packed_base(source, packed, recipe)
+        on_packed_base(recipe, source, packed)
+        adapter = source / ADAPTER_FOLDER
+        return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
     if METHODS[recipe.method].quantization is None:
         safetensors_files(source)
         dense = 16 if recipe.bf16 else 32
@@ -157,22 +156,6 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
     for name, (was, asked) in pairs.items():
         if was != asked:
             raise ValueError(f"{folder} was made with {name}={was}, the recipe now asks for {asked}: use a new output.")
-
-
-def _packed_base(source: pathlib.Path, packed, recipe: Recipe) -> Base:
-    packed = packed if isinstance(packed, dict) else packed.to_dict()
-    if packed.get("quant_method") != "lowra":
-        raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
-    if recipe.quantization:
-        raise ValueError(f"{source} is packed already: {', '.join(recipe.quantization)} cannot be changed any more.")
-    if packed["bits"] != recipe.bits:
-        logger.warning("%s has %g bits; the recipe's %g bits are not used.", source, packed["bits"], recipe.bits)
-    adapter = source / ADAPTER_FOLDER
-    if adapter.exists():
-        rank = read_json(adapter / "adapter_config.json", "the base's initial adapter")["r"]
-        if rank != recipe.rank:
-            logger.warning("%s has rank %d; the recipe's rank of %d is not used.", adapter, rank, recipe.rank)
-    return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
 
 
 def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedModel:

@@ -1,16 +1,50 @@
-"""The recipe of a fine-tuning run: flat YAML and `key=value` overrides, all checked before anything runs."""
+"""The recipe of a fine-tuning run: flat YAML and `key=value` overrides, all checked before anything runs.
+
+Kinds and ranges are pydantic's to check, field by field, because its error for a whole recipe is a list of lines where
+the command line promises one sentence.
+"""
 
 import dataclasses
+import functools
+import json
 import pathlib
-import types
 import typing
+from typing import Annotated, Literal
 
+import pydantic
 import yaml
 
+from ..checkpoints.guarded import read_text
 from ..config import check_keys
 
-TASKS = ("language_modeling", "instruction", "summarization")
-TABLES = ("frozen", "levels", "levels_and_scales")
+
+def _no_truth(value):
+    if isinstance(value, bool):
+        raise ValueError("a truth value")  # which pydantic would take for 0 or 1
+    return value
+
+
+def _at_home(path: str) -> str:
+    try:
+        return str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError("of a user that this machine does not have") from None
+
+
+_NO_TRUTH = pydantic.BeforeValidator(_no_truth)
+_FINITE = pydantic.Field(allow_inf_nan=False)
+
+_Truth = Annotated[bool, pydantic.Strict()]
+_Place = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_at_home)]
+_Count = Annotated[int, pydantic.Field(gt=0), _NO_TRUTH]
+_Limit = Annotated[int, pydantic.Field(ge=1), _NO_TRUTH]
+_CountOr0 = Annotated[int, pydantic.Field(ge=0), _NO_TRUTH]
+_Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_TRUTH]  # what NumPy's generators take
+_Number = Annotated[float, _FINITE, _NO_TRUTH]
+_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_TRUTH]
+_RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_TRUTH]
+_Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_TRUTH]
+_WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_TRUTH]
 
 
 @dataclasses.dataclass
@@ -54,107 +88,103 @@ class Recipe:
         logging_steps: optimiser steps between points of the loss curve.
         workers: processes that load data.
         report_to: trackers of Transformers, such as "wandb,tensorboard", or "none".
-        resume: go on from the last checkpoint in `output`.
+        resume: go on from the newest whole checkpoint in `output`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
+        given: names of the fields that were set by overrides, such as "quantization.menu". Where such a field has no
+            effect it is refused, and one of a recipe's file is not (`lowra.training.settled`). No key of the file.
     """
 
-    model: str
-    task: str = "language_modeling"
-    output: str = "runs/finetune"
+    model: _Place
+    task: Literal["language_modeling", "instruction", "summarization"] = "language_modeling"
+    output: _Place = "runs/finetune"
     method: str = "lowra"
-    bits: float = 2.0
-    rank: int = 64
-    alpha: float | None = None
-    dropout: float = 0.0
-    init_steps: int = 5
-    tables: str = "frozen"
-    tables_learning_rate: float = 4e-3
+    bits: _Number = 2.0
+    rank: _Count = 64
+    alpha: _Rate | None = None
+    dropout: _Share = 0.0
+    init_steps: _Count = 5
+    tables: Literal["frozen", "levels", "levels_and_scales"] = "frozen"
+    tables_learning_rate: _Rate = 4e-3
     quantization: dict = dataclasses.field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
-    train_file: str | None = None
-    validation_file: str | None = None
+    train_file: _Place | None = None
+    validation_file: _Place | None = None
     train_split: str = "train"
     validation_split: str | None = "validation"
-    carve_validation: int = 1024
+    carve_validation: _Count = 1024
     text_column: str = "text"
     source_column: str | None = None
     target_column: str | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    block_size: int = 1024
-    source_length: int = 512
-    target_length: int = 128
-    num_beams: int | None = None
-    max_steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 16
-    accumulation: int = 4
-    eval_batch_size: int = 4
-    learning_rate: float = 3e-4
+    max_train_samples: _Limit | None = None
+    max_eval_samples: _Limit | None = None
+    block_size: _Count = 1024
+    source_length: _Count = 512
+    target_length: _Count = 128
+    num_beams: _Limit | None = None
+    max_steps: _Limit | None = None
+    epochs: _Rate = 1.0
+    batch_size: _Count = 16
+    accumulation: _Count = 4
+    eval_batch_size: _Count = 4
+    learning_rate: _Rate = 3e-4
     scheduler: str = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.1
-    beta2: float = 0.999
-    max_grad_norm: float = 0.3
+    warmup_ratio: _WholeShare = 0.03
+    weight_decay: _RateOr0 = 0.1
+    beta2: _Share = 0.999
+    max_grad_norm: _RateOr0 = 0.3
     optimizer: str = "adamw_torch"
-    group_by_length: bool = False
-    gradient_checkpointing: bool = True
-    bf16: bool = True
-    seed: int = 0
-    data_seed: int = 42
-    eval_steps: int | None = None
-    eval_epochs: bool = False
-    save_steps: int | None = None
-    logging_steps: int = 1
-    workers: int = 0
+    group_by_length: _Truth = False
+    gradient_checkpointing: _Truth = True
+    bf16: _Truth = True
+    seed: _Seed = 0
+    data_seed: _Seed = 42
+    eval_steps: _Limit | None = None
+    eval_epochs: _Truth = False
+    save_steps: _Limit | None = None
+    logging_steps: _Count = 1
+    workers: _CountOr0 = 0
     report_to: str = "none"
-    resume: bool = False
-    trust_remote_code: bool = False
+    resume: _Truth = False
+    trust_remote_code: _Truth = False
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(Recipe).items():
-            setattr(self, name, _checked(name, getattr(self, name), kind))
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}.")
-        if self.tables not in TABLES:
-            raise ValueError(f"tables must be one of {', '.join(TABLES)}; got {self.tables!r}.")
-        if not self.model:
-            raise ValueError("The recipe names no model: give model=PATH.")
+        for name, checker in _checkers().items():
+            setattr(self, name, _checked(name, getattr(self, name), checker))
         if not self.train_file and not self.dataset:
             raise ValueError("The recipe names no data: give train_file=FILE, or dataset=NAME of the hub.")
         if self.task == "summarization" and not (self.source_column and self.target_column):
             raise ValueError("summarization needs source_column and target_column, such as document and summary.")
-        positive = ("rank", "init_steps", "block_size", "source_length", "target_length", "batch_size", "accumulation")
-        for name in (*positive, "eval_batch_size", "learning_rate", "tables_learning_rate", "logging_steps", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        for name in ("max_steps", "eval_steps", "save_steps", "num_beams", "max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, or left out; got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must be in [0, 1]; got {self.warmup_ratio}.")
+        if self.task == "language_modeling" and self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2, or there is nothing to predict; got {self.block_size}.")
+        try:
+            json.dumps(self.quantization)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"quantization holds what config.json cannot hold: {error}.") from None
 
     @classmethod
-    def from_dict(cls, content: dict) -> "Recipe":
-        """From the keys of a YAML file.
+    def from_dict(cls, content: dict, given: typing.Iterable[str] = ()) -> "Recipe":
+        """From the keys of a YAML file, and the names of those that were set by overrides.
 
         Raises:
             ValueError: an unknown key (with the nearest known one), a value of the wrong kind or out of range.
         """
-        check_keys(content, [field.name for field in dataclasses.fields(cls)], "The recipe")
-        if "model" not in content:
+        check_keys(content, [name for name in _checkers() if name != "given"], "The recipe")
+        if not content.get("model"):
             raise ValueError("The recipe names no model: give model=PATH.")
-        return cls(**content)
+        return cls(**content, given=frozenset(given))
 
-    def changed(self, overrides: list[str]) -> "Recipe":
+    def changed(self, overrides: typing.Sequence[str]) -> "Recipe":
         """A copy with `key=value` overrides applied."""
-        return Recipe.from_dict(override(dataclasses.asdict(self), overrides))
+        content, given = override(self.to_dict(), overrides)
+        return Recipe.from_dict(content, self.given | given)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """The keys of a YAML file."""
+        content = dataclasses.asdict(self)
+        del content["given"]
+        return content
 
 
 def load_recipe(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -164,49 +194,108 @@ def load_recipe(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown key or a value that cannot be used.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    content = _parsed(read_text(path, "a recipe"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no keys; a recipe is a YAML file of `key: value` lines.")
-    return Recipe.from_dict(override(content, overrides))
+    return Recipe.from_dict(*override(content, overrides))
 
 
-def override(content: dict, overrides: typing.Sequence[str]) -> dict:
-    """A copy of a recipe's keys with `key=value` strings applied, the values read as YAML."""
-    content = {**content, "quantization": dict(content.get("quantization") or {})}
+def override(content: dict, overrides: typing.Sequence[str]) -> tuple[dict, set[str]]:
+    """A copy of a recipe's keys with `key=value` strings applied, the values read as YAML, and the names of those."""
+    quantization = content.get("quantization") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization must be of type dict; got {quantization!r}.")
+    content, given = {**content, "quantization": dict(quantization)}, set()
     for entry in overrides:
         key, equals, text = entry.partition("=")
         if not equals or not key:
             raise ValueError(f"An override is key=value; got {entry!r}.")
-        value = yaml.safe_load(text) if text else None
+        if key in given:
+            raise ValueError(f"{key} is given twice; which of them is meant?")
+        given.add(key)
+        value = _parsed(text, f"The value of {entry!r:.100}") if text else None
         outer, dot, inner = key.partition(".")
         if dot and outer == "quantization":
+            if not isinstance(content["quantization"], dict):
+                raise ValueError(f"{key} is given beside quantization={content['quantization']!r}.")
             content["quantization"][inner] = value
         else:
             content[key] = value
-    return content
+    return content, given
 
 
-def _checked(name: str, value, kind):
-    """The value as the field's kind; YAML reads 1e-4 as text and 2 as int."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}.")
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own would take the last in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep=deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in mapping:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return mapping
+
+
+def _parsed(text: str, place: str):
+    """
+    Raises:
+        ValueError: not YAML, or YAML that makes objects of other types than JSON has.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-13-45
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{place} is not readable as YAML: {reason}") from error
+
+
+@functools.cache
+def _checkers() -> dict[str, pydantic.TypeAdapter]:
+    """What checks each field."""
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    kinds = typing.get_type_hints(Recipe, include_extras=True)
+    return {name: pydantic.TypeAdapter(kind, config=config) for name, kind in kinds.items()}
+
+
+def _checked(name: str, value, checker: pydantic.TypeAdapter):
+    """The value as the field's kind; YAML reads 1e-4 as text and 2 as int.
+
+    Raises:
+        ValueError: naming the field, what it may be and what came.
+    """
+    try:
+        return checker.validate_python(value)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+    kind, schema = problem["type"], checker.json_schema()
+    optional = "anyOf" in schema
+    schema = schema["anyOf"][0] if optional else schema
+    if kind == "literal_error":
+        expected = f"one of {', '.join(schema['enum'])}"
+    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        expected = _range(schema) + (", or left out" if optional else "")
+    elif kind == "finite_number":
+        expected = "a finite number"
+    elif kind == "string_too_short":
+        expected = "a name or left out"
+    elif kind == "value_error" and isinstance(value, str):
+        expected = f"a folder or file, and not one {problem['ctx']['error']}"
+    else:
+        expected = f"of type {_PYTHON_NAMES[schema['type']]}"
+    raise ValueError(f"{name} must be {expected}; got {value!r:.200}.")
+
+
+_PYTHON_NAMES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "object": "dict"}
+
+
+def _range(schema: dict) -> str:
+    """The range of a number in words."""
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if high is not None or below is not None:
+        return f"in [{low}, {high}]" if below is None else f"in [{low}, {below})"
+    if above == 0:
+        return "positive"
+    return "positive or 0" if low == 0 else f"at least {low}"

@@ -1,0 +1,81 @@
+"""A base that is packed already: what it has stands, whatever the recipe asks for."""
+
+import dataclasses
+import logging
+import pathlib
+
+from ..checkpoints.dense import read_config
+from ..checkpoints.guarded import read_json
+from ..config import LowRAConfig
+from ..quantization.initial_adapter import ADAPTER_FOLDER, BASE_RECORD
+from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+_WARNINGS = {
+    "bits": "%s has %g bits; the recipe's %g bits are not used.",
+    "rank": "%s has rank %d; the recipe's rank of %d is not used.",
+    "alpha": "%s has alpha %g; the recipe's alpha of %g is not used.",
+    "method": "%s was packed as %s does; the recipe's method of %s is not used.",
+}
+
+
+def packed_config(source: pathlib.Path, recipe: Recipe) -> dict | None:
+    """The `quantization_config` of a checkpoint that lowra packed, or None for a dense one.
+
+    Raises:
+        ValueError: another program quantised it.
+    """
+    packed = getattr(read_config(source, recipe.trust_remote_code), "quantization_config", None)
+    if packed is None:
+        return None
+    packed = packed if isinstance(packed, dict) else packed.to_dict()
+    if packed.get("quant_method") != "lowra":
+        raise ValueError(f"{source} is quantised by {packed.get('quant_method')}; give a dense or a lowra checkpoint.")
+    return packed
+
+
+def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe:
+    """The recipe with what the packed base has in place of what it asks for.
+
+    Raises:
+        ValueError: an override, or an option of the quantisation, that the base does not agree with.
+    """
+    for name, asked in recipe.quantization.items():
+        if LowRAConfig.from_dict({**packed, name: asked}).to_dict()[name] != packed[name]:
+            raise ValueError(f"{source} is packed already: {name} cannot be changed any more.")
+    if "init_steps" in recipe.given:
+        raise ValueError(f"{source} is packed already: init_steps has no effect on it. Leave it out.")
+    own: dict = {"bits": float(packed["bits"])}
+    started = None
+    if (source / ADAPTER_FOLDER).exists():
+        adapter = read_json(source / ADAPTER_FOLDER / "adapter_config.json", "the base's initial adapter")
+        own |= {"rank": adapter["r"], "alpha": float(adapter["lora_alpha"])}
+        record = source / ADAPTER_FOLDER / BASE_RECORD
+        started = read_json(record, "the record of the initial adapter")["init"] if record.exists() else None
+    own["method"] = _method(packed, started)
+    for name, value in own.items():
+        asked = getattr(recipe, name)
+        if name == "alpha" and asked is None:
+            continue
+        if asked != value and name in recipe.given:
+            raise ValueError(
+                f"{source} is packed already, with {name}={_text(value)}: {name}={_text(asked)} has no effect on it. "
+                "Leave that out, or quantise the original anew."
+            )
+        if asked != value:
+            logger.warning(_WARNINGS[name], source, value, asked)
+    return dataclasses.replace(recipe, **own)
+
+
+def _method(packed: dict, started: str | None) -> str:
+    """The preset that is nearest to a packed base and the start of its adapter."""
+    if packed["codebook"] == "learned":
+        return "lowra"
+    if packed["assigner"] != "layer_order":
+        return "assigner_only"
+    return {None: "qlora", "lora": "qlora", "pissa": "pissa"}.get(started, "loftq")
+
+
+def _text(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,84 @@
+"""A recipe as it takes effect: on a packed base, and without fields that another one makes meaningless.
+
+A file is written for many runs, so what has no effect there gives way with a word. What stands on the command line was
+meant for this run: it is refused by its name. metrics.json records what was used.
+"""
+
+import dataclasses
+
+from ..checkpoints.dense import resolve_folder
+from .methods import METHODS, check_method
+from .packed_base import on_packed_base, packed_config
+from .recipe import Recipe
+
+_SOURCE_AND_TARGET = ("source_column", "target_column", "source_length", "target_length")
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe as it takes effect.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, one that another program packed, a method that does not have these
+            options, or an override without effect.
+    """
+    recipe = without_idle_fields(recipe)
+    source = resolve_folder(recipe.model)
+    packed = packed_config(source, recipe)
+    if packed is None:
+        check_method(recipe)
+        return recipe
+    return without_idle_fields(on_packed_base(recipe, source, packed))
+
+
+def used(recipe: Recipe) -> dict:
+    """The keys of a settled recipe that have an effect, for the record."""
+    idle = idle_fields(recipe)
+    return {name: value for name, value in recipe.to_dict().items() if name not in idle}
+
+
+def without_idle_fields(recipe: Recipe) -> Recipe:
+    """A copy in which fields without effect have their defaults.
+
+    Raises:
+        ValueError: one of them was set by an override.
+    """
+    idle = idle_fields(recipe)
+    for name in sorted(recipe.given & idle.keys()):
+        if getattr(recipe, name) is not None:
+            raise ValueError(f"{name}={getattr(recipe, name)} has no effect {idle[name]}: leave it out.")
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    changes = {name: defaults[name] for name in idle}
+    if recipe.method == "lora16":
+        if "bits" in recipe.given and recipe.bits not in (16, 32):
+            raise ValueError(
+                f"bits={recipe.bits:g} has no effect with method=lora16, whose base is dense: leave it out."
+            )
+        changes["bits"] = 16.0
+    return dataclasses.replace(recipe, **changes)
+
+
+def idle_fields(recipe: Recipe) -> dict[str, str]:
+    """Fields that other fields of the recipe make meaningless, each with the reason."""
+    idle = dict.fromkeys(_SOURCE_AND_TARGET if recipe.task == "language_modeling" else ("block_size",), "")
+    idle |= dict.fromkeys(() if recipe.task == "summarization" else ("num_beams",), "")
+    if recipe.task == "summarization" or recipe.task == "instruction" and recipe.target_column:
+        idle["text_column"] = ""
+    idle = dict.fromkeys(idle, f"with task={recipe.task}")
+    if recipe.train_file:
+        unread = ("dataset", "dataset_config", "train_split", "validation_split")
+        idle |= dict.fromkeys(unread, "beside train_file")
+    elif recipe.validation_file:
+        idle["validation_split"] = "beside validation_file"
+    if recipe.validation_file or not recipe.train_file and recipe.validation_split:
+        idle |= dict.fromkeys(("carve_validation", "data_seed"), "where there is validation data")
+    if recipe.max_steps is not None:
+        idle["epochs"] = f"beside max_steps={recipe.max_steps} (max_steps= takes that away)"
+    if recipe.eval_steps is not None:
+        idle["eval_epochs"] = f"beside eval_steps={recipe.eval_steps}"
+    if recipe.scheduler == "constant":
+        idle["warmup_ratio"] = "with scheduler=constant (constant_with_warmup has one)"
+    if recipe.tables == "frozen":
+        idle["tables_learning_rate"] = "with tables=frozen"
+    if recipe.method in METHODS and METHODS[recipe.method].init != "loftq":
+        idle["init_steps"] = f"with method={recipe.method}, which takes no steps to its start"
+    return idle
