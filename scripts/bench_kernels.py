@@ -176,7 +176,7 @@ def bench_product(timer, shape, all_bits, tokens, results, peers=True):
     key = {"rows": rows, "in_features": in_features, "what": "product"}
     dense = 2 * rows * in_features
 
-    def measure(name, of_size, functions):
+    def measure(name, functions):
         for m in tokens:
             calls = [lambda f=f, m=m: f(xs[m]) for f in functions]
             results.append({**key, "bits": name, "tokens": m, "us": timer(calls)})
@@ -185,18 +185,18 @@ def bench_product(timer, shape, all_bits, tokens, results, peers=True):
         packs = [Packed(rows, in_features, bits, i) for i in range(copies(dense * bits / 16))]
         for p in packs:
             p.weight = p.thresholds = None
-        measure(bits, dense * bits / 16, [p.linear for p in packs])
+        measure(bits, [p.linear for p in packs])
     if not peers:
         return
     weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies(dense))]
-    measure("bf16", dense, [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights])
+    measure("bf16", [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights])
     quantized = []
     for i in range(copies(dense / 4)):
         w = weights[i % len(weights)]
         quantized.append(
             bitsandbytes.functional.quantize_4bit(w, blocksize=GROUP, compress_statistics=False, quant_type="nf4")
         )
-    measure("NF4", dense / 4, [lambda x, q=q: bitsandbytes.matmul_4bit(x, q[0].t(), q[1]) for q in quantized])
+    measure("NF4", [lambda x, q=q: bitsandbytes.matmul_4bit(x, q[0].t(), q[1]) for q in quantized])
 
 
 def bench_learner(results):

@@ -62,7 +62,3 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
             _add_json(subparser)
     if not nested:
         parser.add_argument("--json", action="store_true", help="print one machine-readable object as the last line")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
