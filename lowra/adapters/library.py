@@ -54,7 +54,7 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
             f"Adapter {name} has other factors than its PEFT configuration asks for, such as "
             f"{(list(result.unexpected_keys) + absent)[0]}; expected the configuration it was trained with."
         )
-    _place(model, name)
+    _move_to_its_layers(model, name)
     return model
 
 
@@ -79,7 +79,7 @@ def _check_fit(model: nn.Module, packed: PackedAdapter, name: str) -> None:
             )
 
 
-def _place(model: nn.Module, name: str) -> None:
+def _move_to_its_layers(model: nn.Module, name: str) -> None:
     """Moves an adapter's parameters to where the layers they belong to are, which may be several devices."""
     for module in model.modules():
         if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
@@ -257,8 +257,8 @@ class AdapterLibrary:
 
     def _require(self, name: str) -> None:
         if name not in self._packed:
-            held = ", ".join(sorted(self._packed)[:10]) or "none"
-            raise ValueError(f"The library has no adapter {name!r} among its {len(self)}: {held}.")
+            known = ", ".join(sorted(self._packed)[:10]) or "none"
+            raise ValueError(f"The library has no adapter {name!r} among its {len(self)}: {known}.")
 
     def _drop(self, name: str) -> None:
         model = self._wrapped

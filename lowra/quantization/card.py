@@ -75,7 +75,7 @@ def model_card(
         "nominal bits (codes alone)": f"{config.nominal_bits:.4f}",
         "true bits (everything stored)": f"{config.true_bits:.4f} per packed weight",
         "packed weights": f"{_mib(packed_bytes)} for {parameters:,} (in 16 bits {_mib(2 * parameters)})",
-        **_of_report(config, report, adapter),
+        **_rows_of_report(config, report, adapter),
         "recipe": ", ".join(f"{name}={value}" for name, value in asked.items()),
         "written with": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
@@ -94,7 +94,7 @@ def model_card(
     return card if adapter is None else card + _ADAPTED
 
 
-def _of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRecipe | None) -> dict[str, str]:
+def _rows_of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRecipe | None) -> dict[str, str]:
     """Rows that only a finished run of `quantize_checkpoint` knows of; without one, the error that was planned."""
     if report is None:
         return {"squared error / energy": f"{config.error:.5f} (planned)"}

@@ -63,7 +63,7 @@ def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
         job.work.save(ADAPTER, name, tensors)
         product = factors.lora_B, factors.lora_A, job.adapter.scaling
     lost = left = plan.loss(name)
-    if product is not None or job.config.refine or _feedback(job, name):
+    if product is not None or job.config.refine or _feedback_rounds(job, name):
         lost, left = _squared_errors(weight, packed, product)
     # in the piece, so that a resumed run knows the errors of those it does not make again
     tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
@@ -93,7 +93,7 @@ def _pack(job: Job, plan: Plan, name: str, target: Target, weight: torch.Tensor)
         return quantize_matrix(matrix, codebook, row_bits, job.config)
 
     adapter = job.adapter if target.adapted else None
-    feedback = _feedback(job, name)
+    feedback = _feedback_rounds(job, name)
     needed = feedback or (adapter is not None and adapter.method == "cloq")
     moment = job.calibration.moment(name) if needed and job.calibration is not None else None
     if adapter is None:
@@ -110,7 +110,7 @@ def _pack(job: Job, plan: Plan, name: str, target: Target, weight: torch.Tensor)
     )
 
 
-def _feedback(job: Job, name: str) -> int:
+def _feedback_rounds(job: Job, name: str) -> int:
     """Rounds of feedback on one weight; experts and embeddings are calibrated without second moments."""
     return job.config.feedback if job.calibration is not None and job.calibration.has_moment(name) else 0
 
