@@ -12,6 +12,7 @@ from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, replace_module
 from ..nn.linear import PackedModule
+from .model_patches import ignore_unexpected, keep_values
 
 
 class DirectLoading:
@@ -40,8 +41,7 @@ class DirectLoading:
         self._packed = [target.name for target in targets.values()]
         in_packed = {f"{name}.{leaf}" for name in self._packed for leaf in files.of(name)}
         self._dense = [name for name in files.places if name not in in_packed]
-        for name in self._dense:
-            model.get_parameter(name)._is_hf_initialized = True
+        keep_values(model.get_parameter(name) for name in self._dense)
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._reading: concurrent.futures.Future | None = None
 
@@ -57,8 +57,7 @@ class DirectLoading:
         self._hook = model.register_state_dict_post_hook(hide)
         # What the state dict lacks is reported as unexpected. Block numbers are left open: a thousand names are slow.
         unexpected = {re.sub(r"\d+", r"\\d+", re.escape(place.key)) for place in files.places.values()}
-        self._unexpected = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = set(self._unexpected or ()) | {f"^{name}$" for name in unexpected}
+        self._report_unexpected = ignore_unexpected(model, {f"^{name}$" for name in unexpected})
 
     def _start(self) -> None:
         device = self._only_device()
@@ -68,7 +67,7 @@ class DirectLoading:
     def finish(self) -> None:
         """Puts what was read into the modules."""
         self._hook.remove()
-        self._model._keys_to_ignore_on_load_unexpected = self._unexpected
+        self._report_unexpected()
         device = self._only_device()
         if device is not None:
             self._fill(device)

@@ -3,6 +3,10 @@
 They are objects and functions of this module and no closures: `torch.save(model)` and `copy.deepcopy` keep them.
 """
 
+import functools
+import typing
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +15,9 @@ from ..checkpoints.targets import Target
 from ..nn.linear import LowRALinear
 from ..weights.packed import TENSOR_NAMES
 from .patching import Patch
+
+if typing.TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
 _CONFIG = "transformers.configuration_utils:PreTrainedConfig."
@@ -40,7 +47,7 @@ EXPERTS = Patch(
     why="grouped_mm and the like multiply with the dense weights of all experts at once.",
     door="set_experts_implementation('eager'), once get_experts_implementation tells what to go back to: before, the "
     "former leaves configs of submodels out and nothing tells what they were",
-    since="transformers 5.23",
+    since="transformers 5.16",
 )
 CAST = Patch(
     target="transformers.models.t5.modeling_t5:T5DenseActDense.forward",
@@ -49,7 +56,63 @@ CAST = Patch(
     since="none",
     rests_on=("hidden_states",),
 )
-MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST)
+VALUES = Patch(
+    target=f"{_MODEL}_initialize_missing_keys",
+    why="Packed bytes that go past Transformers' loader would be initialised with random numbers.",
+    door="HfQuantizer could name parameters that it loads itself; torch's hooks leave them out of the state dict here",
+    since="none",
+)
+UNEXPECTED = Patch(
+    target=f"{_MODEL}_keys_to_ignore_on_load_unexpected",
+    why="Tensors that go past Transformers' loader would be reported as unexpected.",
+    door="HfQuantizer.update_unexpected_keys, which Transformers 5.0 took away",
+    since="none",
+)
+CONVERSIONS = Patch(
+    target="transformers.core_model_loading:revert_weight_conversion",
+    why="Saving would undo the original's renamings and split merged experts again, on packed bytes.",
+    door="HfQuantizer.update_weight_conversions is asked when loading, not when saving",
+    since="none",
+    rests_on=("model", "state_dict"),
+)
+DEVICES = Patch(
+    target="transformers.training_args:TrainingArguments.n_gpu",
+    why="One process on several GPUs would copy the model between them at every step (DataParallel) and multiply the "
+    "batch.",
+    door="one visible GPU, which is chosen before the process starts",
+    since="none",
+)
+MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST, VALUES, UNEXPECTED, CONVERSIONS, DEVICES)
+
+
+def keep_values(parameters: Iterable[nn.Parameter]) -> None:
+    """Has Transformers leave parameters as they are that it does not load."""
+    VALUES.check()
+    for parameter in parameters:
+        parameter._is_hf_initialized = True
+
+
+def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> Callable[[], None]:
+    """Has Transformers keep silent on keys of a checkpoint that a model lacks.
+
+    Args:
+        model: before it is loaded.
+        patterns: regular expressions.
+
+    Returns:
+        what takes it back.
+    """
+    UNEXPECTED.check()
+    former = model._keys_to_ignore_on_load_unexpected
+    kind = set if isinstance(former, set) else list  # Transformers adds patterns of its own kind
+    model._keys_to_ignore_on_load_unexpected = kind([*(former or ()), *sorted(patterns)])
+    return functools.partial(setattr, model, "_keys_to_ignore_on_load_unexpected", former)
+
+
+def forget_conversions(model: PreTrainedModel) -> None:
+    """Has a packed model saved under its own names, as it is."""
+    CONVERSIONS.check()
+    model._weight_conversions = []
 
 
 def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
@@ -161,3 +224,10 @@ class _FeedForwardWithoutCast:
         else:
             hidden_states = module.act(module.wi(hidden_states))
         return module.wo(module.dropout(hidden_states))
+
+
+def use_one_gpu(arguments: "TrainingArguments") -> None:
+    """Has the Trainer use one GPU for each process, however many it sees."""
+    if arguments.n_gpu > 1:
+        DEVICES.check()
+        arguments._n_gpu = 1

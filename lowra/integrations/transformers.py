@@ -29,7 +29,14 @@ from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .direct_loading import DirectLoading, large_dense_tensors
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
-from .model_patches import declare_ties, mend_casts_to_weight_dtype, refuse_resizing, use_experts_one_by_one
+from .model_patches import (
+    declare_ties,
+    forget_conversions,
+    keep_values,
+    mend_casts_to_weight_dtype,
+    refuse_resizing,
+    use_experts_one_by_one,
+)
 from .modules import make_dense, put_packed, put_stored, share_tied
 from .patching import require_patches
 
@@ -109,8 +116,7 @@ class LowRAHfQuantizer(HfQuantizer):
         self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
         for module in put_stored(model, self._targets, group_size, packed_files):
             # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
-            for parameter in module.parameters():
-                parameter._is_hf_initialized = True
+            keep_values(module.parameters())
         self._check = IntegrityCheck(files, model.config)
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
@@ -180,8 +186,7 @@ class LowRAHfQuantizer(HfQuantizer):
             config.base = str(model.config.name_or_path)
             config.packing = packing_in_memory(model)
             self._plan = None
-            # Saving would undo the original's renamings and split merged experts again, on packed bytes.
-            model._weight_conversions = []
+            forget_conversions(model)
         return model
 
     def is_serializable(self) -> bool:

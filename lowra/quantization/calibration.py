@@ -183,6 +183,8 @@ def calibrate(
     sequences = _sequences(folder, text, tokens, skeleton.config, trust_remote_code)
     device = choose_device(device)
     where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
+    if any(target.experts is not None for target in targets.values()):
+        where["experts_implementation"] = "eager"  # experts are watched one by one
     dense = type(skeleton).from_pretrained(folder, **where)
     if dense.supports_gradient_checkpointing:
         dense.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

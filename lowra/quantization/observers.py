@@ -67,22 +67,22 @@ class ExpertObserver:
     def __init__(self, module: nn.Module, leaves: dict[str, str]):
         """
         Args:
-            module: of Transformers' common form, see `targets`.
+            module: of Transformers' common form, see `targets`, with the "eager" implementation: the others multiply
+                all experts at once.
             leaves: keys of the statistics by the names of the module's fused weights.
         """
         self.statistics = {key: ExpertStatistics(module.get_parameter(leaf)) for leaf, key in leaves.items()}
         self._module, self._leaves = module, leaves
-        config: Any = module.config
-        config._experts_implementation = "eager"  # the others multiply all experts at once
-        self._own_forward = module.__dict__.get("forward")  # where offloading has put one
-        self._forward = module.forward
-        module.forward = self._watched
+        self._watches: list[_Watch] = []
+        self._handles = [
+            module.register_forward_pre_hook(self._on_start),
+            module.register_forward_hook(self._on_end, always_call=True),  # after an error too
+        ]
 
     def close(self) -> None:
         """Leaves the module as it was."""
-        del self._module.forward
-        if self._own_forward is not None:
-            self._module.forward = self._own_forward
+        for handle in self._handles:
+            handle.remove()
 
     def add_to(self, calibration: Calibration, damping: float) -> None:
         """Puts the statistics in a calibration."""
@@ -90,13 +90,15 @@ class ExpertObserver:
             calibration.inputs[key] = statistics.inputs()
             calibration.gradients[key] = statistics.channel_gradients(damping)
 
-    def _watched(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weights = [(self._module.get_parameter(leaf), self.statistics[key]) for leaf, key in self._leaves.items()]
-        with _Watch(weights):
-            out = self._forward(*args, **kwargs)
-        if out.requires_grad:
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        weights = [(module.get_parameter(leaf), self.statistics[key]) for leaf, key in self._leaves.items()]
+        self._watches.append(_Watch(weights))
+        self._watches[-1].__enter__()
+
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor | None) -> None:
+        self._watches.pop().__exit__(None, None, None)
+        if out is not None and out.requires_grad:
             out.register_hook(self._count_tokens)
-        return out
 
     def _count_tokens(self, gradient: torch.Tensor) -> None:
         for statistics in self.statistics.values():

@@ -27,6 +27,7 @@ from transformers import (
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.places import expanded, usable_folder
+from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, save_curve
 from .data import TaskData, load_data
@@ -212,10 +213,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         ddp_broadcast_buffers=False,
         ddp_timeout=4 * 3600,  # the other processes wait while the first one quantises
     )
-    if arguments.n_gpu > 1:
-        # one process on several GPUs would copy the model between them at every step (DataParallel) and multiply the
-        # batch; several GPUs are for several processes (torchrun)
-        arguments._n_gpu = 1
+    use_one_gpu(arguments)  # several are for several processes (torchrun)
     return arguments
 
 
