@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable
+import numbers
+import reprlib
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -32,12 +34,48 @@ _CHOICES = {
     "sensitivity": ("layer", "none", "fisher"),
 }
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "bits": (int, float),
-    **dict.fromkeys(("group_size", "iterations", "refine", "feedback"), int),
-    **dict.fromkeys(("quantize_head", "quantize_embeddings"), bool),
+_MOST = 2**31 - 1  # rounds, and what else is counted
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and (_is_text(entry) or _is_number(entry)) for key, entry in value.items()
+    )
+
+
+# The schema of `quantization_config` in a config.json, which anybody may have written: what each field holds. Not
+# in pydantic, with which `import lowra` would take 0.3 s more.
+_KINDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
+    ("quant_method", "base", "fingerprint", "calibration", *_CHOICES): (_is_text, "text"),
+    ("bits", "nominal_bits", "true_bits", "error"): (_is_number, "a number"),
+    ("group_size", "iterations", "refine", "feedback", "format_version"): (_is_whole, "a whole number"),
+    ("quantize_head", "quantize_embeddings"): (lambda value: isinstance(value, bool), "true or false"),
+    ("menu",): (
+        lambda value: (
+            isinstance(value, (list, tuple, set))
+            and all(isinstance(bits, numbers.Integral) and not isinstance(bits, bool) for bits in value)
+        ),
+        "a list of precisions, such as [1, 2, 4]",
+    ),
+    ("modules_to_not_convert",): (
+        lambda value: isinstance(value, (list, tuple)) and all(map(_is_text, value)),
+        "a list of names",
+    ),
+    ("packing",): (lambda value: _is_record(value) and all(map(_is_text, value.values())), "digests by name"),
+    ("initial_adapter",): (_is_record, "numbers and words by name"),
 }
-_KIND_NAMES = {(int, float): "a number", int: "a whole number", bool: "true or false"}
 
 
 @dataclasses.dataclass(repr=False)
@@ -108,24 +146,26 @@ class LowRAConfig(QuantizationConfigMixin):
     calibration: str | None = None
 
     def __post_init__(self) -> None:
-        _check_format(self.format_version)
-        for name, kinds in _KINDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
-                raise ValueError(f"{name} must be {_KIND_NAMES[kinds]}; got {value!r}.")
         if isinstance(self.modules_to_not_convert, str):  # its letters would be taken for parts of names
             self.modules_to_not_convert = [self.modules_to_not_convert]
-        try:
-            self.menu = tuple(sorted({int(bits) for bits in self.menu}))
-        except (TypeError, ValueError):
-            raise ValueError(f"menu must be a list of precisions, such as [1, 2, 4]; got {self.menu!r}.") from None
+        optional = {field.name for field in dataclasses.fields(self) if field.default is None}
+        for names, (fits, kind) in _KINDS.items():
+            for name in names:
+                value = getattr(self, name)
+                if not fits(value) and not (value is None and name in optional):
+                    raise ValueError(f"{name} must be {kind}; got {reprlib.repr(value)}.")
+        _check_format(self.format_version)
+        self.menu = tuple(sorted({int(bits) for bits in self.menu}))
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {reprlib.repr(value)}.")
         if not self.menu or not set(self.menu) <= set(PRECISIONS):
-            raise ValueError(f"menu must be a non-empty subset of {PRECISIONS}; got {self.menu}.")
+            raise ValueError(f"menu must be a non-empty subset of {PRECISIONS}; got {reprlib.repr(self.menu)}.")
         if self.codebook == "normal_float":
             self.menu = tuple(bits for bits in self.menu if bits > 1)  # there is no 1-bit NormalFloat
+            if not self.menu:
+                raise ValueError("codebook=normal_float has no form at 1 bit: give a menu with 2 or 4, or learned.")
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
         for name in ("iterations", "refine", "feedback"):
@@ -134,6 +174,10 @@ class LowRAConfig(QuantizationConfigMixin):
         for name in ("refine", "feedback"):
             if getattr(self, name) and self.codebook != "learned":
                 raise ValueError(f"{name} fits levels, which codebook=normal_float keeps fixed: use {name}=0 with it.")
+        if self.quant_method != "lowra":
+            raise ValueError(f"quant_method must be 'lowra'; got {reprlib.repr(self.quant_method)}.")
+        if self.budget == "true" and not 0 < self.bits <= 32:
+            raise ValueError(f"A budget of {self.bits:g} true bits makes no sense: give one from 1 to 5.")
         if self.budget == "nominal" and not self.menu[0] <= self.bits <= self.menu[-1]:
             raise ValueError(
                 f"A budget of {self.bits} nominal bits cannot be met with channels of {_words(self.menu)} bits: give "
@@ -144,6 +188,8 @@ class LowRAConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary of the attributes above (config.json, YAML). An unknown key is refused by name."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"quantization_config must be a dictionary; got {reprlib.repr(config_dict)}.")
         _check_format(config_dict.get("format_version", FORMAT_VERSION))  # first: another format has other keys
         check_keys(config_dict, [field.name for field in dataclasses.fields(cls)], "LowRAConfig")
         config = cls(**config_dict)
@@ -154,9 +200,9 @@ class LowRAConfig(QuantizationConfigMixin):
 
 
 def _check_format(version: object) -> None:
-    if version != FORMAT_VERSION:
+    if not _is_whole(version) or version != FORMAT_VERSION:
         raise ValueError(
-            f"This checkpoint has packed format {version!r}, this lowra reads format {FORMAT_VERSION}. "
+            f"This checkpoint has packed format {reprlib.repr(version)}, this lowra reads format {FORMAT_VERSION}. "
             "Install the version of lowra that wrote it, or quantise the base again."
         )
 
@@ -167,7 +213,7 @@ def check_keys(given: Iterable[str], known: Collection[str], what: str) -> None:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Known keys: {', '.join(sorted(known))}."
-            raise ValueError(f"{what} has no key {key!r}.{hint}")
+            raise ValueError(f"{what} has no key {reprlib.repr(key)}.{hint}")
 
 
 def _words(values: Iterable[object]) -> str:

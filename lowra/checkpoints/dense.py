@@ -22,7 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from .companions import NOT_WANTED
-from .guarded import check_file, open_tensors, read_json
+from .configs import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_model_config, shards_of_index
+from .guarded import check_file, open_tensors
 from .places import expanded
 
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,11 +55,11 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
         FileNotFoundError: no safetensors files, or one that the index names is not there.
         OSError, ValueError: an index that cannot be read or names other than files beside it, a shard that is no file.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.exists() or not index.exists():
         paths = [single]
     else:
-        paths = [folder / name for name in _shards(index)]
+        paths = [folder / name for name in shards_of_index(index)]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {path.name}{_what_is_there_instead(folder)}.")
@@ -66,27 +67,12 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def _shards(index: pathlib.Path) -> list[str]:
-    """The names of an index's files, each once."""
-    names = read_json(index, "the index of a checkpoint's shards").get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} is damaged (its weight_map is {names!r:.40}; expected files by tensor).")
-    for tensor, name in names.items():
-        path = pathlib.PurePath(name if isinstance(name, str) else "")
-        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ValueError(
-                f"{index} is damaged (weight_map has {name!r:.80} for {tensor!r:.80}; expected a safetensors file in "
-                "the folder of the index). Download it again."
-            )
-    return list(dict.fromkeys(names.values()))
-
-
 def _what_is_there_instead(folder: pathlib.Path) -> str:
     """A hint for a folder without the weights it should have."""
     pickled, shards = sorted(folder.glob("*.bin")), sorted(folder.glob("*-of-*.safetensors"))
     if pickled:
         return f" (pickled files such as {pickled[0].name} are not read: convert them to safetensors)"
-    if shards and not (folder / "model.safetensors.index.json").exists():
+    if shards and not (folder / INDEX_FILE).exists():
         return f", and its {shards[0].name} is of no use without model.safetensors.index.json"
     return ""
 
@@ -101,7 +87,7 @@ def read_config(folder: pathlib.Path, trust_remote_code: bool = False) -> PreTra
     Raises:
         ValueError: it brings code of its own that may not be run, or Transformers cannot read it.
     """
-    described, _ = PreTrainedConfig.get_config_dict(folder)
+    described = read_model_config(folder)
     own, names = described.get("auto_map") or {}, described.get("architectures") or []
     own_config = "AutoConfig" in own and described.get("model_type") not in CONFIG_MAPPING
     # by its model_type alone Transformers would take a class of its own for it
@@ -113,11 +99,11 @@ def read_config(folder: pathlib.Path, trust_remote_code: bool = False) -> PreTra
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (AttributeError, TypeError, ImportError) as error:  # a dtype that PyTorch does not have, and the like
-        raise ValueError(f"{folder / 'config.json'} cannot be read by Transformers: {error}.") from error
+    except Exception as error:  # whatever line of a model's config class meets a value that it cannot use
+        raise ValueError(f"{folder / CONFIG_FILE} cannot be read by Transformers: {one_line(error)}.") from error
     if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
         raise ValueError(
-            f"{folder / 'config.json'} names the dtype {config.dtype!r}; expected one of floating point, such as "
+            f"{folder / CONFIG_FILE} names the dtype {config.dtype!r}; expected one of floating point, such as "
             "'bfloat16', or none."
         )
     return config
@@ -139,20 +125,26 @@ def empty_model(
     config = read_config(folder, trust_remote_code)
     dtype = config.dtype or _stored_dtype(files)
     door = _door_to_own_code(getattr(config, "auto_map", None) or {}, config.architectures or [])
-    if trust_remote_code and door is not None:
-        try:
-            with torch.device("meta"):
+    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    try:
+        with torch.device("meta"):
+            if trust_remote_code and door is not None:
                 return getattr(transformers, door).from_config(config, trust_remote_code=True, dtype=dtype)
-        except ImportError as error:
-            raise ValueError(f"The code that {folder} brings cannot be imported: {error}") from error
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            with torch.device("meta"):
-                return _class_with_head(name, config)._from_config(config, dtype=dtype)
+            if names:
+                return _class_with_head(names[0], config)._from_config(config, dtype=dtype)
+    except ImportError as error:
+        raise ValueError(f"The code that {folder} brings cannot be imported: {error}") from error
+    except Exception as error:  # sizes that do not go together, and whatever else a model's class stumbles over
+        raise ValueError(f"No model can be built by {folder / CONFIG_FILE}: {one_line(error)}.") from error
     raise ValueError(
-        f"{folder / 'config.json'} names the architectures {config.architectures}, none of which Transformers "
+        f"{folder / CONFIG_FILE} names the architectures {config.architectures}, none of which Transformers "
         f"{transformers.__version__} has."
     )
+
+
+def one_line(error: Exception) -> str:
+    """A message of many lines in one, with the kind of error where it says little by itself."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 
 def _door_to_own_code(auto_map: dict[str, str], architectures: list[str]) -> str | None:

@@ -59,7 +59,7 @@ def read_json(path: pathlib.Path, what: str) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged (not valid JSON, {error!r}); expected {what}. Copy it again.") from error
+        raise ValueError(f"{path} is damaged (not valid JSON, {error}); expected {what}. Copy it again.") from error
     return parse_json(text, str(path), what)
 
 

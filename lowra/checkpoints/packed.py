@@ -94,10 +94,10 @@ class PackedFiles:
 
     def _check_sizes(self, target: Target, group_size: int) -> None:
         row_bits, name = self.row_bits[target.name], target.name
-        if row_bits.numel() != target.out_features:
+        if row_bits.shape != (target.out_features,):
             raise ValueError(
-                f"{name}.row_bits has {row_bits.numel()} channels, but the layer of this config.json has "
-                f"{target.out_features}."
+                f"{name}.row_bits has {' x '.join(map(str, row_bits.shape))} channels, but the layer of this "
+                f"config.json has {target.out_features}."
             )
         counts = torch.bincount(row_bits, minlength=5).tolist()
         if sum(counts[bits] for bits in layout.PRECISIONS) != target.out_features:

@@ -9,12 +9,13 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
+from ..checkpoints.configs import CONFIG_FILE, check_packed_folder, packing_described, read_model_config
 from ..checkpoints.dense import check_packed_names, empty_model, resolve_folder, safetensors_files
 from ..checkpoints.guarded import read_json
+from ..checkpoints.integrity import DIGESTS_FILE, check_tensors, find_tensors, read_digests
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, find_targets
-from ..config import LowRAConfig
 from ..integrations.modules import put_stored
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 from ..weights.packed import TENSOR_NAMES, PackedWeight
@@ -70,7 +71,7 @@ class PackedFolder:
     """A packed checkpoint on disk; holds one layer in memory at a time."""
 
     def __init__(self, model: str, trust_remote_code: bool = False):
-        """Reads headers and configs.
+        """Reads headers and configs, and every tensor once to hold it against its digest, as loading does.
 
         Args:
             model: folder or hub name.
@@ -81,16 +82,17 @@ class PackedFolder:
                 tensors missing, left over or of another size.
         """
         self.folder = resolve_folder(model)
-        if not (self.folder / "config.json").is_file():
+        if not (self.folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
-        config = read_json(self.folder / "config.json", "the configuration of a model")
-        described = config.get("quantization_config") or {}
-        if described.get("quant_method") != "lowra":
+        check_packed_folder(self.folder)
+        config = packing_described(self.folder)
+        if config is None:
+            described = read_model_config(self.folder).get("quantization_config") or {}
             method = described.get("quant_method", "not quantised")
             raise ValueError(
                 f"{self.folder} is not packed by lowra ({method}); write one with `lowra quantize {model}`."
             )
-        self.config = LowRAConfig.from_dict(described)
+        self.config = config
         skeleton = empty_model(self.folder, trust_remote_code)
         self.targets = find_targets(
             skeleton, self.config.modules_to_not_convert, self.config.quantize_head, self.config.quantize_embeddings
@@ -100,6 +102,7 @@ class PackedFolder:
         self._files = PackedFiles(paths, self.targets, self.config.group_size)
         put_stored(skeleton, self.targets, self.config.group_size, self._files)
         check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
+        check_tensors(find_tensors(paths), read_digests(self.folder / DIGESTS_FILE), self.config.packing, self.folder)
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""

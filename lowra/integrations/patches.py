@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from peft import LoraConfig
 
+from ..checkpoints.configs import packing_described
 from ..config import LowRAConfig
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear, PackedModule
@@ -24,6 +25,7 @@ from .adapter_records import (
     load_checked,
     write_records,
 )
+from .folders import build_config, describes_packing, load_folder, local_packed_folder
 from .model_patches import MODEL_PATCHES
 from .patching import Patch, install_patches
 from .peft import LowRALoraLinear
@@ -50,9 +52,33 @@ def _load_in_lowra(original: Callable) -> Callable:
             kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
         elif lowra_bits is not None:
             raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
-        return original(cls, *args, **kwargs)
+        folder = local_packed_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
+        if folder is None:
+            return original(cls, *args, **kwargs)
+        return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
 
     return from_pretrained
+
+
+def _checked_config(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        folder = local_packed_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            packing_described(folder)
+        return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    return get_config_dict
+
+
+def _built_config(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_dict(cls, config_dict, **kwargs):
+        if not describes_packing(config_dict):
+            return original(cls, config_dict, **kwargs)
+        return build_config(functools.partial(original, cls, config_dict, **kwargs))
+
+    return from_dict
 
 
 def _described(original: Callable) -> Callable:
@@ -178,15 +204,35 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
 
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
+_CONFIG = "transformers.configuration_utils:PreTrainedConfig."
 _TUNER = "peft.tuners.tuners_utils:BaseTuner."
 
 TABLE = (
     Patch(
         target=f"{_MODEL}from_pretrained",
-        why="Transformers refuses keywords it does not know, load_in_lowra and lowra_bits among them.",
-        door="quantization_config=LowRAConfig(bits=1.5), which does the same; these two are its short form",
+        why="Transformers refuses keywords it does not know, load_in_lowra and lowra_bits among them; and damaged JSON "
+        "files of a packed checkpoint end in errors of whatever line meets them, a named pipe as a shard never ends.",
+        door="quantization_config=LowRAConfig(bits=1.5), of which the keywords are the short form; a quantizer that is "
+        "told the folder before anything in it is read",
         since="transformers 5.0",
         wrap=_load_in_lowra,
+    ),
+    Patch(
+        target=f"{_CONFIG}get_config_dict",
+        why="A config.json of a packed checkpoint that is no JSON object, or nested deeply, ends in a TypeError or "
+        "RecursionError.",
+        door="errors of one kind for files that cannot be read",
+        since="none",
+        rests_on=("pretrained_model_name_or_path",),
+        wrap=_checked_config,
+    ),
+    Patch(
+        target=f"{_CONFIG}from_dict",
+        why="A value that a config class cannot use ends in an error that is no ValueError.",
+        door="the same",
+        since="none",
+        rests_on=("config_dict",),
+        wrap=_built_config,
     ),
     Patch(
         target=f"{_MODEL}save_pretrained",
