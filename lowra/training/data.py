@@ -1,5 +1,6 @@
 """Text to token sequences for the three tasks. Hub data sets by name; local files of the same fields in their place."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import check_row, check_token_ids, load_tokenizer, read_json_lines, read_text
@@ -111,25 +112,21 @@ def text_blocks(
     return blocks
 
 
-class Collator:
-    """Pads to the longest sequence of the batch, on the right: inputs with the pad token, labels with -100."""
+class Collator(DataCollatorForSeq2Seq):
+    """Pads to the longest sequence of the batch, on the right: inputs with the pad token, labels with -100.
+
+    Attributes:
+        pad: id of the pad token; the end of a text, or else token 0, where the tokenizer has none.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad = next(token for token in ids if token is not None)
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        inputs = [example["input_ids"] for example in examples]
-        return {
-            "input_ids": _padded(inputs, self.pad),
-            "attention_mask": _padded([[1] * len(tokens) for tokens in inputs], 0),
-            "labels": _padded([example["labels"] for example in examples], IGNORED),
-        }
-
-
-def _padded(sequences: list[list[int]], value: int) -> torch.Tensor:
-    longest = max(len(sequence) for sequence in sequences)
-    return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
+        tokenizer = copy.deepcopy(tokenizer)  # that of the caller may pad on the left, to generate
+        tokenizer.padding_side = "right"
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        super().__init__(tokenizer, label_pad_token_id=IGNORED)
+        self.pad = tokenizer.pad_token_id
 
 
 def _encoded(rows: list[dict], tokenizer, recipe: Recipe, use: str) -> tuple[list[dict], list[dict]]:

@@ -4,6 +4,11 @@ Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" 
 p < 1 over the zero points by alternating a shrinkage of the error and a mean. Groups of 64 along the inputs, scale and
 zero point in float16. Simulated: the weights are dequantised into the dense model, since 3 bits have no place in the
 packed format; the bits reported are what the codes, scales and zero points would take.
+
+The authors' package (hqq 0.2.8) is the test's oracle and not the baseline itself: its groups run on from one output
+channel into the next where the inputs are no multiple of 64, it keeps scales and zero points in float32, and installing
+it starts a build of CUDA code. On 256 x 512 weights at 1 to 4 bits its error is ours within 3e-5, and one code in 2,000
+differs, since scales and zero points are rounded to float16 here, as they are counted.
 """
 
 import torch

@@ -65,6 +65,23 @@ def test_batches_are_padded_on_the_right(tiny_llama):
     assert batch["input_ids"][1, 1:].eq(collate.pad).all()
 
 
+@pytest.mark.parametrize("lacks", [(), ("pad_token",), ("pad_token", "eos_token")])
+def test_batches_do_not_depend_on_how_the_tokenizer_pads(tiny_llama, lacks):
+    tokenizer = load_tokenizer(tiny_llama)
+    examples = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    expected = Collator(tokenizer)(examples)
+    tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "token_type_ids"]
+    for name in lacks:
+        setattr(tokenizer, name, None)
+    collate = Collator(tokenizer)
+    batch = collate(examples)
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    for key in ("attention_mask", "labels"):
+        assert torch.equal(batch[key], expected[key])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, collate.pad, collate.pad]]
+    assert (collate.pad, tokenizer.padding_side) == (1 if lacks == ("pad_token",) else 0, "left")
+
+
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_empty_file_is_refused(tmp_path, content):
     (tmp_path / "empty.txt").write_text(content)

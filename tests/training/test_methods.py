@@ -84,6 +84,19 @@ def test_hqq_improves_on_rounding_and_has_2_to_the_bits_values_per_group():
     assert true_bits(3) == 3.5
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_hqq_is_that_of_its_authors(bits):
+    """`DISABLE_CUDA=1 pip install --no-deps hqq termcolor` brings the package."""
+    quantizer = pytest.importorskip("hqq.core.quantize", reason="the hqq package is not installed").Quantizer
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(4.0).sample((256, 512)) * 0.02
+    options = dict(nbits=bits, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
+    theirs, ours = quantizer.dequantize(*quantizer.quantize(weight, **options)).float(), hqq(weight, bits)
+    errors = [(weight - value).abs().pow(0.7).mean().item() for value in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert ((ours - theirs).abs() > 1e-3 * weight.abs().max()).float().mean() < 1e-3
+
+
 def _rounded(weight, bits):
     """Round to nearest between the ends of each group."""
     parts = []
