@@ -7,18 +7,9 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..weights.packed import TENSOR_NAMES
+from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES
 from .reading import StoredTensor, read, stored_tensors
 from .targets import Target
-
-# PEFT's k-bit preparation turns float16 into float32, which is exact; such models may have been saved.
-_DTYPES = {
-    "weight": (torch.uint8,),
-    "row_bits": (torch.uint8,),
-    "scales": (torch.uint8, torch.float16, torch.float32),
-    "scale_steps": (torch.float32,),
-    "levels": (torch.float16, torch.float32),
-}
 
 
 class PackedFiles:
@@ -86,7 +77,7 @@ class PackedFiles:
             raise ValueError(f"The packed checkpoint lacks {', '.join(sorted(absent))} of {target.name}.")
         for leaf, place in places.items():
             steps_of_other_scales = leaf == "scale_steps" and leaf not in needed
-            if place.dtype not in _DTYPES[leaf] or steps_of_other_scales:
+            if place.dtype not in TENSOR_DTYPES[leaf] or steps_of_other_scales:
                 raise ValueError(
                     f"{place.key} has another type than packed tensors have, or scales that do not go with it: this is "
                     "no checkpoint written by lowra, or it was converted by another program."

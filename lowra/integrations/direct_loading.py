@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, replace_module
-from ..nn.linear import PackedModule
+from ..nn.packed_module import PackedModule
 from .model_patches import ignore_unexpected, keep_values
 
 
@@ -70,16 +70,17 @@ class DirectLoading:
         self._report_unexpected()
         device = self._only_device()
         if device is not None:
-            self._fill(device)
+            with torch.inference_mode(False):  # what is loaded under it serves training as well, as with Transformers
+                self._fill(device)
         self._reader.shutdown(wait=False)
 
     def _fill(self, device: torch.device) -> None:
         modules: dict[str, PackedModule] = {name: self._model.get_submodule(name) for name in self._packed}
-        for name, module in modules.items():
-            module.count_rows(self._files.row_bits[name])  # no need to wait for the device
+        rows = {name: module.layout_of(self._files.row_bits[name]) for name, module in modules.items()}
         loaded = read(self._files.places, device) if self._reading is None else self._reading.result()
         for name, module in modules.items():
-            module.set_tensors({leaf: loaded[f"{name}.{leaf}"] for leaf in self._files.of(name)})
+            # with the rows, so that nothing waits for the device
+            module.set_tensors({leaf: loaded[f"{name}.{leaf}"] for leaf in self._files.of(name)}, rows[name])
         for name in self._dense:
             parameter = nn.Parameter(loaded[name])
             for place in (

@@ -22,7 +22,7 @@ from ..checkpoints.integrity import (
     write_digests,
 )
 from ..config import LowRAConfig
-from ..nn.linear import PackedModule
+from ..nn.packed_module import PackedModule
 from ..weights.digests import packing_of
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from ..checkpoints.packed import PackedFiles
 from ..checkpoints.targets import Target, embedding_scale, replace_module
 from ..nn.embedding import LowRAEmbedding
 from ..nn.experts import LowRAExperts
-from ..nn.linear import LowRALinear, PackedModule
+from ..nn.linear import LowRALinear
+from ..nn.packed_module import PackedModule
 from .model_patches import cast_to_weight_dtype_again, declare_ties, forget_ties, use_experts_as_before
 
 

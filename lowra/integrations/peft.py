@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from ..checkpoints.targets import find_targets, replace_module
 from ..nn.embedding import LowRAEmbedding
-from ..nn.linear import LowRALinear, PackedModule, as_autocast
+from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
+from ..nn.packed_module import PackedModule
 from ..weights.fingerprint import fingerprint_of, weight_digest
 from .adapter_records import check_fingerprint, packing, record_of
 from .modules import dense_linear, make_embedding_dense
@@ -69,6 +70,7 @@ class LowRALoraLinear(LoraLinear):
             and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and not _hooked(m) for m in (a, b))
             and not _hooked(self.base_layer)
             and a.weight.device == x.device
+            and x.dtype != torch.float64  # which the kernels do not know
             and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype)
         )
         return name if plain else None

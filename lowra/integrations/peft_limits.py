@@ -8,7 +8,7 @@ from torch import nn
 
 from ..nn.embedding import LowRAEmbedding
 from ..nn.experts import LowRAExperts
-from ..nn.linear import PackedModule
+from ..nn.packed_module import PackedModule
 
 logger = logging.getLogger(__name__)
 

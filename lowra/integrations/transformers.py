@@ -22,7 +22,7 @@ from ..checkpoints.packed import PackedFiles
 from ..checkpoints.targets import Target, find_targets
 from ..config import PRECISIONS, LowRAConfig
 from ..device import choose_device
-from ..nn.linear import PackedModule
+from ..nn.packed_module import PackedModule
 from ..quantization import card
 from ..quantization.pack import quantize_matrix
 from ..quantization.planning import Plan, Planner, learn

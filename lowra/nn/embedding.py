@@ -7,7 +7,8 @@ from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from ..weights.groups import widen
-from .linear import PackedModule
+from .packed_module import PackedModule
+from .row_layout import RowLayout
 
 _SLICE_WEIGHTS = 1 << 22
 
@@ -50,41 +51,26 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         self.scale = scale
         self.round_scale = round_scale
         self.dense_form: list[nn.Embedding] = []
-        self._row_places: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
-    def count_rows(self, row_bits: torch.Tensor) -> None:
-        super().count_rows(row_bits)
-        (order,) = self._row_order.values()  # on the CPU
-        place = torch.empty(self.out_features, dtype=torch.int64)
-        place[order.long()] = torch.arange(self.out_features)
-        codes, levels = torch.empty_like(place), torch.empty_like(place)
-        for segment in layout.segments(self.out_features, *self._rows, self.in_features):
-            rows, within = order[segment.first : segment.end].long(), torch.arange(segment.end - segment.first)
-            codes[rows] = segment.first_byte + within * segment.row_bytes
-            levels[rows] = segment.first_level + within * 2**segment.bits
-        self._row_places = {place.device: (place, codes, levels)}
-
-    def row_order(self) -> torch.Tensor:
-        order = super().row_order()
-        device = self.weight.device
-        if device not in self._row_places:
-            kept = next(iter(self._row_places.values()))
-            self._row_places[device] = tuple(tensor.to(device) for tensor in kept)
-        return order
-
-    def _apply(self, fn, recurse=True):
-        self._row_places = {device: kept for device, kept in self._row_places.items() if device.type == "cpu"}
-        return super()._apply(fn, recurse)
+    def layout_of(self, row_bits: torch.Tensor) -> "_TableLayout":
+        return _TableLayout(row_bits, self.in_features)
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Dense rows [T, K] of a flat list of indices [T]; equal to `dequantize(dtype)[indices]`."""
+        """Dense rows [T, K] of a flat list of indices [T]; equal to `dequantize(dtype)[indices]`.
+
+        Raises:
+            IndexError, RuntimeError: as `nn.Embedding`, for indices outside the table (on a GPU its assertion) and for
+                others than int64 and int32.
+        """
         count = max(1, _SLICE_WEIGHTS // self.in_features)
         return torch.cat([self._decode(part, dtype) for part in indices.split(count)])
 
     def _decode(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         packed = self.matrix()
-        place, code_start, level_start = (kept[indices, None] for kept in self._row_places[self.weight.device])
-        bits = self.row_bits[indices, None].int()
+        _, places = self._layout.on(self.weight.device)
+        # the lookup of nn.Embedding, which checks the indices; all others begin at what comes out
+        place, code_start, level_start, bits = torch.embedding(places, indices).split(1, dim=1)
+        bits = bits.int()
         first_bit = torch.arange(self.in_features, dtype=torch.int32, device=indices.device) * bits
         codes = packed.codes[code_start + (first_bit >> 3)].int() >> (first_bit & 7) & ((1 << bits) - 1)
         scale = decode_scales(packed.scales, packed.scale_steps, place[:, 0])
@@ -93,11 +79,31 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype
-        rows = self.rows(input.reshape(-1).long(), dtype).view(*input.shape, self.in_features)
+        rows = self.rows(input.reshape(-1), dtype).view(*input.shape, self.in_features)
         if self.scale == 1.0:
             return rows
         return rows * (torch.tensor(self.scale, dtype=dtype).item() if self.round_scale else self.scale)
 
     def extra_repr(self) -> str:
-        rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"
         return f"{self.num_embeddings}, {self.embedding_dim}, packed{rows}"
+
+
+class _TableLayout(RowLayout):
+    """Beside the row order int64 [V, 4]: place among the packed rows, first byte, first level and bits of each row."""
+
+    def __init__(self, bits: torch.Tensor, in_features: int):
+        self._in_features = in_features
+        super().__init__(bits)
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        (order,) = super()._tensors()
+        places = torch.empty(len(order), 4, dtype=torch.int64)
+        for segment in layout.segments(len(order), *self.counts, self._in_features):
+            place = torch.arange(segment.first, segment.end)
+            within = place - segment.first
+            first_byte = segment.first_byte + within * segment.row_bytes
+            first_level = segment.first_level + within * 2**segment.bits
+            bits = torch.full_like(place, segment.bits)
+            places[order[segment.first : segment.end].long()] = torch.stack([place, first_byte, first_level, bits], 1)
+        return order, places

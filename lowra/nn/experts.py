@@ -1,6 +1,7 @@
 """Packed weights of a mixture of experts: one matrix for all experts of a projection, used one expert at a time."""
 
 import dataclasses
+import operator
 
 import torch
 
@@ -9,7 +10,9 @@ from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import linear
 from bitsandbytes.backends.lowra.reference import decode_scales
 
-from .linear import PackedModule, as_autocast
+from .linear import as_autocast
+from .packed_module import PackedModule
+from .row_layout import RowLayout
 
 
 class LowRAExperts(PackedModule):
@@ -32,31 +35,23 @@ class LowRAExperts(PackedModule):
         """
         super().__init__(in_features, out_features, group_size, packed, None, compute_dtype)
         self.experts = experts
-        self._runs: list[list[tuple[int, int]]] = []
 
-    def count_rows(self, row_bits: torch.Tensor) -> None:
-        super().count_rows(row_bits)
-        # places of each expert's rows among the packed rows: one run per precision
-        bits = row_bits.view(self.experts, -1)
-        starts = dict.fromkeys(layout.PRECISIONS, 0)
-        starts[2], starts[1] = self._rows[0], sum(self._rows)
-        self._runs = []
-        for counts in zip(*((bits == b).sum(dim=1).tolist() for b in layout.PRECISIONS), strict=True):
-            runs = []
-            for precision, count in zip(layout.PRECISIONS, counts, strict=True):
-                runs.append((starts[precision], starts[precision] + count))
-                starts[precision] += count
-            self._runs.append(runs)
+    def layout_of(self, row_bits: torch.Tensor) -> "_ExpertsLayout":
+        return _ExpertsLayout(row_bits, self.experts)
 
     def __getitem__(self, expert: int | torch.Tensor) -> "ExpertWeight":
+        return self(expert)  # by way of the module's hooks, which bring what is offloaded
+
+    def forward(self, expert: int | torch.Tensor) -> "ExpertWeight":
         packed = self.matrix()
-        runs = self._runs[int(expert)]
+        expert = range(self.experts)[operator.index(expert)]
+        runs = self._layout.runs[expert]
         parts = list(zip(packed.segments(), runs, strict=True))
         places = torch.cat([torch.arange(start, stop, device=packed.codes.device) for start, stop in runs])
         rows_4bit, rows_2bit, _ = (stop - start for start, stop in runs)
         own = PackedMatrix(
             torch.cat([packed.codes[segment.codes_of(*run)] for segment, run in parts]),
-            packed.row_order[places] - int(expert) * (self.out_features // self.experts),
+            packed.row_order[places] - expert * (self.out_features // self.experts),
             decode_scales(packed.scales, packed.scale_steps, places),
             None,
             torch.cat([packed.levels[segment.levels_of(*run)] for segment, run in parts]),
@@ -68,8 +63,27 @@ class LowRAExperts(PackedModule):
         return ExpertWeight(own)
 
     def extra_repr(self) -> str:
-        rows = "" if self._rows is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"
         return f"{self.experts} x [{self.out_features // self.experts}, {self.in_features}], packed{rows}"
+
+
+class _ExpertsLayout(RowLayout):
+    """Attributes:
+    runs: for each expert the places of its rows among the packed rows, one run [start, stop) per precision.
+    """
+
+    def __init__(self, bits: torch.Tensor, experts: int):
+        super().__init__(bits)
+        starts = dict.fromkeys(layout.PRECISIONS, 0)
+        starts[2], starts[1] = self.counts[0], sum(self.counts)
+        self.runs: list[list[tuple[int, int]]] = []
+        of_experts = bits.view(experts, -1)
+        for counts in zip(*((of_experts == b).sum(dim=1).tolist() for b in layout.PRECISIONS), strict=True):
+            runs = []
+            for precision, count in zip(layout.PRECISIONS, counts, strict=True):
+                runs.append((starts[precision], starts[precision] + count))
+                starts[precision] += count
+            self.runs.append(runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,4 +110,7 @@ class ExpertWeight:
 def _linear(input: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     x = as_autocast(input)
     bias = None if bias is None else bias.to(x.dtype)
+    if x.dtype == torch.float64:  # which the kernels do not know
+        dense = torch.ops.bitsandbytes.lowra_dequantize(*weight.packed, torch.float32).double()
+        return torch.nn.functional.linear(x, dense, bias)
     return linear(x, weight.packed, bias)

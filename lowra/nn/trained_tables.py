@@ -25,7 +25,9 @@ from ..checkpoints.places import expanded
 from ..checkpoints.targets import replace_module
 from ..weights.fingerprint import weight_digest
 from ..weights.packed import store_scales
-from .linear import LowRALinear, PackedModule, as_autocast
+from .linear import LowRALinear, as_autocast
+from .packed_module import PackedModule
+from .row_layout import is_readable
 
 TABLES_FILE = "tables.safetensors"
 
@@ -127,6 +129,8 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
         raise ValueError(f"{path} is cut short: it has no levels of {', '.join(missing[:3])}.")
     for own, tensor in pending:
         own.data.copy_(tensor)
+    for layer in layers.values():
+        layer.prepare()
 
 
 class TrainedTablesLinear(LowRALinear):
@@ -147,6 +151,13 @@ class TrainedTablesLinear(LowRALinear):
         change = nn.Parameter(torch.zeros_like(layer.scales, dtype=torch.float32)) if scales else None
         self.register_parameter("scale_change", change)
 
+    def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
+        fault = super()._fault_of(given, group_size)
+        bits = given.get("row_bits")
+        if fault is None and is_readable(bits) and not torch.equal(bits.cpu(), self.row_layout().bits):
+            return "its tables are being trained for the codes that it has: bake_tables comes before other codes."
+        return fault
+
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels [entries] and scales [N, groups] as they are now, float32, packed row order."""
         scales = decode_scales(self.scales, self.scale_steps)
@@ -156,6 +167,8 @@ class TrainedTablesLinear(LowRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = as_autocast(x)
+        if x.dtype == torch.float64:  # the tables are float32
+            return self(x.float()).double()
         levels, scales = self.tables()
         return TabledLinear.apply(x, levels, scales, self.bias_as(x.dtype), self.matrix())
 

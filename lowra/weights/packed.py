@@ -9,7 +9,15 @@ from bitsandbytes.backends.lowra.layout import PackedMatrix
 
 from ..config import LowRAConfig
 
-TENSOR_NAMES = ("weight", "row_bits", "scales", "scale_steps", "levels")
+# PEFT's k-bit preparation turns float16 into float32, which is exact; such models may have been saved.
+TENSOR_DTYPES = {
+    "weight": (torch.uint8,),
+    "row_bits": (torch.uint8,),
+    "scales": (torch.uint8, torch.float16, torch.float32),
+    "scale_steps": (torch.float32,),
+    "levels": (torch.float16, torch.float32),
+}
+TENSOR_NAMES = tuple(TENSOR_DTYPES)
 
 
 @dataclasses.dataclass

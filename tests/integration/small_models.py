@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from lowra.nn.linear import PackedModule
+from lowra.nn.packed_module import PackedModule
 
 HIDDEN, VOCABULARY = 64, 96
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_models import ARCHITECTURES, assert_same_tensors, inputs_of, logits_of, losses_of, make_model
+from small_models import ARCHITECTURES, VOCABULARY, assert_same_tensors, inputs_of, logits_of, losses_of, make_model
 
 import lowra
 from lowra.nn.embedding import LowRAEmbedding
@@ -229,3 +229,45 @@ def test_orthogonal_start(tmp_path):
     assert a.dtype == b.dtype == torch.float32 and a.shape == (4, 64) and b.shape == (104, 4)
     assert a.abs().max() > 0 and (b @ a).abs().max() < 1e-5
     assert torch.isfinite(logits_of(model)).all()
+
+
+OTHER_IDS = [
+    torch.tensor([[-100]]),
+    torch.tensor([[-1]]),
+    torch.tensor([[3, VOCABULARY]]),
+    torch.tensor([[2**40]]),
+    torch.tensor([[1.0, 2.0]]),
+    torch.tensor([[1.0]], dtype=torch.bfloat16),
+    torch.tensor([[True]]),
+    torch.tensor([[1]], dtype=torch.uint8),
+    torch.tensor([[1]], dtype=torch.int16),
+    torch.tensor([[1 + 2j]]),
+]
+
+
+@pytest.fixture(scope="module", params=["LlamaForCausalLM", "GemmaForCausalLM", "BartForConditionalGeneration"])
+def tables(request, tmp_path_factory):
+    """The embeddings of a dense model and of the same packed."""
+    dense, packed, _ = pack(request.param, tmp_path_factory.mktemp("tables"))
+    return dense.get_input_embeddings(), packed.get_input_embeddings()
+
+
+@pytest.mark.parametrize("ids", OTHER_IDS, ids=str)
+def test_ids_that_a_dense_table_refuses(tables, ids):
+    dense, table = tables
+    with pytest.raises((IndexError, RuntimeError)) as expected:
+        dense(ids)
+    with pytest.raises(type(expected.value)) as found:
+        table(ids)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor(5), torch.tensor([[5, VOCABULARY - 1]], dtype=torch.int32), torch.empty(2, 0, dtype=torch.long)],
+    ids=str,
+)
+def test_ids_that_a_dense_table_takes(tables, ids):
+    _, table = tables
+    rows = torch.nn.functional.embedding(ids, table.dequantize())
+    torch.testing.assert_close(table(ids), rows * table.scale)

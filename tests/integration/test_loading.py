@@ -16,7 +16,7 @@ import lowra
 from lowra.checkpoints import reading
 from lowra.commands import main
 from lowra.integrations.transformers import LowRAHfQuantizer
-from lowra.nn.linear import PackedModule
+from lowra.nn.packed_module import PackedModule
 
 TARGET = "model.layers.1.mlp.up_proj"
 

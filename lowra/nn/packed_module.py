@@ -1,0 +1,288 @@
+"""What all modules with a packed weight have: its tensors, what follows from them, moving, copying and loading."""
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+
+from bitsandbytes.backends.lowra.layout import PackedMatrix
+from bitsandbytes.backends.lowra.ops import check_packed
+
+from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES, PackedWeight
+from .row_layout import RowLayout, Seen, is_readable
+
+_CPU = torch.device("cpu")
+_FLOAT_TENSORS = ("scales", "scale_steps", "levels")
+_WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
+
+
+class PackedModule(nn.Module):
+    """Holds W [N, K] in packed format 1 (csrc/lowra.h).
+
+    All packed tensors are frozen parameters: DDP would send buffers at every step, and FSDP2 shards parameters.
+
+    Attributes:
+        weight, row_bits, scales, scale_steps, levels: see `PackedWeight`; `scale_steps` only for 8-bit scales.
+        bias: [N] or None.
+        compute_dtype: of the dense layer in whose place this one stands, and of what a merge writes; follows
+            `model.to(dtype)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        packed: dict[str, torch.Tensor],
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        """Takes the packed tensors as they are (on "meta" too, where they only carry shapes)."""
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.compute_dtype = compute_dtype
+        self.set_tensors({name: packed.get(name) for name in TENSOR_NAMES})
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._layout: RowLayout | None = None
+        self._seen: dict[str, Seen] = {}
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor | None], rows: RowLayout | None = None) -> None:
+        """Puts packed tensors in their places, frozen.
+
+        Args:
+            tensors: by name.
+            rows: what `layout_of` made of their `row_bits`, where that is known already; saves waiting for a GPU.
+        """
+        for name, tensor in tensors.items():
+            self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        if rows is not None:
+            self._accept(rows)
+
+    def packed_tensors(self) -> dict[str, nn.Parameter]:
+        """The packed tensors that this module has, by name."""
+        return {name: self._parameters[name] for name in TENSOR_NAMES if self._parameters[name] is not None}
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight, sharing this module's tensors."""
+        tensors = {name: self._parameters[name] for name in TENSOR_NAMES}
+        return PackedWeight(**tensors, in_features=self.in_features, group_size=self.group_size)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense weight [N, K], detached."""
+        if dtype == torch.float64:  # which the kernels do not know; exact, since levels and scales are narrower
+            return self.dequantize(torch.float32).double()
+        return torch.ops.bitsandbytes.lowra_dequantize(*self.matrix(), dtype)
+
+    def matrix(self) -> PackedMatrix:
+        """The packed weight as the ops take it, on the device where it is now."""
+        return self._matrix(self._parameters, self.row_layout(), self.weight.device)
+
+    def _matrix(self, tensors: dict[str, torch.Tensor], rows: RowLayout, device: torch.device) -> PackedMatrix:
+        levels = tensors["levels"]
+        # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
+        levels = levels if levels.dtype == torch.float16 else levels.to(torch.float16)
+        order, sizes = rows.on(device)[0], (*rows.counts, self.in_features, self.group_size)
+        return PackedMatrix(tensors["weight"], order, tensors["scales"], tensors.get("scale_steps"), levels, *sizes)
+
+    @property
+    def row_counts(self) -> tuple[int, int] | None:
+        """Rows of 4 and of 2 bits; None until they have been counted."""
+        return None if self._layout is None else self.row_layout().counts
+
+    def layout_of(self, row_bits: torch.Tensor) -> RowLayout:
+        """What follows from precisions uint8 [N] on the CPU for a module of this kind.
+
+        Raises:
+            ValueError: other precisions than 4, 2 and 1.
+        """
+        return RowLayout(row_bits)
+
+    def prepare(self) -> None:
+        """Makes everything that the first forward would have to make, for the tensors as they are now.
+
+        Whoever writes into packed codes on purpose calls it afterwards.
+
+        Raises:
+            ValueError: the packed tensors do not belong together.
+        """
+        if self._layout is None or not self._is_as_seen():
+            self._look(accept=True)
+        self._layout.on(self.weight.device)
+
+    def row_layout(self) -> RowLayout:
+        """What follows from `row_bits`, which may have been replaced or changed since it was made.
+
+        Raises:
+            ValueError: the packed tensors do not belong together, or their codes were written into.
+        """
+        if self._layout is None:
+            self.prepare()
+        elif not torch.compiler.is_compiling() and not self._is_as_seen():
+            self._look(accept=False)
+        return self._layout
+
+    def row_order(self) -> torch.Tensor:
+        """int32 [N]: the row of W that stands at each packed place, on the device of the weight."""
+        return self.row_layout().on(self.weight.device)[0]
+
+    def _is_as_seen(self) -> bool:
+        parameters = self._parameters
+        if not is_readable(parameters["row_bits"]):
+            return True
+        return bool(self._seen) and all(seen.is_same(parameters[name]) for name, seen in self._seen.items())
+
+    def _look(self, accept: bool) -> None:
+        """Looks at the tensors again; codes that were written into are refused unless told otherwise.
+
+        Raises:
+            ValueError: see `row_layout`.
+        """
+        bits = self.row_bits.detach().cpu()  # the only step that waits for a GPU
+        rows = self._layout
+        if rows is None or not torch.equal(bits, rows.bits):
+            rows = self.layout_of(bits)
+        elif not accept:
+            written = [name for name, seen in self._seen.items() if seen.was_written_into(self._parameters[name])]
+            if written:
+                raise ValueError(
+                    f"{' and '.join(written)} of a packed layer ({self.extra_repr()}) were written into. Codes stand "
+                    "for levels and are no numbers: an average over all parameters (EMA, SWA), noise or decay makes "
+                    "others of them. Leave out what requires no gradient; other codes come by load_state_dict, and "
+                    "after a change on purpose the layer's prepare() accepts it."
+                )
+        self._accept(rows)
+
+    def _accept(self, rows: RowLayout) -> None:
+        """Takes the tensors as they are now for those that `rows` was made for.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        self._layout, self._seen = rows, {}
+        if not is_readable(self.row_bits):
+            return
+        with torch.inference_mode(False):
+            for name, tensor in self.packed_tensors().items():
+                if tensor.is_inference():  # loaded under inference mode, and of no use for a backward pass
+                    self._parameters[name] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        try:
+            check_packed(self._matrix(self._parameters, rows, self.weight.device))
+        except RuntimeError as error:
+            self._layout = None
+            raise ValueError(
+                f"The packed tensors of a layer [{self.out_features}, {self.in_features}] do not belong together "
+                f"({error}): they are put in all at once, of one packing."
+            ) from error
+        codes = ("weight", "scales") if self.scales.dtype == torch.uint8 else ("weight",)
+        with torch.inference_mode(False):
+            self._seen = {name: Seen(self._parameters[name]) for name in codes}
+            self._seen["row_bits"] = Seen(self.row_bits, whole=True)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the packed tensors but never casts them: `model.to(torch.bfloat16)` must not touch scales or levels."""
+        if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
+            raise TypeError("model.type(dtype) would cast packed codes too: use model.to(dtype), which leaves them.")
+        as_seen = self._layout is not None and self._is_as_seen()
+        floats = {name: tensor for name, tensor in self.packed_tensors().items() if name in _FLOAT_TENSORS}
+        dtypes = {name: tensor.dtype for name, tensor in floats.items()}
+        # Frozen tensors moved under inference mode serve training as well.
+        with torch.inference_mode(False):
+            for tensor in floats.values():  # the same parameters before and after: tied modules share them
+                tensor.data = tensor.data.view(torch.uint8)
+            super()._apply(fn, recurse)
+            for name, tensor in floats.items():
+                for parameter in {tensor, self._parameters[name]}:  # two when coming from "meta"
+                    parameter.data = parameter.data.view(dtypes[name])
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if as_seen:
+            self._accept(self._layout)
+            if self.weight.device.type != "meta":
+                self.row_order()  # now, so that a compiled forward finds it
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_layout": None, "_seen": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if is_readable(self.row_bits):
+            # now, so that a compiled forward finds it; looked at again before it is used, because files of the old kind
+            # of torch.save have no values yet
+            with contextlib.suppress(ValueError):
+                self.prepare()
+            self._seen = {}
+
+    def __deepcopy__(self, memo: dict) -> "PackedModule":
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if is_readable(twin.row_bits):
+            twin.prepare()  # from now on, what is written into its codes is noticed
+        return twin
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # kept by torch.save, not by safetensors
+            destination._metadata.setdefault(prefix[:-1], {})["group_size"] = self.group_size
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Loads any packing of the same weight: how many bytes of codes and levels there are, its `row_bits` say."""
+        given = {name: state_dict[prefix + name] for name in TENSOR_NAMES if prefix + name in state_dict}
+        fault = self._fault_of(given, local_metadata.get("group_size", self.group_size)) if given else None
+        if fault is not None:
+            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {fault}")
+            return
+        if _WHOLE <= given.keys() and is_readable(self.row_bits):
+            self._make_room(given)
+        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(*arguments)
+        if given and is_readable(self.row_bits):
+            try:
+                self._look(accept=True)  # now, so that a compiled forward finds it
+            except ValueError as error:
+                error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+
+    def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
+        """Why tensors of a state dict cannot be loaded; None where they can, or where PyTorch will say it."""
+        for name, tensor in given.items():
+            allowed = TENSOR_DTYPES[name]
+            if isinstance(tensor, torch.Tensor) and tensor.dtype not in allowed:
+                return (
+                    f"{name} is {tensor.dtype}, expected {' or '.join(map(str, allowed))}: these are dense weights, "
+                    "or codes that were cast or averaged like numbers."
+                )
+        if group_size != self.group_size:
+            return f"it was packed in groups of {group_size}, and this model in groups of {self.group_size}."
+        if not (_WHOLE <= given.keys() and all(is_readable(tensor) for tensor in given.values())):
+            return None
+        if given["row_bits"].shape != (self.out_features,):
+            return f"row_bits is {list(given['row_bits'].shape)}, expected [{self.out_features}]."
+        try:
+            rows = self.layout_of(given["row_bits"].cpu())
+            check_packed(self._matrix({name: tensor.cpu() for name, tensor in given.items()}, rows, _CPU))
+        except (ValueError, RuntimeError) as error:
+            return f"its tensors are no packing of a weight [{self.out_features}, {self.in_features}] ({error})."
+        return None
+
+    def _make_room(self, given: dict[str, torch.Tensor]) -> None:
+        """Memory of the sizes and types of other tensors, in the same parameters: tied modules share them."""
+        with torch.inference_mode(False):
+            for name in TENSOR_NAMES:
+                own, tensor = self._parameters[name], given.get(name)
+                if tensor is None:
+                    self._parameters[name] = None
+                elif own is None:
+                    empty = torch.empty_like(tensor, device=self.weight.device)
+                    self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                elif own.shape != tensor.shape or (own.dtype != tensor.dtype and name == "scales"):
+                    dtype = tensor.dtype if name == "scales" else own.dtype
+                    own.data = torch.empty(tensor.shape, dtype=dtype, device=own.device)
+
+    def _row_counts(self) -> str:
+        four, two = self._layout.counts
+        return f"{four}/{two}/{self.out_features - four - two}"
