@@ -16,7 +16,8 @@ from peft import LoraConfig
 from ..checkpoints.configs import packing_described
 from ..config import LowRAConfig
 from ..nn.embedding import LowRAEmbedding
-from ..nn.linear import LowRALinear, PackedModule
+from ..nn.linear import LowRALinear
+from ..nn.packed_module import PackedModule
 from .adapter_records import (
     check_adapter,
     check_loaded_by_transformers,
@@ -27,6 +28,7 @@ from .adapter_records import (
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
 from .model_patches import MODEL_PATCHES
+from .parameter_counts import uncounted
 from .patching import Patch, install_patches
 from .peft import LowRALoraLinear
 from .peft_limits import (
@@ -38,6 +40,7 @@ from .peft_limits import (
     refuse_embeddings,
     refuse_training,
 )
+from .prompt_learning import table_in_sight
 from .transformers import describe_saved, dtype_of_packed
 
 logger = logging.getLogger(__name__)
@@ -203,6 +206,33 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
     return load_adapter
 
 
+def _counted(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False):
+        count = original(self, only_trainable, exclude_embeddings)
+        return count if only_trainable else count + uncounted(self, exclude_embeddings)
+
+    return num_parameters
+
+
+def _counted_by_peft(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self):
+        trainable, every = original(self)
+        return trainable, every + uncounted(self)
+
+    return get_nb_trainable_parameters
+
+
+def _with_packed_table(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _setup_prompt_encoder(self, *args, **kwargs):
+        with table_in_sight(self.base_model):
+            return original(self, *args, **kwargs)
+
+    return _setup_prompt_encoder
+
+
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
 _CONFIG = "transformers.configuration_utils:PreTrainedConfig."
 _TUNER = "peft.tuners.tuners_utils:BaseTuner."
@@ -248,6 +278,36 @@ TABLE = (
         door="none: a property is looked up in the class",
         since="none",
         wrap=_dtype,
+    ),
+    Patch(
+        target="transformers.modeling_utils:ModuleUtilsMixin.num_parameters",
+        why="Bytes of packed codes would be counted as parameters, about half of those of the model.",
+        door="a parameter could say how many numbers it stands for; only bitsandbytes' Params4bit is asked",
+        since="none",
+        rests_on=("only_trainable", "exclude_embeddings"),
+        wrap=_counted,
+    ),
+    Patch(
+        target="peft.peft_model:PeftModel.get_nb_trainable_parameters",
+        why="The same in PEFT's print_trainable_parameters.",
+        door="a parameter could say how many numbers it stands for; only classes named Params4bit are asked",
+        since="none",
+        wrap=_counted_by_peft,
+    ),
+    Patch(
+        target="peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters",
+        why="The same for several kinds of adapters at once.",
+        door="as above",
+        since="none",
+        wrap=_counted_by_peft,
+    ),
+    Patch(
+        target="peft.peft_model:PeftModel._setup_prompt_encoder",
+        why="Prompt methods seek the embeddings by a parameter whose first size is the vocabulary, and find row_bits.",
+        door="get_input_embeddings(), which PEFT could ask",
+        since="none",
+        also={"torch.nn:Module.get_submodule": ("target",)},
+        wrap=_with_packed_table,
     ),
     Patch(
         target="transformers.integrations.peft:PeftAdapterMixin.load_adapter",
