@@ -25,6 +25,7 @@ extern "C" {
 #define LOWRA_ROW_ALIGNMENT 16  // bytes: one vector load of a GPU thread never crosses into the next row
 #define LOWRA_SCALE_BLOCK 256   // scales that share one float32 step
 #define LOWRA_MAX_GROUP_SIZE 256
+#define LOWRA_MOST_GROUPED 3  // weights of lowra_cuda_product_group
 
 enum lowra_status {
   LOWRA_OK = 0,
@@ -119,9 +120,80 @@ LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part
 LOWRA_API int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                  int32_t type, void *stream);
 
+enum lowra_activation { LOWRA_SILU = 0, LOWRA_GELU_TANH = 1 };
+
+// What the x of a product is made of: of `first` alone; of first + second, normalised; or of activation(first) *
+// second.
+enum lowra_input_kind { LOWRA_PLAIN = 0, LOWRA_NORMED = 1, LOWRA_GATED = 2 };
+
+typedef struct lowra_input {
+  const void *first;   // [tokens, K]
+  const void *second;  // [tokens, K]; null for LOWRA_PLAIN, and where LOWRA_NORMED adds nothing
+  const void *weight;  // [K], of the norm
+  void *sum;           // [tokens, K], only with LOWRA_NORMED: first + second; no other memory of the call
+  float epsilon;
+  int32_t one_plus;  // the norm's weights are added to 1 (Gemma)
+  int32_t activation, kind;
+} lowra_input;
+
+// out[i] [tokens, N_i] = x times the transposed weight i, plus bias[i] unless null, of `count` weights with the same
+// columns in one launch: q, k and v, or gate and up. Up to 4 tokens; 8-bit scales of groups of 64, an even number in a
+// row. weights, bias and out are arrays in host memory.
+LOWRA_API int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input,
+                                       int64_t tokens, const void *const *bias, void *const *out, int32_t type,
+                                       void *stream);
+
 // 1 where lowra_cuda_product is quicker on the current device than a dense product after lowra_cuda_dequantize, for a
 // weight [rows, in_features] that it covers, else 0 (measured: docs/kernels/measured.md).
 LOWRA_API int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features);
+
+// What lies between the products of a decoding step (bitsandbytes/backends/lowra/decoding.py).
+
+// residual += delta (normalised before that where delta_weight is given), out = the normalised residual.
+typedef struct lowra_norm {
+  void *residual;            // [tokens, features], changed in place
+  const void *delta;         // [tokens, features] or null
+  const void *delta_weight;  // [features] or null: a norm of delta itself, before it is added (Gemma 2 and 3)
+  const void *weight;        // [features]
+  void *out;                 // [tokens, features]
+  int64_t tokens, features;  // features a multiple of 8, up to 16384
+  float epsilon;
+  int32_t one_plus;  // the weights are added to 1 (Gemma)
+} lowra_norm;
+
+LOWRA_API int lowra_cuda_add_norm(const lowra_norm *norm, int32_t type, void *stream);
+
+// out [count] = activation(gate) * up. count a multiple of 8.
+LOWRA_API int lowra_cuda_gate(const void *gate, const void *up, void *out, int64_t count, int32_t activation,
+                              int32_t type, void *stream);
+
+// Attention of one new token of each sequence, which is put in the cache first. All but the integers is of `type`. A
+// cache is taken in parts of 512 slots for a dim up to 64, 256 up to 128, and 128 up to 256.
+typedef struct lowra_attention {
+  const void *query;                    // [batch, heads, dim]
+  const void *key, *value;              // [batch, kv_heads, dim]
+  void *keys, *values;                  // cache [batch, kv_heads, slots, dim]
+  const void *cosine, *sine;            // [positions, rotary_dim]
+  const void *query_norm, *key_norm;    // [dim] or null
+  const int32_t *slot;                  // of the new tokens, on the device
+  const int32_t *first;                 // [batch] first slot of each sequence: what lies before is padding
+  float *workspace;                     // [batch, kv_heads, parts, heads / kv_heads * (dim + 2)]
+  int32_t *finished;                    // [batch, kv_heads] zeros, and zeros again afterwards
+  void *out;                            // [batch, heads, dim]
+  int32_t batch, heads, kv_heads, dim;  // heads at most 8 times kv_heads; dim a multiple of 8 up to 256
+  int32_t rotary_dim, slots;
+  int32_t window;                   // slots that a token sees, itself included; 0 for all
+  int32_t one_plus;                 // as in lowra_norm
+  float scaling, softcap, epsilon;  // softcap 0 for none
+} lowra_attention;
+
+LOWRA_API int lowra_cuda_attention(const lowra_attention *attention, int32_t type, void *stream);
+
+#ifdef __cplusplus
+static_assert(sizeof(lowra_input) == 48, "lowra_input is mirrored by ctypes in native_decoding.py");
+static_assert(sizeof(lowra_norm) == 64, "lowra_norm is mirrored by ctypes in native_decoding.py");
+static_assert(sizeof(lowra_attention) == 160, "lowra_attention is mirrored by ctypes in native_decoding.py");
+#endif
 
 // Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],
 // thresholds [rows, 19], errors [rows, 3]. A row must fit into the shared memory of a block (K <= 55,000 on an H200).

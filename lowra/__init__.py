@@ -11,6 +11,7 @@ Importing it registers the quantisation method "lowra" with Transformers and PEF
 from . import backend  # noqa: F401, I001 - first: defines the ops
 from . import integrations
 from .config import LowRAConfig
+from .generation.fast import fast_decoding
 from .integrations.peft import merge_into_dense, prepare_for_training
 from .nn.linear import LowRALinear
 from .quantization.calibration import Calibration, calibrate
@@ -24,6 +25,7 @@ __all__ = [
     "LowRAConfig",
     "LowRALinear",
     "calibrate",
+    "fast_decoding",
     "integrations",
     "merge_into_dense",
     "prepare_for_training",

@@ -11,6 +11,7 @@
 // than a weight rounded to the type of x would allow.
 #pragma once
 
+#include "decoding.cuh"
 #include "product.cuh"
 
 namespace lowra {
@@ -20,21 +21,7 @@ constexpr int kChunkColumns = 64;  // columns of x under one power of two
 constexpr int kChunkUnits = 9;     // 16-byte units of a token's chunk: 8 of x, and one of its power and sums
 constexpr int kMaxTeams = 256;
 constexpr int kKinds = 3;  // kinds of rows: 4, 2 and 1 bits
-
-// How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes
-// of a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of
-// 64, an even number in a row.
-template <int TOKENS_, int LANES_, bool DEFAULT_FORM_>
-struct setup {
-  static constexpr int TOKENS = TOKENS_, LANES = LANES_;
-  static constexpr bool DEFAULT_FORM = DEFAULT_FORM_;
-  static constexpr int kPerMma = 2 * LANES;  // tokens of one mma
-  static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;
-  static constexpr int kCells = TOKENS * kTileRows;  // sums of a tile
-  // 16-byte units between two chunks of x: neighbouring chunks start 32 bytes further round the banks.
-  static constexpr int kStride = kMmas * kPerMma * kChunkUnits + (10 - kMmas * kPerMma * kChunkUnits % 8) % 8;
-  static_assert(kStride % 8 == 2, "32 bytes round the banks");
-};
+constexpr int kMostParts = LOWRA_MOST_GROUPED;
 
 // Rows of one precision, and how a block counts its share of them.
 struct kind_rows {
@@ -51,6 +38,76 @@ struct division {
   int most_tiles;           // of one team
   kind_rows kinds[kKinds];
   int first[kMaxTeams + 1][kKinds];  // first tile of a team, counted within the kind
+};
+
+// Rows of one precision of one weight, and the tiles of that precision that come before its own.
+struct part_rows {
+  int first, count, tiles_before;
+  size_t codes, levels;
+};
+
+// As `division`, of several weights: `first` and `count` of `kinds` are unused, tiles are counted over all weights.
+struct group_division : division {
+  part_rows parts[kMostParts][kKinds];
+};
+
+// A product with one weight.
+struct single_product : product {
+  using DIVISION = division;
+  static constexpr bool GROUP = false;
+};
+
+// Several weights that share x (q, k and v; gate and up), multiplied in one launch. They have the same columns, and
+// 8-bit scales of groups of 64. What the base says of a single weight is that of the last; x is what `input` says.
+struct product_group : product {
+  using DIVISION = group_division;
+  static constexpr bool GROUP = true;
+  lowra_input input;
+  int parts;
+  struct member {
+    const uint8_t *codes;
+    const int32_t *row_order;
+    const uint8_t *scales;
+    const float *scale_steps;
+    const uint16_t *levels;
+    const void *bias;  // [rows] or null
+    void *out;         // [tokens, rows]
+    rows_layout layout;
+  } members[kMostParts];
+};
+
+// The weight that a tile belongs to, and the tile's number among those of its kind there.
+struct tile_owner {
+  int part, tile;
+};
+__device__ __forceinline__ tile_owner owner_of(const single_product &, const division &, int, int tile) {
+  return {0, tile};
+}
+__device__ __forceinline__ tile_owner owner_of(const product_group &q, const group_division &d, int kind, int tile) {
+  int part = 0;
+#pragma unroll
+  for (int i = 1; i < kMostParts; ++i) {
+    if (i < q.parts && tile >= d.parts[i][kind].tiles_before) part = i;
+  }
+  return {part, tile - d.parts[part][kind].tiles_before};
+}
+
+// How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes
+// of a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of
+// 64, an even number in a row. PRODUCT_: of one weight or of a group. INPUT_: what x is made of, a lowra_input_kind.
+template <int TOKENS_, int LANES_, bool DEFAULT_FORM_, class PRODUCT_ = single_product, int INPUT_ = LOWRA_PLAIN>
+struct setup {
+  using PRODUCT = PRODUCT_;
+  using DIVISION = typename PRODUCT::DIVISION;
+  static constexpr int INPUT = INPUT_;
+  static constexpr int TOKENS = TOKENS_, LANES = LANES_;
+  static constexpr bool DEFAULT_FORM = DEFAULT_FORM_;
+  static constexpr int kPerMma = 2 * LANES;  // tokens of one mma
+  static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;
+  static constexpr int kCells = TOKENS * kTileRows;  // sums of a tile
+  // 16-byte units between two chunks of x: neighbouring chunks start 32 bytes further round the banks.
+  static constexpr int kStride = kMmas * kPerMma * kChunkUnits + (10 - kMmas * kPerMma * kChunkUnits % 8) % 8;
+  static_assert(kStride % 8 == 2, "32 bytes round the banks");
 };
 
 // Codes of 1 bit become operand A without a table: moved to one of the bits 7 to 14, a code is a float16 that is a
@@ -187,19 +244,19 @@ struct lane_tile {
   size_t first_scale[2];
   uint32_t first_levels[2];  // two of them, so that the others come from the first-level cache
   int byte, stride;          // where the unit lies in the row, and the row's length
+  int part;                  // the weight of a group
 
-  __device__ __forceinline__ void place(const product &q, const division &d, const tile_spot &spot, int team, int begin,
-                                        int lane) {
-    const kind_rows &rows = d.kinds[spot.kind];
-    const int tile = d.first[team][spot.kind] + spot.tile;
-    stride = rows.stride;
+  __device__ __forceinline__ void place(const typename S::PRODUCT &q, const typename S::DIVISION &d,
+                                        const tile_spot &spot, int team, int begin, int lane) {
+    const tile_owner owner = owner_of(q, d, spot.kind, d.first[team][spot.kind] + spot.tile);
+    stride = d.kinds[spot.kind].stride;
     byte = (begin >> (spot.kind + 1)) + spot.unit * (kUnitBits / 8);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = min(tile * kTileRows + lane / 4 + 8 * h, rows.count - 1);
-      codes[h] = q.packed.codes + rows.codes + (size_t)row * stride + byte;
-      levels[h] = q.packed.levels + rows.levels + ((size_t)row << (4 >> spot.kind));
-      first_scale[h] = (size_t)(rows.first + row) * q.groups;
+    part = owner.part;
+    if constexpr (S::PRODUCT::GROUP) {
+      const auto &member = q.members[part];
+      place_rows(member.codes, member.levels, d.parts[part][spot.kind], q.groups, owner.tile, spot.kind, lane);
+    } else {
+      place_rows(q.packed.codes, q.packed.levels, d.kinds[spot.kind], q.groups, owner.tile, spot.kind, lane);
     }
   }
   __device__ __forceinline__ void ask_for_codes(int quad) const {
@@ -227,6 +284,17 @@ struct lane_tile {
   }
 
  private:
+  template <class ROWS>
+  __device__ __forceinline__ void place_rows(const uint8_t *all_codes, const uint16_t *all_levels, const ROWS &rows,
+                                             int groups, int tile, int kind, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(tile * kTileRows + lane / 4 + 8 * h, rows.count - 1);
+      codes[h] = all_codes + rows.codes + (size_t)row * stride + byte;
+      levels[h] = all_levels + rows.levels + ((size_t)row << (4 >> kind));
+      first_scale[h] = (size_t)(rows.first + row) * groups;
+    }
+  }
   // WORDS: words of a lane that stand together.
   template <int WORDS>
   __device__ __forceinline__ void fetch_parts(int quad, uint32_t (&words)[2][4]) const {
@@ -260,7 +328,7 @@ struct lane_scales {
   raw_scale raw[2][kLoads];
 
   // column: the lane's first.
-  __device__ __forceinline__ void fetch(const product &q, const lane_tile<S> &tile, int column) {
+  __device__ __forceinline__ void fetch(const typename S::PRODUCT &q, const lane_tile<S> &tile, int column) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -268,9 +336,15 @@ struct lane_scales {
         if constexpr (S::DEFAULT_FORM) {
           constexpr bool kPair = S::LANES == 1 && BITS == 1;
           const size_t index = tile.first_scale[h] + min((column + kStep * i) >> 6, q.groups - 1 - kPair);
-          const uint8_t *at = static_cast<const uint8_t *>(q.packed.scales) + index;
+          const uint8_t *at;
+          if constexpr (S::PRODUCT::GROUP) {
+            at = q.members[tile.part].scales + index;
+            raw[h][i].step = __ldg(q.members[tile.part].scale_steps + (index >> 8));
+          } else {
+            at = static_cast<const uint8_t *>(q.packed.scales) + index;
+            raw[h][i].step = __ldg(q.packed.scale_steps + (index >> 8));
+          }
           raw[h][i].bits = kPair ? __ldg(reinterpret_cast<const uint16_t *>(at)) : __ldg(at);
-          raw[h][i].step = __ldg(q.packed.scale_steps + (index >> 8));
         } else {
           const int group = min((column + kStep * i) >> q.group_shift, q.groups - 1);
           raw[h][i] = fetch_scale(q.packed, tile.first_scale[h] + group);
@@ -291,26 +365,93 @@ struct lane_scales {
   }
 };
 
-// 8 values of one token for a thread: one unit of a chunk, see stage_x.
+// 8 values of one token for a thread: one unit of a chunk, see stage_x. raw: of what x is made of.
+template <int INPUT>
 struct x_piece {
+  static constexpr int kSources = INPUT == LOWRA_PLAIN ? 1 : INPUT == LOWRA_GATED ? 2 : 3;
   int token, unit;
-  uint2 raw[2];
+  uint2 raw[kSources][2];
 };
+
+__device__ __forceinline__ void load_two(const void *base, size_t index, uint2 (&out)[2]) {
+  const uint16_t *source = static_cast<const uint16_t *>(base) + index;
+  out[0] = __ldg(reinterpret_cast<const uint2 *>(source));
+  out[1] = __ldg(reinterpret_cast<const uint2 *>(source + 16));
+}
 
 // number: of the piece, token by token. None past the last.
 template <class S>
-__device__ __forceinline__ x_piece fetch_x(const product &q, const division &d, int begin, int end, int number) {
-  x_piece piece = {};
+__device__ __forceinline__ x_piece<S::INPUT> fetch_x(const typename S::PRODUCT &q, const division &d, int begin,
+                                                     int end, int number) {
+  x_piece<S::INPUT> piece = {};
   if (number >= d.slice / 8 * q.tokens) return piece;
   piece.token = S::TOKENS == 1 ? 0 : (int)d.per_token.divide(number);
   piece.unit = number - piece.token * (d.slice / 8);
   const int column = begin + piece.unit / 4 * 32 + piece.unit % 4 * 4;  // and 16 further on
   if (column < end) {
-    const uint16_t *source = static_cast<const uint16_t *>(q.x) + (size_t)piece.token * q.in_features + column;
-    piece.raw[0] = __ldg(reinterpret_cast<const uint2 *>(source));
-    piece.raw[1] = __ldg(reinterpret_cast<const uint2 *>(source + 16));
+    const size_t at = (size_t)piece.token * q.in_features + column;
+    load_two(q.x, at, piece.raw[0]);
+    if constexpr (S::INPUT != LOWRA_PLAIN) {
+      if (q.input.second) load_two(q.input.second, at, piece.raw[1]);
+    }
+    if constexpr (S::INPUT == LOWRA_NORMED) load_two(q.input.weight, column, piece.raw[2]);
   }
   return piece;
+}
+
+// Value k of a piece. factor: of its token's norm.
+template <class S, class T>
+__device__ __forceinline__ float value_of(const typename S::PRODUCT &q, const x_piece<S::INPUT> &piece, int k,
+                                          float factor) {
+  const T first = reinterpret_cast<const T *>(piece.raw[0])[k];
+  if constexpr (S::INPUT == LOWRA_GATED) {
+    return to_float(gated(first, reinterpret_cast<const T *>(piece.raw[1])[k], q.input.activation));
+  } else if constexpr (S::INPUT == LOWRA_NORMED) {
+    // without a second part its zeros are added
+    const T sum = static_cast<T>(to_float(first) + to_float(reinterpret_cast<const T *>(piece.raw[1])[k]));
+    return to_float(weighted(to_float(sum) * factor, reinterpret_cast<const T *>(piece.raw[2])[k], q.input.one_plus));
+  } else {
+    return to_float(first);
+  }
+}
+
+// The norms' factors of all tokens, in shared memory; the block that `stores` writes first + second. THREADS: of the
+// block.
+template <class S, class T, int THREADS>
+__device__ __forceinline__ void norm_factors(const typename S::PRODUCT &q, bool stores, float (&factors)[S::TOKENS]) {
+  __shared__ float of_warps[S::TOKENS][THREADS / 32];
+  const int vectors = q.in_features / kVector;
+#pragma unroll
+  for (int token = 0; token < S::TOKENS; ++token) {
+    float squares = 0.f;
+    if (token < q.tokens) {
+      for (int i = threadIdx.x; i < vectors; i += THREADS) {
+        const size_t at = (size_t)token * vectors + i;
+        vector8<T> sum = load8<T>(q.input.first, at);
+        if (q.input.second) {
+          const vector8<T> second = load8<T>(q.input.second, at);
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) {
+            sum.value[k] = static_cast<T>(to_float(sum.value[k]) + to_float(second.value[k]));
+          }
+        }
+        if (stores) store8(q.input.sum, at, sum);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) squares += to_float(sum.value[k]) * to_float(sum.value[k]);
+      }
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, step);
+    if (threadIdx.x % 32 == 0) of_warps[token][threadIdx.x / 32] = squares;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int token = 0; token < S::TOKENS; ++token) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; ++i) sum += of_warps[token][i];
+    factors[token] = rsqrtf(sum / q.in_features + q.input.epsilon);
+  }
 }
 
 // x of a block's columns [begin, end) in shared memory: [chunk][token] units of 16 bytes, zeros from `end` on. Word j
@@ -319,17 +460,22 @@ __device__ __forceinline__ x_piece fetch_x(const product &q, const division &d, 
 // % 8). plain, folded: null where no row of the block needs them; without `folded` there are no sums. next: piece
 // threadIdx.x, fetched.
 template <class S, class T>
-__device__ __forceinline__ void stage_x(const product &q, const division &d, int begin, int end, int threads,
-                                        x_piece next, uint4 *plain, uint4 *folded) {
+__device__ __forceinline__ void stage_x(const typename S::PRODUCT &q, const division &d, int begin, int end,
+                                        int threads, const float (&factors)[S::TOKENS], x_piece<S::INPUT> next,
+                                        uint4 *plain, uint4 *folded) {
   const int count = d.slice / 8 * q.tokens;  // a multiple of 64, so a warp is never divided
   for (int number = threadIdx.x; number < count; number += threads) {
-    const x_piece now = next;
+    const x_piece<S::INPUT> now = next;
     next = fetch_x<S>(q, d, begin, end, number + threads);
-    const T *value = reinterpret_cast<const T *>(now.raw);
+    float factor_of_token = factors[0];
+#pragma unroll
+    for (int token = 1; token < S::TOKENS; ++token) {
+      if (token == now.token) factor_of_token = factors[token];
+    }
     float x[8], largest = 0.f;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      x[k] = to_float(value[k]);
+      x[k] = value_of<S, T>(q, now, k, factor_of_token);
       largest = fmaxf(largest, fabsf(x[k]));
     }
 #pragma unroll

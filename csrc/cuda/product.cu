@@ -44,6 +44,27 @@ int run_forced(const product &q, int32_t type, cudaStream_t stream) {
   }
 }
 
+// Checks the arguments of a product with one weight and fills in what follows from them.
+int prepare(const lowra_packed &packed, const void *x, int64_t tokens, int32_t type, product &q) {
+  const lowra_shape &s = packed.shape;
+  if (bad_shape(s) || tokens < 0) return LOWRA_BAD_SHAPE;
+  if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (const int status = check_packed(packed)) return status;
+  if (!x) return LOWRA_NULL_POINTER;
+  const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
+  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed.codes) ||
+      !aligned16(packed.levels)) {
+    return LOWRA_UNSUPPORTED;
+  }
+  q.packed = packed;
+  q.layout = layout_of(s);
+  q.x = x;
+  q.tokens = (int)tokens, q.in_features = (int)s.in_features;
+  q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
+  q.group_shift = __builtin_ctz((unsigned)s.group_size);
+  return LOWRA_OK;
+}
+
 }  // namespace
 }  // namespace lowra
 
@@ -60,25 +81,15 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
                        int32_t type, void *stream) {
   using namespace lowra;
   const lowra_shape &s = packed->shape;
-  if (bad_shape(s) || tokens < 0) return LOWRA_BAD_SHAPE;
-  if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
-  if (row_count(s) == 0 || tokens == 0) return LOWRA_OK;
-  if (const int status = check_packed(*packed)) return status;
-  if (!x || !out) return LOWRA_NULL_POINTER;
+  if (!bad_shape(s) && (row_count(s) == 0 || tokens == 0)) return LOWRA_OK;
   if (forced_kernel() == force::dense) return LOWRA_UNSUPPORTED;
   const bool forced = forced_kernel() != force::none;
-  const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
-  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed->codes) ||
-      !aligned16(packed->levels)) {
-    return forced ? LOWRA_NOT_FORCED : LOWRA_UNSUPPORTED;
-  }
   product q = {};
-  q.packed = *packed;
-  q.layout = layout_of(s);
-  q.x = x, q.bias = bias, q.out = out;
-  q.tokens = (int)tokens, q.in_features = (int)s.in_features;
-  q.groups = (int)((s.in_features + s.group_size - 1) / s.group_size);
-  q.group_shift = __builtin_ctz((unsigned)s.group_size);
+  if (const int status = prepare(*packed, x, tokens, type, q)) {
+    return status == LOWRA_UNSUPPORTED && forced ? LOWRA_NOT_FORCED : status;
+  }
+  if (!out) return LOWRA_NULL_POINTER;
+  q.bias = bias, q.out = out;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (forced) {
     const int status = run_forced(q, type, on);
@@ -93,4 +104,32 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   }
   const int status = product_wgmma(q, type, on);
   return status == LOWRA_UNSUPPORTED ? product_tensor(q, type, on) : status;
+}
+
+int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input, int64_t tokens,
+                             const void *const *bias, void *const *out, int32_t type, void *stream) {
+  using namespace lowra;
+  if (count < 1 || count > LOWRA_MOST_GROUPED || input->kind < LOWRA_PLAIN || input->kind > LOWRA_GATED) {
+    return LOWRA_BAD_SHAPE;
+  }
+  if (forced_kernel() != force::none) return LOWRA_UNSUPPORTED;
+  const bool normed = input->kind == LOWRA_NORMED, is_gated = input->kind == LOWRA_GATED;
+  if ((normed && (!input->weight || !input->sum)) || (is_gated && !input->second)) return LOWRA_NULL_POINTER;
+  if (!aligned16(input->second) || !aligned16(input->weight) || !aligned16(input->sum)) return LOWRA_UNSUPPORTED;
+  if (is_gated && input->activation != LOWRA_SILU && input->activation != LOWRA_GELU_TANH) return LOWRA_UNSUPPORTED;
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  product q = {};
+  for (int i = 0; i < count; ++i) {
+    const lowra_shape &s = weights[i].shape;
+    if (const int status = prepare(weights[i], input->first, tokens, type, q)) return status;
+    if (!out[i]) return LOWRA_NULL_POINTER;
+    const bool alike = s.in_features == weights[0].shape.in_features;
+    const bool default_form = weights[i].scale_type == LOWRA_UINT8 && s.group_size == 64 && q.groups % 2 == 0 &&
+                              reinterpret_cast<uintptr_t>(weights[i].scales) % 2 == 0;
+    if (!alike || !default_form || row_count(s) == 0 || tokens == 0 || tokens > tokens_for_small(s, limits.major)) {
+      return LOWRA_UNSUPPORTED;
+    }
+  }
+  return product_small_group(weights, bias, out, count, *input, q, type, static_cast<cudaStream_t>(stream));
 }

@@ -15,8 +15,8 @@ constexpr int kWarps = 16, kThreads = 32 * kWarps;
 // total += `count` units of one tile. unit: of this block's columns. x: address of the staged x.
 // tile: where `next` comes from; next: codes of the first unit, fetched. On return both stand at the last unit.
 template <int BITS, class S>
-__device__ __forceinline__ void sum_units(const product &q, int begin, int unit, int count, uint32_t x, int lane,
-                                          lane_tile<S> &tile, uint32_t (&next)[2][4], uint32_t (&b)[2][4],
+__device__ __forceinline__ void sum_units(const typename S::PRODUCT &q, int begin, int unit, int count, uint32_t x,
+                                          int lane, lane_tile<S> &tile, uint32_t (&next)[2][4], uint32_t (&b)[2][4],
                                           float (&total)[S::kMmas][4]) {
   constexpr int kStride = S::kStride * 16, kToken = kChunkUnits * 16, kUnitColumns = kUnitBits / BITS;
   constexpr int kBlocks = 4 / BITS;
@@ -92,37 +92,88 @@ __device__ __forceinline__ void sum_units(const product &q, int begin, int unit,
   }
 }
 
-// Asks for the scales, levels and places of a kind of this team's rows; two blocks share them out.
-__device__ __forceinline__ void ask_for_facts(const product &q, const division &d, int kind, int team, int rank) {
+// Asks for the scales, levels and places of packed rows [from, to) of a kind.
+template <class ROWS>
+__device__ __forceinline__ void ask_for_rows(const uint8_t *scales, const uint16_t *levels, const int32_t *row_order,
+                                             const ROWS &rows, size_t scale_bytes, int kind, int from, int to) {
+  if (from >= to) return;
+  prefetch_to_l2(scales + (rows.first + from) * scale_bytes, scales + (rows.first + to) * scale_bytes);
+  levels += rows.levels;
+  prefetch_to_l2(levels + ((size_t)from << (4 >> kind)), levels + ((size_t)to << (4 >> kind)));
+  prefetch_to_l2(row_order + rows.first + from, row_order + rows.first + to);
+}
+
+// The same of a kind of this team's rows; two blocks share them out.
+__device__ __forceinline__ void ask_for_facts(const single_product &q, const division &d, int kind, int team,
+                                              int rank) {
   const kind_rows &rows = d.kinds[kind];
   int from = min(d.first[team][kind] * kTileRows, rows.count),
       to = min(d.first[team + 1][kind] * kTileRows, rows.count);
   if (d.splits > 1) (rank == 0 ? to : from) = (from + to) / 2;
-  if (from >= to) return;
   const int scale_bytes = q.packed.scale_type == LOWRA_UINT8 ? 1 : q.packed.scale_type == LOWRA_FLOAT16 ? 2 : 4;
-  const size_t groups = q.groups * scale_bytes;
-  const uint8_t *scales = static_cast<const uint8_t *>(q.packed.scales) + rows.first * groups;
-  prefetch_to_l2(scales + from * groups, scales + to * groups);
-  const uint16_t *levels = q.packed.levels + rows.levels;
-  prefetch_to_l2(levels + ((size_t)from << (4 >> kind)), levels + ((size_t)to << (4 >> kind)));
-  prefetch_to_l2(q.packed.row_order + rows.first + from, q.packed.row_order + rows.first + to);
+  ask_for_rows(static_cast<const uint8_t *>(q.packed.scales), q.packed.levels, q.packed.row_order, rows,
+               (size_t)q.groups * scale_bytes, kind, from, to);
 }
 
-// Row of W of row `cell` of the team's tiles, -1 for none.
-__device__ __forceinline__ int row_of_weight(const product &q, const division &d, const int (&tiles)[kKinds], int team,
-                                             int cell) {
-  int kind = 0, number = cell / kTileRows;
-  if (number >= tiles[0]) number -= tiles[0], kind = 1;
-  if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
-  const int row = (d.first[team][kind] + number) * kTileRows + cell % kTileRows;
+__device__ __forceinline__ void ask_for_facts(const product_group &q, const group_division &d, int kind, int team,
+                                              int rank) {
+  int begin = d.first[team][kind], end = d.first[team + 1][kind];
+  if (d.splits > 1) (rank == 0 ? end : begin) = (begin + end) / 2;
+  for (int part = 0; part < q.parts; ++part) {
+    const part_rows &rows = d.parts[part][kind];
+    const int from = max(begin - rows.tiles_before, 0) * kTileRows;
+    const int to = min((end - rows.tiles_before) * kTileRows, rows.count);
+    const auto &member = q.members[part];
+    ask_for_rows(member.scales, member.levels, member.row_order, rows, q.groups, kind, from, to);
+  }
+}
+
+// The place of a row in `places`: its number in W and, above kPartShift, the weight of the group. -1 for none.
+constexpr int kPartShift = 28;
+static_assert(kMostParts << kPartShift > 0 && INT32_MAX / 8 < 1 << kPartShift, "a place is not negative");
+
+__device__ __forceinline__ int place_of_row(const single_product &q, const division &d, int kind, int tile, int row) {
+  row += tile * kTileRows;
   return row < d.kinds[kind].count ? __ldg(q.packed.row_order + d.kinds[kind].first + row) : -1;
 }
 
-__device__ __forceinline__ void store_sum(const product &q, int32_t type, int token, int row, float sum) {
+__device__ __forceinline__ int place_of_row(const product_group &q, const group_division &d, int kind, int tile,
+                                            int row) {
+  const tile_owner owner = owner_of(q, d, kind, tile);
+  const part_rows &rows = d.parts[owner.part][kind];
+  row += owner.tile * kTileRows;
+  if (row >= rows.count) return -1;
+  return __ldg(q.members[owner.part].row_order + rows.first + row) | owner.part << kPartShift;
+}
+
+// Of row `cell` of the team's tiles.
+template <class Q, class D>
+__device__ __forceinline__ int row_of_weight(const Q &q, const D &d, const int (&tiles)[kKinds], int team, int cell) {
+  int kind = 0, number = cell / kTileRows;
+  if (number >= tiles[0]) number -= tiles[0], kind = 1;
+  if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
+  return place_of_row(q, d, kind, d.first[team][kind] + number, cell % kTileRows);
+}
+
+template <class T>
+__device__ __forceinline__ void store_row(const single_product &q, int token, int place, float sum) {
+  store_output<T>(q, token, place, sum);
+}
+
+template <class T>
+__device__ __forceinline__ void store_row(const product_group &q, int token, int place, float sum) {
+  const auto &member = q.members[place >> kPartShift];
+  const int row = place & ((1 << kPartShift) - 1);
+  if (member.bias) sum += to_float(static_cast<const T *>(member.bias)[row]);
+  static_cast<T *>(member.out)[(size_t)token * member.layout.rows() + row] = static_cast<T>(sum);
+}
+
+template <class Q>
+__device__ __forceinline__ void store_sum(const Q &q, int32_t type, int token, int place, float sum) {
   if (type == LOWRA_FLOAT16) {
-    store_output<fp16>(q, token, row, sum);
+    store_row<fp16>(q, token, place, sum);
   } else {
-    store_output<bf16>(q, token, row, sum);
+    store_row<bf16>(q, token, place, sum);
   }
 }
 
@@ -154,7 +205,8 @@ struct team_blocks {
 // S: a setup.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 1)
-    product_small_kernel(const __grid_constant__ product q, const __grid_constant__ division d, int32_t type) {
+    product_small_kernel(const __grid_constant__ typename S::PRODUCT q, const __grid_constant__ typename S::DIVISION d,
+                         int32_t type) {
   constexpr int TOKENS = S::TOKENS, kCells = S::kCells;
   extern __shared__ uint4 memory[];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -179,9 +231,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   tile.place(q, d, spot, team, begin, lane);
   if (unit < last_unit) tile.ask_for_codes(lane % 4);
   if (warp >= kWarps - kKinds && lane == 0) ask_for_facts(q, d, warp - (kWarps - kKinds), team, rank);
+  if constexpr (S::INPUT == LOWRA_NORMED) {
+    const uint16_t *weight = static_cast<const uint16_t *>(q.input.weight);
+    if (thread == 0) prefetch_to_l2(weight, weight + q.in_features);
+  }
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const x_piece first_piece = fetch_x<S>(q, d, begin, end, thread);
+  const x_piece<S::INPUT> first_piece = fetch_x<S>(q, d, begin, end, thread);
+  float factors[TOKENS] = {};
+  if constexpr (S::INPUT == LOWRA_NORMED) {
+    const bool stores = team == 0 && rank == 0;
+    if (type == LOWRA_FLOAT16) {
+      norm_factors<S, fp16, kThreads>(q, stores, factors);
+    } else {
+      norm_factors<S, bf16, kThreads>(q, stores, factors);
+    }
+  }
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
   const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
   uint32_t next[2][4] = {};
@@ -191,9 +256,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   uint4 *wanted_plain = tiles[0] + tiles[1] > 0 ? plain : nullptr, *wanted_folded = tiles[2] > 0 ? folded : nullptr;
   if (type == LOWRA_FLOAT16) {
-    stage_x<S, fp16>(q, d, begin, end, kThreads, first_piece, wanted_plain, wanted_folded);
+    stage_x<S, fp16>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
   } else {
-    stage_x<S, bf16>(q, d, begin, end, kThreads, first_piece, wanted_plain, wanted_folded);
+    stage_x<S, bf16>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
   }
   __syncthreads();
   uint32_t b[2][4] = {};
@@ -338,16 +403,36 @@ int splits_of(const product &q, const tile_counts &counts, const device_limits &
   return more <= exchange ? 1 : 2;
 }
 
+// The tiles of all weights of a product, and where those of each weight begin.
+tile_counts tiles_of_all(const single_product &q, division &) { return tiles_of(q.layout, kTileRows); }
+
+tile_counts tiles_of_all(const product_group &q, group_division &d) {
+  int tiles[kKinds] = {};
+  for (int part = 0; part < q.parts; ++part) {
+    const rows_layout &l = q.members[part].layout;
+    const int firsts[kKinds] = {0, l.rows4, l.rows4 + l.rows2}, counts[kKinds] = {l.rows4, l.rows2, l.rows1};
+    const int strides[kKinds] = {l.bytes4, l.bytes2, l.bytes1};
+    size_t codes = 0, levels = 0;
+    for (int kind = 0; kind < kKinds; ++kind) {
+      d.parts[part][kind] = {firsts[kind], counts[kind], tiles[kind], codes, levels};
+      tiles[kind] += (counts[kind] + kTileRows - 1) / kTileRows;
+      codes += (size_t)counts[kind] * strides[kind];
+      levels += (size_t)counts[kind] << (4 >> kind);
+    }
+  }
+  return {tiles[0], tiles[1], tiles[2]};
+}
+
 template <class S>
-int launch(const product &q, int32_t type, cudaStream_t stream) {
+int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
-  const tile_counts counts = tiles_of(q.layout, kTileRows);
+  typename S::DIVISION d;
+  const tile_counts counts = tiles_of_all(q, d);
   // A team's sums must fit into shared memory, and clusters of more than two blocks would leave multiprocessors idle.
   constexpr int kMostTiles = 32;
   const int fewest = (counts.total() + kMostTiles - 1) / kMostTiles, most_splits = limits.major >= 9 ? 2 : 1;
   for (int splits = splits_of(q, counts, limits); splits <= most_splits; ++splits) {
-    division d;
     divide_columns(q, splits, d);
     int teams = limits.processors / d.splits;
     if (teams < fewest) teams = fewest;
@@ -363,7 +448,7 @@ int launch(const product &q, int32_t type, cudaStream_t stream) {
 }
 
 template <bool DEFAULT_FORM>
-int choose(const product &q, int32_t type, cudaStream_t stream) {
+int choose(const single_product &q, int32_t type, cudaStream_t stream) {
   if (q.tokens == 1) return launch<setup<1, 1, DEFAULT_FORM>>(q, type, stream);
   if (q.tokens == 2) return launch<setup<2, 1, DEFAULT_FORM>>(q, type, stream);
   if (q.group_shift >= 6) {
@@ -376,7 +461,33 @@ int choose(const product &q, int32_t type, cudaStream_t stream) {
 
 }  // namespace
 
-int product_small(const product &q, int32_t type, cudaStream_t stream) {
+template <int INPUT>
+static int choose_tokens(const product_group &q, int32_t type, cudaStream_t stream) {
+  if (q.tokens == 1) return launch<setup<1, 1, true, product_group, INPUT>>(q, type, stream);
+  if (q.tokens == 2) return launch<setup<2, 1, true, product_group, INPUT>>(q, type, stream);
+  if (q.tokens <= 4) return launch<setup<4, 2, true, product_group, INPUT>>(q, type, stream);
+  return LOWRA_UNSUPPORTED;
+}
+
+int product_small_group(const lowra_packed *weights, const void *const *bias, void *const *out, int count,
+                        const lowra_input &input, const product &base, int32_t type, cudaStream_t stream) {
+  product_group q = {};
+  static_cast<product &>(q) = base;
+  q.input = input;
+  q.parts = count;
+  for (int i = 0; i < count; ++i) {
+    const lowra_packed &w = weights[i];
+    q.members[i] = {w.codes,       w.row_order,       static_cast<const uint8_t *>(w.scales),
+                    w.scale_steps, w.levels,          bias[i],
+                    out[i],        layout_of(w.shape)};
+  }
+  if (input.kind == LOWRA_NORMED) return choose_tokens<LOWRA_NORMED>(q, type, stream);
+  if (input.kind == LOWRA_GATED) return choose_tokens<LOWRA_GATED>(q, type, stream);
+  return choose_tokens<LOWRA_PLAIN>(q, type, stream);
+}
+
+int product_small(const product &given, int32_t type, cudaStream_t stream) {
+  const single_product q = {given};
   const bool default_form = q.packed.scale_type == LOWRA_UINT8 && q.group_shift == 6 && q.groups % 2 == 0 &&
                             reinterpret_cast<uintptr_t>(q.packed.scales) % 2 == 0;
   return default_form ? choose<true>(q, type, stream) : choose<false>(q, type, stream);

@@ -8,7 +8,7 @@ from ..checkpoints.places import usable_folder
 from ..corpus import load_tokenizer
 from ..demo import train_base, write_texts
 from ..generation.loading import load_model
-from ..generation.text import generate_text
+from ..generation.text import continue_text
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe
 from .parser import add_trust
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict:
             f"The base on disk: {sizes[0] / 1e6:.1f} MB dense, {sizes[1] / 1e6:.1f} MB at 1.5 bits (embeddings dense)."
         )
     tokenizer = load_tokenizer(smallest, args.trust_remote_code)
-    words = generate_text(loaded, tokenizer, "The class statement", 24, 0.0, args.seed)
+    words = continue_text(loaded, tokenizer, "The class statement", 24, 0.0, args.seed).text
     print(f"The 1.5-bit base with its initial adapter, before training, continues: {words!r}")
     seconds = round(time.perf_counter() - start, 1)
     print(f"Done in {seconds:.0f} s.")

@@ -1,17 +1,93 @@
-"""Continuing a prompt."""
+"""Continuing a prompt, and how fast that went."""
+
+import dataclasses
+import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .fast import fast_decoding
+
+
+@dataclasses.dataclass
+class Continuation:
+    """What a model said.
+
+    Attributes:
+        text: prompt and continuation, without special tokens.
+        reply: the continuation alone.
+        tokens: how many were made.
+        first_seconds: until the first of them.
+        seconds: of the whole call.
+    """
+
+    text: str
+    reply: str
+    tokens: int
+    first_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which waits for the prompt; 0 where there is none."""
+        rest = self.seconds - self.first_seconds
+        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else 0.0
 
 
 @torch.inference_mode()
-def generate_text(
-    model, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, temperature: float, seed: int
-) -> str:
-    """Continues a prompt; temperature 0 takes the likeliest token every time."""
+def continue_text(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | torch.Tensor,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+) -> Continuation:
+    """Continues a prompt, by `fast_decoding` where the model is one that it covers.
+
+    Args:
+        prompt: text, or ids [1, tokens] of a conversation.
+        temperature: 0 takes the likeliest token every time.
+        streamer: is given every token as it is made, after the prompt.
+    """
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
+    if isinstance(prompt, str):
+        inputs = {key: tensor for key, tensor in tokenizer(prompt, return_tensors="pt").items()}
+        inputs.pop("token_type_ids", None)
+    else:
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    inputs = {key: tensor.to(model.device) for key, tensor in inputs.items()}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, **sampling)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    clock = _Clock(streamer)
+    started = time.perf_counter()
+    ids = model.generate(
+        **inputs, **sampling, max_new_tokens=new_tokens, custom_generate=fast_decoding, streamer=clock
+    )[0]
+    seconds = time.perf_counter() - started
+    length = inputs["input_ids"].shape[1]
+    reply = str(tokenizer.decode(ids[length:], skip_special_tokens=True))
+    first = seconds if clock.first is None else clock.first - started
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return Continuation(text, reply, len(ids) - length, first, seconds)
+
+
+class _Clock(BaseStreamer):
+    """Hands everything on, and remembers when the first token came."""
+
+    def __init__(self, streamer: BaseStreamer | None):
+        self._streamer, self._started = streamer, False
+        self.first: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._started and self.first is None:
+            self.first = time.perf_counter()
+        self._started = True  # the prompt comes first
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()

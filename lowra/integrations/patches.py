@@ -233,6 +233,19 @@ def _with_packed_table(original: Callable) -> Callable:
     return _setup_prompt_encoder
 
 
+def _all_of_generate(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        tokenizer = kwargs.get("tokenizer")
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if getattr(custom_generate, "__module__", "").startswith("lowra."):  # fast_decoding
+            kept = {"streamer": streamer, "synced_gpus": synced_gpus, "tokenizer": tokenizer}
+            found |= {name: value for name, value in kept.items() if value is not None}
+        return found
+
+    return _extract_generation_mode_kwargs
+
+
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
 _CONFIG = "transformers.configuration_utils:PreTrainedConfig."
 _TUNER = "peft.tuners.tuners_utils:BaseTuner."
@@ -316,6 +329,15 @@ TABLE = (
         since="none",
         rests_on=("peft_model_id", "adapter_name", "adapter_kwargs"),
         wrap=_checked_adapter_of_transformers,
+    ),
+    Patch(
+        target="transformers.generation.utils:GenerationMixin._extract_generation_mode_kwargs",
+        why="generate(custom_generate=FUNCTION) drops the streamer and the tokenizer it was given: nothing is printed, "
+        "and stop strings are refused.",
+        door="custom_generate itself, once it hands on what _sample takes",
+        since="none",
+        rests_on=("custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"),
+        wrap=_all_of_generate,
     ),
     Patch(
         target="peft.peft_model:PeftModel.save_pretrained",

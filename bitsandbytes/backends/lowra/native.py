@@ -75,8 +75,13 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_product_is_quicker": [_L, _L, _L],
     "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
+    # of native_decoding.py
+    "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _I, _P],
+    "lowra_cuda_add_norm": [_P, _I, _P],
+    "lowra_cuda_gate": [_P, _P, _P, _L, _I, _I, _P],
+    "lowra_cuda_attention": [_P, _I, _P],
 }
-_UNSUPPORTED = 5
+UNSUPPORTED = 5
 
 
 def _installed(name: str) -> pathlib.Path:
@@ -151,12 +156,18 @@ def _packed(shape: tuple[int, ...], *addresses_and_type) -> _Packed:
 
 def check(status: int, what: str, shape: _Shape) -> None:
     if status != 0:
-        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status == 4 else ""
-        raise RuntimeError(
-            f"lowra: {what} of a weight [{shape.rows4 + shape.rows2 + shape.rows1}, {shape.in_features}] with "
-            f"{shape.rows4}/{shape.rows2}/{shape.rows1} rows of 4/2/1 bits and group size {shape.group_size} failed: "
-            f"{_STATUS.get(status, f'status {status}')}{detail}"
+        check_status(
+            status,
+            f"{what} of a weight [{shape.rows4 + shape.rows2 + shape.rows1}, {shape.in_features}] with "
+            f"{shape.rows4}/{shape.rows2}/{shape.rows1} rows of 4/2/1 bits and group size {shape.group_size}",
         )
+
+
+def check_status(status: int, what: str) -> None:
+    """Raises RuntimeError for a status other than OK."""
+    if status != 0:
+        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status == 4 else ""
+        raise RuntimeError(f"lowra: {what} failed: {_STATUS.get(status, f'status {status}')}{detail}")
 
 
 def cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
@@ -220,12 +231,12 @@ def cpu_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, gr
     return tuple(found)
 
 
-def _stream(tensor: torch.Tensor) -> int:
+def stream_of(tensor: torch.Tensor) -> int:
     """The current stream of the tensor's device, on which the kernels run."""
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)
 
 
-def _call_cuda(name: str, device: torch.device, *arguments) -> int:
+def call_cuda(name: str, device: torch.device, *arguments) -> int:
     """Calls a function of the CUDA library with `device` current; switching costs time and is rarely needed."""
     if torch.cuda.current_device() == device.index:
         return getattr(_cuda, name)(*arguments)
@@ -240,7 +251,7 @@ def cuda_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_siz
     codes = weight.new_empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
     absmax = weight.new_empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
     weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_quantize",
         weight.device,
         ctypes.byref(shape),
@@ -250,9 +261,9 @@ def cuda_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_siz
         thresholds.data_ptr(),
         codes.data_ptr(),
         absmax.data_ptr(),
-        _stream(weight),
+        stream_of(weight),
     )
-    if status == _UNSUPPORTED:
+    if status == UNSUPPORTED:
         return None
     check(status, "quantisation", shape)
     return codes, absmax
@@ -265,14 +276,14 @@ def cuda_encode_scales(absmax):
     blocks = (count + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
     scales = torch.empty_like(absmax, dtype=torch.uint8)
     steps = absmax.new_empty(blocks)
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_encode_scales",
         absmax.device,
         absmax.data_ptr(),
         count,
         scales.data_ptr(),
         steps.data_ptr(),
-        _stream(absmax),
+        stream_of(absmax),
     )
     check(status, "encoding of scales", shape_of(1, 0, 0, count, 8))
     return scales, steps
@@ -286,14 +297,14 @@ def cuda_dequantize(
     part = (0, packed.rows, 0, packed.in_features) if part is None else part
     codes = packed.codes
     out = codes.new_empty(part[1], part[3], dtype=dtype)
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_dequantize",
         codes.device,
         ctypes.byref(struct),
         ctypes.byref(_Part(*part)),
         out.data_ptr(),
         _TYPES[dtype],
-        _stream(codes),
+        stream_of(codes),
     )
     check(status, "dequantisation", struct.shape)
     return out
@@ -302,7 +313,7 @@ def cuda_dequantize(
 @functools.lru_cache(4096)
 def product_is_quicker(device: torch.device, tokens: int, rows: int, in_features: int) -> bool:
     """Whether `cuda_product` is quicker on this GPU than a dense product after `cuda_dequantize`."""
-    return bool(_call_cuda("lowra_cuda_product_is_quicker", device, tokens, rows, in_features))
+    return bool(call_cuda("lowra_cuda_product_is_quicker", device, tokens, rows, in_features))
 
 
 def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -310,7 +321,7 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
     struct = packed_of(packed)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], packed.rows)
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_product",
         x.device,
         ctypes.byref(struct),
@@ -319,9 +330,9 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
         None if bias is None else bias.contiguous().data_ptr(),
         out.data_ptr(),
         _TYPES[x.dtype],
-        _stream(x),
+        stream_of(x),
     )
-    if status == _UNSUPPORTED:
+    if status == UNSUPPORTED:
         return None
     check(status, "product", struct.shape)
     return out
@@ -336,7 +347,7 @@ def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, g
     if column_weights is not None:
         column_weights = column_weights.float().contiguous()
     out = tuple(weight.new_empty(rows, width, dtype=torch.float32) for width in (22, 19, 3))
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_lloyd_max",
         weight.device,
         weight.data_ptr(),
@@ -350,9 +361,9 @@ def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, g
         iterations,
         squared,
         *(tensor.data_ptr() for tensor in out),
-        _stream(weight),
+        stream_of(weight),
     )
-    if status == _UNSUPPORTED:
+    if status == UNSUPPORTED:
         return None
     check(status, "Lloyd-Max", shape)
     return out
@@ -367,7 +378,7 @@ def cuda_table_gradients(
     for_levels = torch.empty_like(packed.levels, dtype=torch.float32)
     scales = packed.scales
     for_scales = torch.empty_like(scales, dtype=torch.float32) if with_scales else scales.new_empty(0).float()
-    status = _call_cuda(
+    status = call_cuda(
         "lowra_cuda_table_gradients",
         gradient.device,
         ctypes.byref(struct),
@@ -375,9 +386,9 @@ def cuda_table_gradients(
         _TYPES[gradient.dtype],
         for_levels.data_ptr(),
         for_scales.data_ptr() if with_scales else None,
-        _stream(gradient),
+        stream_of(gradient),
     )
-    if status == _UNSUPPORTED:
+    if status == UNSUPPORTED:
         return None
     check(status, "gradients of the tables", struct.shape)
     return for_levels, for_scales

@@ -1,0 +1,250 @@
+"""What lies between the products of a decoding step: references in plain PyTorch, and the CUDA kernels in their place.
+
+Plain functions and no ops: they serve inference alone, where an op's way through the dispatcher (25 us of the host, a
+ctypes call 5) would be most of a prompt's time. Values are rounded where the modules of Transformers round them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from . import native, native_decoding
+from .layout import PackedMatrix
+from .ops import linear
+
+ATTENTION_SLOTS = 64  # of the cache that a block of the kernel takes (csrc/lowra.h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm.
+
+    Attributes:
+        weight: [features], of the type of what is normalised.
+        epsilon: added to the mean square.
+        one_plus: the weights are added to 1 and the product is rounded once (Gemma).
+    """
+
+    weight: torch.Tensor
+    epsilon: float
+    one_plus: bool = False
+
+
+def normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x [..., features] over its root mean square, times the norm's weights; reference."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.epsilon)
+    if norm.one_plus:
+        return (wide * (1.0 + norm.weight.float())).to(x.dtype)
+    return norm.weight * wide.to(x.dtype)
+
+
+def add_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None = None
+) -> torch.Tensor:
+    """Adds to the residual stream in place, and normalises it.
+
+    Args:
+        residual: [tokens, features], changed.
+        delta: what is added, or None.
+        norm: of the sum.
+        delta_norm: of delta before it is added (Gemma 2 and 3), or None.
+
+    Returns:
+        the normalised sum, [tokens, features].
+    """
+    if native.cuda_available() and residual.is_cuda:
+        out = native_decoding.add_norm(residual, delta, norm, delta_norm)
+        if out is not None:
+            return out
+    if delta is not None:
+        residual.add_(delta if delta_norm is None else normalized(delta, delta_norm))
+    return normalized(residual, norm)
+
+
+def gate(opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(opened) * up, elementwise; activation "silu" or "gelu_tanh"."""
+    if native.cuda_available() and opened.is_cuda:
+        out = native_decoding.gate(opened, up, activation)
+        if out is not None:
+            return out
+    functional = torch.nn.functional
+    return (functional.silu(opened) if activation == "silu" else functional.gelu(opened, approximate="tanh")) * up
+
+
+def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first columns of x [..., dim]; cosine and sine [..., rotary_dim] of the same type."""
+    width = cosine.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat((-high, low), dim=-1) * sine
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """What the attention of a layer does with queries and keys.
+
+    Attributes:
+        heads, kv_heads, dim: query heads, key-value heads, and their width.
+        scaling: of the scores.
+        cosine, sine: [positions, rotary_dim], of the type of the queries.
+        query_norm, key_norm: of each head, or None.
+        window: slots that a token sees, itself included; 0 for all.
+        softcap: scores are softcap * tanh(score / softcap); 0 for none.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    scaling: float
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of one layer, and where the sequences stand in them.
+
+    Attributes:
+        keys, values: [batch, kv_heads, slots, dim].
+        slot: int32 [1], slot of the next token, the same for all sequences.
+        first: int32 [batch], first slot of each sequence; what lies before is padding.
+        workspace, finished: memory of the kernel, shared by all layers; see `workspace_of`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slot: torch.Tensor
+    first: torch.Tensor
+    workspace: torch.Tensor
+    finished: torch.Tensor
+
+
+def workspace_of(
+    attention: Attention, batch: int, slots: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory that `attend` needs for caches of this size: float32 sums of the parts of a cache, and int32 counters."""
+    # slots of the cache that a block of the kernel takes (csrc/lowra.h)
+    parts = -(-slots // (512 if attention.dim <= 64 else 256 if attention.dim <= 128 else 128))
+    each = attention.heads // attention.kv_heads * (attention.dim + 2)
+    workspace = torch.empty(batch * attention.kv_heads * parts * each, device=device)
+    return workspace, torch.zeros(batch * attention.kv_heads, dtype=torch.int32, device=device)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: Cache, attention: Attention
+) -> torch.Tensor:
+    """Attention of one new token of each sequence, which is put in the cache.
+
+    Args:
+        query: [batch, heads * dim]; key, value: [batch, kv_heads * dim]; before norm and rotary embedding.
+
+    Returns:
+        [batch, heads * dim].
+    """
+    if native.cuda_available() and query.is_cuda:
+        out = native_decoding.attend(query, key, value, cache, attention)
+        if out is not None:
+            return out
+    slot = int(cache.slot)
+    positions = slot - cache.first.long()
+    cosine, sine = attention.cosine[positions][:, None], attention.sine[positions][:, None]
+    query, key = heads_of(query, key, attention)
+    query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
+    cache.keys[:, :, slot] = key
+    cache.values[:, :, slot] = value.view(-1, attention.kv_heads, attention.dim)
+    places = torch.arange(slot + 1, device=query.device)
+    seen = places[None] >= cache.first[:, None]
+    if attention.window:
+        seen &= places[None] > slot - attention.window
+    keys, values = cache.keys[:, :, : slot + 1], cache.values[:, :, : slot + 1]
+    mask = seen[:, None, None]
+    return weighted_values(query[:, :, None], keys, values, mask, attention).reshape(len(query), -1)
+
+
+def heads_of(query: torch.Tensor, key: torch.Tensor, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query [..., heads, dim] and key [..., kv_heads, dim] of the projections' outputs, normalised where they are."""
+    query = query.unflatten(-1, (attention.heads, attention.dim))
+    key = key.unflatten(-1, (attention.kv_heads, attention.dim))
+    if attention.query_norm is not None:
+        query = normalized(query, attention.query_norm)
+    if attention.key_norm is not None:
+        key = normalized(key, attention.key_norm)
+    return query, key
+
+
+def weighted_values(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, attention: Attention
+) -> torch.Tensor:
+    """Softmax attention, sums in float32 or as PyTorch's kernel keeps them.
+
+    Args:
+        query: [batch, heads, tokens, dim]; keys, values: [batch, kv_heads, slots, dim].
+        mask: bool [batch, 1, tokens, slots], True where a token sees a slot; None is causal with as many slots.
+
+    Returns:
+        [batch, tokens, heads, dim].
+    """
+    if not attention.softcap:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
+            scale=attention.scaling,
+            enable_gqa=attention.heads != attention.kv_heads,
+        )
+        return out.transpose(1, 2)
+    groups = attention.heads // attention.kv_heads
+    keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scores = query @ keys.transpose(2, 3) * attention.scaling
+    scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    if mask is None:
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
+    shares = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return (shares.to(query.dtype) @ values).transpose(1, 2)
+
+
+Weights = Sequence[tuple[PackedMatrix, torch.Tensor | None]]  # packed weights of as many columns, each with its bias
+
+
+def linear_group(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
+    """Products of x [tokens, K] with several packed weights, in one launch where a kernel covers them."""
+    if len(weights) > 1 and native.cuda_available() and x.is_cuda:
+        outs = native_decoding.linear_group(x, weights)
+        if outs is not None:
+            return outs
+    return [linear(x, packed, bias) for packed, bias in weights]
+
+
+def normed_linear_group(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, weights: Weights, delta_norm: Norm | None = None
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`linear_group` of what `add_norm` gives, in one launch with it where a kernel covers them.
+
+    Returns:
+        the products, and the residual stream with delta added: `residual` itself, changed, or another tensor.
+    """
+    if delta_norm is None and native.cuda_available() and residual.is_cuda:
+        found = native_decoding.normed_linear_group(residual, delta, norm, weights)
+        if found is not None:
+            return found
+    return linear_group(add_norm(residual, delta, norm, delta_norm), weights), residual
+
+
+def gated_linear(
+    opened: torch.Tensor, up: torch.Tensor, activation: str, packed: PackedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product of what `gate` gives with a packed weight, in one launch with it where a kernel covers them."""
+    if native.cuda_available() and opened.is_cuda:
+        out = native_decoding.gated_linear(opened, up, activation, packed, bias)
+        if out is not None:
+            return out
+    return linear(gate(opened, up, activation), packed, bias)

@@ -1,0 +1,209 @@
+"""ctypes calls of the kernels between the products of a decoding step, and of products in one launch."""
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import native
+from .layout import PackedMatrix
+
+if TYPE_CHECKING:
+    from .decoding import Attention, Cache, Norm, Weights
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_TYPES = {torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+# csrc/lowra.h
+_PLAIN, _NORMED, _GATED = 0, 1, 2
+_MOST_GROUPED = 3
+_MOST_TOKENS = 4
+
+
+class _Input(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("first", "second", "weight", "sum")),
+        ("epsilon", _F),
+        *((name, _I) for name in ("one_plus", "activation", "kind")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("residual", "delta", "delta_weight", "weight", "out")),
+        ("tokens", _L),
+        ("features", _L),
+        ("epsilon", _F),
+        ("one_plus", _I),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("query", "key", "value", "keys", "values", "cosine", "sine")),
+        *((name, _P) for name in ("query_norm", "key_norm", "slot", "first", "workspace", "finished", "out")),
+        *((name, _I) for name in ("batch", "heads", "kv_heads", "dim", "rotary_dim", "slots", "window", "one_plus")),
+        *((name, _F) for name in ("scaling", "softcap", "epsilon")),
+    ]
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _finish(status: int, what: str, shape: tuple[int, ...]) -> bool:
+    """Whether the kernel ran; False where it does not cover the shape.
+
+    Raises:
+        RuntimeError: it was refused or failed.
+    """
+    if status == native.UNSUPPORTED:
+        return False
+    native.check_status(status, f"{what} of {list(shape)}")
+    return True
+
+
+def add_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: "Norm", delta_norm: "Norm | None"
+) -> torch.Tensor | None:
+    """`decoding.add_norm` on the CUDA library; None where it does not cover the shape."""
+    if residual.dtype not in _TYPES or not residual.is_contiguous():
+        return None
+    if delta_norm is not None and (delta_norm.epsilon, delta_norm.one_plus) != (norm.epsilon, norm.one_plus):
+        return None
+    tokens, features = residual.shape
+    out = torch.empty_like(residual)
+    delta = None if delta is None else delta.contiguous()
+    asked = _Norm(
+        residual.data_ptr(),
+        _address(delta),
+        None if delta_norm is None else delta_norm.weight.data_ptr(),
+        norm.weight.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        features,
+        norm.epsilon,
+        norm.one_plus,
+    )
+    status = native.call_cuda(
+        "lowra_cuda_add_norm", residual.device, ctypes.byref(asked), _TYPES[residual.dtype], native.stream_of(residual)
+    )
+    return out if _finish(status, "a norm", (tokens, features)) else None
+
+
+def gate(opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor | None:
+    """`decoding.gate` on the CUDA library; None where it does not cover the shape."""
+    if opened.dtype not in _TYPES:
+        return None
+    opened, up = opened.contiguous(), up.contiguous()
+    out = torch.empty_like(opened)
+    status = native.call_cuda(
+        "lowra_cuda_gate",
+        opened.device,
+        opened.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        opened.numel(),
+        _ACTIVATIONS[activation],
+        _TYPES[opened.dtype],
+        native.stream_of(opened),
+    )
+    return out if _finish(status, "a gate", tuple(opened.shape)) else None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: "Cache", attention: "Attention"
+) -> torch.Tensor | None:
+    """`decoding.attend` on the CUDA library; None where it does not cover the shape."""
+    norms = attention.query_norm, attention.key_norm
+    if query.dtype not in _TYPES or (norms[0] is None) != (norms[1] is None):
+        return None
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    batch, kv_heads, slots, dim = cache.keys.shape
+    out = torch.empty_like(query)
+    norm = norms[0]
+    asked = _Attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        attention.cosine.data_ptr(),
+        attention.sine.data_ptr(),
+        *(None if each is None else each.weight.data_ptr() for each in norms),
+        cache.slot.data_ptr(),
+        cache.first.data_ptr(),
+        cache.workspace.data_ptr(),
+        cache.finished.data_ptr(),
+        out.data_ptr(),
+        batch,
+        attention.heads,
+        kv_heads,
+        dim,
+        attention.cosine.shape[-1],
+        slots,
+        attention.window,
+        False if norm is None else norm.one_plus,
+        attention.scaling,
+        attention.softcap,
+        0.0 if norm is None else norm.epsilon,
+    )
+    status = native.call_cuda(
+        "lowra_cuda_attention", query.device, ctypes.byref(asked), _TYPES[query.dtype], native.stream_of(query)
+    )
+    return out if _finish(status, "attention over a cache", (batch, kv_heads, slots, dim)) else None
+
+
+def linear_group(x: torch.Tensor, weights: "Weights") -> list[torch.Tensor] | None:
+    """`decoding.linear_group` on the CUDA library; None where no kernel covers these weights together."""
+    x = x.contiguous()
+    return _group(x, _Input(x.data_ptr(), kind=_PLAIN), weights)
+
+
+def normed_linear_group(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: "Norm", weights: "Weights"
+) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """`decoding.normed_linear_group` on the CUDA library; None where no kernel covers these weights together."""
+    if len(residual) > _MOST_TOKENS or not residual.is_contiguous():
+        return None
+    total = torch.empty_like(residual)
+    delta = None if delta is None else delta.contiguous()
+    addresses = residual.data_ptr(), _address(delta), norm.weight.data_ptr(), total.data_ptr()
+    outs = _group(residual, _Input(*addresses, norm.epsilon, norm.one_plus, kind=_NORMED), weights)
+    return None if outs is None else (outs, total)
+
+
+def gated_linear(
+    opened: torch.Tensor, up: torch.Tensor, activation: str, packed: PackedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`decoding.gated_linear` on the CUDA library; None where no kernel covers the weight."""
+    if len(opened) > _MOST_TOKENS:
+        return None
+    opened, up = opened.contiguous(), up.contiguous()
+    asked = _Input(opened.data_ptr(), up.data_ptr(), activation=_ACTIVATIONS[activation], kind=_GATED)
+    outs = _group(opened, asked, [(packed, bias)])
+    return None if outs is None else outs[0]
+
+
+def _group(x: torch.Tensor, asked: _Input, weights: "Weights") -> list[torch.Tensor] | None:
+    """Products in one launch. x: [tokens, K], of which `asked` says what is made."""
+    tokens, in_features = x.shape
+    if x.dtype not in _TYPES or not 0 < tokens <= _MOST_TOKENS or len(weights) > _MOST_GROUPED:
+        return None
+    count = len(weights)
+    structs = [native.packed_of(packed) for packed, _ in weights]
+    outs = [x.new_empty(tokens, packed.rows) for packed, _ in weights]
+    biases = [None if bias is None else bias.contiguous() for _, bias in weights]
+    status = native.call_cuda(
+        "lowra_cuda_product_group",
+        x.device,
+        ctypes.byref((type(structs[0]) * count)(*structs)),
+        count,
+        ctypes.byref(asked),
+        tokens,
+        ctypes.byref((_P * count)(*(_address(bias) for bias in biases))),
+        ctypes.byref((_P * count)(*(out.data_ptr() for out in outs))),
+        _TYPES[x.dtype],
+        native.stream_of(x),
+    )
+    return outs if _finish(status, "a product of weights that share x", (tokens, in_features)) else None

@@ -1,0 +1,68 @@
+"""`lowra chat`: a conversation with a model that has a chat template."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from ..corpus import load_tokenizer
+from ..generation.loading import load_model
+from ..generation.text import continue_text
+from .generate import add_model, speed
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Reads a line, prints the model's answer, and keeps both. /new forgets them, /quit or Ctrl-D ends.",
+    )
+    add_model(parser)
+    parser.add_argument("--system", help="what the model is told before the first line")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of an answer, at most")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Answers one line after the other; returns the conversation."""
+    if args.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1; got {args.tokens}.")
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    _check_template(tokenizer, args.model)
+    model = load_model(args.model, args.adapter, args.device, args.force, args.trust_remote_code)
+    printer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    for line in _lines():
+        if line == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(str(written), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        said = continue_text(model, tokenizer, ids, args.tokens, args.temperature, args.seed, printer)
+        messages.append({"role": "assistant", "content": said.reply})
+        print(f"({speed(said)})", file=sys.stderr)
+    return {"messages": messages}
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {model} has no chat template, so it does not say how a conversation is written: use "
+            "`lowra generate`, or put the model's chat_template.jinja into the folder."
+        )
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, without empty lines, up to the end or /quit."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line

@@ -1,0 +1,359 @@
+"""A decoder-only model as the few calls that a token needs: what is read off its modules, its prompt and its step.
+
+Transformers' own forward launches some 40 kernels a layer; this one launches eight, four of them packed products. It
+covers decoders of the LLaMA family (`FAMILIES`) with plain LoRA adapters on them, and says by `Unsupported` what it
+does not cover.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitsandbytes.backends.lowra import decoding
+from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
+
+from ..nn.linear import LowRALinear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Rotary embeddings that are the same however long the text is.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Unsupported(Exception):
+    """A model that Transformers has to run by itself; the message says why."""
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One LoRA on one weight: y += scaling * B A x.
+
+    Attributes:
+        source: the parameters A [r, K] and B [N, r].
+        scaling: alpha / r, or what the adapter has in its place.
+        factors: A and B in the type of x once `refresh` was called; the parameters themselves where they have it.
+    """
+
+    source: tuple[torch.Tensor, torch.Tensor]
+    scaling: float
+
+    def __post_init__(self) -> None:
+        self.factors = self.source
+
+
+class Projections:
+    """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype):
+        """
+        Raises:
+            Unsupported: an adapter method or a layer that this path does not know.
+        """
+        self._bases = [_base_of(module) for module in modules]
+        self._adapters = [list(_adapters_of(module)) for module in modules]
+        self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
+        if len(self._packed) < len(self._bases):
+            self._packed = []
+
+    def after_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Outputs for the normalised sum of both, and the sum: see `decoding.normed_linear_group`."""
+        if self._packed and not any(self._adapters):
+            return decoding.normed_linear_group(residual, delta, norm, self._packed, delta_norm)
+        return self(decoding.add_norm(residual, delta, norm, delta_norm)), residual
+
+    def after_gate(self, opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        """Output of the one layer for activation(opened) * up."""
+        if self._packed and not any(self._adapters):
+            return decoding.gated_linear(opened, up, activation, *self._packed[0])
+        return self(decoding.gate(opened, up, activation))[0]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x [tokens, K] to an output [tokens, N] of each layer."""
+        outs = decoding.linear_group(x, self._packed) if self._packed else [base(x) for base in self._bases]
+        for out, adapters in zip(outs, self._adapters, strict=True):
+            for adapter in adapters:
+                a, b = adapter.factors
+                out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
+        return outs
+
+    def adapters(self) -> Iterator[Adapter]:
+        for adapters in self._adapters:
+            yield from adapters
+
+    def state(self) -> Iterator[int | float | None]:
+        """Addresses and numbers that a captured call has fixed."""
+        for matrix, bias in self._packed:
+            yield from (part.data_ptr() if isinstance(part, torch.Tensor) else part for part in (*matrix, bias))
+        if not self._packed:
+            yield from (parameter.data_ptr() for base in self._bases for parameter in base.parameters())
+        for adapter in self.adapters():
+            yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
+
+
+@dataclasses.dataclass
+class Layer:
+    """One block: norms, projections, attention; the norms `after_…` are None but in Gemma 2."""
+
+    before_attention: Norm
+    query_key_value: Projections
+    attention: Attention
+    out: Projections
+    after_attention: Norm | None
+    before_feed_forward: Norm
+    gate_up: Projections
+    activation: str
+    down: Projections
+    after_feed_forward: Norm | None
+
+
+class Decoder:
+    """The parts of a model in the order in which a token passes them.
+
+    Holds the modules but not the model, so that a model can go while its decoder is kept for it.
+
+    Attributes:
+        layers: blocks.
+        positions: that rotary embeddings were made for.
+        device, dtype: of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, positions: int):
+        """Reads the model's modules.
+
+        Args:
+            positions: how many are needed; rotary embeddings are made for so many.
+
+        Raises:
+            Unsupported: this path does not cover the model as it is.
+        """
+        config = model.config
+        if config.model_type not in FAMILIES:
+            raise Unsupported(f"{config.model_type} is none of the architectures {', '.join(FAMILIES)}")
+        self.positions = positions
+        self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
+        weight = self._body.norm.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        if any(parameter.device != self.device for parameter in model.parameters()):
+            raise Unsupported("the model is spread over several devices")
+        if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
+        self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        cosine, sine = self._rotary(positions)
+        self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
+
+    def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """Runs a prompt and fills the caches.
+
+        Args:
+            ids: [batch, tokens], padded on the left.
+            first: int32 [batch], first token of each sequence.
+
+        Returns:
+            logits of the last tokens, [batch, vocabulary].
+        """
+        batch, tokens = ids.shape
+        places = torch.arange(tokens, device=ids.device)
+        positions = (places[None] - first[:, None]).clamp(min=0)
+        padded = int(first.max()) > 0
+        windows = {layer.attention.window for layer in self.layers}
+        masks = {window: _mask(places, first, window) for window in windows if padded or 0 < window < tokens}
+        table = self.layers[0].attention  # the same for all layers
+        cosine = table.cosine[positions].view(batch * tokens, 1, -1)
+        sine = table.sine[positions].view(batch * tokens, 1, -1)
+
+        def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            attention, cache = self.layers[index].attention, caches[index]
+            turned = decoding.rotated(torch.cat(decoding.heads_of(query, key, attention), dim=1), cosine, sine)
+            turned = turned.unflatten(0, (batch, tokens)).transpose(1, 2)
+            query, key = turned.split((attention.heads, attention.kv_heads), dim=1)
+            value = value.view(batch, tokens, attention.kv_heads, attention.dim).transpose(1, 2)
+            cache.keys[:, :, :tokens], cache.values[:, :, :tokens] = key, value
+            seen = masks.get(attention.window)  # None: causal
+            return decoding.weighted_values(query, key, value, seen, attention).reshape(batch * tokens, -1)
+
+        hidden = self._body.embed_tokens(ids).reshape(batch * tokens, -1).to(self.dtype)
+        return self._run(hidden, attend, batch)
+
+    def step(self, ids: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
+        """One new token of each sequence, at the caches' slot.
+
+        Args:
+            ids: [batch].
+
+        Returns:
+            logits [batch, vocabulary].
+        """
+
+        def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return decoding.attend(query, key, value, caches[index], self.layers[index].attention)
+
+        return self._run(self._body.embed_tokens(ids).to(self.dtype), attend, len(ids))
+
+    def _run(self, residual: torch.Tensor, attend: Callable[..., torch.Tensor], batch: int) -> torch.Tensor:
+        """The blocks and the head. residual: [tokens, hidden]; the last token of each sequence comes out."""
+        delta: torch.Tensor | None = None
+        delta_norm: Norm | None = None
+        for index, layer in enumerate(self.layers):
+            outs, residual = layer.query_key_value.after_norm(residual, delta, layer.before_attention, delta_norm)
+            (delta,) = layer.out(attend(index, *_queries(outs, layer.attention)))
+            outs, residual = layer.gate_up.after_norm(residual, delta, layer.before_feed_forward, layer.after_attention)
+            opened, up = _halves(outs)
+            delta = layer.down.after_gate(opened, up, layer.activation)
+            delta_norm = layer.after_feed_forward
+        if len(residual) > batch:  # a prompt: only the last tokens are asked for
+            last = slice(len(residual) // batch - 1, None, len(residual) // batch)
+            residual = residual[last].contiguous()
+            delta = None if delta is None else delta[last].contiguous()
+        normal = decoding.add_norm(residual, delta, _norm(self._body.norm), delta_norm)
+        logits = self._head(normal)
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
+    def caches(self, batch: int, slots: int, first: torch.Tensor) -> list[Cache]:
+        """Empty caches of all layers; they share the slot, which is the first one."""
+        attention = self.layers[0].attention
+        shape = (len(self.layers), 2, batch, attention.kv_heads, slots, attention.dim)
+        memory = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        slot = torch.zeros(1, dtype=torch.int32, device=self.device)
+        shared = (slot, first, *decoding.workspace_of(attention, batch, slots, self.device))
+        return [Cache(keys, values, *shared) for keys, values in memory]
+
+    def _projections(self) -> Iterator[Projections]:
+        for layer in self.layers:
+            yield from (layer.query_key_value, layer.out, layer.gate_up, layer.down)
+
+    def state(self) -> tuple:
+        """Addresses and numbers that a captured step has fixed: another tuple means another capture."""
+        ends = (self._body.norm, self._body.embed_tokens, self._head)
+        addresses = [parameter.data_ptr() for module in ends for parameter in module.parameters()]
+        return (*addresses, *(part for group in self._projections() for part in group.state()))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes the adapters' factors, anew where they are kept in another type: they may have been trained on."""
+        kept: list[torch.Tensor] = []
+        given: list[torch.Tensor] = []
+        for adapter in (adapter for group in self._projections() for adapter in group.adapters()):
+            a, b = adapter.source
+            if a.dtype == self.dtype and b.dtype == self.dtype:
+                continue
+            if adapter.factors is adapter.source:
+                adapter.factors = a.to(self.dtype, copy=True), b.to(self.dtype, copy=True)
+            else:
+                kept.extend(adapter.factors)
+                given.extend(adapter.source)
+        if kept:
+            torch._foreach_copy_(kept, given)
+
+    def _rotary(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rotary = self._body.rotary_emb
+        kind = getattr(rotary, "rope_type", "default")
+        if kind not in _FIXED_ROPE:
+            raise Unsupported(f"its rotary embedding ({kind}) changes with the length of the text")
+        places = torch.arange(positions, device=self.device)[None]
+        cosine, sine = rotary(torch.empty(0, dtype=self.dtype, device=self.device), places)
+        return cosine[0].contiguous(), sine[0].contiguous()
+
+    def _layer(self, block: Any, cosine: torch.Tensor, sine: torch.Tensor) -> Layer:
+        attention, feed_forward, config = block.self_attn, block.mlp, self._config
+        fused = hasattr(attention, "qkv_proj")
+        names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
+        gates = ("gate_up_proj",) if hasattr(feed_forward, "gate_up_proj") else ("gate_proj", "up_proj")
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation not in _ACTIVATIONS:
+            raise Unsupported(f"its activation is {activation}")
+        four_norms = hasattr(block, "pre_feedforward_layernorm")
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        window = getattr(attention if hasattr(attention, "sliding_window") else config, "sliding_window", None)
+        after = block.post_attention_layernorm
+        return Layer(
+            before_attention=_norm(block.input_layernorm),
+            query_key_value=self._group(attention, names),
+            attention=Attention(
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                dim=attention.head_dim,
+                scaling=attention.scaling,
+                cosine=cosine,
+                sine=sine,
+                query_norm=None if norms[0] is None else _norm(norms[0]),
+                key_norm=None if norms[1] is None else _norm(norms[1]),
+                window=window or 0,
+                softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
+            ),
+            out=self._group(attention, ("o_proj",)),
+            after_attention=_norm(after) if four_norms else None,
+            before_feed_forward=_norm(block.pre_feedforward_layernorm if four_norms else after),
+            gate_up=self._group(feed_forward, gates),
+            activation=_ACTIVATIONS[activation],
+            down=self._group(feed_forward, ("down_proj",)),
+            after_feed_forward=_norm(block.post_feedforward_layernorm) if four_norms else None,
+        )
+
+    def _group(self, parent: Any, names: tuple[str, ...]) -> Projections:
+        return Projections([getattr(parent, name) for name in names], self.dtype)
+
+
+def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:
+    """Query, key and value; Phi 3 has one layer for all three."""
+    if len(outs) > 1:
+        return outs
+    sizes = [count * attention.dim for count in (attention.heads, attention.kv_heads, attention.kv_heads)]
+    return [part.contiguous() for part in outs[0].split(sizes, dim=-1)]
+
+
+def _halves(outs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return outs if len(outs) == 2 else [part.contiguous() for part in outs[0].chunk(2, dim=-1)]
+
+
+def _mask(places: torch.Tensor, first: torch.Tensor, window: int) -> torch.Tensor:
+    """bool [batch, 1, tokens, tokens]: what a token of a left-padded prompt sees. Padding sees itself."""
+    seen = places[:, None] >= places[None]
+    if window:
+        seen = seen & (places[None] > places[:, None] - window)
+    seen = seen[None] & (places[None, None] >= first[:, None, None])
+    return (seen | torch.eye(len(places), dtype=torch.bool, device=places.device)[None])[:, None]
+
+
+def _norm(module: Any) -> Norm:
+    """
+    Raises:
+        Unsupported: another norm than of the root mean square.
+    """
+    name = type(module).__name__
+    if not name.endswith("RMSNorm"):
+        raise Unsupported(f"it normalises by {name}")
+    epsilon = getattr(module, "variance_epsilon", None)
+    return Norm(module.weight, module.eps if epsilon is None else epsilon, one_plus=name.startswith("Gemma"))
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    if type(base) is LowRALinear and base.levels.dtype == torch.float16:
+        return base
+    if type(base) is nn.Linear:
+        return base
+    raise Unsupported(f"it has layers of the kind {type(base).__name__}")
+
+
+def _adapters_of(module: nn.Module) -> Iterator[Adapter]:
+    if not isinstance(module, BaseTunerLayer):
+        return
+    if not isinstance(module, LoraLayer):
+        raise Unsupported(f"{type(module).__name__} is no LoRA")
+    if module.disable_adapters or module.merged:
+        return
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b = module.lora_A[name], module.lora_B[name]
+        if name in module.lora_variant or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+            raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
+        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name])

@@ -1,0 +1,388 @@
+"""Generation at the speed of the packed weights: `model.generate(..., custom_generate=lowra.fast_decoding)`.
+
+Everything that `generate` prepares (processors, stopping criteria, lengths) stays Transformers'; its loop is replaced.
+A prompt goes through `Decoder.prompt`; after it one step, from a token to the next, is captured as a CUDA graph over a
+static cache and replayed. Choosing the token is part of the graph, and the host reads a token while the GPU works on
+the next one. What the decoder does not cover runs in Transformers' own loop, and a warning says why.
+"""
+
+import dataclasses
+import functools
+import logging
+import weakref
+from typing import Any, cast
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+
+from .decoder import Decoder, Unsupported
+
+logger = logging.getLogger(__name__)
+
+# Functions of scores, and at most of which tokens have occurred: they can be captured over a buffer of fixed length.
+_CAPTURED = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+)
+_IGNORED = {"attention_mask", "past_key_values", "cache_position", "use_cache", "logits_to_keep", "position_ids"}
+_SLOTS = 256  # caches are multiples of so many slots, so that requests of like lengths share a graph
+_STEPS = 4  # of a graph: between two graphs the GPU waits for some 20 us
+_CHECKED_TOKENS = 8
+_LARGEST_DEVIATION = 0.1  # of logits, relative: rounding leaves 0.01, another architecture about 1
+
+
+@torch.inference_mode()
+def fast_decoding(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """A decoding loop for `generate(custom_generate=...)`; greedy and sampling, with everything that `generate` takes.
+
+    The graph and its cache are kept with the model for the next call; `release(model)` frees them.
+
+    Args:
+        input_ids: [batch, tokens], padded on the left.
+        tokenizer: `generate` has made the criterion of stop strings with it; not used here.
+
+    Returns:
+        ids [batch, tokens + new tokens], as Transformers' loop; where that falls back, what it returns.
+
+    Raises:
+        ValueError: prompt and new tokens exceed the model's positions.
+    """
+    request = functools.partial(
+        Request, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+    )
+    try:
+        if synced_gpus:
+            raise Unsupported("several GPUs generate in step")
+        session, first = _session(request())
+    except Unsupported as reason:
+        _warn(f"lowra: Transformers' own loop generates, since {reason}.")
+        mode = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
+        return getattr(type(model), mode)(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+    return session.run(input_ids, first, generation_config.max_length, StoppingCriteriaList(others), streamer)
+
+
+def release(model: PreTrainedModel) -> None:
+    """Frees the cache and the graph that `fast_decoding` keeps with a model."""
+    _sessions.pop(model, None)
+
+
+@dataclasses.dataclass
+class Request:
+    """What `generate` hands to its loop, and what this loop makes of it."""
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            Unsupported: another mode than sampling, or inputs beside the ids.
+        """
+        mode = self.config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise Unsupported(f"the mode is {mode.value.replace('_', ' ')}")
+        if self.config.return_dict_in_generate:
+            raise Unsupported("scores or states are asked for (return_dict_in_generate)")
+        others = sorted(name for name, value in self.model_kwargs.items() if name not in _IGNORED and value is not None)
+        if others:
+            raise Unsupported(f"the model is given {', '.join(others)}")
+        past = self.model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise Unsupported("it goes on from a cache")
+
+    def first_tokens(self) -> torch.Tensor:
+        """int32 [batch]: the first token of each sequence that is no padding.
+
+        Raises:
+            Unsupported: padding elsewhere than on the left.
+        """
+        mask = self.model_kwargs.get("attention_mask")
+        if mask is None:
+            return torch.zeros(len(self.input_ids), dtype=torch.int32, device=self.input_ids.device)
+        mask = mask.bool()
+        first = (~mask).sum(dim=1)
+        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device)[None] >= first[:, None]):
+            raise Unsupported("the batch is padded on the right")
+        return first.to(torch.int32)
+
+    def positions(self) -> int:
+        """Positions that prompt and new tokens take.
+
+        Raises:
+            ValueError: more than the model has.
+        """
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and self.config.max_length > limit:
+            raise ValueError(
+                f"A prompt of {self.input_ids.shape[1]} tokens and up to "
+                f"{self.config.max_length - self.input_ids.shape[1]} new ones exceed the {limit} positions of "
+                f"{self.model.config.model_type}: shorten the prompt, or lower max_new_tokens."
+            )
+        return self.config.max_length
+
+    def choice(self) -> tuple:
+        """What decides how a token is chosen, to be compared."""
+        eos = [c.eos_token_id.flatten().tolist() for c in self.criteria if isinstance(c, EosTokenCriteria)]
+        pad = self.config._pad_token_tensor
+        settings = [(type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.processors]
+        return settings, self.config.do_sample, eos, None if pad is None else int(pad.flatten()[0])
+
+
+_sessions: "weakref.WeakKeyDictionary[PreTrainedModel, Session]" = weakref.WeakKeyDictionary()
+
+
+def _session(request: Request) -> tuple["Session", torch.Tensor]:
+    """The session kept with the model if it serves this request, or a new one; and the request's first tokens.
+
+    Raises:
+        Unsupported, ValueError: see there.
+    """
+    model, first, positions = request.model, request.first_tokens(), request.positions()
+    batch = len(request.input_ids)
+    kept = _sessions.get(model)
+    if kept is not None and kept.serves(model, batch, positions, request.choice()):
+        kept.decoder.refresh()
+        return kept, first
+    slots = -(-positions // _SLOTS) * _SLOTS
+    decoder = Decoder(model, slots)
+    decoder.refresh()
+    if kept is None:
+        _check_against_model(decoder, model, request.input_ids[:1, int(first[0]) :][:, :_CHECKED_TOKENS])
+    del kept
+    _sessions.pop(model, None)  # its cache makes room for the new one
+    session = Session(decoder, batch, slots, request)
+    _sessions[model] = session
+    return session, first
+
+
+def _check_against_model(decoder: Decoder, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Holds prompt and step against the model's own forward on a few tokens, once for a model.
+
+    Raises:
+        Unsupported: the logits differ by more than rounding explains.
+    """
+    expected = model(ids, use_cache=False).logits[:, -1].float()
+    first = torch.zeros(1, dtype=torch.int32, device=ids.device)
+    caches = decoder.caches(1, _SLOTS, first)
+    if ids.shape[1] == 1:
+        found = decoder.prompt(ids, first, caches)
+    else:
+        decoder.prompt(ids[:, :-1], first, caches)
+        caches[0].slot.fill_(ids.shape[1] - 1)
+        found = decoder.step(ids[:, -1], caches)
+    deviation = float((found.float() - expected).norm() / expected.norm())
+    if not deviation < _LARGEST_DEVIATION:
+        raise Unsupported(f"its logits differ from the model's own by {deviation:.2g} of their size")
+
+
+class Session:
+    """Buffers of one shape of request, and the captured step over them."""
+
+    def __init__(self, decoder: Decoder, batch: int, slots: int, request: Request):
+        self.decoder = decoder
+        self._batch, self._slots = batch, slots
+        self._choice = request.choice()
+        self._state = decoder.state()
+        self._processors, self._sample = request.processors, request.config.do_sample
+        _, _, eos, self._pad = self._choice
+        device = decoder.device
+        self._eos = torch.tensor(eos[0], device=device) if eos else None
+        self._ids = torch.zeros(batch, slots, dtype=torch.long, device=device)
+        self._first = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._unfinished = torch.ones(batch, dtype=torch.long, device=device)
+        # of each step of a graph: tokens, and whether any sequence goes on
+        self._latest = torch.zeros(_STEPS, batch + 1, dtype=torch.long, device=device)
+        self._caches = decoder.caches(batch, slots, self._first)
+        self._slot = self._caches[0].slot
+        self._in_graph = all(isinstance(p, _CAPTURED) and _is_plain(p) for p in request.processors)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits = torch.empty(0)
+
+    def serves(self, model: PreTrainedModel, batch: int, positions: int, choice: tuple) -> bool:
+        """Whether a request can run here: shape and choice are the same, and no tensor has moved since."""
+        if (batch, choice) != (self._batch, self._choice) or positions > self._slots:
+            return False
+        try:
+            return Decoder(model, 1).state() == self._state
+        except Unsupported:
+            return False
+
+    def run(
+        self,
+        prompt: torch.Tensor,
+        first: torch.Tensor,
+        max_length: int,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+    ) -> torch.Tensor:
+        """Prompt [batch, tokens] to ids [batch, up to max_length]."""
+        length = prompt.shape[1]
+        self._ids[:, :length] = prompt
+        self._ids[:, length:] = prompt[:, -1:]  # tokens that have occurred, so that nothing else counts as seen
+        self._first.copy_(first)
+        self._unfinished.fill_(1)
+        self._latest.fill_(1)
+        self._slot.fill_(length - 1)
+        self._choose(self.decoder.prompt(prompt, first, self._caches), 0)
+        if criteria or not self._in_graph or not prompt.is_cuda:
+            length = self._go_on(length + 1, max_length, criteria, streamer)
+        else:
+            length = self._run_ahead(length + 1, max_length, streamer)
+        if streamer is not None:
+            streamer.end()
+        return self._ids[:, :length].clone()
+
+    def _go_on(
+        self, length: int, max_length: int, criteria: StoppingCriteriaList, streamer: BaseStreamer | None
+    ) -> int:
+        """One token after the other, each looked at before the next; returns the length reached."""
+        while True:
+            if streamer is not None:
+                streamer.put(self._ids[:, length - 1].cpu())
+            if criteria:
+                ids = self._ids[:, :length]
+                self._unfinished &= ~criteria(ids, None)
+            if length == max_length or not bool(self._unfinished.any()):
+                return length
+            self._step()
+            length += 1
+
+    def _run_ahead(self, length: int, max_length: int, streamer: BaseStreamer | None) -> int:
+        """The GPU is given steps before the tokens of the last ones are read; returns the length reached.
+
+        Args:
+            length: of the prompt and its first token, which is chosen but not read.
+        """
+        read = [torch.empty_like(self._latest, device="cpu", pin_memory=True) for _ in range(2)]
+        ready, counts = [torch.cuda.Event(), torch.cuda.Event()], [1, 0]
+
+        def ask(turn: int) -> None:
+            read[turn].copy_(self._latest, non_blocking=True)
+            ready[turn].record()
+
+        ask(0)
+        turn, asked, length = 0, length, length - 1
+        while True:
+            steps = _STEPS if asked + _STEPS <= max_length else min(1, max_length - asked)
+            if steps:
+                self._step(steps)
+                ask(1 - turn)
+            counts[1 - turn], asked = steps, asked + steps
+            ready[turn].synchronize()
+            for row in read[turn][: counts[turn]]:
+                length += 1
+                if streamer is not None:
+                    streamer.put(row[:-1].clone())
+                if not row[-1]:
+                    return length
+            if not steps:
+                return length
+            turn = 1 - turn
+
+    def _step(self, steps: int = 1) -> None:
+        if not self._ids.is_cuda:
+            self._body(0)
+            return
+        if steps not in self._graphs:
+            self._graphs[steps] = self._captured(steps)
+        self._graphs[steps].replay()
+        if not self._in_graph:
+            self._choose(self._logits, 0)
+
+    def _body(self, number: int) -> None:
+        """One step. number: of the step in its graph."""
+        tokens = self._ids.index_select(1, self._slot)[:, 0]
+        self._logits = self.decoder.step(tokens, self._caches)
+        if self._in_graph or not self._ids.is_cuda:
+            self._choose(self._logits, number)
+
+    def _choose(self, logits: torch.Tensor, number: int) -> None:
+        """Puts the next token of each sequence behind the slot, and moves the slot."""
+        seen = self._ids if self._in_graph else self._ids[:, : int(self._slot) + 1]
+        # the likeliest is the same in 16 bits; whatever changes scores gets them in float32, as from Transformers
+        scores = logits.float() if self._processors or self._sample else logits
+        scores = self._processors(cast(torch.LongTensor, seen), cast(torch.FloatTensor, scores))
+        if self._sample:
+            # torch.multinomial by its own trick for one sample, without its check that waits for the GPU
+            shares = scores.softmax(dim=-1)
+            tokens = (shares / torch.empty_like(shares).exponential_()).argmax(dim=-1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._eos is not None:
+            tokens = tokens * self._unfinished + (self._pad or 0) * (1 - self._unfinished)
+        self._ids.index_copy_(1, self._slot.long() + 1, tokens[:, None])
+        if self._eos is not None:
+            self._unfinished *= ~torch.isin(tokens, self._eos)
+            self._latest[number, -1] = self._unfinished.max()
+        self._latest[number, :-1] = tokens
+        self._slot += 1
+
+    def _captured(self, steps: int) -> torch.cuda.CUDAGraph:
+        """So many steps as a graph; what the trial run before changes is put back."""
+        changed = (self._ids, self._slot, self._unfinished, self._latest)
+        before = [tensor.clone() for tensor in changed]
+        random = torch.cuda.get_rng_state(self._ids.device)
+        side = torch.cuda.Stream(self._ids.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._body(0)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for number in range(steps):
+                self._body(number)
+        torch.cuda.set_rng_state(random, self._ids.device)
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        return graph
+
+
+def _is_plain(processor: object) -> bool:
+    """False for a penalty that leaves the prompt out: the buffer's places to come hold a token of the prompt."""
+    return not isinstance(getattr(processor, "prompt_ignore_length", None), int)
+
+
+@functools.lru_cache(64)
+def _warn(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,239 @@
+"""Generation of a LLaMA-shaped model: tokens a second and time to the first, lowra beside bf16 and NF4, in one run.
+
+    python scripts/bench_generation.py --shape 7b --bits 1.5 2 4 --out docs/generation.json
+
+Weights are random, packed ones of a fixed mix of precisions; times do not depend on their values. Every base generates
+by Transformers' loop as it comes ("eager"), by one decoding step of Transformers captured as a CUDA graph over its
+static cache ("graph"), and packed ones by `custom_generate=lowra.fast_decoding` ("fast"), through `model.generate`.
+Seconds of a call are medians of the repeats after one that prepares; tokens a second leave the first token out. The
+floor is what a step has to read: packed or dense weights, the head, and the keys and values.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import pathlib
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import lowra
+from bitsandbytes.backends.lowra import layout
+from lowra.generation.fast import release
+from lowra.weights.packed import PackedWeight
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+}
+MIXES = {1.5: (0.0625, 0.3125), 2.0: (0.125, 0.625), 2.5: (0.3125, 0.5625), 4.0: (1.0, 0.0)}  # rows of 4 and of 2 bits
+GPU = "cuda"
+
+
+def random_packed(rows: int, columns: int, bits: float) -> PackedWeight:
+    """A packed weight of about the size that real ones have, rows of each precision at random places."""
+    share4, share2 = MIXES[bits]
+    four, two = round(rows * share4), round(rows * share2)
+    row_bits = torch.tensor([4] * four + [2] * two + [1] * (rows - four - two), dtype=torch.uint8)[torch.randperm(rows)]
+    groups = layout.group_count(columns, 64)
+    size = layout.codes_size(rows, four, two, columns)
+    codes = torch.randint(0, 256, (size,), dtype=torch.uint8, device=GPU)
+    scales = torch.randint(200, 256, (rows, groups), dtype=torch.uint8, device=GPU)
+    steps = torch.full((layout.scale_step_count(rows, columns, 64),), 0.05 / 255**2, device=GPU)
+    levels = [torch.linspace(-1, 1, 2**b).repeat(n) for b, n in ((4, four), (2, two), (1, rows - four - two))]
+    return PackedWeight(codes, row_bits.to(GPU), scales, steps, torch.cat(levels).half().to(GPU), columns, 64)
+
+
+def make_model(shape: str, base: str | float) -> nn.Module:
+    """A model on the GPU: "bf16", "NF4", or packed at so many bits."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    if base == "NF4":
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+    torch.manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            rows, columns = module.out_features, module.in_features
+            if isinstance(base, float):
+                packed = lowra.LowRALinear.from_packed(random_packed(rows, columns, base))
+                packed.compute_dtype = torch.bfloat16
+                model.set_submodule(name, packed)
+            elif base == "NF4":
+                import bitsandbytes
+
+                weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02
+                module.weight = bitsandbytes.nn.Params4bit(
+                    weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                ).to(GPU)
+            else:
+                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16, device=GPU) * 0.02)
+        elif type(module).__name__ == "LlamaRMSNorm":
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=GPU))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(GPU)
+    return model.requires_grad_(False).eval()
+
+
+def step_bytes(model: nn.Module, batch: int, context: float) -> float:
+    """What one step has to read: all weights but the embeddings, and the keys and values of a mean context."""
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    config = model.config
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return weights + batch * context * 4 * width * config.num_hidden_layers
+
+
+def timed(call, repeats: int) -> float:
+    """Median seconds of a call; the first, which prepares, is left out."""
+    seconds = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool) -> torch.Tensor:
+    options = {"custom_generate": lowra.fast_decoding} if fast else {}
+    return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
+
+
+@torch.inference_mode()
+def bare_graph(model: nn.Module, batch: int, slots: int) -> float:
+    """Seconds of one step of Transformers' own forward, captured over its static cache and replayed."""
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=GPU)
+    place = torch.full((1,), slots - 2, dtype=torch.long, device=GPU)
+
+    def step():
+        return model(ids, past_key_values=cache, cache_position=place, position_ids=place[None].expand(batch, 1)).logits
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return timed(lambda: [graph.replay() for _ in range(10)], 5) / 10
+
+
+def busy(call) -> tuple[float, int]:
+    """Seconds that the GPU works during a call, and its kernels."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.device_time_total for e in events) / 1e6, len(events)
+
+
+def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> dict:
+    """What a user of `model.generate` sees: time to the first token, of a step, and what the GPU does meanwhile."""
+
+    def call(new):
+        return lambda: generate(model, ids, new, fast)
+
+    started = time.perf_counter()
+    call(2)()
+    torch.cuda.synchronize()
+    row = {"ready_s": time.perf_counter() - started}
+    first = timed(call(1), args.repeats)
+    whole = timed(call(args.new), args.repeats if fast else min(args.repeats, 2))
+    row |= {"first_ms": 1e3 * first, "step_ms": 1e3 * (whole - first) / (args.new - 1)}
+    if args.profile:
+        seconds, kernels = busy(call(17))
+        first_seconds, first_kernels = busy(call(1))
+        row["busy_share"] = (seconds - first_seconds) / 16 / (row["step_ms"] / 1e3)
+        row["launches_a_step"] = (kernels - first_kernels) / 16
+        row["first_busy_ms"] = 1e3 * first_seconds
+    return row
+
+
+def measure(base: str | float, args, bandwidth: float) -> list[dict]:
+    """All rows of one base."""
+    model = make_model(args.shape, base)
+    rows = []
+    for batch, prompt in itertools.product(args.batch, args.prompt):
+        ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
+        for way in args.ways:
+            if way == "fast" and not isinstance(base, float):
+                continue
+            torch.cuda.reset_peak_memory_stats()
+            row = {"shape": args.shape, "base": base, "batch": batch, "prompt": prompt, "new": args.new, "way": way}
+            if way == "graph":
+                row["step_ms"] = 1e3 * bare_graph(model, batch, prompt + args.new)
+            else:
+                row |= through_generate(model, ids, way == "fast", args)
+            floor = step_bytes(model, batch, prompt + args.new / 2) / bandwidth
+            row |= {"tokens_s": 1e3 * batch / row["step_ms"], "floor_share": 1e3 * floor / row["step_ms"]}
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            rows.append(row)
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        release(model)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rows
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of reading 4 GiB."""
+    data = torch.empty(1 << 30, device=GPU)
+    return data.numel() * 4 / timed(data.sum, 5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--bits", type=float, nargs="*", default=[1.5, 2.0, 4.0])
+    parser.add_argument("--peers", nargs="*", default=["bf16", "NF4"])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, nargs="*", default=[100, 512, 2048])
+    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--ways", nargs="*", default=["eager", "graph", "fast"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="GPU-busy share and launches of a step")
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    bandwidth = read_bandwidth()
+    print(torch.cuda.get_device_name(), f"reads {bandwidth / 1e9:.0f} GB/s")
+    rows = []
+    for base in [*args.bits, *args.peers]:
+        rows += measure(base, args, bandwidth)
+    if args.out:
+        args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

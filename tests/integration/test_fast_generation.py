@@ -1,0 +1,264 @@
+"""`model.generate(custom_generate=lowra.fast_decoding)`: the tokens of Transformers' own loop, on CPU and GPU."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+import lowra
+from lowra.commands import main
+from lowra.generation import fast
+
+SIZES = dict(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=6),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0, eos_token_id=1, bos_token_id=2),
+    "gemma": GemmaConfig(**SIZES, head_dim=32),
+    "gemma2": Gemma2Config(**SIZES, head_dim=32, sliding_window=6),
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense checkpoint of each architecture."""
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("fast") / name
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Messages of a fall back to Transformers' loop; each appears anew in every test."""
+    fast._warn.cache_clear()
+    caplog.set_level(logging.WARNING, logger="lowra.generation.fast")
+    return caplog
+
+
+def load(folder, device="cpu"):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    options = {"load_in_lowra": True, "lowra_bits": 3, "dtype": dtype, "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def batch(device="cpu", padded=True):
+    ids = torch.randint(5, 250, (3, 11), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = 0
+        mask[2, :9] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def both(model, inputs, **options):
+    """What Transformers' loop and ours generate."""
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": 7, **options}
+    return model.generate(**inputs, **options), model.generate(**inputs, **options, custom_generate=lowra.fast_decoding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_tokens(folders, name, padded, device, warnings):
+    model = load(folders[name], device)
+    expected, found = both(model, batch(device, padded))
+    assert torch.equal(found, expected)
+    assert torch.equal(both(model, batch(device, padded))[1], expected)  # again, by the session kept
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_adapter_and_its_changes_are_seen(folders, device, warnings):
+    model = get_peft_model(load(folders["llama"], device), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    first, found = both(model, batch(device))
+    assert torch.equal(found, first)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    second, found = both(model, batch(device))
+    assert torch.equal(found, second) and not torch.equal(first, second)
+    with model.disable_adapter():
+        bare, found = both(model, batch(device))
+        assert torch.equal(found, bare) and not torch.equal(bare, second)
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_changes_scores(folders, device, warnings):
+    model = load(folders["llama"], device)
+    expected, found = both(model, batch(device), repetition_penalty=1.5)
+    assert torch.equal(found, expected)
+    expected, found = both(model, batch(device), no_repeat_ngram_size=2)  # depends on the length: not captured
+    assert torch.equal(found, expected)
+    options = {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.8, "max_new_tokens": 12}
+    inputs = batch(device)
+    torch.manual_seed(1)
+    first = model.generate(**inputs, **options, custom_generate=lowra.fast_decoding, pad_token_id=0)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**inputs, **options, custom_generate=lowra.fast_decoding, pad_token_id=0), first)
+    assert not warnings.records
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sampling_takes_the_likely_tokens_as_often(folders, device):
+    """One step from one prompt, many times: frequencies near the model's own probabilities."""
+    model = load(folders["llama"], device)
+    ids = torch.full((400, 4), 9, device=device)
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 1, "do_sample": True, "top_k": 3, "pad_token_id": 0, "eos_token_id": None}
+    tokens = model.generate(ids, **options, custom_generate=lowra.fast_decoding)[:, -1]
+    with torch.no_grad():
+        shares = model(ids[:1]).logits[0, -1].float().topk(3)
+    expected = shares.values.softmax(dim=-1)
+    for token, share in zip(shares.indices, expected.tolist(), strict=True):
+        assert float((tokens == token).float().mean()) == pytest.approx(share, abs=0.1)
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_stopping_and_streaming(folders, device, capsys, tiny_llama):
+    from transformers import AutoTokenizer
+
+    model = load(folders["llama"], device)
+    expected, found = both(model, batch(device), stopping_criteria=StoppingCriteriaList([StopAt(17)]))
+    assert found.shape == (3, 17) and torch.equal(found, expected)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    inputs = {name: value[:1] for name, value in batch(device, padded=False).items()}
+    shown = []
+    for options in ({}, {"custom_generate": lowra.fast_decoding}):
+        streamer = TextStreamer(tokenizer)
+        model.generate(**inputs, max_new_tokens=13, do_sample=False, pad_token_id=0, streamer=streamer, **options)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and len(shown[0]) > 11
+    expected, found = both(model, inputs, stop_strings=["é"], tokenizer=tokenizer)
+    assert torch.equal(found, expected)
+
+
+def test_the_end_of_sequence_ends_it(folders):
+    model = load(folders["llama"])
+    ids = batch(padded=False)["input_ids"]
+    free = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for eos in {int(free[0, 15]), int(free[1, 12]), int(free[2, 30])}:
+        expected, found = both(model, {"input_ids": ids}, eos_token_id=eos)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"num_beams": 2}, "the mode is beam search"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "scores or states are asked for"),
+    ],
+)
+def test_what_is_not_covered_falls_back_and_says_so(folders, options, reason, warnings):
+    expected, found = both(load(folders["llama"]), batch(), **options)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert torch.equal(found.sequences, expected.sequences)
+    assert reason in warnings.text
+
+
+def test_other_architectures_and_adapters_fall_back(tiny_llama, folders, warnings):
+    from peft import IA3Config
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=1, n_head=2)).eval()
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected) and "gpt2 is none of the architectures" in warnings.text
+    ia3 = get_peft_model(load(folders["llama"]), IA3Config(task_type="CAUSAL_LM"))
+    expected, found = both(ia3.eval(), batch())
+    assert torch.equal(found, expected) and "is no LoRA" in warnings.text
+
+
+def test_another_model_behind_the_same_name_is_noticed(folders, monkeypatch, warnings):
+    """An architecture that changes under us must not generate other tokens."""
+    model = load(folders["llama"])
+    original = type(model.model.layers[0].mlp).forward
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * original(self, x) + 1)
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
+
+
+def test_a_prompt_beyond_the_positions_is_refused(folders):
+    with pytest.raises(ValueError, match="exceed the 96 positions of llama: shorten the prompt, or lower"):
+        both(load(folders["llama"]), batch(padded=False), max_new_tokens=90)
+
+
+def test_release_frees_the_session(folders):
+    model = load(folders["llama"])
+    both(model, batch())
+    assert model in fast._sessions
+    fast.release(model)
+    assert model not in fast._sessions
+
+
+def test_a_packing_loaded_in_place_is_not_generated_from_with_the_old_numbers(folders):
+    model = load(folders["llama"])
+    both(model, batch())
+    module = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        module.levels.mul_(-1)
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected)
+
+
+def test_commands_speak(tiny_llama, capsys, monkeypatch):
+    assert main(["generate", str(tiny_llama), "--prompt", "The", "--tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The") and "5 tokens, the first after" in out
+    assert main(["chat", str(tiny_llama)]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    template = tiny_llama / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
+    lines = iter(["Hi", "", "/new", "Ho", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    try:
+        assert main(["chat", str(tiny_llama), "--tokens", "4", "--json"]) == 0
+    finally:
+        template.unlink()
+    captured = capsys.readouterr()
+    assert '"role": "user", "content": "Ho"' in captured.out and '"Hi"' not in captured.out
+    assert captured.err.count("the first after") == 2
