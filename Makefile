@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint build clean fuzz kernel-registers kernel-sass-diff memcheck racecheck profile
+.PHONY: demo test lint build clean fuzz test-versions kernel-registers kernel-sass-diff memcheck racecheck profile
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.built
 # 3,000 damaged checkpoints and adapters; any that ends in other numbers, a traceback or a hang is listed.
 fuzz: $(VENV)/.built
 	$(BIN)/python scripts/fuzz_checkpoints.py
+
+# The behaviour tests with other versions of Transformers, PEFT and others: hours. VERSIONS: some of them, by name.
+test-versions: $(VENV)/.built
+	$(BIN)/python scripts/test_versions.py $(VERSIONS)
 
 build: $(VENV)/.built
 

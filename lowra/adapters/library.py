@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checkpoints.places import expanded
+from ..integrations.adapter_keys import own_keys
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
@@ -107,7 +108,7 @@ def load_packed(
     packed = read_packed(folder)
     check_label(packed, BaseIdentity.of(model), str(folder), force)
     model = attach(model, packed, adapter_name)
-    model.set_adapter(adapter_name, inference_mode=True)
+    _activate(model, adapter_name)
     return model
 
 
@@ -224,7 +225,7 @@ class AdapterLibrary:
         self._require(name)
         self._active = None
         self.prepare([name])
-        self._wrapped.set_adapter(name, inference_mode=True)
+        _activate(self._wrapped, name)
         self._active = name
 
     def memory(self) -> dict[str, float]:
@@ -263,6 +264,15 @@ class AdapterLibrary:
     def _drop(self, name: str) -> None:
         model = self._wrapped
         if name in model.active_adapters and len(self._decoded) > 1:
-            model.set_adapter(next(other for other in self._decoded if other != name), inference_mode=True)
+            _activate(model, next(other for other in self._decoded if other != name))
         model.delete_adapter(name)
         del self._decoded[name]
+
+
+def _activate(model: PeftModel, adapter_name: str) -> None:
+    """Makes an adapter the active one and leaves it frozen; `inference_mode` of `set_adapter` since PEFT 0.19."""
+    model.set_adapter(adapter_name)
+    own = own_keys(model, adapter_name)
+    for name, parameter in model.named_parameters():
+        if name in own:
+            parameter.requires_grad_(False)

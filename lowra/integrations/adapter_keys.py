@@ -6,10 +6,13 @@ as missing from `law`, and does not miss a module of modules_to_save at all.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..checkpoints.dense import count_and_names
 
@@ -19,7 +22,7 @@ def watch_keys(model: nn.Module) -> Iterator[list[tuple[set[str], set[str]]]]:
     """Collects the missing and the unexpected keys of every `model.load_state_dict` in between."""
     seen: list[tuple[set[str], set[str]]] = []
 
-    def watch(module, keys) -> None:
+    def watch(module: nn.Module, keys: Any) -> None:
         seen.append((set(keys.missing_keys), set(keys.unexpected_keys)))
 
     handle = model.register_load_state_dict_post_hook(watch)
@@ -36,12 +39,13 @@ def own_keys(model: nn.Module, adapter: str) -> set[str]:
         model: with adapters, under PEFT's wrappers or not.
         adapter: its name.
     """
-    keys, inner = set(), ()
+    keys: set[str] = set()
+    inner: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             inner = (*inner, f"{name}.")  # what is in it, trained tokens for one, it answers for
             keys |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter).values()}
-        elif isinstance(module, BaseTunerLayer) and not name.startswith(inner):
+        elif isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module) and not name.startswith(inner):
             for part, child in module.named_children():
                 if part != "base_layer":
                     own = (key for key in child.state_dict() if key.partition(".")[0] == adapter)
@@ -55,7 +59,7 @@ def is_saved_module(model: nn.Module, key: str) -> bool:
     return any(str(key).startswith(f"{name}.") for name in wrappers)
 
 
-def embedding_keys(model: nn.Module, adapter: str) -> set[str]:
+def embedding_keys(model: PreTrainedModel | PeftModel, adapter: str) -> set[str]:
     """Names, without the adapter's, under which PEFT saves embeddings and head beside the adapter.
 
     It saves all that the two modules hold, so a module of modules_to_save is there twice.
@@ -70,7 +74,12 @@ def embedding_keys(model: nn.Module, adapter: str) -> set[str]:
 
 
 def check_keys(
-    model: nn.Module, adapter: str, missing: set[str], unexpected: set[str], what: str, remedy: str = ""
+    model: PreTrainedModel | PeftModel,
+    adapter: str,
+    missing: set[str],
+    unexpected: set[str],
+    what: str,
+    remedy: str = "",
 ) -> None:
     """
     Args:

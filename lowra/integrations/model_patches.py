@@ -4,8 +4,8 @@ They are objects and functions of this module and no closures: `torch.save(model
 """
 
 import functools
-import typing
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..nn.linear import LowRALinear
 from ..weights.packed import TENSOR_NAMES
 from .patching import Patch
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
@@ -85,7 +85,7 @@ DEVICES = Patch(
 MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST, VALUES, UNEXPECTED, CONVERSIONS, DEVICES)
 
 
-def keep_values(parameters: Iterable[nn.Parameter]) -> None:
+def keep_values(parameters: Iterable[Any]) -> None:
     """Has Transformers leave parameters as they are that it does not load."""
     VALUES.check()
     for parameter in parameters:
@@ -109,7 +109,7 @@ def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> Callable[[]
     return functools.partial(setattr, model, "_keys_to_ignore_on_load_unexpected", former)
 
 
-def forget_conversions(model: PreTrainedModel) -> None:
+def forget_conversions(model: Any) -> None:
     """Has a packed model saved under its own names, as it is."""
     CONVERSIONS.check()
     model._weight_conversions = []
@@ -127,7 +127,7 @@ def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
     if ties:
         TIES.check()
         BIAS.check()
-        model._adjust_bias = _leave_bias
+        vars(model)["_adjust_bias"] = _leave_bias
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
         model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
 
@@ -148,16 +148,18 @@ def forget_ties(model: PreTrainedModel) -> None:
 def refuse_resizing(model: PreTrainedModel) -> None:
     """Makes `resize_token_embeddings` say why it cannot change a packed table."""
     RESIZING.check()
-    model.resize_token_embeddings = _FixedEmbeddings(model.get_input_embeddings())
+    vars(model)["resize_token_embeddings"] = _FixedEmbeddings(model.get_input_embeddings())
 
 
 class _FixedEmbeddings:
     """In the place of `PreTrainedModel.resize_token_embeddings`."""
 
-    def __init__(self, table: nn.Embedding):
+    def __init__(self, table: Any):
         self.table = table
 
-    def __call__(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing=True):
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
         rows = self.table.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
@@ -187,7 +189,7 @@ def use_experts_as_before(model: PreTrainedModel, targets: dict[str, Target]) ->
         experts.config._experts_implementation = experts.__dict__.pop("_implementation_when_dense")
 
 
-def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list[nn.Module]:
+def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list[Any]:
     names = {target.name.rpartition(".")[0] for target in targets.values() if target.experts is not None}
     return [model.get_submodule(name) for name in sorted(names)]
 
@@ -197,7 +199,7 @@ def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
     for module in model.modules():
         if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
             CAST.check()
-            module.forward = _FeedForwardWithoutCast(module)
+            vars(module)["forward"] = _FeedForwardWithoutCast(module)
 
 
 def cast_to_weight_dtype_again(model: PreTrainedModel) -> None:
@@ -214,7 +216,7 @@ def _casts_to_weight_dtype(module: nn.Module) -> bool:
 class _FeedForwardWithoutCast:
     """`T5DenseActDense.forward` and `T5DenseGatedActDense.forward` in the dtype of the input."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.module = module
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:

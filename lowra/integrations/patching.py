@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class LibraryChanged(ImportError):
@@ -67,10 +68,11 @@ class Patch:
             LibraryChanged: see `check`.
         """
         self.check()
-        if self.optional and not exists(self.target):
+        if self.wrap is None or (self.optional and not exists(self.target)):
             return
         owner, name = _owner(self.target)
         original = inspect.getattr_static(owner, name)
+        replacement: Any
         if isinstance(original, classmethod):
             replacement = classmethod(self.wrap(original.__func__))
         else:
@@ -83,9 +85,7 @@ _failed: list[str] = []
 
 def install_patches(patches: Iterable[Patch]) -> None:
     """Installs every patch that replaces something; a failed guard is a RuntimeWarning."""
-    for patch in patches:
-        if patch.wrap is None:
-            continue
+    for patch in (patch for patch in patches if patch.wrap is not None):
         try:
             patch.install()
         except LibraryChanged as change:

@@ -7,7 +7,7 @@ packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merg
 import pathlib
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
@@ -34,14 +34,20 @@ class LowRALoraLinear(LoraLinear):
 
     merges_packed = True
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs):
-        config.fan_in_fan_out = False  # GPT-2's Conv1D is [out, in] once packed
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs):
+        """Takes a LoraConfig as `config`; before PEFT 0.19, its fields one by one."""
+        # GPT-2's Conv1D is [out, in] once packed
+        if "config" in kwargs:
+            kwargs["config"].fan_in_fan_out = False
+        else:
+            kwargs["fan_in_fan_out"] = False
         self._packed: list[LowRALinear] = []  # in a list, so that it is no submodule while a dense one stands in
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        super().__init__(base_layer, adapter_name, **kwargs)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        check_start(config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+    def update_layer(self, adapter_name: str, r: int, **kwargs) -> None:
+        options = vars(kwargs["config"]) if "config" in kwargs else kwargs
+        check_start(options["init_lora_weights"], options.get("kasa_config"))
+        super().update_layer(adapter_name, r, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """PEFT's forward; one plain adapter without dropout goes through `lora_linear`, which computes the same."""

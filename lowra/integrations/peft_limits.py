@@ -2,7 +2,7 @@
 
 import logging
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -19,16 +19,19 @@ _READ_THE_WEIGHT = frozenset(
 _STARTS_FROM_THE_WEIGHT = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
 
 
-def check_start(config: LoraConfig) -> None:
-    """Raises ValueError for a LoRA that begins with, or goes on reading, the original weights."""
-    init = config.init_lora_weights
+def check_start(init: bool | str, kasa_config: object | None) -> None:
+    """Raises ValueError for a LoRA that begins with, or goes on reading, the original weights.
+
+    Args:
+        init, kasa_config: fields of the LoraConfig, `init_lora_weights` the former.
+    """
     if isinstance(init, str) and init.lower().startswith(_STARTS_FROM_THE_WEIGHT):
         raise ValueError(
             f"init_lora_weights={init!r} needs the original weights, and a packed model does not hold them. Write "
             "the initial adapter with the packed checkpoint (`lowra quantize MODEL --rank R --init loftq|pissa`) "
             "and load it with PeftModel.from_pretrained(model, 'DIR/initial_adapter', is_trainable=True)."
         )
-    if getattr(config, "kasa_config", None) is not None:
+    if kasa_config is not None:
         raise ValueError("kasa_config takes apart the original weights, and a packed model does not hold them.")
 
 

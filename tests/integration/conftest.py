@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from small_models import make_model
+from transformers import AutoModelForCausalLM
 
 import lowra
 
@@ -28,3 +31,15 @@ def packed_llama(tmp_path_factory, dense_llama):
         str(dense_llama), folder, lowra.LowRAConfig(bits=1.5), lowra.AdapterRecipe(rank=4), progress=False
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def transformers_loads_adapters(tmp_path_factory, dense_llama):
+    """Skips where `model.load_adapter` fails on dense models too: Transformers 5.6 with PEFT 0.18."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = AutoModelForCausalLM.from_pretrained(dense_llama)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    try:
+        AutoModelForCausalLM.from_pretrained(dense_llama).load_adapter(str(folder))
+    except ImportError as error:
+        pytest.skip(f"Transformers {transformers.__version__} loads no adapters with this PEFT: {error}")

@@ -180,7 +180,7 @@ def test_what_is_missing_or_left_over_is_named(packed_llama, tmp_path, case, nam
         PeftModel.from_pretrained(load(packed_llama), tmp_path, adapter_name=name)
 
 
-def test_transformers_loads_whole_adapters_or_none(packed_llama, tmp_path):
+def test_transformers_loads_whole_adapters_or_none(packed_llama, tmp_path, transformers_loads_adapters):
     model = trained(load(packed_llama), **WHOLE)
     model.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
     plain = load(packed_llama)
@@ -194,20 +194,33 @@ def test_transformers_loads_whole_adapters_or_none(packed_llama, tmp_path):
         plain.load_adapter(str(tmp_path / "damaged"), "law")
 
 
+def converted(packed, folder):
+    """A trained adapter that began as the initial one, without that start, and what it was before, as PeftModel."""
+    shutil.copytree(packed / "initial_adapter", folder / "start")
+    model = PeftModel.from_pretrained(load(packed), packed / "initial_adapter", is_trainable=True)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
+    model.eval().save_pretrained(folder / "plain")
+    model.save_pretrained(folder / "out", path_initial_model_for_weight_conversion=str(folder / "start"))
+    return folder / "out", model
+
+
+def test_transformers_loads_converted_adapters(packed_llama, dense_llama, tmp_path, transformers_loads_adapters):
+    adapter, _ = converted(packed_llama, tmp_path)
+    plain = load(dense_llama)
+    plain.load_adapter(str(adapter))
+    assert torch.equal(logits_of(plain.eval()), logits_of(PeftModel.from_pretrained(load(dense_llama), adapter).eval()))
+
+
 @pytest.mark.parametrize("start", ["loftq", "pissa", "lora"])
 def test_converted_adapters_belong_to_the_original(dense_llama, tmp_path, start):
     """PEFT's `path_initial_model_for_weight_conversion` takes the start out of an adapter."""
     packed = tmp_path / "packed"
     recipe = lowra.AdapterRecipe(rank=4, method=start)
     lowra.quantize_checkpoint(str(dense_llama), packed, lowra.LowRAConfig(bits=1.5), recipe, progress=False)
-    shutil.copytree(packed / "initial_adapter", tmp_path / "start")
-    model = PeftModel.from_pretrained(load(packed), packed / "initial_adapter", is_trainable=True)
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
-    model.eval().save_pretrained(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    _, model = converted(packed, tmp_path)
     record = json.loads((tmp_path / "out" / "lowra_base.json").read_text())
     assert record["converted_from"] == start and "nominal_bits" not in record and "init" not in record
 
@@ -215,9 +228,6 @@ def test_converted_adapters_belong_to_the_original(dense_llama, tmp_path, start)
     trained_again = PeftModel.from_pretrained(load(packed), tmp_path / "plain")
     expected = lowra.merge_into_dense(trained_again, original=dense_llama, initial=packed / "initial_adapter")
     torch.testing.assert_close(logits_of(found), logits_of(expected), rtol=1e-4, atol=1e-5)
-    plain = load(dense_llama)
-    plain.load_adapter(str(tmp_path / "out"))
-    assert torch.equal(logits_of(plain.eval()), logits_of(found))
 
     if start == "lora":  # nothing was taken out
         again = PeftModel.from_pretrained(load(packed), tmp_path / "out").eval()

@@ -117,12 +117,12 @@ def test_other_heads_and_the_bare_model(tmp_path):
 def test_disk_offload(tmp_path):
     _, packed, _ = pack("LlamaForCausalLM", tmp_path, **TIED)
     places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.layers": "cpu", "model.norm": "cpu"}
-    model = load(
-        "LlamaForCausalLM",
-        tmp_path / "packed",
-        device_map={**places, "model.rotary_emb": "cpu"},
-        offload_folder=tmp_path / "offload",
-    )
+    options = {"device_map": {**places, "model.rotary_emb": "cpu"}, "offload_folder": tmp_path / "offload"}
+    try:
+        logits_of(load("LlamaForCausalLM", tmp_path / "dense", **options))
+    except KeyError as error:
+        pytest.skip(f"Transformers {transformers.__version__} offloads no tied head of a dense model either: {error}")
+    model = load("LlamaForCausalLM", tmp_path / "packed", **options)
     assert torch.equal(logits_of(model), logits_of(packed))
 
 

@@ -138,7 +138,7 @@ def test_dense_models_are_as_without_lowra(tmp_path):
         assert run.wait() == 0, (tmp_path / name / "log").read_text()[-2000:]
     without, found = (json.loads((tmp_path / name / "results.json").read_text()) for name in runs)
     assert without.keys() == found.keys() and len(found) > 100
-    assert sum("result" in journey for journey in without.values()) > 80  # most come to an end
+    assert sum("result" in journey for journey in without.values()) > 70  # most come to an end, with every PEFT
     assert {name: found[name] for name in found if found[name] != without[name]} == {
         name: without[name] for name in found if found[name] != without[name]
     }

@@ -193,7 +193,7 @@ def test_an_adapter_that_makes_up_for_packing_is_not_put_on_a_dense_model(packed
     torch.testing.assert_close(found, expected)
 
 
-def test_adapters_loaded_by_transformers_are_checked_too(packed_llama, dense_llama):
+def test_adapters_loaded_by_transformers_are_checked_too(packed_llama, dense_llama, transformers_loads_adapters):
     start = str(packed_llama / "initial_adapter")
     model = load(packed_llama)
     model.load_adapter(start)

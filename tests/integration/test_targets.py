@@ -41,6 +41,7 @@ def test_layers_too_small_to_gain_stay_dense():
 
 def test_convolutions_are_not_taken_for_experts(caplog):
     model = skeleton("MambaForCausalLM", vocab_size=96, hidden_size=64, num_hidden_layers=1, state_size=8)
+    caplog.clear()  # before 5.16 Transformers says that kernels are missing
     with caplog.at_level(logging.WARNING, logger="lowra"):
         find_targets(model, None)
     assert not caplog.records
