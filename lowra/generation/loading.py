@@ -1,6 +1,7 @@
 """Loading a packed or dense model with its adapter."""
 
 import pathlib
+from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ def load_model(
     device: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
-):
+) -> Any:
     """A causal language model, with an adapter on it if one is given, in evaluation mode.
 
     Args:
@@ -38,10 +39,11 @@ def load_model(
     adapter = None if adapter is None else str(expanded(adapter))
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
-    folder = resolve_folder(folder)
-    device = choose_device(device)
-    read_config(folder, trust_remote_code)  # Transformers would ask on the terminal
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, trust_remote_code=trust_remote_code)
+    source = resolve_folder(folder)
+    read_config(source, trust_remote_code)  # Transformers would ask on the terminal
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, device_map={"": choose_device(device)}, trust_remote_code=trust_remote_code
+    )
     if adapter is not None and (pathlib.Path(adapter) / PACKED_FILE).exists():
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:

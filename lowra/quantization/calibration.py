@@ -142,7 +142,7 @@ def _digest(*parts: dict[str, torch.Tensor]) -> str:
     for part in parts:
         for name, tensor in sorted(part.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         digest.update(b"\n")
     return digest.hexdigest()
 

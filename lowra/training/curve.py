@@ -2,9 +2,10 @@
 
 import math
 import pathlib
+from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.atomic import save_json
 
@@ -12,17 +13,28 @@ from ..checkpoints.atomic import save_json
 class LossBar(TrainerCallback):
     """One progress bar with the last loss, in place of a line for each logged step."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(1)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.close()
 
 
@@ -52,7 +64,7 @@ def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def finite(content):
+def finite(content: Any) -> Any:
     """The same structure with NaN and Inf as None, which JSON cannot express otherwise."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}

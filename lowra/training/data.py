@@ -129,7 +129,9 @@ class Collator(DataCollatorForSeq2Seq):
         self.pad = tokenizer.pad_token_id
 
 
-def _encoded(rows: list[dict], tokenizer, recipe: Recipe, use: str) -> tuple[list[dict], list[dict]]:
+def _encoded(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, use: str
+) -> tuple[list[dict], list[dict]]:
     """Examples, and the rows they come from; without those that have nothing to read or to predict.
 
     Raises:
@@ -146,7 +148,7 @@ def _encoded(rows: list[dict], tokenizer, recipe: Recipe, use: str) -> tuple[lis
     return [example for example, _ in pairs], [row for _, row in pairs]
 
 
-def _instruction(row: dict, tokenizer, recipe: Recipe) -> dict:
+def _instruction(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict:
     """Source (BOS and the source column, if any) without loss, target and EOS with it; QLoRA's layout."""
     source = (tokenizer.bos_token or "") + (row[recipe.source_column] if recipe.source_column else "")
     target = row[recipe.target_column or recipe.text_column] + (tokenizer.eos_token or "")
@@ -155,7 +157,7 @@ def _instruction(row: dict, tokenizer, recipe: Recipe) -> dict:
     return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
 
 
-def _summarization(row: dict, tokenizer, recipe: Recipe) -> dict:
+def _summarization(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict:
     # Padding every source to its full length, as the paper's script does, changes the time but not the loss.
     source = tokenizer(row[recipe.source_column], truncation=True, max_length=recipe.source_length)
     target = tokenizer(text_target=row[recipe.target_column], truncation=True, max_length=recipe.target_length)

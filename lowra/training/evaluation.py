@@ -3,11 +3,14 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED
 
@@ -65,10 +68,10 @@ def language_model_metrics(
 
 @torch.no_grad()
 def summary_metrics(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     examples: list[dict],
     references: list[str],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     collate: Callable,
     batch_size: int,
     max_new_tokens: int,
@@ -82,6 +85,7 @@ def summary_metrics(
         rouge1, rouge2, rougeL, rougeLsum, and mean_length in generated tokens.
     """
     device = next(model.parameters()).device
+    speaker: Any = model  # both kinds have `generate`, which PeftModel takes from its base
     summaries, length = [], 0
     beams = {} if num_beams is None else {"num_beams": num_beams}
     with _evaluating(model), autocast(device, bf16):
@@ -89,7 +93,7 @@ def summary_metrics(
             batch = collate(examples[start : start + batch_size])
             batch.pop("labels")
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
-            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, **beams)
+            generated = speaker.generate(**inputs, max_new_tokens=max_new_tokens, **beams)
             length += int((generated != tokenizer.pad_token_id).sum())
             summaries += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return {**rouge(summaries, references), "mean_length": length / len(summaries)}
@@ -113,7 +117,7 @@ def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
     return {kind: 100 * total / len(predictions) for kind, total in totals.items()}
 
 
-def autocast(device: torch.device, bf16: bool):
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
     """bfloat16 autocast on the device, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -123,7 +127,7 @@ def _sentences(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -76,7 +77,7 @@ def _write_adapter(model: PeftModel, recipe: Recipe, folder: pathlib.Path) -> No
     """The adapter and its tables, at once."""
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial / folder.name)
+    model.save_pretrained(str(partial / folder.name))
     if recipe.tables != "frozen":
         save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
     put_in_place(partial / folder.name, folder)
@@ -101,16 +102,17 @@ def train(
     if arguments.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(arguments.device)
     model = attach_adapter(load_base(base, recipe, arguments.device), base, recipe)
-    model.get_base_model().config.use_cache = recipe.task == "summarization"
+    bare: Any = model.get_base_model()
+    bare.config.use_cache = recipe.task == "summarization"
     if recipe.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
     if untuned is None:
         untuned = measure(model, recipe, data, progress and main)
     tables = {}
     if recipe.tables != "frozen":
         tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    partial = pathlib.Path(arguments.output_dir)
+    partial = pathlib.Path(str(arguments.output_dir))
     if main:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run was writing
     trainer = _trainer(model, recipe, data, arguments, progress and main)
@@ -125,18 +127,19 @@ def train(
             checkpoints.restore(checkpoint)
     trainer.add_callback(WholeCheckpoints())
     started = time.perf_counter()
-    state = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    state = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
     if tables:
         bake_tables(model)
     tuned = measure(model, recipe, data, progress and main)
+    adapter: Any = model.peft_config["default"]
     result = finite(
         {
             "recipe": used(recipe),
             "method": recipe.method,
-            "rank": model.peft_config["default"].r,
+            "rank": adapter.r,
             "bits": recipe.bits,
             "nominal_bits": base.nominal_bits,
             "true_bits": base.true_bits,
@@ -155,13 +158,13 @@ def train(
     return result, model
 
 
-def measure(model, recipe: Recipe, data: TaskData, progress: bool = True) -> dict:
+def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = True) -> dict:
     """The task's metrics on the validation data."""
     if recipe.task == "summarization":
         return summary_metrics(
             model,
             data.validation,
-            data.references,
+            data.references or [],
             data.tokenizer,
             data.collate,
             recipe.eval_batch_size,
@@ -217,13 +220,13 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
     return arguments
 
 
-def _trainer(model, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
+def _trainer(model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
     kind = Seq2SeqTrainer if recipe.task == "summarization" else Trainer
+    examples: dict[str, Any] = {"train_dataset": data.train, "eval_dataset": data.validation}  # lists serve
     trainer = kind(
         model=model,
         args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        **examples,
         data_collator=data.collate,
     )
     for callback in (PrinterCallback, ProgressCallback):

@@ -138,10 +138,13 @@ def run_cells(
     Data is read once, each base is quantised once (on the device `quantize_on`, or where it is trained), and untuned
     metrics are taken once for each base.
     """
-    results = {cell.name: _finished(cell, output) for cell in cells}
-    missing = [cell for cell in cells if results[cell.name] is None]
-    data = load_data(recipe, progress) if missing else None
-    untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if results[cell.name] is not None}
+    earlier = {cell.name: _finished(cell, output) for cell in cells}
+    results = {name: result for name, result in earlier.items() if result is not None}
+    missing = [cell for cell in cells if cell.name not in results]
+    if not missing:
+        return [results[cell.name] for cell in cells]
+    data = load_data(recipe, progress)
+    untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if cell.name in results}
     for number, cell in enumerate(missing, start=1):
         started, settled = time.perf_counter(), settle(cell.recipe)
         with tempfile.TemporaryDirectory() as scratch:

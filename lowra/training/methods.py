@@ -8,6 +8,7 @@ weights and its bits are counted, see `hqq.py`.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import peft
 import torch
@@ -118,16 +119,16 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     packed = packed_config(source, recipe)
     if packed is not None:
         on_packed_base(recipe, source, packed)
-        adapter = source / ADAPTER_FOLDER
-        return Base(source, packed["nominal_bits"], packed["true_bits"], adapter if adapter.exists() else None)
-    if METHODS[recipe.method].quantization is None:
+        initial = source / ADAPTER_FOLDER
+        return Base(source, packed["nominal_bits"], packed["true_bits"], initial if initial.exists() else None)
+    quantization = quantization_config(recipe)
+    if quantization is None:
         safetensors_files(source)
         dense = 16 if recipe.bf16 else 32
         if recipe.method == "lora16":
             return Base(source, dense, dense)
         bits = int(recipe.bits)
         return Base(source, bits, hqq.true_bits(bits), hqq_bits=bits)
-    quantization = quantization_config(recipe)
     adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
     if not (folder / "config.json").exists():
         quantize_checkpoint(
@@ -162,7 +163,8 @@ def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedMod
     """The base model on the device, in the compute type of the recipe."""
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
     architecture = type(empty_model(base.folder, recipe.trust_remote_code))
-    model = architecture.from_pretrained(base.folder, dtype=dtype).to(device)
+    model: Any = architecture.from_pretrained(base.folder, dtype=dtype)
+    model.to(device)
     if base.hqq_bits is not None:
         hqq.quantize_model(model, base.hqq_bits)
     return model
@@ -171,13 +173,14 @@ def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedMod
 def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.PeftModel:
     """The model with its trainable adapter at the start of training, on the same linear layers for every method."""
     if base.adapter is not None:
-        config = peft.PeftConfig.from_pretrained(base.adapter)
-        config.lora_dropout, config.inference_mode = recipe.dropout, False
-        return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True, config=config)
+        start: Any = peft.PeftConfig.from_pretrained(str(base.adapter))
+        start.lora_dropout, start.inference_mode = recipe.dropout, False
+        return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True, config=start)
     names = [name.removesuffix(".weight") for name in _adapted(model)]
+    alpha: Any = recipe.rank if recipe.alpha is None else recipe.alpha  # PEFT says int and divides by the rank
     config = peft.LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.rank if recipe.alpha is None else recipe.alpha,
+        lora_alpha=alpha,
         lora_dropout=recipe.dropout,
         target_modules=names,
         task_type=task_type(model),

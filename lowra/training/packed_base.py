@@ -77,5 +77,5 @@ def _method(packed: dict, started: str | None) -> str:
     return {None: "qlora", "lora": "qlora", "pissa": "pissa"}.get(started, "loftq")
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,7 +18,7 @@ from ..checkpoints.guarded import read_text
 from ..config import check_keys
 
 
-def _no_truth(value):
+def _no_truth(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a truth value")  # which pydantic would take for 0 or 1
     return value
@@ -149,7 +149,7 @@ class Recipe:
     trust_remote_code: _Truth = False
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, checker in _checkers().items():
             setattr(self, name, _checked(name, getattr(self, name), checker))
         if not self.train_file and not self.dataset:
@@ -230,7 +230,7 @@ def override(content: dict, overrides: typing.Sequence[str]) -> tuple[dict, set[
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML's own would take the last in silence."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping = super().construct_mapping(node, deep=deep)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in mapping:
@@ -239,7 +239,7 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def _parsed(text: str, place: str):
+def _parsed(text: str, place: str) -> typing.Any:
     """
     Raises:
         ValueError: not YAML, or YAML that makes objects of other types than JSON has.
@@ -259,7 +259,7 @@ def _checkers() -> dict[str, pydantic.TypeAdapter]:
     return {name: pydantic.TypeAdapter(kind, config=config) for name, kind in kinds.items()}
 
 
-def _checked(name: str, value, checker: pydantic.TypeAdapter):
+def _checked(name: str, value: typing.Any, checker: pydantic.TypeAdapter) -> typing.Any:
     """The value as the field's kind; YAML reads 1e-4 as text and 2 as int.
 
     Raises:

@@ -96,7 +96,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def _over_seeds(measurements: list[dict]) -> dict[str, dict]:
-    summary = {}
+    summary: dict[str, dict] = {}
     for key in measurements[0]:
         values = [measurement[key] for measurement in measurements]
         if None in values:

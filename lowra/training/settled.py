@@ -5,6 +5,7 @@ meant for this run: it is refused by its name. metrics.json records what was use
 """
 
 import dataclasses
+import typing
 
 from ..checkpoints.dense import resolve_folder
 from .methods import METHODS, check_method
@@ -47,7 +48,7 @@ def without_idle_fields(recipe: Recipe) -> Recipe:
         if getattr(recipe, name) is not None:
             raise ValueError(f"{name}={getattr(recipe, name)} has no effect {idle[name]}: leave it out.")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    changes = {name: defaults[name] for name in idle}
+    changes: dict[str, typing.Any] = {name: defaults[name] for name in idle}
     if recipe.method == "lora16":
         if "bits" in recipe.given and recipe.bits not in (16, 32):
             raise ValueError(

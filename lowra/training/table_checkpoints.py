@@ -1,10 +1,11 @@
 """Trained tables under the Trainer: a learning rate of their own, and a place in its checkpoints."""
 
 import pathlib
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import read_tensors
@@ -32,9 +33,9 @@ class TableCheckpoints(TrainerCallback):
         """Args: parameters: as `lowra.nn.trained_tables.train_tables` returns them."""
         self.parameters = parameters
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = pathlib.Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             save_tensors({name: p.detach().cpu() for name, p in self.parameters.items()}, folder / _FILE)
 
     @torch.no_grad()

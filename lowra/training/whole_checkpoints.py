@@ -12,8 +12,9 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.guarded import read_json
@@ -36,15 +37,17 @@ def partial_folder(checkpoints: pathlib.Path) -> pathlib.Path:
 class WholeCheckpoints(TrainerCallback):
     """Moves each finished checkpoint into its place and removes older ones. Comes after callbacks that add files."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # a run that goes on saves, evaluates and logs as it is told now, not as its checkpoint's run was
         state.compute_steps(args, state.max_steps)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()  # each process has a file of its own in it
         if not state.is_world_process_zero:
             return
-        partial = pathlib.Path(args.output_dir)
+        partial = pathlib.Path(str(args.output_dir))
         written = partial / f"checkpoint-{state.global_step}"
         files = {str(path.relative_to(written)): _digest(path) for path in _files(written)}
         save_json({"files": files}, written / _LIST)
@@ -57,9 +60,11 @@ class WholeCheckpoints(TrainerCallback):
             if path not in kept:
                 remove_whole(path, partial)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
-            shutil.rmtree(args.output_dir, ignore_errors=True)
+            shutil.rmtree(str(args.output_dir), ignore_errors=True)
 
 
 def newest_whole(checkpoints: pathlib.Path, warn: bool = True) -> pathlib.Path | None:
