@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -182,7 +183,7 @@ def calibrate(
     targets = find_targets(skeleton, None, head, embeddings)
     sequences = _sequences(folder, text, tokens, skeleton.config, trust_remote_code)
     device = choose_device(device)
-    where = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
+    where: dict[str, Any] = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
     if any(target.experts is not None for target in targets.values()):
         where["experts_implementation"] = "eager"  # experts are watched one by one
     dense = type(skeleton).from_pretrained(folder, **where)
