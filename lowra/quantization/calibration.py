@@ -183,7 +183,9 @@ def calibrate(
     targets = find_targets(skeleton, None, head, embeddings)
     sequences = _sequences(folder, text, tokens, skeleton.config, trust_remote_code)
     device = choose_device(device)
-    where: dict[str, Any] = {"dtype": torch.float32} if device.type == "cpu" else {"dtype": "auto", "device_map": "auto"}
+    where: dict[str, Any] = {"dtype": torch.float32}
+    if device.type != "cpu":
+        where = {"dtype": "auto", "device_map": "auto"}
     if any(target.experts is not None for target in targets.values()):
         where["experts_implementation"] = "eager"  # experts are watched one by one
     dense = type(skeleton).from_pretrained(folder, **where)
