@@ -52,7 +52,7 @@ class RowLayout:
 
 
 class Seen:
-    """A tensor as it was, by which to tell whether it still is.
+    """A tensor (none of inference mode) as it was, by which to tell whether it still is.
 
     On the CPU contents are compared, whole or at some places. That would make a GPU wait: there it is the parameter,
     the counter of its changes in place and its memory.
@@ -60,7 +60,7 @@ class Seen:
 
     def __init__(self, tensor: torch.Tensor, whole: bool = False):
         self._tensor = weakref.ref(tensor)  # offloading frees parameters after each forward
-        self._version = _version(tensor)
+        self._version = tensor._version
         self._whole = whole
         self._storage = tensor.untyped_storage() if whole else None  # kept, so that its address stays its own
         self._probe = self._probed(tensor).clone()
@@ -71,7 +71,7 @@ class Seen:
 
     def is_same(self, tensor: torch.Tensor) -> bool:
         """Whether it is the same tensor with the same content, as far as that can be told without waiting."""
-        if tensor is not self._tensor() or _version(tensor) != self._version:
+        if tensor is not self._tensor() or tensor._version != self._version:
             return False
         if tensor.is_cpu:
             return torch.equal(self._probed(tensor), self._probe)
@@ -85,7 +85,3 @@ class Seen:
 def is_readable(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor holds values of its own: not on "meta", sharded or traced."""
     return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
