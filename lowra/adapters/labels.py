@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..checkpoints.records import differences, record_of_base
+from ..config import LowRAConfig
 from .storage import PackedAdapter
 
 LABEL_FORMAT = 1
@@ -94,15 +96,20 @@ class BaseIdentity(NamedTuple):
     """What tells one base from another.
 
     The fingerprint that a base quantised by lowra carries is that of the weights it was made from, so the same model at
-    2 and at 1.5 bits has one fingerprint, and only the quantisation tells the two apart.
+    2 and at 1.5 bits has one fingerprint, and only the quantisation tells the two apart. Two packings of the same bits
+    are told apart by the digests in `packing`, and `recipe` says what differs; None for bases of another kind.
     """
 
     fingerprint: str
     quantization: str
+    packing: dict | None = None
+    recipe: dict | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "BaseIdentity":
-        return cls(base_fingerprint(model), base_quantization(model))
+        config = getattr(getattr(model, "config", None), "quantization_config", None)
+        record = record_of_base(config) if isinstance(config, LowRAConfig) else {}
+        return cls(base_fingerprint(model), base_quantization(model), record.get("packing"), record.get("recipe"))
 
 
 def parse_retirement(date: str) -> str:
@@ -127,11 +134,7 @@ def make_label(
     """Label of a packed adapter; fields not given are recorded as null, and a null fingerprint fits no base."""
     return {
         "format": LABEL_FORMAT,
-        "base": {
-            "name": base_name,
-            "fingerprint": None if base is None else base_fingerprint(base),
-            "quantization": None if base is None else base_quantization(base),
-        },
+        "base": {"name": base_name, **_of_base(base)},
         "task": task,
         "training_data": training_data,
         "evaluation": evaluation or {},
@@ -141,6 +144,13 @@ def make_label(
         "average_bits": packed.average_bits,
         "parameters": packed.parameters,
     }
+
+
+def _of_base(base: nn.Module | None) -> dict:
+    """What a label says of the base; packing and recipe only of one that has them."""
+    if base is None:
+        return {"fingerprint": None, "quantization": None}
+    return {name: value for name, value in BaseIdentity.of(base)._asdict().items() if value is not None}
 
 
 def bytes_problem(packed: PackedAdapter) -> str | None:
@@ -168,8 +178,9 @@ def base_problem(label: dict, base: BaseIdentity) -> str | None:
     fingerprint, quantization = recorded.get("fingerprint"), recorded.get("quantization")
     if fingerprint is None:
         return "its label names no base fingerprint, so nothing says that it belongs on this base"
-    if (fingerprint, quantization) == base:
-        return None
+    if (fingerprint, quantization) == (base.fingerprint, base.quantization):
+        difference = differences(recorded, base._asdict())
+        return None if difference is None else f"it was trained on another packing of this base: {difference}"
     return (
         f"it was trained on another base: {recorded.get('name')}, {quantization}, fingerprint {str(fingerprint)[:16]}; "
         f"this base is {base.quantization}, fingerprint {base.fingerprint[:16]}"

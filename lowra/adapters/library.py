@@ -3,7 +3,7 @@
 Every adapter stays in memory as its packed tensors. To be used it is decoded into a PEFT adapter of the same name,
 and at most `cache_size` of these exist at a time; the one unused for longest makes room. Nothing is ever written
 back, so an adapter that leaves the cache is only dropped. Adding, switching or removing one adapter does not touch
-the others.
+the others. Trained levels and scales that came with an adapter count while it is the active one.
 
 PEFT keeps one module per adapter and layer, so its `adapter_names=` batches work as they are: the rows of a batch that
 name the same adapter go through its factors together.
@@ -21,7 +21,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checkpoints.places import expanded
+from ..checkpoints.records import TABLES_FILE
 from ..integrations.adapter_keys import own_keys
+from ..nn.adapter_tables import hold_adapter_tables
+from ..nn.trained_tables import check_tables
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
@@ -38,6 +41,7 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
         ValueError: the adapter has factors for layers that the model does not have, or of another shape.
     """
     _check_fit(model, packed, name)
+    tables = check_tables(model, packed.tables, f"The {TABLES_FILE} of adapter {name}") if packed.tables else {}
     config = PeftConfig.from_peft_type(**copy.deepcopy(packed.config))
     config.inference_mode = True
     # The weights are about to be replaced; LoftQ, PiSSA and others would start by changing the base.
@@ -56,6 +60,8 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
             f"{(list(result.unexpected_keys) + absent)[0]}; expected the configuration it was trained with."
         )
     _move_to_its_layers(model, name)
+    if tables:
+        hold_adapter_tables(model).put(name, tables)
     return model
 
 

@@ -5,12 +5,16 @@ refused.
 """
 
 import dataclasses
+import logging
 import pathlib
 
 import torch
 
 from ..checkpoints.guarded import read_json, read_tensors
 from ..checkpoints.places import expanded
+from ..checkpoints.records import TABLES_FILE, check_adapter_folder
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -46,12 +50,21 @@ class LoraFactors:
 
 @dataclasses.dataclass
 class LoraAdapter:
-    """A trained adapter: PEFT configuration, layers, and tensors that stay as they are (biases, saved modules)."""
+    """A trained adapter: PEFT configuration, layers, and tensors that stay as they are.
+
+    Attributes:
+        config: of PEFT.
+        layers: pairs of factors.
+        kept: biases and saved modules.
+        folder: that it was read from.
+        tables: levels and scales that were trained with it, as its tables.safetensors has them.
+    """
 
     config: dict
     layers: list[LoraFactors]
     kept: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     folder: pathlib.Path | None = None
+    tables: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def _check_config(folder: pathlib.Path, config: dict) -> None:
@@ -140,4 +153,8 @@ def read_adapter(folder: str | pathlib.Path) -> LoraAdapter:
             f"{path} holds no pair of lora_A and lora_B among its {len(tensors)} tensors; expected a LoRA adapter."
         )
     layers.sort(key=lambda layer: layer.name)
-    return LoraAdapter(config, layers, tensors, folder)
+    _, changes = check_adapter_folder(folder)
+    if changes:
+        logger.warning("lowra: %s of %s was changed after it was saved: %s.", CONFIG_FILE, folder, "; ".join(changes))
+    tables = read_tensors(folder / TABLES_FILE, "trained tables")[0] if (folder / TABLES_FILE).exists() else {}
+    return LoraAdapter(config, layers, tensors, folder, tables)

@@ -1,10 +1,11 @@
 """Packed adapters: what is held in memory, and the folder they are written to and read from.
 
-A packed folder holds three files:
+A packed folder holds three files, and a fourth where levels and scales of the base were trained with the adapter:
 
     adapter_config.json          PEFT's configuration, as trained
     lowra_adapter.safetensors    flat tensors of the codes; form, bits and layer shapes in the metadata
     lowra_adapter.json           the label (see labels.py)
+    tables.safetensors           these tables, as they were trained
 
 and, for JD-Diagonal, `shared_basis.safetensors` one folder up. A folder is written under another name beside its place
 and renamed, so a killed process leaves no half-written adapter.
@@ -22,6 +23,7 @@ import torch
 from ..checkpoints.atomic import save_json, save_tensors
 from ..checkpoints.guarded import parse_json, read_json, read_tensors
 from ..checkpoints.places import expanded
+from ..checkpoints.records import TABLES_FILE
 from .formats import FORMS, DiagonalCodes, Fields, LayerCodes, LayerLayout, Sizes
 from .source import CONFIG_FILE, LoraAdapter
 
@@ -73,6 +75,8 @@ class PackedAdapter:
     config: dict
     label: dict = dataclasses.field(default_factory=dict)
     shared: SharedBasis | None = None
+    # trained levels and scales of the packed base
+    tables: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -101,7 +105,8 @@ class PackedAdapter:
 
     @property
     def sha256(self) -> str:
-        return digest(self.header, self.config, self.tensors)
+        tables = {f"{TABLES_FILE} {name}": tensor for name, tensor in self.tables.items()}
+        return digest(self.header, self.config, self.tensors | tables)
 
     def layer_codes(self) -> Iterator[tuple[LayerLayout, LayerCodes]]:
         """Unpacks one layer after the other."""
@@ -168,13 +173,16 @@ def pack(
             pieces.setdefault(name, []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in pieces.items()}
     tensors |= {_KEPT + name: tensor for name, tensor in adapter.kept.items()}
-    return PackedAdapter(method, form, bits, [layer for layer, _ in coded], tensors, adapter.config)
+    layouts = [layer for layer, _ in coded]
+    return PackedAdapter(method, form, bits, layouts, tensors, adapter.config, tables=adapter.tables)
 
 
 def write_packed(folder: pathlib.Path, packed: PackedAdapter) -> None:
     """Writes one packed adapter into an existing folder; its label gets the hash of what is written."""
     packed.label["sha256"] = packed.sha256
     save_tensors(packed.tensors, folder / PACKED_FILE, {_HEADER: packed.header})
+    if packed.tables:
+        save_tensors(packed.tables, folder / TABLES_FILE)
     for name, content in ((CONFIG_FILE, packed.config), (LABEL_FILE, packed.label)):
         save_json(content, folder / name)
 
@@ -234,6 +242,8 @@ def read_packed(folder: str | pathlib.Path, shared: SharedBasis | None = None) -
                 f"{folder.parent / SHARED_FILE} is not the basis that {source} was packed with (sha256 "
                 f"{shared.sha256[:12]}, expected {str(header.get('shared_sha256'))[:12]}). Put the original file back."
             )
-    packed = PackedAdapter(method, form, bits, layers, tensors, config, label, shared if form == "diagonal" else None)
+    shared = shared if form == "diagonal" else None
+    tables = read_tensors(folder / TABLES_FILE, "trained tables")[0] if (folder / TABLES_FILE).exists() else {}
+    packed = PackedAdapter(method, form, bits, layers, tensors, config, label, shared, tables)
     packed.check(source)
     return packed

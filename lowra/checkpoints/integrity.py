@@ -17,8 +17,8 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..weights.digests import ALGORITHM, TABLES, canonical_digest, digest_of, packing_of_digests
-from ..weights.packed import TENSOR_NAMES, row_counts
+from ..weights.digests import ALGORITHM, canonical_digest, digest_of, packing_of_digests
+from ..weights.packed import TABLES, TENSOR_NAMES, row_counts
 from .atomic import save_json
 from .dense import count_and_names
 from .guarded import read_json

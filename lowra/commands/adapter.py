@@ -23,6 +23,7 @@ from ..checkpoints.atomic import written_beside
 from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.places import expanded, new_folder
 from ..corpus import check_token_ids, load_tokenizer
+from ..integrations.adapter_records import check_adapter
 from .parser import add_trust
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
@@ -112,6 +113,9 @@ def run_quantize(args: argparse.Namespace) -> dict:
             "records no fingerprint and loading will ask for force; give --base to record it.",
             file=sys.stderr,
         )
+    else:
+        for folder in args.adapters:
+            check_adapter(base, folder, {}, any_base=False)
 
     start = time.perf_counter()
     if base is not None and base_path is not None and args.method == "gptq":

@@ -1,45 +1,81 @@
-"""`lowra verify`: whether a packed checkpoint is, byte for byte, what was written."""
+"""`lowra verify`: whether a packed checkpoint or an adapter is, byte for byte, what was written."""
 
 import argparse
+import pathlib
 
+from ..adapters.labels import bytes_problem
+from ..adapters.storage import PACKED_FILE, read_packed
 from ..checkpoints.dense import resolve_folder, safetensors_files
 from ..checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tensors, find_tensors, read_digests
+from ..checkpoints.records import ADAPTER_CONFIG, ADAPTER_FILES, check_adapter_folder
 from ..inspection.packed import PackedFolder
+from ..quantization.initial_adapter import ADAPTER_FOLDER
+from .parser import add_trust
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify",
-        help="check every byte of a packed checkpoint against what was written",
-        description="Reads a packed checkpoint through and checks names, shapes, every byte of its tensors and its "
-        "config.json against what was written. Exit status 2, with the names, where something differs.",
+        help="check every byte of a packed checkpoint or an adapter against what was written",
+        description="Reads a packed checkpoint with its initial adapter, or an adapter, through and checks names, "
+        "shapes, every byte of the tensors and the config against what was written. Exit status 2, with the names, "
+        "where something differs.",
     )
-    parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed checkpoint")
+    parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed checkpoint, or of an adapter")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict:
     """
     Raises:
-        FileNotFoundError, ValueError: no packed checkpoint, or one that is damaged or was changed.
+        FileNotFoundError, ValueError: no packed checkpoint or adapter, or one that is damaged or was changed.
     """
     folder = resolve_folder(args.model)
-    packing = PackedFolder(args.model).config.packing
+    if (folder / PACKED_FILE).exists():
+        checked, details = _packed_adapter(folder)
+    elif (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        checked, details = _adapter(folder)
+    else:
+        checked, details = _checkpoint(folder, args.trust_remote_code)
+    print(f"{args.model}: {_SAID[checked]}")
+    return {"model": args.model, "checked": checked, **details}
+
+
+def _checkpoint(folder: pathlib.Path, trust_remote_code: bool) -> tuple[str, dict]:
+    packing = PackedFolder(str(folder), trust_remote_code).config.packing
     recorded = read_digests(folder / DIGESTS_FILE)
     found = find_tensors(safetensors_files(folder))
     check_tensors(found, recorded, packing, folder)
-    changes = [] if recorded is None else changed_settings(recorded, folder)
+    _refuse_changes([] if recorded is None else changed_settings(recorded, folder), folder / "config.json")
+    checked = "all" if recorded is not None else "no digests" if packing is None else "packed weights"
+    adapter = _adapter(folder / ADAPTER_FOLDER)[0] if (folder / ADAPTER_FOLDER).is_dir() else None
+    return checked, {"tensors": len(found.digests), "packing": found.packing, "initial_adapter": adapter}
+
+
+def _adapter(folder: pathlib.Path) -> tuple[str, dict]:
+    known, changes = check_adapter_folder(folder)
+    _refuse_changes(changes, folder / ADAPTER_CONFIG)
+    files = [name for name in ADAPTER_FILES if (folder / name).exists()]
+    return "all" if known else "no digests", {"files": files}
+
+
+def _packed_adapter(folder: pathlib.Path) -> tuple[str, dict]:
+    packed = read_packed(folder)
+    if problem := bytes_problem(packed):
+        raise ValueError(f"The packed adapter {folder} is damaged: {problem}.")
+    return "all", {"sha256": packed.sha256}
+
+
+def _refuse_changes(changes: list[str], path: pathlib.Path) -> None:
     if changes:
-        raise ValueError(f"{folder / 'config.json'} was changed after the weights were written: {'; '.join(changes)}.")
-    checked = "all" if recorded is not None else "none" if packing is None else "packed weights"
-    print(f"{args.model}: {len(found.digests)} tensors; {_SAID[checked]}")
-    return {"model": args.model, "tensors": len(found.digests), "checked": checked, "packing": found.packing}
+        raise ValueError(f"{path} was changed after what stands beside it was written: {'; '.join(changes)}.")
 
 
 _SAID = {
     "all": "every byte is as it was written",
-    "packed weights": "the packed ones are as they were written, and of the others nothing is known without "
+    "packed weights": "the packed weights are as they were written, and of the others nothing is known without "
     f"{DIGESTS_FILE}",
-    "none": "names, shapes and tables are in order, but an earlier version of lowra wrote them without "
-    f"{DIGESTS_FILE}: whether a byte has changed cannot be told",
+    "no digests": "names, shapes and tables are in order, but an earlier version of lowra wrote it, without digests: "
+    "whether a byte has changed cannot be told",
 }

@@ -94,6 +94,8 @@ class Projections:
             yield from (part.data_ptr() if isinstance(part, torch.Tensor) else part for part in (*matrix, bias))
         if not self._packed:
             yield from (parameter.data_ptr() for base in self._bases for parameter in base.parameters())
+            tables = (base.current_tables() for base in self._bases if type(base) is LowRALinear)
+            yield from (table.data_ptr() for own in tables for table in own.values())
         for adapter in self.adapters():
             yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
 

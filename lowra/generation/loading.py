@@ -11,7 +11,6 @@ from ..adapters.storage import PACKED_FILE
 from ..checkpoints.dense import read_config, resolve_folder
 from ..checkpoints.places import expanded
 from ..device import choose_device
-from ..nn.trained_tables import TABLES_FILE, load_tables
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 
@@ -48,6 +47,4 @@ def load_model(
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    if adapter is not None and (pathlib.Path(adapter) / TABLES_FILE).exists():
-        load_tables(model, adapter)
     return model.eval()

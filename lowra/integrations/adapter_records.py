@@ -4,8 +4,10 @@ The record is a file of its own, because adapter_config.json takes no new keys.
 """
 
 import contextlib
+import dataclasses
+import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import AdaptionPromptModel, PeftMixedModel, PeftModel, PeftType
@@ -17,11 +19,42 @@ from transformers.utils import cached_file
 from ..checkpoints.atomic import save_json
 from ..checkpoints.guarded import read_json
 from ..checkpoints.reading import stored_tensors
-from ..quantization.initial_adapter import BASE_RECORD
+from ..checkpoints.records import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    BASE_RECORD,
+    TABLES_FILE,
+    changed_settings,
+    check_files,
+    differences,
+    read_record,
+    record_of_base,
+    record_of_files,
+)
+from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
+from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
 from .adapter_keys import check_keys, is_saved_module, watch_keys
+
+logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 _KEPT = "_lowra_record"  # attribute of a PeftConfig, which writes only its fields
+UNKNOWN = {"init": "unknown"}  # all that is known of factors that came without a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Arriving:
+    """What comes with an adapter beside its factors.
+
+    Attributes:
+        record: content of its record; empty where it has none.
+        tables: levels and scales that were trained with it, as `AdapterTables.put` takes them, or None.
+        in_training: the model is training tables for an adapter; they are left as they are.
+    """
+
+    record: dict
+    tables: dict | None = None
+    in_training: bool = False
 
 
 def packing(model: PreTrainedModel, name: str):
@@ -34,10 +67,40 @@ def record_of(model: PeftModel, name: str) -> dict:
     return getattr(model.peft_config.get(name), _KEPT, {})
 
 
-def keep_record(model: PeftModel, name: str, record: dict) -> None:
-    """Keeps a record with the adapter's configuration, so that it goes where that goes; on a packed base only."""
-    if is_packed_base(model):
-        setattr(model.peft_config[name], _KEPT, record)
+def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
+    """Keeps what came with an adapter that has been loaded; on a packed base only.
+
+    The record goes with the adapter's configuration, so that it is where that is; the tables count while it is active.
+    """
+    if not is_packed_base(model):
+        return
+    setattr(model.peft_config[name], _KEPT, arriving.record)
+    if arriving.in_training:
+        return
+    if arriving.tables is not None:
+        hold_adapter_tables(model).put(name, arriving.tables)
+    elif (held := adapter_tables(model)) is not None:
+        held.forget(name)
+
+
+def forget_tables(model: PeftModel, name: str) -> None:
+    """Before an adapter is made: one of its name may have been deleted that had tables."""
+    if (held := adapter_tables(model)) is not None:
+        held.forget(name)
+
+
+@contextlib.contextmanager
+def tables_set_aside(model: PeftModel, name: str) -> Iterator[None]:
+    """Takes the tables of an adapter away, and gives them back where the block fails."""
+    held = adapter_tables(model)
+    tables = {} if held is None else held.of_adapter(name)
+    forget_tables(model, name)
+    try:
+        yield
+    except BaseException:
+        if tables:
+            held.put(name, tables)
+        raise
 
 
 def check_fingerprint(found: str | None, base: PreTrainedModel, what: str, remedy: str) -> None:
@@ -65,10 +128,17 @@ def _check_base(record: dict, base: PreTrainedModel, adapter: str) -> None:
             "the quantisation, has been taken out. Load it on the original, save it without converting it, or pass "
             "any_base=True."
         )
-    if bits and here and bits != here:
+    difference = differences(record, record_of_base(base.config.quantization_config)) if here else None
+    if bits and here and f"{bits:.4f}" != f"{here:.4f}":
+        known = f" (another packing: {difference}, there vs here)" if difference else ""
         raise ValueError(
             f"The adapter {adapter} was trained on the same base at {bits:.4f} nominal bits, this model has "
-            f"{here:.4f}: an adapter also makes up for the errors of its own packing. {remedy}"
+            f"{here:.4f}{known}: an adapter also makes up for the errors of its own packing. {remedy}"
+        )
+    if difference:
+        raise ValueError(
+            f"The adapter {adapter} belongs to another packing of the same base ({difference}, there vs here): an "
+            f"adapter also makes up for the errors of its own packing. {remedy}"
         )
     if bits and here is None and record.get("init") not in (None, "lora"):
         raise ValueError(
@@ -78,43 +148,38 @@ def _check_base(record: dict, base: PreTrainedModel, adapter: str) -> None:
         )
 
 
-def _check_file(adapter: str | pathlib.Path, subfolder: str | None) -> None:
+def _check_presence(adapter: str | pathlib.Path, subfolder: str | None) -> None:
     """
     Raises:
         FileNotFoundError: a local folder with an adapter's configuration and no weights.
         ValueError: weights that are cut short.
     """
     folder = pathlib.Path(adapter) / (subfolder or "")
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return  # on the hub, or PEFT says what is missing
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
         stored_tensors(weights)
     elif not (folder / WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"{folder} has an adapter_config.json and no {SAFETENSORS_WEIGHTS_NAME}.")
+        raise FileNotFoundError(f"{folder} has an {ADAPTER_CONFIG} and no {SAFETENSORS_WEIGHTS_NAME}.")
 
 
-def _read_record(adapter: str | pathlib.Path, options: dict) -> dict:
-    """The record of a local or hub adapter; empty where it has none. See `check_adapter` for the arguments.
-
-    Raises:
-        ValueError: a record that is not JSON.
-    """
+def file_of(adapter: str | pathlib.Path, name: str, options: dict) -> pathlib.Path | None:
+    """A file of a local or hub adapter, or None. See `check_adapter` for the arguments."""
     folder = pathlib.Path(adapter) / (options.get("subfolder") or "")
     if folder.is_dir():
-        path = folder / BASE_RECORD
-        return read_json(path, "the record of an adapter's base") if path.exists() else {}
+        return folder / name if (folder / name).exists() else None
     path = None
     with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
         path = cached_file(
             str(adapter),
-            BASE_RECORD,
+            name,
             subfolder=options.get("subfolder") or "",
-            **{name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None},
+            **{option: options[option] for option in _HUB_OPTIONS if options.get(option) is not None},
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    return {} if path is None else read_json(pathlib.Path(path), "the record of an adapter's base")
+    return None if path is None else pathlib.Path(path)
 
 
 def base_of(model: PeftModel | PreTrainedModel) -> torch.nn.Module:
@@ -127,8 +192,8 @@ def is_packed_base(model: PeftModel | PreTrainedModel) -> bool:
     return packing(base_of(model), "fingerprint") is not None
 
 
-def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: dict, any_base: bool) -> dict:
-    """The record of an adapter that is about to be loaded.
+def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: dict, any_base: bool) -> Arriving:
+    """What comes with an adapter that is about to be loaded.
 
     Args:
         model: with or without PEFT's wrappers.
@@ -137,12 +202,43 @@ def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: 
         any_base: do not ask whose base the adapter belongs to.
 
     Raises:
-        ValueError: see `_check_base`; a record that is not JSON.
+        ValueError: see `_check_base`; a record that is not JSON, trained tables that do not fit the model.
     """
-    record = _read_record(adapter, options)
+    path = file_of(adapter, BASE_RECORD, options)
+    record = {} if path is None else read_record(path)
     if not any_base:
         _check_base(record, base_of(model), adapter)
-    return record
+    tables = file_of(adapter, TABLES_FILE, options)
+    if tables is None or not (record or is_packed_base(model)):
+        return Arriving(record)
+    if not is_packed_base(model):
+        raise ValueError(
+            f"The adapter {adapter} was trained with levels and scales of its packed base ({TABLES_FILE}), and this "
+            f"model is dense: load {record.get('base')} as it was packed, and lowra.merge_into_dense makes a dense "
+            "model of both."
+        )
+    if is_training_tables(model):  # a trainer that resumes; it puts the changes back by itself
+        return Arriving(record, in_training=True)
+    return Arriving(record, read_tables(model, tables))
+
+
+def check_saved(adapter: str | pathlib.Path, options: dict, record: dict) -> None:
+    """Holds an adapter's files against its record; changed settings, which may be meant, are told.
+
+    It comes after PEFT has found the tensors to fit, whose messages say more where they do not.
+
+    Raises:
+        ValueError: a tensor is another one than was saved, or a file is missing or of another adapter.
+    """
+    if record.get("files") is None:
+        return
+    check_files(record, {name: file_of(adapter, name, options) for name in ADAPTER_FILES}, str(adapter))
+    config = file_of(adapter, ADAPTER_CONFIG, options)
+    changes = [] if config is None else changed_settings(record, read_json(config, "an adapter's settings"))
+    if changes:
+        logger.warning(
+            "lowra: %s of %s was changed after the adapter was saved: %s.", ADAPTER_CONFIG, adapter, "; ".join(changes)
+        )
 
 
 def load_checked(
@@ -153,17 +249,18 @@ def load_checked(
     Raises:
         FileNotFoundError, ValueError: an adapter of another base, without weights or with damaged ones.
     """
-    record = check_adapter(model, adapter, options, any_base)
+    arriving = check_adapter(model, adapter, options, any_base)
     if not is_packed_base(model):
         return load()
-    _check_file(adapter, options.get("subfolder"))
+    _check_presence(adapter, options.get("subfolder"))
     with watch_keys(model) as seen:
         try:
             loaded = load()
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
-            raise ValueError(f"The adapter {adapter} does not fit this model: {error}") from error
+            first = " ".join(line.strip() for line in str(error).splitlines()[:4])
+            raise ValueError(f"The adapter {adapter} does not fit this model: {first}") from error
         except KeyError as error:  # PEFT looks the tensors of modules_to_save up
             if not is_saved_module(model, error.args[0]):
                 raise
@@ -171,7 +268,8 @@ def load_checked(
     if model.peft_config[name].peft_type == PeftType.LORA:  # others share tensors, or keep them elsewhere
         for missing, unexpected in seen:
             check_keys(model, name, missing, unexpected, str(adapter))
-    keep_record(model, name, record)
+    check_saved(adapter, options, arriving.record)
+    settle(model, name, arriving)
     return loaded
 
 
@@ -201,10 +299,27 @@ def write_records(model: PeftModel, folder: pathlib.Path, names: list[str], conv
         converted: PEFT took their start out (`path_initial_model_for_weight_conversion`). What is left belongs to the
             original, and to no packing of it: the start made up for the errors of that.
     """
-    here = {name: packing(base_of(model), name) for name in ("base", "nominal_bits", "fingerprint")}
     for name in names:
-        record = {**record_of(model, name), **here}
-        if converted:
-            start = record.get("init", "lora")
-            record = {"base": here["base"], "fingerprint": here["fingerprint"], "converted_from": start}
-        save_json(record, folder / ("" if name == "default" else name) / BASE_RECORD)
+        write_record(model, folder / ("" if name == "default" else name), name, converted)
+
+
+def write_record(model: PeftModel | PreTrainedModel, folder: pathlib.Path, name: str, converted: bool = False) -> None:
+    """Writes tables and record of one adapter into the folder that it was saved to."""
+    here = record_of_base(base_of(model).config.quantization_config)
+    save_tables_of(base_of(model), name, folder)
+    record = {**record_of(model, name), **here, **record_of_files(folder)}
+    if converted:
+        start = record.get("init", "lora")
+        record = {"base": here["base"], "fingerprint": here["fingerprint"], "converted_from": start}
+    save_json(record, folder / BASE_RECORD)
+
+
+def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str) -> None:
+    """Raises ValueError where adapters have trained tables that something would leave behind."""
+    held = adapter_tables(base_of(model))
+    having = [] if held is None else [name for name in names if name in held.adapters]
+    if having:
+        raise ValueError(
+            f"Adapter {having[0]!r} was trained with levels and scales of the packed base ({TABLES_FILE}), and {what} "
+            "would leave them behind."
+        )

@@ -15,15 +15,22 @@ from peft import LoraConfig
 
 from ..checkpoints.configs import packing_described
 from ..config import LowRAConfig
+from ..nn.adapter_tables import release_adapter_tables
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from .adapter_records import (
+    UNKNOWN,
+    Arriving,
     check_adapter,
     check_loaded_by_transformers,
+    check_saved,
+    forget_tables,
     is_packed_base,
-    keep_record,
     load_checked,
+    refuse_losing_tables,
+    settle,
+    tables_set_aside,
     write_records,
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
@@ -116,6 +123,7 @@ def _with_our_layers(original: Callable) -> Callable:
     @functools.wraps(original)
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         if is_packed(model):
+            forget_tables(model, adapter_name)
             config = self.peft_config[adapter_name]
             check_method(self, model, config)
             check_experts(model, config)
@@ -160,15 +168,17 @@ def _with_records(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
+        if not is_packed_base(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        names = given.arguments["selected_adapters"] or list(self.peft_config)
+        converted = given.arguments["path_initial_model_for_weight_conversion"] is not None
+        if converted:
+            refuse_losing_tables(self, names, "the original weights, for which it is converted,")
         result = original(self, *args, **kwargs)
-        if is_packed_base(self):
-            given = signature.bind(self, *args, **kwargs)
-            given.apply_defaults()
-            if given.arguments["is_main_process"]:
-                names = given.arguments["selected_adapters"] or list(self.peft_config)
-                folder = pathlib.Path(given.arguments["save_directory"])
-                converted = given.arguments["path_initial_model_for_weight_conversion"] is not None
-                write_records(self, folder, names, converted)
+        if given.arguments["is_main_process"]:
+            write_records(self, pathlib.Path(given.arguments["save_directory"]), names, converted)
         return result
 
     return save_pretrained
@@ -193,14 +203,15 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
         except TypeError:
             return original(self, *args, **kwargs)  # which says what is wrong with them
         path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
-        record = {}
+        arriving = Arriving(UNKNOWN)
+        options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
         if path is not None:
-            options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-            record = check_adapter(self, path, options, any_base)
+            arriving = check_adapter(self, path, options, any_base)
         result = original(self, *args, **kwargs)
         if is_packed_base(self):
             check_loaded_by_transformers(self, name, result, str(path))
-            keep_record(self, name, record)
+            check_saved(path, options, arriving.record)
+            settle(self, name, arriving)
         return result
 
     return load_adapter
@@ -244,6 +255,53 @@ def _all_of_generate(original: Callable) -> Callable:
         return found
 
     return _extract_generation_mode_kwargs
+
+
+def _checked_swap(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def hotswap_adapter(model, model_name_or_path, adapter_name, *args, any_base: bool = False, **kwargs):
+        inner = getattr(model, "_orig_mod", model)  # of a compiled model
+        arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
+        check_saved(model_name_or_path, kwargs, arriving.record)
+        with tables_set_aside(inner, adapter_name):  # or the swap below would refuse to lose them
+            original(model, model_name_or_path, adapter_name, *args, **kwargs)
+        settle(inner, adapter_name, arriving)
+
+    return hotswap_adapter
+
+
+def _swap_without_record(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
+        inner = getattr(model, "_orig_mod", model)
+        if is_packed_base(inner):
+            refuse_losing_tables(inner, [adapter_name], "factors from a state dict")
+        original(model, state_dict, adapter_name, *args, **kwargs)
+        settle(inner, adapter_name, Arriving(UNKNOWN))
+
+    return hotswap_adapter_from_state_dict
+
+
+def _unloaded(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        if is_packed(self.model):
+            if merge:
+                self._check_merge_allowed()  # before anything is changed
+            release_adapter_tables(self.model, kwargs.get("adapter_names") if merge else [])
+        return original(self, merge, *args, **kwargs)
+
+    return _unload_and_optionally_merge
+
+
+def _weighted(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def add_weighted_adapter(self, adapters, *args, **kwargs):
+        if is_packed(self.model):
+            refuse_losing_tables(self.model, adapters, "an adapter made of several")
+        return original(self, adapters, *args, **kwargs)
+
+    return add_weighted_adapter
 
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
@@ -359,6 +417,46 @@ TABLE = (
         since="none",
         rests_on=("model_id", "adapter_name"),
         wrap=_checked_adapter,
+    ),
+    Patch(
+        target="peft.mixed_model:PeftMixedModel.load_adapter",
+        why="The same through the class for adapters of several methods.",
+        door="a hook on loading adapters",
+        since="none",
+        rests_on=("model_id", "adapter_name"),
+        wrap=_checked_adapter,
+    ),
+    Patch(
+        target="peft.utils.hotswap:hotswap_adapter",
+        why="Factors of another base would be put in an adapter's place, which would keep its record and tables.",
+        door="a hook on loading adapters",
+        since="none",
+        rests_on=("model", "model_name_or_path", "adapter_name"),
+        wrap=_checked_swap,
+    ),
+    Patch(
+        target="peft.utils.hotswap:hotswap_adapter_from_state_dict",
+        why="Factors without a folder have no record, and would be saved with that of the adapter before.",
+        door="none",
+        since="none",
+        rests_on=("model", "state_dict", "adapter_name"),
+        wrap=_swap_without_record,
+    ),
+    Patch(
+        target=f"{_TUNER}_unload_and_optionally_merge",
+        why="Tables trained with an adapter would go on counting, or be lost, when it is taken off or merged.",
+        door="a layer could be told that it is unloaded",
+        since="none",
+        rests_on=("merge", "adapter_names"),
+        wrap=_unloaded,
+    ),
+    Patch(
+        target="peft.tuners.lora.model:LoraModel.add_weighted_adapter",
+        why="The new adapter would be without the tables that its parts were trained with.",
+        door="none",
+        since="none",
+        rests_on=("adapters",),
+        wrap=_weighted,
     ),
     Patch(
         target=f"{_TUNER}__init__",

@@ -4,6 +4,7 @@ PEFT takes `LowRALinear` for an `nn.Linear`, so every adapter method trains on i
 packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merges into a dequantised layer instead.
 """
 
+import contextlib
 import pathlib
 
 import torch
@@ -14,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.records import ADAPTER_WEIGHTS, digest_of_adapter, digests_of_file
 from ..checkpoints.targets import find_targets, replace_module
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
 from ..weights.fingerprint import fingerprint_of, weight_digest
-from .adapter_records import check_fingerprint, packing, record_of
+from .adapter_records import check_fingerprint, file_of, packing, record_of, refuse_losing_tables
 from .modules import dense_linear, make_embedding_dense
 from .peft_limits import check_start
 
@@ -51,6 +53,9 @@ class LowRALoraLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """PEFT's forward; one plain adapter without dropout goes through `lora_linear`, which computes the same."""
+        held = getattr(self.base_layer, "adapter_tables", None)
+        if held is not None and kwargs.get("adapter_names") is not None:
+            held.check_batch(kwargs["adapter_names"])
         adapter = None if args or kwargs else self._plain_adapter(x)
         if adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -95,7 +100,11 @@ class LowRALoraLinear(LoraLinear):
         if not adapter_names:
             return
         if not self._packed:
-            self.put_dense_base()
+            held = self.base_layer.adapter_tables
+            with contextlib.nullcontext() if held is None else held.of(adapter_names):
+                self.put_dense_base()
+        elif (held := self._packed[0].adapter_tables) is not None:
+            held.common([*self.merged_adapters, *adapter_names])
         self.base_layer.float()
         super().merge(safe_merge, adapter_names)
         self.base_layer.to(self._packed[0].compute_dtype)
@@ -189,6 +198,9 @@ def merge_into_dense(
                     "belong on the original weights. Give initial='DIR/initial_adapter' to take its start off, or "
                     "merge into the dequantised base (original=None)."
                 )
+        refuse_losing_tables(model, model.active_adapters, "merging into the original")
+        if initial is not None:
+            _check_start(model, initial)
         _put_original_below(model, original, initial, trust_remote_code)
     for layer in base.modules():
         # LowRALoraLinear merges by itself; the layers of other methods (IA3, OFT, VeRA …) need a dense base first
@@ -196,6 +208,22 @@ def merge_into_dense(
             _make_dense(layer)
     merged = model.merge_and_unload()
     return quantizer.dequantize(merged)
+
+
+def _check_start(model: PeftModel, initial: str | pathlib.Path) -> None:
+    """Raises ValueError where an adapter is not what the active ones began with, but one of these itself, say."""
+    path = file_of(initial, ADAPTER_WEIGHTS, {})
+    found = None if path is None else digest_of_adapter(path)
+    for name in model.active_adapters:
+        record = record_of(model, name)
+        start = record.get("start")
+        itself = (record.get("files") or {}).get(ADAPTER_WEIGHTS)
+        trained = start is None and itself is not None and path is not None and digests_of_file(path) == itself
+        if trained or None not in (start, found) and start != found:
+            raise ValueError(
+                f"{initial} is not what adapter {name!r} began with, and taking it off would take off what was learned "
+                f"too: give the initial_adapter of the packed base ({record.get('base')}) that it was trained on."
+            )
 
 
 def _put_original_below(model: PeftModel, original, initial, trust_remote_code: bool) -> None:

@@ -27,6 +27,7 @@ from ..quantization import card
 from ..quantization.pack import quantize_matrix
 from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
+from .adapter_records import write_record
 from .direct_loading import DirectLoading, large_dense_tensors
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
 from .model_patches import (
@@ -263,11 +264,16 @@ register_quantization_config("lowra")(LowRAConfig)
 
 
 def describe_saved(model: PreTrainedModel, folder: pathlib.Path) -> None:
-    """Writes digests beside packed weights that were just saved, and a model card unless there is one."""
+    """Writes digests beside packed weights that were just saved, and a model card unless there is one.
+
+    Beside an adapter of `model.add_adapter` it writes its record.
+    """
     config = getattr(model.config, "quantization_config", None)
     modules = {module.weight: module for module in model.modules() if isinstance(module, PackedModule)}.values()
-    only_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then that is all that is saved
-    if not modules or not isinstance(config, LowRAConfig) or only_adapter:
+    if not modules or not isinstance(config, LowRAConfig):
+        return
+    if getattr(model, "_hf_peft_config_loaded", False):  # then the active adapter is all that is saved
+        write_record(model, folder, model.active_adapters()[0])
         return
     write_digests_of_saved(folder, config)
     if (folder / card.CARD_FILE).exists():

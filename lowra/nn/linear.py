@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import PackedLinear, linear
 
-from ..weights.packed import PackedWeight
+from ..weights.packed import TABLES, PackedWeight
 from .packed_module import PackedModule
 
 
@@ -19,7 +20,14 @@ class LowRALinear(PackedModule, nn.Linear):
     """y = x W^T + bias with a packed W [N, K].
 
     Forward and backward run on `bitsandbytes::lowra_linear`, which keeps no dense weight between them.
+
+    Attributes:
+        adapter_tables: what adapters on this model have in place of `levels` and scales (`AdapterTables`), or None.
+        table_name: under which they know this layer.
     """
+
+    adapter_tables = None
+    table_name = ""
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
@@ -38,6 +46,19 @@ class LowRALinear(PackedModule, nn.Linear):
         # Compiled code has no host to spare, and the compiler knows the op but not the function.
         product = linear if torch.compiler.is_compiling() else PackedLinear.apply
         return product(x, self.matrix(), self.bias_as(x.dtype))
+
+    def matrix(self) -> PackedMatrix:
+        if self.adapter_tables is None:
+            return super().matrix()
+        tensors = {**self._parameters, **self.current_tables()}
+        return self._matrix(tensors, self.row_layout(), self.weight.device)
+
+    def current_tables(self) -> dict[str, torch.Tensor]:
+        """Levels, scales and scale steps that count now, by name."""
+        own = {name: tensor for name, tensor in self.packed_tensors().items() if name in TABLES}
+        if self.adapter_tables is None:
+            return own
+        return own | self.adapter_tables.of_layer(self.table_name, self.weight.device)
 
     def bias_as(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The bias as the ops take it beside an x of this dtype."""

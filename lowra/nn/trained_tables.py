@@ -20,25 +20,27 @@ from bitsandbytes.backends.lowra.reference import decode_scales
 from bitsandbytes.backends.lowra.table_gradients import table_gradients_of
 
 from ..checkpoints.atomic import save_tensors
+from ..checkpoints.dense import check_finite
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.places import expanded
+from ..checkpoints.records import TABLES_FILE, renew_record
 from ..checkpoints.targets import replace_module
 from ..weights.fingerprint import weight_digest
-from ..weights.packed import store_scales
+from ..weights.packed import TABLES, store_scales
+from .adapter_tables import AdapterTables, adapter_tables, base_name, hold_adapter_tables, packed_linears
 from .linear import LowRALinear, as_autocast
-from .packed_module import PackedModule
 from .row_layout import is_readable
 
-TABLES_FILE = "tables.safetensors"
-
 _STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
+_EXPECTED = "the trained tables of an adapter"
 
 
 def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Parameter]:
     """Makes the levels of every packed linear layer trainable, and a factor of each group's scale if asked.
 
     What is trained are changes, float32 and zero at first. A learning rate near 4e-3 suits them, whatever the adapter's
-    is (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to.
+    is (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to. On a model with adapters they are
+    those of the active one: they count while it is active, and the base keeps its own.
 
     Args:
         model: after the adapter has been put on it; changed in place.
@@ -48,13 +50,15 @@ def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Paramet
         the new parameters by name.
 
     Raises:
-        ValueError: there is no packed linear layer, or tables are trained already.
+        ValueError: there is no packed linear layer, tables are trained already, or several adapters are active.
     """
     layers = _packed_layers(model)
     if any(isinstance(layer, TrainedTablesLinear) for layer in layers.values()):
         raise ValueError("The tables of this model are being trained already: bake_tables ends that.")
+    held = hold_adapter_tables(model)
+    adapter = None if held is None else _only_active(held)
     for name, layer in layers.items():
-        replace_module(model, name, TrainedTablesLinear(layer, scales))
+        replace_module(model, name, TrainedTablesLinear(layer, scales, adapter))
     endings = ("level_change", "scale_change")
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in endings}
 
@@ -70,45 +74,110 @@ def bake_tables(model: nn.Module) -> None:
     trained = {n: layer for n, layer in _packed_layers(model).items() if isinstance(layer, TrainedTablesLinear)}
     if not trained:
         raise ValueError("No tables are being trained in this model: train_tables comes first.")
+    adapter = next(iter(trained.values())).adapter
+    if adapter is not None:
+        adapter_tables(model).put(adapter, {base_name(name): layer.baked_tables() for name, layer in trained.items()})
     for name, layer in trained.items():
-        replace_module(model, name, layer.baked())
+        replace_module(model, name, layer.baked() if adapter is None else layer.untrained())
 
 
 def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = True) -> pathlib.Path:
     """Writes levels and, unless told otherwise, scales of all packed linear layers to `folder/tables.safetensors`.
 
+    They are those that count now: of the active adapter, if it has any.
+
     Raises:
         ValueError: tables are still being trained.
     """
-    tensors = {}
+    tables = {}
     for name, layer in _packed_layers(model).items():
         if isinstance(layer, TrainedTablesLinear):
             raise ValueError("The tables of this model are still being trained: bake_tables comes before saving.")
-        name = _base_name(name)
+        current = layer.current_tables()
+        tables[base_name(name)] = current if scales else {"levels": current["levels"]}
+    return _write(model, tables, expanded(folder))
+
+
+def save_tables_of(model: nn.Module, adapter: str, folder: pathlib.Path) -> None:
+    """Writes the tables of one adapter beside it; where it has none, it takes away those that an earlier one left.
+
+    Those that are being trained are written as they are now.
+    """
+    held = adapter_tables(model)
+    tables = {} if held is None else held.of_adapter(adapter)
+    training = [layer for layer in packed_linears(model).values() if isinstance(layer, TrainedTablesLinear)]
+    if training and training[0].adapter == adapter:
+        tables = {layer.table_name: layer.baked_tables() for layer in training}
+    if tables:
+        _write(model, tables, folder)
+    else:
+        (folder / TABLES_FILE).unlink(missing_ok=True)
+
+
+def is_training_tables(model: nn.Module) -> bool:
+    """Whether `train_tables` was called and `bake_tables` was not yet."""
+    return any(isinstance(module, TrainedTablesLinear) for module in model.modules())
+
+
+def _write(model: nn.Module, tables: dict[str, dict[str, torch.Tensor]], folder: pathlib.Path) -> pathlib.Path:
+    tensors = {}
+    for name, layer in packed_linears(model).items():
         tensors[f"{name}.codes"] = _codes_digest(name, layer)
-        for part in ("levels", "scales", "scale_steps") if scales else ("levels",):
-            if getattr(layer, part) is not None:
-                tensors[f"{name}.{part}"] = getattr(layer, part).detach().cpu()
-    path = expanded(folder) / TABLES_FILE
-    save_tensors(tensors, path)
-    return path
+        own = tables.get(name, {})
+        tensors.update({f"{name}.{part}": tensor.detach().cpu() for part, tensor in own.items()})
+    save_tensors(tensors, folder / TABLES_FILE)
+    renew_record(folder)
+    return folder / TABLES_FILE
 
 
 def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
     """Puts the levels and scales of `folder/tables.safetensors` into the packed linear layers, all or none.
 
+    On a model with adapters they are those of the active one, and the base keeps its own.
+
     Raises:
-        FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's.
+        FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's; several
+            adapters are active.
     """
     path = expanded(folder) / TABLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
-    stored, _ = read_tensors(path, "the trained tables of an adapter")
-    layers = {_base_name(name): layer for name, layer in _packed_layers(model).items()}
-    pending = []
+    tables = read_tables(model, path)
+    held = hold_adapter_tables(model)
+    if held is not None:
+        held.put(_only_active(held), tables)
+        return
+    for name, layer in packed_linears(model).items():
+        for part, tensor in tables[name].items():
+            getattr(layer, part).data.copy_(tensor)
+        layer.prepare()
+
+
+def read_tables(model: nn.Module, path: pathlib.Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Tables by layer and part from a file, as `AdapterTables.put` takes them.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read; the tables of other codes or layers than this model's.
+    """
+    return check_tables(model, read_tensors(path, _EXPECTED)[0], str(path))
+
+
+def check_tables(model: nn.Module, stored: dict[str, torch.Tensor], path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a file of tables, by layer and part.
+
+    Args:
+        model: with packed layers, whose tables they are to be.
+        stored: the content of the file.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: the tables of other codes or layers than this model's, cut short or not finite.
+    """
+    layers = {base_name(name): layer for name, layer in _packed_layers(model).items()}
+    tables: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
     for key, tensor in sorted(stored.items(), key=lambda item: not item[0].endswith(".codes")):
         name, _, part = key.rpartition(".")
-        if name not in layers or part not in ("codes", "levels", "scales", "scale_steps"):
+        if name not in layers or part not in ("codes", *TABLES):
             raise ValueError(f"{path} holds {key}, which this model does not have: it belongs to another base.")
         layer = layers[name]
         if isinstance(layer, TrainedTablesLinear):
@@ -121,31 +190,42 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
                 )
             continue
         own = getattr(layer, part)
-        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+        # PEFT's k-bit preparation makes float32 of float16, in the model or in what was saved from it
+        kinds = {torch.float16, torch.float32} if own is not None and own.is_floating_point() else {torch.uint8}
+        if own is None or own.shape != tensor.shape or tensor.dtype not in kinds:
             found = "none" if own is None else f"{own.dtype} {list(own.shape)}"
             raise ValueError(f"{path} has {key} as {tensor.dtype} {list(tensor.shape)}, this model has {found}.")
-        pending.append((own, tensor))
-    if missing := [name for name in layers if f"{name}.levels" not in stored]:
-        raise ValueError(f"{path} is cut short: it has no levels of {', '.join(missing[:3])}.")
-    for own, tensor in pending:
-        own.data.copy_(tensor)
-    for layer in layers.values():
-        layer.prepare()
+        check_finite(key, tensor)
+        tables[name][part] = tensor
+    if missing := [name for name, parts in tables.items() if "levels" not in parts or f"{name}.codes" not in stored]:
+        raise ValueError(f"{path} is cut short: it has no levels or no digest of {', '.join(missing[:3])}.")
+    return tables
+
+
+def _only_active(held: AdapterTables) -> str:
+    active = held.active()
+    if len(active) != 1:
+        raise ValueError(
+            f"Tables belong to one adapter, and active are {active}: make that one active first (set_adapter)."
+        )
+    return active[0]
 
 
 class TrainedTablesLinear(LowRALinear):
     """A packed linear layer whose levels, and scales if asked, are parameters.
 
     Attributes:
-        level_change: float32 [entries], packed row order: what is added to `levels`.
+        level_change: float32 [entries], packed row order: what is added to the levels.
         scale_change: float32 [N, groups], packed row order: relative change of a scale; or None.
+        adapter: whose tables they are; None on a model without adapters.
     """
 
-    def __init__(self, layer: LowRALinear, scales: bool):
+    def __init__(self, layer: LowRALinear, scales: bool, adapter: str | None = None):
         super().__init__(
             layer.in_features, layer.out_features, layer.group_size, layer.packed.tensors(), None, layer.compute_dtype
         )
         self.bias = layer.bias
+        self.adapter_tables, self.table_name, self.adapter = layer.adapter_tables, layer.table_name, adapter
         self.prepare()
         self.level_change = nn.Parameter(torch.zeros_like(layer.levels, dtype=torch.float32))
         change = nn.Parameter(torch.zeros_like(layer.scales, dtype=torch.float32)) if scales else None
@@ -160,12 +240,15 @@ class TrainedTablesLinear(LowRALinear):
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels [entries] and scales [N, groups] as they are now, float32, packed row order."""
-        scales = decode_scales(self.scales, self.scale_steps)
+        current = self.current_tables()
+        scales = decode_scales(current["scales"], current.get("scale_steps"))
         if self.scale_change is not None:
             scales = scales * (1 + self.scale_change).clamp(min=0)  # one below zero has no storage
-        return self.levels.float() + self.level_change, scales
+        return current["levels"].float() + self.level_change, scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.adapter is not None and self.adapter_tables.active() != [self.adapter]:
+            return super().forward(x)  # another adapter, or none: as a reference model is asked
         x = as_autocast(x)
         if x.dtype == torch.float64:  # the tables are float32
             return self(x.float()).double()
@@ -173,17 +256,32 @@ class TrainedTablesLinear(LowRALinear):
         return TabledLinear.apply(x, levels, scales, self.bias_as(x.dtype), self.matrix())
 
     @torch.no_grad()
+    def baked_tables(self) -> dict[str, torch.Tensor]:
+        """These tables in their storage, those parts that are trained or that an adapter brought."""
+        if self.adapter is None:
+            current = self.current_tables()
+        else:
+            current = dict(self.adapter_tables.of_adapter(self.adapter).get(self.table_name, {}))
+        levels, scales = self.tables()
+        current["levels"] = levels.half()
+        if self.scale_change is not None:
+            current["scales"], steps = store_scales(scales, _STORAGES[self.scales.dtype])
+            if steps is not None:
+                current["scale_steps"] = steps
+        return current
+
     def baked(self) -> LowRALinear:
         """The plain packed layer with these tables; on the same codes."""
-        levels, scales = self.tables()
-        tensors = {**self.packed.tensors(), "levels": levels.half()}
-        if self.scale_change is not None:
-            stored, steps = store_scales(scales, _STORAGES[self.scales.dtype])
-            tensors["scales"] = stored
-            if steps is not None:
-                tensors["scale_steps"] = steps
+        return self._plain({**self.packed.tensors(), **self.baked_tables()})
+
+    def untrained(self) -> LowRALinear:
+        """The plain packed layer with the base's tables."""
+        return self._plain(self.packed.tensors())
+
+    def _plain(self, tensors: dict[str, torch.Tensor]) -> LowRALinear:
         layer = LowRALinear(self.in_features, self.out_features, self.group_size, tensors, None, self.compute_dtype)
         layer.bias = self.bias
+        layer.adapter_tables, layer.table_name = self.adapter_tables, self.table_name
         layer.prepare()
         return layer
 
@@ -221,18 +319,16 @@ class TabledLinear(torch.autograd.Function):
 
 
 def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:
-    modules = dict(model.named_modules())
-    # a head tied to embeddings has no tables of its own
-    tied = {id(m.levels) for m in modules.values() if isinstance(m, PackedModule) and not isinstance(m, LowRALinear)}
-    layers = {n: m for n, m in modules.items() if isinstance(m, LowRALinear) and id(m.levels) not in tied}
+    """The packed linear layers that have tables of their own, by their names in the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    having = set(map(id, packed_linears(model).values()))
+    layers = {name: module for name, module in model.named_modules() if id(module) in having}
     if not layers:
         raise ValueError("This model has no packed linear layer: load one that `lowra quantize` wrote.")
     return layers
-
-
-def _base_name(name: str) -> str:
-    """Name of a layer in the base, without what PEFT puts around it."""
-    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def _codes_digest(name: str, layer: LowRALinear) -> torch.Tensor:

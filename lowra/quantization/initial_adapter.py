@@ -11,12 +11,19 @@ from transformers import (
 
 from ..checkpoints.atomic import save_json, save_tensors
 from ..checkpoints.guarded import read_tensors
+from ..checkpoints.records import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    digest_of_adapter,
+    record_of_base,
+    record_of_files,
+)
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .loftq import METHODS, STEPS
 
 ADAPTER_FOLDER = "initial_adapter"
-BASE_RECORD = "lowra_base.json"  # beside an adapter: the base it belongs to, and how it began
 
 
 @dataclasses.dataclass
@@ -109,7 +116,7 @@ def write_adapter(
     tensors = {}
     for path in factors:
         tensors.update(read_tensors(path, "factors of the initial adapter")[0])
-    save_tensors(tensors, folder / "adapter_model.safetensors")
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     save_json(
         {
             "peft_type": "LORA",
@@ -123,7 +130,7 @@ def write_adapter(
             "init_lora_weights": True,
             "inference_mode": False,
         },
-        folder / "adapter_config.json",
+        folder / ADAPTER_CONFIG,
     )
-    record = {"base": config.base, "nominal_bits": config.nominal_bits, "init": recipe.method}
-    save_json({**record, "fingerprint": config.fingerprint}, folder / BASE_RECORD)
+    start = {"init": recipe.method, "start": digest_of_adapter(folder / ADAPTER_WEIGHTS)}
+    save_json({**record_of_base(config), **start, **record_of_files(folder)}, folder / BASE_RECORD)

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import xxhash
 
-from .packed import TENSOR_NAMES
+from .packed import TABLES, TENSOR_NAMES
 
 ALGORITHM = "xxh3_128"
-TABLES = ("scales", "scale_steps", "levels")
 
 
 def digest_of(stored_as: str, shape: Iterable[int], content: bytes | np.ndarray) -> str:
@@ -56,10 +55,10 @@ def packing_of_digests(weights: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """
     codes, tables = [], []
     for digests in weights:
-        own = _joined([digests.get(name, "") for name in ("row_bits", "weight")])
+        own = joined([digests.get(name, "") for name in ("row_bits", "weight")])
         codes.append(own)
-        tables.append(_joined([own, *(f"{name} {digests[name]}" for name in TABLES if name in digests)]))
-    return {"codes": _joined(sorted(codes)), "tables": _joined(sorted(tables))}
+        tables.append(joined([own, *(f"{name} {digests[name]}" for name in sorted(TABLES) if name in digests)]))
+    return {"codes": joined(sorted(codes)), "tables": joined(sorted(tables))}
 
 
 def packing_of(weights: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, str]:
@@ -69,5 +68,6 @@ def packing_of(weights: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, str]:
     )
 
 
-def _joined(parts: list[str]) -> str:
+def joined(parts: list[str]) -> str:
+    """One digest of several digests and words."""
     return xxhash.xxh3_128("\n".join(parts).encode()).hexdigest()

@@ -155,7 +155,7 @@ def test_lost_digests_are_said_and_packed_weights_still_checked(copied, caplog, 
         load(copied)
     assert any(f"has lost its {DIGESTS_FILE}" in record.getMessage() for record in caplog.records)
     assert main(["verify", str(copied)]) == 0
-    assert "the packed ones are as they were written" in capsys.readouterr().out
+    assert "the packed weights are as they were written" in capsys.readouterr().out
     for name in ("weight", "row_bits", "levels", "scales"):
         change(copied, flip(f"{LAYER}.{name}", 1) if name != "row_bits" else DAMAGE["permuted precisions"][0])
         with pytest.raises(ValueError, match="not those that its config.json was written with"):

@@ -1,0 +1,328 @@
+"""Trained tables belong to an adapter: whoever loads it gets them or an error, and nobody else does."""
+
+import contextlib
+import copy
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from safetensors.torch import load_file, save_file
+from small_models import inputs_of, logits_of
+from transformers import AutoModelForCausalLM
+
+import lowra
+from lowra.adapters import AdapterLibrary, load_packed
+from lowra.commands import main
+from lowra.nn.trained_tables import bake_tables, load_tables, save_tables, train_tables
+
+TABLES = "tables.safetensors"
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def with_tables(model, seed, scales=True):
+    """Tables as training leaves them, for the active adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ("lora_B" in name or "ia3_l" in name) and model.active_adapter in name.split("."):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    for parameter in train_tables(model, scales).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    bake_tables(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["all-linear", "two layers", "levels alone", "IA3"])
+def trained(request, packed_llama, tmp_path_factory):
+    """An adapter with tables, and the logits it has where it was trained."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
+    if request.param == "two layers":
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"])
+    if request.param == "IA3":
+        config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = with_tables(get_peft_model(load(packed_llama), config), 1, scales=request.param != "levels alone")
+    folder = tmp_path_factory.mktemp("tables") / "adapter"
+    model.save_pretrained(folder)
+    return folder, logits_of(model)
+
+
+@pytest.fixture(scope="module")
+def plain(packed_llama, tmp_path_factory):
+    """An adapter without tables."""
+    model = get_peft_model(load(packed_llama), LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.data.normal_()
+    folder = tmp_path_factory.mktemp("plain") / "adapter"
+    model.save_pretrained(folder)
+    return folder, logits_of(model.eval())
+
+
+def test_every_door_brings_them(packed_llama, trained, tmp_path):
+    folder, logits = trained
+    assert (folder / TABLES).exists()
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load(packed_llama), folder).eval()), logits)
+    if not is_ia3(trained):
+        assert torch.equal(logits_of(PeftMixedModel.from_pretrained(load(packed_llama), folder).eval()), logits)
+    model = load(packed_llama)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits_of(model), logits)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(packed_llama)}))
+    assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(copied).eval()), logits)
+    merged = lowra.merge_into_dense(PeftModel.from_pretrained(load(packed_llama), folder))
+    torch.testing.assert_close(logits_of(merged), logits, rtol=1e-3, atol=1e-4)
+
+
+def test_the_base_keeps_its_own(packed_llama, trained, plain):
+    folder, logits = trained
+    base = logits_of(load(packed_llama))
+    model = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), base)
+    if is_ia3(trained):  # goes with no other method
+        assert torch.equal(logits_of(model.unload()), base)
+        return
+    model.load_adapter(plain[0], "plain")
+    assert torch.equal(logits_of(model), logits)
+    for _ in range(2):
+        model.set_adapter("plain")
+        assert torch.equal(logits_of(model), plain[1])
+        model.set_adapter("default")
+        assert torch.equal(logits_of(model), logits)
+    model.delete_adapter("default")
+    assert torch.equal(logits_of(model), plain[1])
+    model.load_adapter(folder, "default")
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), logits)
+    assert torch.equal(logits_of(model.unload()), base)
+
+
+def test_a_name_used_again_has_no_tables_left(packed_llama, trained):
+    if is_ia3(trained):
+        pytest.skip("one method is enough")
+    model = PeftModel.from_pretrained(load(packed_llama), trained[0]).eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))  # B is zero
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model.eval()), logits_of(load(packed_llama)))
+
+
+def is_ia3(trained):
+    return json.loads((trained[0] / "adapter_config.json").read_text())["peft_type"] == "IA3"
+
+
+def test_two_adapters_with_tables_each(packed_llama, trained, tmp_path):
+    if is_ia3(trained):
+        pytest.skip("one method is enough")
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj", "up_proj"]))
+    model.set_adapter("second")
+    second = logits_of(with_tables(model, 2))
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), logits) and not torch.equal(second, logits)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(packed_llama), tmp_path).eval()
+    again.load_adapter(tmp_path / "second", "second")
+    assert torch.equal(logits_of(again), logits)
+    again.set_adapter("second")
+    assert torch.equal(logits_of(again), second)
+    with pytest.raises(ValueError, match="cannot be used together"):
+        again.base_model.set_adapter(["default", "second"])
+        logits_of(again)
+    again.base_model.set_adapter(["second"])
+    with pytest.raises(ValueError, match="would leave them behind"):
+        again.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mixed", combination_type="svd")
+    tokens = inputs_of(again)["input_ids"]
+    alike = again(input_ids=tokens, adapter_names=["second", "second"]).logits
+    torch.testing.assert_close(alike, second, rtol=1e-4, atol=1e-5)
+    for names in (["default", "second"], ["second", "__base__"], ["default", "default"], ["__base__", "__base__"]):
+        with pytest.raises(ValueError, match="cannot be used together|batch of their own"):
+            again(input_ids=tokens, adapter_names=names)
+
+
+def test_merging(packed_llama, trained, plain):
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    if not is_ia3(trained):
+        model.load_adapter(plain[0], "plain")
+        model.merge_adapter(["plain"])
+        torch.testing.assert_close(logits_of(model), plain[1], rtol=1e-3, atol=1e-4)
+        model.unmerge_adapter()
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model), logits, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match="cannot be used together"):
+            model.merge_adapter(["plain"])
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), logits)
+        torch.testing.assert_close(logits_of(model.merge_and_unload()), logits, rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="merge_into_dense"):
+            model.merge_and_unload()
+        assert torch.equal(logits_of(model), logits)
+
+
+def test_the_original_cannot_take_them(packed_llama, dense_llama, trained):
+    model = PeftModel.from_pretrained(load(packed_llama), trained[0])
+    with pytest.raises(ValueError, match="merging into the original would leave them behind"):
+        lowra.merge_into_dense(model, original=dense_llama)
+    with pytest.raises(ValueError, match="this model is dense"):
+        PeftModel.from_pretrained(load(dense_llama), trained[0], any_base=True)
+    with pytest.raises(ValueError, match="this model is dense"):
+        load(dense_llama).load_adapter(str(trained[0]))
+
+
+def test_hotswap(packed_llama, trained, plain, tmp_path):
+    if is_ia3(trained):
+        pytest.skip("hotswap knows LoRA only")
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), plain[0]).eval()
+    with contextlib.suppress(RuntimeError):  # fewer layers than the first
+        hotswap_adapter(model, str(folder), "default", torch_device="cpu")
+        assert torch.equal(logits_of(model), logits)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+        with pytest.raises(ValueError, match="factors from a state dict would leave them behind"):
+            hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
+        assert torch.equal(logits_of(model), logits)
+        with pytest.raises((ValueError, OSError)):
+            hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+        assert torch.equal(logits_of(model), logits)
+        hotswap_adapter(model, str(plain[0]), "default", torch_device="cpu")
+        assert torch.equal(logits_of(model), plain[1])
+
+
+def test_packed_adapters_and_libraries(packed_llama, trained, plain, tmp_path, capsys):
+    if is_ia3(trained):
+        pytest.skip("only LoRA is packed")
+    names = {"a": trained, "b": plain}
+    for name, (folder, _) in names.items():
+        command = ["adapter", "quantize", str(folder), "--method", "rtn", "--bits", "4", "--base", str(packed_llama)]
+        assert main([*command, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a" / TABLES).read_bytes() == (trained[0] / TABLES).read_bytes()
+    assert not (tmp_path / "b" / TABLES).exists()
+    model = load_packed(load(packed_llama), tmp_path / "a").eval()
+    assert (logits_of(model) - trained[1]).norm() < 0.2 * (logits_of(load(packed_llama)) - trained[1]).norm()
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(load(packed_llama)))
+    library = AdapterLibrary(load(packed_llama))
+    for name in names:
+        library.add(name, tmp_path / name)
+    for name in ("a", "b", "a"):
+        library.switch(name)
+        alone = load_packed(load(packed_llama), tmp_path / name).eval()
+        assert torch.equal(logits_of(library.model), logits_of(alone))
+    (tmp_path / "a" / TABLES).unlink()
+    with pytest.raises(ValueError, match="bytes have changed"):
+        load_packed(load(packed_llama), tmp_path / "a")
+    assert main(["verify", str(tmp_path / "a")]) == 2
+
+
+def lose(folder):
+    (folder / TABLES).unlink()
+
+
+def flip(folder):
+    tensors = load_file(folder / TABLES)
+    name = next(key for key in sorted(tensors) if key.endswith(".levels"))
+    tensors[name].view(torch.uint8)[0] ^= 1
+    save_file(tensors, folder / TABLES)
+
+
+def not_a_number(folder):
+    tensors = load_file(folder / TABLES)
+    tensors[next(key for key in sorted(tensors) if key.endswith(".levels"))][1] = torch.nan
+    save_file(tensors, folder / TABLES)
+
+
+def without_codes(folder):
+    tensors = load_file(folder / TABLES)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if not key.endswith("0.mlp.up_proj.codes")}, folder / TABLES
+    )
+
+
+def cut(folder):
+    content = (folder / TABLES).read_bytes()
+    (folder / TABLES).write_bytes(content[: len(content) // 2])
+
+
+DAMAGE = {
+    lose: "has lost its tables.safetensors",
+    flip: "has other bytes than were saved in",
+    not_a_number: "holds 1 NaN or Inf",
+    without_codes: "it has no levels or no digest of",
+    cut: "cut short",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_tables_are_refused(packed_llama, trained, tmp_path, how):
+    folder = shutil.copytree(trained[0], tmp_path / "damaged")
+    how(folder)
+    for call in (
+        lambda: PeftModel.from_pretrained(load(packed_llama), folder),
+        lambda: load(packed_llama).load_adapter(str(folder)),
+    ):
+        with pytest.raises(ValueError, match=DAMAGE[how]):
+            call()
+
+
+def test_tables_of_another_adapter_are_refused(packed_llama, trained, plain, tmp_path):
+    folder = shutil.copytree(plain[0], tmp_path / "mixed")
+    shutil.copyfile(trained[0] / TABLES, folder / TABLES)
+    with pytest.raises(ValueError, match="was saved without the tables.safetensors"):
+        PeftModel.from_pretrained(load(packed_llama), folder)
+
+
+def test_saving_over_an_adapter_with_tables_takes_them_away(packed_llama, trained, plain, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "again")
+    PeftModel.from_pretrained(load(packed_llama), plain[0]).save_pretrained(folder)
+    assert not (folder / TABLES).exists()
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load(packed_llama), folder).eval()), plain[1])
+
+
+def test_training_goes_on_from_them_and_a_checkpoint_has_them(packed_llama, trained, tmp_path):
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder, is_trainable=True)
+    changes = train_tables(model)
+    torch.testing.assert_close(logits_of(model.eval()), logits, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(load(packed_llama)))
+    for parameter in changes.values():
+        parameter.data.add_(0.05)
+    now = logits_of(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = PeftModel.from_pretrained(load(packed_llama), tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(logits_of(again), now, rtol=1e-2, atol=1e-2)
+    bake_tables(model)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_models_with_tables_are_copied_and_pickled(packed_llama, trained):
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    copied = copy.deepcopy(model)
+    with copied.disable_adapter():
+        base = logits_of(copied)
+        assert torch.equal(logits_of(model), logits)
+    assert torch.equal(base, logits_of(load(packed_llama))) and torch.equal(logits_of(copied), logits)
+    assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), logits)
+
+
+def test_by_hand_on_a_model_without_adapters(packed_llama, tmp_path):
+    model = load(packed_llama)
+    for parameter in train_tables(model).values():
+        parameter.data.normal_(std=0.1)
+    bake_tables(model)
+    save_tables(model, tmp_path)
+    again = load(packed_llama)
+    load_tables(again, tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
