@@ -138,3 +138,17 @@ def test_what_a_packed_model_does_not_take_from_the_recipe_is_said(packed, text,
     messages = [record.getMessage() for record in caplog.records]
     assert any("has 2 bits; the recipe's 1.5 bits are not used" in message for message in messages)
     assert any("has rank 4; the recipe's rank of 8 is not used" in message for message in messages)
+
+
+def test_a_base_without_its_initial_adapter_is_said(packed, text, caplog):
+    start = str(packed / "initial_adapter")
+    for command in (
+        ["evaluate", str(packed), "--data", str(text), "--block-size", "32"],
+        ["generate", str(packed), "--prompt", "The", "--tokens", "2"],
+    ):
+        with caplog.at_level("WARNING", logger="lowra"):
+            assert main(command) == 0
+        assert sum(start in record.getMessage() for record in caplog.records) == 1
+        caplog.clear()
+        assert main([*command, "--adapter", start]) == 0
+        assert not any("packed together" in record.getMessage() for record in caplog.records)

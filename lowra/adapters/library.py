@@ -23,7 +23,7 @@ from torch import nn
 from ..checkpoints.places import expanded
 from ..checkpoints.records import TABLES_FILE
 from ..integrations.adapter_keys import own_keys
-from ..nn.adapter_tables import hold_adapter_tables
+from ..integrations.adapter_records import Arriving, settle
 from ..nn.trained_tables import check_tables
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
@@ -60,8 +60,7 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
             f"{(list(result.unexpected_keys) + absent)[0]}; expected the configuration it was trained with."
         )
     _move_to_its_layers(model, name)
-    if tables:
-        hold_adapter_tables(model).put(name, tables)
+    settle(model, name, Arriving({}, tables or None))
     return model
 
 

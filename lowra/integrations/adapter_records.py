@@ -67,6 +67,11 @@ def record_of(model: PeftModel, name: str) -> dict:
     return getattr(model.peft_config.get(name), _KEPT, {})
 
 
+def has_arrived(model: PreTrainedModel, name: str) -> bool:
+    """Whether an adapter was loaded, with a record or without, and not made anew."""
+    return hasattr(getattr(base_of(model), "peft_config", {}).get(name), _KEPT)
+
+
 def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
     """Keeps what came with an adapter that has been loaded; on a packed base only.
 

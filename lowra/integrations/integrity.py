@@ -29,7 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class IntegrityCheck:
-    """Reads a packed checkpoint's files through while Transformers loads them."""
+    """Reads a packed checkpoint's files through while Transformers loads them.
+
+    Attributes:
+        folder: of the checkpoint.
+    """
 
     def __init__(self, files: list[pathlib.Path], config: PreTrainedConfig):
         """
@@ -40,8 +44,8 @@ class IntegrityCheck:
         Raises:
             ValueError: digests that cannot be read.
         """
-        self._folder = files[0].parent
-        self._recorded = read_digests(_digests_file(self._folder, config)) if _are_usual(files) else None
+        self.folder = files[0].parent
+        self._recorded = read_digests(_digests_file(self.folder, config)) if _are_usual(files) else None
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._found = self._reader.submit(find_tensors, files)
 
@@ -53,13 +57,13 @@ class IntegrityCheck:
         """
         found = self._found.result()
         self._reader.shutdown(wait=False)
-        check_tensors(found, self._recorded, config.packing, self._folder)
+        check_tensors(found, self._recorded, config.packing, self.folder)
         config.packing = found.packing
-        changes = [] if self._recorded is None else changed_settings(self._recorded, self._folder)
+        changes = [] if self._recorded is None else changed_settings(self._recorded, self.folder)
         if changes:
             logger.warning(
                 "lowra: config.json of %s was changed after the weights were written: %s.",
-                self._folder,
+                self.folder,
                 "; ".join(changes),
             )
 

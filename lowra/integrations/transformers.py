@@ -30,6 +30,7 @@ from ..weights.packed import TENSOR_NAMES, channel_bits
 from .adapter_records import write_record
 from .direct_loading import DirectLoading, large_dense_tensors
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
+from .missing_start import watch_for_start
 from .model_patches import (
     declare_ties,
     forget_conversions,
@@ -165,6 +166,7 @@ class LowRAHfQuantizer(HfQuantizer):
             self._loading = None
         if self._check is not None:
             self._check.finish(self.quantization_config)
+            watch_for_start(model, self._check.folder, self.quantization_config)
             self._check = None
         for target in self._targets.values():
             module = model.get_submodule(target.name)

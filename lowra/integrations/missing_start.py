@@ -1,0 +1,85 @@
+"""A base that was packed together with an initial adapter, used without it: said once, at the first forward.
+
+Its packed weights are what is left of W less that adapter's product, so that alone they are far from W (perplexity 6917
+instead of 574 on base-30m at 1.25 bits). Only at a forward is it known whether an adapter has come.
+"""
+
+import contextlib
+import logging
+import pathlib
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoints.records import BASE_RECORD, read_record
+from ..config import LowRAConfig
+from ..nn.linear import LowRALinear
+from ..quantization.initial_adapter import ADAPTER_FOLDER
+from .adapter_records import has_arrived
+
+logger = logging.getLogger(__name__)
+
+
+def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAConfig) -> None:
+    """Warns at the first forward that runs without the start that a packed checkpoint has, or one trained from it.
+
+    Args:
+        model: just loaded.
+        folder: of the checkpoint.
+        config: of the packing.
+    """
+    start = _start_of(folder, config)
+    layer = next((module for module in model.modules() if isinstance(module, LowRALinear)), None)
+    if start is not None and layer is not None:
+        _Watch(model, layer, start, folder / ADAPTER_FOLDER)
+
+
+def _start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:
+    """Such as "loftq, rank 8"; None where the packed weights are all of the base."""
+    if config.initial_adapter is not None:
+        method, rank = config.initial_adapter.get("method"), config.initial_adapter.get("rank")
+        return None if method == "lora" else f"{method}, rank {rank}"
+    path = folder / ADAPTER_FOLDER / BASE_RECORD  # of an earlier version
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ValueError, OSError):  # whoever loads that adapter is told
+        method = read_record(path).get("init")
+        return None if method in (None, "lora") else method
+    return None
+
+
+class _Watch:
+    """A hook on one packed layer, which no adapter's forward goes past; it takes itself off. Can be pickled."""
+
+    def __init__(self, model: nn.Module, layer: LowRALinear, start: str, adapter: pathlib.Path):
+        self.model, self.start, self.adapter = model, start, adapter
+        self.handle = layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer: nn.Module, inputs) -> None:
+        if torch.compiler.is_compiling():
+            return
+        tuner = next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
+        if tuner is not None and tuner.disable_adapters:
+            return  # a reference model; what counts is the next forward
+        self.handle.remove()
+        where = str(self.adapter) if self.adapter.is_dir() else f"the {ADAPTER_FOLDER} of the checkpoint"
+        what = f"this base was packed together with an initial adapter ({self.start}) that holds a part of its weights"
+        active = [] if tuner is None else tuner.active_adapters
+        if not active:
+            logger.warning(
+                "lowra: %s; without it the outputs are far off. Load %s, or an adapter trained from it "
+                "(PeftModel.from_pretrained; --adapter on the command line).",
+                what,
+                where,
+            )
+        elif not any(has_arrived(self.model, name) for name in active):
+            logger.warning(
+                "lowra: %s, and adapter %s starts anew: training starts far off. Start from %s: "
+                "PeftModel.from_pretrained(model, '%s', is_trainable=True).",
+                what,
+                ", ".join(map(repr, active)),
+                where,
+                where,
+            )
