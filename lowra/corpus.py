@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from .checkpoints.places import expanded
+
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl")
 _TABLE_SUFFIXES = (".csv", ".tsv")
 _PROBED_LINES = 20
@@ -42,7 +44,7 @@ def read_text(path: str | pathlib.Path, column: str = "text") -> list[str]:
     Raises:
         FileNotFoundError, ValueError: as `read_json_lines`.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     text = _decoded(path)
     if _holds_rows(path, text):
         return [row[column] for row in _rows(path, text, [column])]
@@ -59,7 +61,7 @@ def read_json_lines(path: str | pathlib.Path, columns: list[str]) -> list[dict]:
         FileNotFoundError, ValueError: no such file, empty, not UTF-8, a line that is no JSON object or lacks text in a
             column; messages about lines name the line.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     return _rows(path, _decoded(path), columns)
 
 
@@ -78,11 +80,22 @@ def check_row(row: Any, columns: list[str], where: str) -> None:
             raise ValueError(f"{where} has no text in the field {column!r}: it is {_kind(value)}.")
         if isinstance(row, _RepeatedKeys) and column in row.repeated:
             raise ValueError(f"{where} has the field {column!r} twice: which of them is meant?")
-        if (half := _lone_surrogate(value)) is not None:
-            raise ValueError(
-                f"{where} has {half!r} in the field {column!r}, half of a surrogate pair, which is no character: "
-                "remove it, or write the other half."
-            )
+        check_characters(value, f"{where} has {{!r}} in the field {column!r}")
+
+
+def check_characters(text: str, message: str) -> None:
+    """
+    Args:
+        message: how an error begins, with a place for the character.
+
+    Raises:
+        ValueError: half of a surrogate pair, as in "\\ud800" of JSON or a byte of a command line that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = message.format(text[error.start])
+        raise ValueError(f"{found}, half of a surrogate pair, which is no character: remove it.") from None
 
 
 def load_tokenizer(folder: str | pathlib.Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -208,14 +221,6 @@ def _place_of(content: bytes, error: UnicodeDecodeError) -> str:
     start = error.start + (len(content) - len(error.object))  # a byte-order mark is cut off before
     line = content.count(b"\n", 0, start) + 1
     return f"0x{content[start]:02x} in line {line}"
-
-
-def _lone_surrogate(text: str) -> str | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None
 
 
 def _kind(value: object) -> str:

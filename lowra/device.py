@@ -14,8 +14,14 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda" if gpus else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:0 and so on.") from None
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"There is no {name}: PyTorch {torch.__version__} sees {gpus} GPUs here. Give cpu instead.")
+    if device.type not in ("cpu", "cuda"):
+        other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if other is None or other.type != device.type or (device.index or 0) >= torch.accelerator.device_count():
+            raise ValueError(f"There is no {name} that PyTorch {torch.__version__} can use here. Give cpu instead.")
+    if device.type == "cpu" and device.index:
+        raise ValueError(f"There is no {name}: to PyTorch all processors are one. Give cpu instead.")
     return device

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import load_tokenizer
 from ..generation.loading import load_model
 from ..generation.text import continue_text
-from .generate import add_model, speed
+from .generate import add_model, check_sampling, room, speed
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,11 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Answers one line after the other; returns the conversation."""
-    if args.tokens < 1:
-        raise ValueError(f"--tokens must be at least 1; got {args.tokens}.")
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    check_sampling(args)
+    folder = resolve_folder(args.model)
+    config = read_config(folder, args.trust_remote_code)
+    tokenizer = load_tokenizer(folder, args.trust_remote_code)
     _check_template(tokenizer, args.model)
-    model = load_model(args.model, args.adapter, args.device, args.force, args.trust_remote_code)
+    model = load_model(str(folder), args.adapter, args.device, args.force, args.trust_remote_code)
     printer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
@@ -41,7 +43,10 @@ def run(args: argparse.Namespace) -> dict:
         messages.append({"role": "user", "content": line})
         written = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(str(written), add_special_tokens=False, return_tensors="pt")["input_ids"]
-        said = continue_text(model, tokenizer, ids, args.tokens, args.temperature, args.seed, printer)
+        left = room(config, ids.shape[1])
+        if left < 1:
+            raise ValueError(f"The conversation fills all positions of {args.model}: begin anew (/new) in time.")
+        said = continue_text(model, tokenizer, ids, int(min(args.tokens, left)), args.temperature, args.seed, printer)
         messages.append({"role": "assistant", "content": said.reply})
         print(f"({speed(said)})", file=sys.stderr)
     return {"messages": messages}

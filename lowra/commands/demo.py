@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import sys
 import time
 
 from ..checkpoints.places import usable_folder
@@ -11,7 +12,7 @@ from ..generation.loading import load_model
 from ..generation.text import continue_text
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import Recipe
-from .parser import add_trust
+from .parser import MOST_SEEDS, add_trust, check_range
 
 _METHODS = ("lora16", "qlora", "loftq", "lowra")
 _BITS = (4.0, 2.0, 1.5)
@@ -47,6 +48,9 @@ def run(args: argparse.Namespace) -> dict:
     """
     if (args.train is None) != (args.validation is None):
         raise ValueError("Give --train and --validation together, or neither.")
+    check_range(args, "steps", 1)
+    check_range(args, "learning_rate", sys.float_info.min)
+    check_range(args, "seed", 0, MOST_SEEDS)
     output = usable_folder(args.output)
     start = time.perf_counter()
     texts = write_texts(output / "text")

@@ -2,8 +2,11 @@
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
+
+MOST_SEEDS = 2**32 - 1  # what NumPy's generators take
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -31,6 +34,19 @@ class HelpWithDefaults(argparse.HelpFormatter):
         text = action.help or ""
         unsaid = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
         return f"{text} (default: %(default)s)" if action.option_strings and unsaid else text
+
+
+def check_range(args: argparse.Namespace, name: str, least: float, most: float = math.inf) -> None:
+    """
+    Raises:
+        ValueError: the option of this name is given and not finite, or not within the limits.
+    """
+    value = getattr(args, name)
+    if value is None or math.isfinite(value) and least <= value <= most:
+        return
+    option = "--" + name.replace("_", "-")
+    limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:.15g}"
+    raise ValueError(f"{option} must be {limits}; got {value}.")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

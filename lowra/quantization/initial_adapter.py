@@ -1,6 +1,7 @@
 """The adapter that is written beside a packed checkpoint, as PEFT reads it."""
 
 import dataclasses
+import math
 import pathlib
 
 from transformers import (
@@ -51,8 +52,8 @@ class AdapterRecipe:
         for name, number in (("rank", self.rank), ("number of steps", self.steps)):
             if number < 1:
                 raise ValueError(f"A {name} is at least 1; got {number}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive; got {self.alpha:g}.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite; got {self.alpha:g}.")
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -23,8 +24,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.places import expanded, usable_folder
@@ -177,7 +180,12 @@ def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = T
 
 
 def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArguments:
-    """The recipe in Transformers' terms."""
+    """The recipe in Transformers' terms.
+
+    Raises:
+        ValueError: a schedule, an optimiser or a tracker that is not there or needs more than a recipe can say; the
+            Trainer itself would find out after the base has been quantised.
+    """
     kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
     evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
     arguments = kind(
@@ -189,8 +197,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.scheduler,
-        # a share below 1 and a number of steps from 1 on
-        warmup_steps=recipe.warmup_ratio if recipe.warmup_ratio < 1 else recipe.max_steps or 0,
+        warmup_steps=min(recipe.warmup_ratio, math.nextafter(1, 0)),  # from 1 on it would be a number of steps
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.beta2,
         max_grad_norm=recipe.max_grad_norm,
@@ -217,7 +224,28 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         ddp_timeout=4 * 3600,  # the other processes wait while the first one quantises
     )
     use_one_gpu(arguments)  # several are for several processes (torchrun)
+    _check_names(recipe, arguments)
     return arguments
+
+
+def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
+    layer: Any = torch.nn.Linear(1, 1)  # in the place of the model
+
+    def make_trackers() -> None:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+
+    makers = {
+        "scheduler": lambda: get_scheduler(recipe.scheduler, torch.optim.SGD(layer.parameters()), 1, 2),
+        "optimizer": lambda: Trainer.get_optimizer_cls_and_kwargs(arguments, layer),
+        "report_to": make_trackers,
+    }
+    for name, make in makers.items():
+        try:
+            make()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name}={getattr(recipe, name)} cannot be used here: {reason}") from error
 
 
 def _trainer(model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:

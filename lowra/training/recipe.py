@@ -15,6 +15,7 @@ import pydantic
 import yaml
 
 from ..checkpoints.guarded import read_text
+from ..checkpoints.places import expanded
 from ..config import check_keys
 
 
@@ -25,10 +26,7 @@ def _no_truth(value: object) -> object:
 
 
 def _at_home(path: str) -> str:
-    try:
-        return str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        raise ValueError("of a user that this machine does not have") from None
+    return str(expanded(path)) if path.startswith("~") else path
 
 
 _NO_TRUTH = pydantic.BeforeValidator(_no_truth)
@@ -194,7 +192,7 @@ def load_recipe(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown key or a value that cannot be used.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}.")
     content = _parsed(read_text(path, "a recipe"), str(path))
@@ -281,7 +279,7 @@ def _checked(name: str, value: typing.Any, checker: pydantic.TypeAdapter) -> typ
     elif kind == "string_too_short":
         expected = "a name or left out"
     elif kind == "value_error" and isinstance(value, str):
-        expected = f"a folder or file, and not one {problem['ctx']['error']}"
+        expected = f"a folder or file ({problem['ctx']['error']})"
     else:
         expected = f"of type {_PYTHON_NAMES[schema['type']]}"
     raise ValueError(f"{name} must be {expected}; got {value!r:.200}.")

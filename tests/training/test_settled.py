@@ -177,7 +177,7 @@ def test_a_folder_at_home_is_one_place(recipe, tmp_path, monkeypatch):
         ("output=\t-", "is not readable as YAML"),
         ("output=", "output must be of type str; got None"),
         ("output=''", "output must be a name or left out"),
-        ("output=~nobody-here/x", "a user that this machine does not have"),
+        ("output=~nobody-here/x", "a user's home that does not exist"),
         ("output=2026-01-01", "output must be of type str"),
         ("output=no", "output must be of type str; got False"),
         ("bits=.nan", "bits must be a finite number"),
