@@ -9,7 +9,7 @@ from ..weights.codebook import PRECISIONS, Codebook, initial_tables
 
 
 def learn_codebook(weight: torch.Tensor, config: LowRAConfig) -> Codebook:
-    """Tables of every channel at 4, 2 and 1 bits, and the error each precision would leave.
+    """Levels and thresholds of every channel at 4, 2 and 1 bits, and the error each precision would leave.
 
     Args:
         weight: floating point [N, K], finite; on a GPU the search runs there.

@@ -1,12 +1,11 @@
-"""Levels and thresholds: the tables every search starts from, and the tables learned for one matrix."""
+"""Levels and thresholds: those that every search starts from, and the codebook learned for one matrix."""
 
 import dataclasses
 
 import torch
 
+from bitsandbytes.backends.lowra.layout import PRECISIONS  # order of a codebook's columns
 from bitsandbytes.backends.lowra.lloyd import LEVELS, THRESHOLDS
-
-PRECISIONS = (4, 2, 1)  # order of a codebook's columns
 
 NF4 = (
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.28444138, -0.18477343, -0.09105, 0.0,
@@ -19,7 +18,7 @@ NF2_THRESHOLDS = (-0.5, 0.16895762, 0.66895762)
 
 @dataclasses.dataclass
 class Codebook:
-    """Tables of one matrix for all precisions, columns in the order 4, 2, 1 bits (LowRA, T2 of figure 1).
+    """Levels and thresholds of one matrix, columns in the order 4, 2, 1 bits (LowRA, T2 of figure 1).
 
     Attributes:
         levels: float32 [N, 22], in normalised space, ascending within a precision.
@@ -32,7 +31,7 @@ class Codebook:
     errors: torch.Tensor
 
     def pack(self, row_order: torch.Tensor, row_bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of the assigned precisions in packed order: thresholds float32 and levels float16, both flat."""
+        """Thresholds float32 and levels float16 of the assigned precisions in packed order, both flat."""
         order = row_order.long()
         bits = row_bits[order]
         thresholds, levels = [], []
