@@ -22,19 +22,25 @@ extern "C" {
 #endif
 
 #define LOWRA_FORMAT_VERSION 1
-#define LOWRA_ROW_ALIGNMENT 16  // bytes: one vector load of a GPU thread never crosses into the next row
-#define LOWRA_SCALE_BLOCK 256   // scales that share one float32 step
+#define LOWRA_INTERFACE_VERSION 2  // of the functions and structs below: native.py takes no library of another one
+#define LOWRA_ROW_ALIGNMENT 16     // bytes: one vector load of a GPU thread never crosses into the next row
+#define LOWRA_SCALE_BLOCK 256      // scales that share one float32 step
 #define LOWRA_MAX_GROUP_SIZE 256
 #define LOWRA_MOST_GROUPED 3  // weights of lowra_cuda_product_group
 
 enum lowra_status {
   LOWRA_OK = 0,
-  LOWRA_BAD_SHAPE = 1,  // negative counts, a group size that is not a multiple of 8 or above the maximum
+  LOWRA_BAD_SHAPE = 1,  // negative counts, a group size that is not a multiple of 8 or above the maximum, sizes whose
+                        // products do not fit into 64 bits
   LOWRA_BAD_TYPE = 2,   // an element or scale type that is not listed below
   LOWRA_NULL_POINTER = 3,
-  LOWRA_CUDA_ERROR = 4,   // a launch failed; lowra_cuda_error() has the runtime's words
-  LOWRA_UNSUPPORTED = 5,  // a shape this kernel does not cover; the caller takes the reference
-  LOWRA_NOT_FORCED = 6,   // the environment's LOWRA_PRODUCT names a kernel that does not cover this product, or none
+  LOWRA_CUDA_ERROR = 4,     // a launch failed; lowra_cuda_error() has the runtime's words
+  LOWRA_UNSUPPORTED = 5,    // a shape this kernel does not cover; the caller takes the reference
+  LOWRA_NOT_FORCED = 6,     // the environment's LOWRA_PRODUCT names a kernel that does not cover this product, or none
+  LOWRA_MISALIGNED = 7,     // a pointer that is no multiple of the size of its elements; for CUDA also codes on no
+                            // multiple of LOWRA_ROW_ALIGNMENT, or levels on none of 4
+  LOWRA_BAD_ROW_ORDER = 8,  // a row number outside the weight, or one that stands twice; only the CPU functions look
+  LOWRA_NO_MEMORY = 9,      // no scratch memory on the CPU
 };
 
 enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
@@ -63,6 +69,16 @@ typedef struct lowra_part {
   int64_t first_row, rows, first_column, columns;
 } lowra_part;
 
+// Weighted Lloyd-Max of every row of a weight [rows, in_features] at 4, 2 and 1 bits (bitsandbytes/backends/lowra/
+// lloyd.py is the specification).
+typedef struct lowra_lloyd {
+  const float *initial_levels;      // [22]: 16, 4 and 2
+  const float *initial_thresholds;  // [19]: 15, 3 and 1
+  int64_t rows, in_features, group_size;
+  int32_t iterations;
+  int32_t squared;  // weight of a group in the search: absmax squared, or absmax
+} lowra_lloyd;
+
 static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
   int64_t bytes = (in_features * bits + 7) / 8;
   return (bytes + LOWRA_ROW_ALIGNMENT - 1) / LOWRA_ROW_ALIGNMENT * LOWRA_ROW_ALIGNMENT;
@@ -72,6 +88,7 @@ static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
 static_assert(sizeof(lowra_shape) == 40, "lowra_shape is mirrored by ctypes in native.py");
 static_assert(sizeof(lowra_packed) == 88, "lowra_packed is mirrored by ctypes in native.py");
 static_assert(sizeof(lowra_part) == 32, "lowra_part is mirrored by ctypes in native.py");
+static_assert(sizeof(lowra_lloyd) == 48, "lowra_lloyd is mirrored by ctypes in native.py");
 static_assert(LOWRA_ROW_ALIGNMENT % 16 == 0, "kernels load 16 bytes at once");
 static_assert(LOWRA_SCALE_BLOCK == 256, "the checkpoint format fixes the block of double-quantised scales");
 static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");
@@ -84,6 +101,10 @@ static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");
 #endif
 
 LOWRA_API int lowra_format_version(void);
+LOWRA_API int lowra_interface_version(void);
+
+// No function below trusts its sizes and pointers further than it must: a status other than LOWRA_OK says what is wrong
+// before anything is read or written. That the memory is as large as the sizes say is the caller's word.
 
 // codes and absmax of `weight` [N, K]; row i of the packed order is row row_order[i] of `weight`. thresholds (float32)
 // in packed order: 15 for each 4-bit row, 3 for each 2-bit row, 1 for each 1-bit row. A code is the number of
@@ -95,9 +116,14 @@ LOWRA_API int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, i
 // out [N, K] of out_type, rows in the order of W.
 LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads);
 
-// The CUDA library. Every pointer but the shape structs is to memory of the current device; `stream` is a cudaStream_t.
-// No call synchronises or allocates. Rows of a weight with group sizes that a kernel does not cover answer
-// LOWRA_UNSUPPORTED before anything is launched; the caller then takes the PyTorch reference.
+// levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.
+LOWRA_API int lowra_cpu_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
+                                  float *thresholds, float *errors, int32_t threads);
+
+// The CUDA library. Every pointer but those to structs is to memory of the current device; `stream` is a cudaStream_t.
+// No call synchronises or allocates, so row_order is taken as it is: its caller has made sure that it names every row
+// once. Rows of a weight with group sizes that a kernel does not cover answer LOWRA_UNSUPPORTED before anything is
+// launched; the caller then takes the PyTorch reference.
 
 // As lowra_cpu_quantize. Group sizes 8, 16, 32, 64, 128 and 256.
 LOWRA_API int lowra_cuda_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type,
@@ -195,11 +221,9 @@ static_assert(sizeof(lowra_norm) == 64, "lowra_norm is mirrored by ctypes in nat
 static_assert(sizeof(lowra_attention) == 160, "lowra_attention is mirrored by ctypes in native_decoding.py");
 #endif
 
-// Codebooks of every row of weight [rows, in_features] (bitsandbytes/backends/lowra/lloyd.py): levels [rows, 22],
-// thresholds [rows, 19], errors [rows, 3]. A row must fit into the shared memory of a block (K <= 55,000 on an H200).
-LOWRA_API int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, int64_t in_features,
-                                   int64_t group_size, const float *initial_levels, const float *initial_thresholds,
-                                   const float *column_weights, int32_t iterations, int32_t squared, float *levels,
+// As lowra_cpu_lloyd_max; the initial levels and thresholds lie on the device too. A row must fit into the shared
+// memory of a block (K <= 55,000 on an H200).
+LOWRA_API int lowra_cuda_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
                                    float *thresholds, float *errors, void *stream);
 
 // Gradients (bitsandbytes/backends/lowra/table_gradients.py) of the levels, float32 in the order of packed->levels, and
@@ -210,20 +234,6 @@ LOWRA_API int lowra_cuda_table_gradients(const lowra_packed *packed, const void 
 
 // What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR.
 LOWRA_API const char *lowra_cuda_error(void);
-
-// Weighted Lloyd-Max of every row of `weight` [rows, in_features] at 4, 2 and 1 bits (lloyd.py is the specification).
-typedef struct lowra_lloyd {
-  const float *initial_levels;      // [22]: 16, 4 and 2
-  const float *initial_thresholds;  // [19]: 15, 3 and 1
-  const float *column_weights;      // [in_features] or null
-  int64_t rows, in_features, group_size;
-  int32_t iterations;
-  int32_t squared;  // weight of a group in the search: absmax squared, or absmax
-} lowra_lloyd;
-
-// levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.
-LOWRA_API int lowra_cpu_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
-                                  float *thresholds, float *errors, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -20,14 +20,13 @@ def normalised(weight, group=64):
     return torch.where(absmax > 0, weight / absmax, torch.zeros_like(weight)), absmax
 
 
-def naive_errors(weight, codebook, column_weights=None):
+def naive_errors(weight, codebook):
     x, absmax = normalised(weight)
     errors = []
     for bits in PRECISIONS:
         cuts, levels = codebook.thresholds[:, THRESHOLDS[bits]], codebook.levels[:, LEVELS[bits]]
         code = (x[:, :, None] > cuts[:, None, :]).sum(2)
-        squared = (weight - absmax * levels.gather(1, code)).square()
-        errors.append((squared if column_weights is None else squared * column_weights).sum(1))
+        errors.append((weight - absmax * levels.gather(1, code)).square().sum(1))
     return torch.stack(errors, 1)
 
 

@@ -2,6 +2,7 @@
 // iteration is a binary search per threshold. bitsandbytes/backends/lowra/lloyd.py is the specification.
 
 #include "lowra.h"
+#include "checks.h"
 #include "cpu/threads.h"
 
 #include <cmath>
@@ -43,6 +44,7 @@ class row_search {
   explicit row_search(const lowra_lloyd &search)
       : search_(search),
         x_(search.in_features),
+        spare_(search.in_features),
         importance_(search.in_features),
         true_importance_(search.in_features),
         keys_(search.in_features),
@@ -55,7 +57,6 @@ class row_search {
   void load_row(const void *weight, int32_t type, int64_t row) {
     const int64_t count = search_.in_features;
     std::vector<float> &normal = spare_;
-    normal.resize(count);
     for (int64_t k = 0; k < count; ++k) normal[k] = load(weight, type, row * count + k);
     for (int64_t start = 0; start < count; start += search_.group_size) {
       const int64_t end = std::min(start + search_.group_size, count);
@@ -63,9 +64,8 @@ class row_search {
       for (int64_t k = start; k < end; ++k) absmax = std::max(absmax, std::fabs(normal[k]));
       for (int64_t k = start; k < end; ++k) {
         normal[k] = absmax > 0 ? normal[k] / absmax : 0.0f;
-        const double column = search_.column_weights ? search_.column_weights[k] : 1.0;
-        true_importance_[k] = static_cast<double>(absmax) * absmax * column;
-        importance_[k] = search_.squared ? true_importance_[k] : absmax * column;
+        true_importance_[k] = static_cast<double>(absmax) * absmax;
+        importance_[k] = search_.squared ? true_importance_[k] : absmax;
       }
     }
     sort(normal);
@@ -170,28 +170,39 @@ class row_search {
 
 int lowra_cpu_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
                         float *thresholds, float *errors, int32_t threads) {
-  if (search->rows < 0 || search->in_features <= 0 || search->group_size <= 0) return LOWRA_BAD_SHAPE;
-  if (weight_type < LOWRA_FLOAT32 || weight_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (!search) return LOWRA_NULL_POINTER;
+  // columns are numbered in 32 bits while they are sorted
+  if (lowra::bad_sizes(search->rows, search->in_features, search->group_size) || search->in_features > INT32_MAX ||
+      search->iterations < 0) {
+    return LOWRA_BAD_SHAPE;
+  }
+  if (!lowra::is_float_type(weight_type)) return LOWRA_BAD_TYPE;
   if (search->rows == 0) return LOWRA_OK;
-  if (!weight || !search->initial_levels || !search->initial_thresholds || !levels || !thresholds || !errors)
-    return LOWRA_NULL_POINTER;
-  for_each_row(search->rows, search->rows * search->in_features, kWeightsPerThread, threads, [&] {
-    return [&, work = row_search(*search)](int64_t row) mutable {
-      work.load_row(weight, weight_type, row);
-      int level_start = 0, threshold_start = 0;
-      for (int place = 0, count = 16; place < 3; ++place, count = place == 1 ? 4 : 2) {
-        codebook book;
-        book.count = count;
-        for (int c = 0; c < count; ++c) book.levels[c] = search->initial_levels[level_start + c];
-        for (int c = 0; c + 1 < count; ++c) book.thresholds[c] = search->initial_thresholds[threshold_start + c];
-        errors[row * 3 + place] = static_cast<float>(work.run(book));
-        for (int c = 0; c < count; ++c) levels[row * 22 + level_start + c] = static_cast<float>(book.levels[c]);
-        for (int c = 0; c + 1 < count; ++c)
-          thresholds[row * 19 + threshold_start + c] = static_cast<float>(book.thresholds[c]);
-        level_start += count;
-        threshold_start += count - 1;
-      }
-    };
+  if (const int status = lowra::first_of(
+          lowra::check_memory(weight, lowra::bytes_of(weight_type)), lowra::check_memory(search->initial_levels, 4),
+          lowra::check_memory(search->initial_thresholds, 4), lowra::check_memory(levels, 4),
+          lowra::check_memory(thresholds, 4), lowra::check_memory(errors, 4))) {
+    return status;
+  }
+  return without_exceptions([&] {
+    for_each_row(search->rows, search->rows * search->in_features, kWeightsPerThread, threads, [&] {
+      return [&, work = row_search(*search)](int64_t row) mutable {
+        work.load_row(weight, weight_type, row);
+        int level_start = 0, threshold_start = 0;
+        for (int place = 0, count = 16; place < 3; ++place, count = place == 1 ? 4 : 2) {
+          codebook book;
+          book.count = count;
+          for (int c = 0; c < count; ++c) book.levels[c] = search->initial_levels[level_start + c];
+          for (int c = 0; c + 1 < count; ++c) book.thresholds[c] = search->initial_thresholds[threshold_start + c];
+          errors[row * 3 + place] = static_cast<float>(work.run(book));
+          for (int c = 0; c < count; ++c) levels[row * 22 + level_start + c] = static_cast<float>(book.levels[c]);
+          for (int c = 0; c + 1 < count; ++c)
+            thresholds[row * 19 + threshold_start + c] = static_cast<float>(book.thresholds[c]);
+          level_start += count;
+          threshold_start += count - 1;
+        }
+      };
+    });
+    return LOWRA_OK;
   });
-  return LOWRA_OK;
 }

@@ -261,6 +261,7 @@ int choose_lanes(const lowra_attention &a, cudaStream_t stream) {
 
 int lowra_cuda_attention(const lowra_attention *attention, int32_t type, void *stream) {
   using namespace lowra;
+  if (!attention) return LOWRA_NULL_POINTER;
   const lowra_attention &a = *attention;
   if (a.batch < 0 || a.heads <= 0 || a.kv_heads <= 0 || a.heads % a.kv_heads != 0 || a.dim <= 0 || a.slots <= 0 ||
       a.rotary_dim < 0 || a.rotary_dim > a.dim || a.rotary_dim % 2 != 0) {
@@ -268,9 +269,11 @@ int lowra_cuda_attention(const lowra_attention *attention, int32_t type, void *s
   }
   if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
   if (a.batch == 0) return LOWRA_OK;
-  if (!a.query || !a.key || !a.value || !a.keys || !a.values || !a.cosine || !a.sine || !a.slot || !a.first ||
-      !a.workspace || !a.finished || !a.out) {
-    return LOWRA_NULL_POINTER;
+  if (const int status = first_of(check_memory(a.query, 2), check_memory(a.key, 2), check_memory(a.value, 2),
+                                  check_memory(a.keys, 2), check_memory(a.values, 2), check_memory(a.cosine, 2),
+                                  check_memory(a.sine, 2), check_memory(a.slot, 4), check_memory(a.first, 4),
+                                  check_memory(a.workspace, 4), check_memory(a.finished, 4), check_memory(a.out, 2))) {
+    return status;
   }
   if (a.dim % kVector != 0 || a.dim > 256 || a.batch > 65535 || a.kv_heads > 65535 || !aligned16(a.keys) ||
       !aligned16(a.values) || !aligned16(a.value)) {

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "lowra.h"
+#include "checks.h"
 
 namespace lowra {
 
@@ -104,28 +105,19 @@ inline small_divisor divisor_of(uint32_t divisor) {
   return {divisor == 1 ? 0u : (uint32_t)(((uint64_t{1} << 32) + divisor - 1) / divisor)};
 }
 
-inline bool bad_shape(const lowra_shape &s) {
-  const int64_t limit = INT32_MAX;
-  return s.rows4 < 0 || s.rows2 < 0 || s.rows1 < 0 || s.in_features <= 0 || s.group_size <= 0 ||
-         s.group_size % 8 != 0 || s.group_size > LOWRA_MAX_GROUP_SIZE || s.rows4 + s.rows2 + s.rows1 > limit / 8 ||
-         s.in_features > limit / 8;
+// What the kernels count in 32 bits.
+constexpr int64_t kMostCounted = INT32_MAX / 8;
+
+inline bool bad_cuda_shape(const lowra_shape &s) {
+  return bad_shape(s) || row_count(s) > kMostCounted || s.in_features > kMostCounted;
 }
 
-inline bool bad_scale_type(int32_t type) {
-  return type != LOWRA_FLOAT32 && type != LOWRA_FLOAT16 && type != LOWRA_UINT8;
-}
-
+// Codes are loaded 16 bytes at a time, levels 4.
 inline int check_packed(const lowra_packed &p) {
-  if (bad_shape(p.shape)) return LOWRA_BAD_SHAPE;
-  if (bad_scale_type(p.scale_type)) return LOWRA_BAD_TYPE;
-  if (!p.codes || !p.row_order || !p.scales || !p.levels) return LOWRA_NULL_POINTER;
-  if (p.scale_type == LOWRA_UINT8 && !p.scale_steps) return LOWRA_NULL_POINTER;
-  return LOWRA_OK;
+  return bad_cuda_shape(p.shape) ? LOWRA_BAD_SHAPE : check_memory(p, LOWRA_ROW_ALIGNMENT, 4);
 }
 
-inline int64_t row_count(const lowra_shape &s) { return s.rows4 + s.rows2 + s.rows1; }
-
-inline bool aligned16(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool aligned16(const void *pointer) { return aligned(pointer, 16); }
 
 // Status of the launch just made; keeps the words of an error for lowra_cuda_error.
 int launched();

@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kGateThreads)
 
 int lowra_cuda_add_norm(const lowra_norm *norm, int32_t type, void *stream) {
   using namespace lowra;
+  if (!norm) return LOWRA_NULL_POINTER;
   const lowra_norm &n = *norm;
   if (n.tokens < 0 || n.tokens > INT32_MAX || n.features <= 0) return LOWRA_BAD_SHAPE;
   if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;

@@ -328,18 +328,19 @@ int dequantize(const lowra_packed &p, const lowra_part &part, void *out, cudaStr
 int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
                           void *stream) {
   using namespace lowra;
+  if (!packed || !part) return LOWRA_NULL_POINTER;
   const int status = check_packed(*packed);
   if (status == LOWRA_BAD_SHAPE) return status;
   const int64_t rows = row_count(packed->shape), columns = packed->shape.in_features;
-  if (part->first_row < 0 || part->rows < 0 || part->first_row + part->rows > rows || part->first_column < 0 ||
-      part->first_column % LOWRA_MAX_GROUP_SIZE != 0 || part->columns < 0 ||
-      part->first_column + part->columns > columns) {
+  if (part->rows < 0 || part->rows > rows || part->first_row < 0 || part->first_row > rows - part->rows ||
+      part->columns < 0 || part->columns > columns || part->first_column < 0 ||
+      part->first_column > columns - part->columns || part->first_column % LOWRA_MAX_GROUP_SIZE != 0) {
     return LOWRA_BAD_SHAPE;
   }
   if (part->rows == 0 || part->columns == 0) return LOWRA_OK;
   if (status != LOWRA_OK) return status;
-  if (out_type < LOWRA_FLOAT32 || out_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
-  if (!out) return LOWRA_NULL_POINTER;
+  if (!is_float_type(out_type)) return LOWRA_BAD_TYPE;
+  if (const int bad = check_memory(out, bytes_of(out_type))) return bad;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (out_type == LOWRA_FLOAT32) return dequantize<float>(*packed, *part, out, on);
   if (out_type == LOWRA_FLOAT16) return dequantize<fp16>(*packed, *part, out, on);

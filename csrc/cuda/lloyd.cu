@@ -19,7 +19,7 @@ struct search {
   int32_t weight_type;
   int in_features, group_size, groups;
   small_divisor fours_per_group;
-  const float *initial_levels, *initial_thresholds, *column_weights;  // column_weights may be null
+  const float *initial_levels, *initial_thresholds;
   int iterations;
   bool squared;
   float *levels, *thresholds, *errors;  // [rows, 22], [rows, 19], [rows, 3]
@@ -71,8 +71,7 @@ __device__ __forceinline__ double sum_cells(const search &s, const float *x, con
     for (int i = 0; i < 4; ++i) {
       const int k = 4 * four + i;
       const float at = i == 0 ? xs.x : i == 1 ? xs.y : i == 2 ? xs.z : xs.w;
-      double mass = k < s.in_features ? importance : 0.0;
-      if (s.column_weights && k < s.in_features) mass *= (double)__ldg(s.column_weights + k);
+      const double mass = k < s.in_features ? importance : 0.0;
       const double first = mass * (double)at;
       second += first * (double)at;
       value[15] += mass;
@@ -216,22 +215,28 @@ __global__ void __launch_bounds__(32 * kMaxWarps) lloyd_max_kernel(const __grid_
 }  // namespace
 }  // namespace lowra
 
-int lowra_cuda_lloyd_max(const void *weight, int32_t weight_type, int64_t rows, int64_t in_features, int64_t group_size,
-                         const float *initial_levels, const float *initial_thresholds, const float *column_weights,
-                         int32_t iterations, int32_t squared, float *levels, float *thresholds, float *errors,
-                         void *stream) {
+int lowra_cuda_lloyd_max(const lowra_lloyd *wanted, const void *weight, int32_t weight_type, float *levels,
+                         float *thresholds, float *errors, void *stream) {
   using namespace lowra;
-  if (bad_shape({rows, 0, 0, in_features, group_size}) || iterations < 0) return LOWRA_BAD_SHAPE;
-  if (weight_type < LOWRA_FLOAT32 || weight_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (!wanted) return LOWRA_NULL_POINTER;
+  const int64_t rows = wanted->rows, in_features = wanted->in_features, group_size = wanted->group_size;
+  if (bad_cuda_shape({rows, 0, 0, in_features, group_size}) || wanted->iterations < 0) {
+    return LOWRA_BAD_SHAPE;
+  }
+  if (!is_float_type(weight_type)) return LOWRA_BAD_TYPE;
   if (rows == 0) return LOWRA_OK;
-  if (!weight || !initial_levels || !initial_thresholds || !levels || !thresholds || !errors) return LOWRA_NULL_POINTER;
+  if (const int status = first_of(check_memory(weight, bytes_of(weight_type)), check_memory(wanted->initial_levels, 4),
+                                  check_memory(wanted->initial_thresholds, 4), check_memory(levels, 4),
+                                  check_memory(thresholds, 4), check_memory(errors, 4))) {
+    return status;
+  }
   search s = {};
   s.weight = weight, s.weight_type = weight_type;
   s.in_features = (int)in_features, s.group_size = (int)group_size;
   s.groups = (int)((in_features + group_size - 1) / group_size);
   s.fours_per_group = divisor_of((uint32_t)group_size / 4);
-  s.initial_levels = initial_levels, s.initial_thresholds = initial_thresholds, s.column_weights = column_weights;
-  s.iterations = iterations, s.squared = squared != 0;
+  s.initial_levels = wanted->initial_levels, s.initial_thresholds = wanted->initial_thresholds;
+  s.iterations = wanted->iterations, s.squared = wanted->squared != 0;
   s.levels = levels, s.thresholds = thresholds, s.errors = errors;
   int device = 0, limit = 0;
   if (const int status = keep_error(cudaGetDevice(&device))) return status;

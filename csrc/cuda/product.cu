@@ -47,13 +47,13 @@ int run_forced(const product &q, int32_t type, cudaStream_t stream) {
 // Checks the arguments of a product with one weight and fills in what follows from them.
 int prepare(const lowra_packed &packed, const void *x, int64_t tokens, int32_t type, product &q) {
   const lowra_shape &s = packed.shape;
-  if (bad_shape(s) || tokens < 0) return LOWRA_BAD_SHAPE;
+  if (bad_cuda_shape(s) || tokens < 0) return LOWRA_BAD_SHAPE;
   if (type != LOWRA_FLOAT16 && type != LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
   if (const int status = check_packed(packed)) return status;
-  if (!x) return LOWRA_NULL_POINTER;
+  if (const int status = check_memory(x, 2)) return status;
   const bool power_of_two = (s.group_size & (s.group_size - 1)) == 0;
-  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed.codes) ||
-      !aligned16(packed.levels)) {
+  if (s.group_size < 32 || !power_of_two || s.in_features % 32 != 0 || !aligned16(x) || !aligned16(packed.levels) ||
+      tokens > kMostCounted) {
     return LOWRA_UNSUPPORTED;
   }
   q.packed = packed;
@@ -80,15 +80,16 @@ int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_f
 int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                        int32_t type, void *stream) {
   using namespace lowra;
+  if (!packed) return LOWRA_NULL_POINTER;
   const lowra_shape &s = packed->shape;
-  if (!bad_shape(s) && (row_count(s) == 0 || tokens == 0)) return LOWRA_OK;
+  if (!bad_cuda_shape(s) && (row_count(s) == 0 || tokens == 0)) return LOWRA_OK;
   if (forced_kernel() == force::dense) return LOWRA_UNSUPPORTED;
   const bool forced = forced_kernel() != force::none;
   product q = {};
   if (const int status = prepare(*packed, x, tokens, type, q)) {
     return status == LOWRA_UNSUPPORTED && forced ? LOWRA_NOT_FORCED : status;
   }
-  if (!out) return LOWRA_NULL_POINTER;
+  if (const int status = first_of(check_memory(out, 2), bias ? check_memory(bias, 2) : LOWRA_OK)) return status;
   q.bias = bias, q.out = out;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (forced) {
@@ -109,6 +110,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
 int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input, int64_t tokens,
                              const void *const *bias, void *const *out, int32_t type, void *stream) {
   using namespace lowra;
+  if (!weights || !input || !bias || !out) return LOWRA_NULL_POINTER;
   if (count < 1 || count > LOWRA_MOST_GROUPED || input->kind < LOWRA_PLAIN || input->kind > LOWRA_GATED) {
     return LOWRA_BAD_SHAPE;
   }
@@ -123,7 +125,9 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
   for (int i = 0; i < count; ++i) {
     const lowra_shape &s = weights[i].shape;
     if (const int status = prepare(weights[i], input->first, tokens, type, q)) return status;
-    if (!out[i]) return LOWRA_NULL_POINTER;
+    if (const int status = first_of(check_memory(out[i], 2), bias[i] ? check_memory(bias[i], 2) : LOWRA_OK)) {
+      return status;
+    }
     const bool alike = s.in_features == weights[0].shape.in_features;
     const bool default_form = weights[i].scale_type == LOWRA_UINT8 && s.group_size == 64 && q.groups % 2 == 0 &&
                               reinterpret_cast<uintptr_t>(weights[i].scales) % 2 == 0;

@@ -325,11 +325,16 @@ __global__ void __launch_bounds__(LOWRA_SCALE_BLOCK)
 int lowra_cuda_quantize(const lowra_shape *shape, const void *weight, int32_t weight_type, const int32_t *row_order,
                         const float *thresholds, uint8_t *codes, float *absmax, void *stream) {
   using namespace lowra;
-  if (bad_shape(*shape)) return LOWRA_BAD_SHAPE;
-  if (weight_type < LOWRA_FLOAT32 || weight_type > LOWRA_BFLOAT16) return LOWRA_BAD_TYPE;
+  if (!shape) return LOWRA_NULL_POINTER;
+  if (bad_cuda_shape(*shape)) return LOWRA_BAD_SHAPE;
+  if (!is_float_type(weight_type)) return LOWRA_BAD_TYPE;
   if ((shape->group_size & (shape->group_size - 1)) != 0) return LOWRA_UNSUPPORTED;
   if (row_count(*shape) == 0) return LOWRA_OK;
-  if (!weight || !row_order || !thresholds || !codes || !absmax) return LOWRA_NULL_POINTER;
+  if (const int status =
+          first_of(check_memory(weight, bytes_of(weight_type)), check_memory(row_order, 4), check_memory(thresholds, 4),
+                   check_memory(codes, LOWRA_ROW_ALIGNMENT), check_memory(absmax, 4))) {
+    return status;
+  }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (weight_type == LOWRA_FLOAT32) return quantize<float>(*shape, weight, row_order, thresholds, codes, absmax, on);
   if (weight_type == LOWRA_FLOAT16) return quantize<fp16>(*shape, weight, row_order, thresholds, codes, absmax, on);
@@ -340,7 +345,9 @@ int lowra_cuda_encode_scales(const float *absmax, int64_t count, uint8_t *scales
   using namespace lowra;
   if (count < 0 || count > (int64_t)INT32_MAX * LOWRA_SCALE_BLOCK) return LOWRA_BAD_SHAPE;
   if (count == 0) return LOWRA_OK;
-  if (!absmax || !scales || !scale_steps) return LOWRA_NULL_POINTER;
+  if (const int status = first_of(check_memory(absmax, 4), check_memory(scales, 1), check_memory(scale_steps, 4))) {
+    return status;
+  }
   const unsigned blocks = (unsigned)((count + LOWRA_SCALE_BLOCK - 1) / LOWRA_SCALE_BLOCK);
   return launch_early(encode_scales_kernel, dim3(blocks), dim3(LOWRA_SCALE_BLOCK), 0, 1,
                       static_cast<cudaStream_t>(stream), absmax, count, scales, scale_steps);

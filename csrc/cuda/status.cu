@@ -34,4 +34,6 @@ int limits_of_current_device(device_limits &limits) {
 
 int lowra_format_version(void) { return LOWRA_FORMAT_VERSION; }
 
+int lowra_interface_version(void) { return LOWRA_INTERFACE_VERSION; }
+
 const char *lowra_cuda_error(void) { return lowra::last_error; }

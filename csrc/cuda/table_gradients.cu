@@ -120,12 +120,17 @@ int launch(const task &t, size_t shared, cudaStream_t stream) {
 int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient, int32_t type, float *for_levels,
                                float *for_scales, void *stream) {
   using namespace lowra;
+  if (!packed) return LOWRA_NULL_POINTER;
   if (const int status = check_packed(*packed)) return status;
+  if (!is_float_type(type)) return LOWRA_BAD_TYPE;
   const lowra_shape &shape = packed->shape;
   task t = {};
   t.packed = *packed, t.layout = layout_of(shape);
   if (t.layout.rows() == 0) return LOWRA_OK;
-  if (!gradient || !for_levels) return LOWRA_NULL_POINTER;
+  if (const int status = first_of(check_memory(gradient, bytes_of(type)), check_memory(for_levels, 4),
+                                  for_scales ? check_memory(for_scales, 4) : LOWRA_OK)) {
+    return status;
+  }
   t.gradient = gradient, t.for_levels = for_levels, t.for_scales = for_scales;
   t.in_features = (int)shape.in_features;
   t.groups = (int)((shape.in_features + shape.group_size - 1) / shape.group_size);
@@ -135,10 +140,7 @@ int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient,
   const size_t shared = for_scales ? (size_t)t.chunks * sizeof(float) : 0;
   if (shared + sizeof(shared_state) > 48 << 10) return LOWRA_UNSUPPORTED;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (type) {
-    case LOWRA_FLOAT32: return launch<float>(t, shared, on);
-    case LOWRA_FLOAT16: return launch<fp16>(t, shared, on);
-    case LOWRA_BFLOAT16: return launch<bf16>(t, shared, on);
-    default: return LOWRA_BAD_TYPE;
-  }
+  if (type == LOWRA_FLOAT32) return launch<float>(t, shared, on);
+  if (type == LOWRA_FLOAT16) return launch<fp16>(t, shared, on);
+  return launch<bf16>(t, shared, on);
 }

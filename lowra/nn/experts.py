@@ -35,6 +35,7 @@ class LowRAExperts(PackedModule):
         """
         super().__init__(in_features, out_features, group_size, packed, None, compute_dtype)
         self.experts = experts
+        self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layout_of(self, row_bits: torch.Tensor) -> "_ExpertsLayout":
         return _ExpertsLayout(row_bits, self.experts)
@@ -51,7 +52,7 @@ class LowRAExperts(PackedModule):
         rows_4bit, rows_2bit, _ = (stop - start for start, stop in runs)
         own = PackedMatrix(
             torch.cat([packed.codes[segment.codes_of(*run)] for segment, run in parts]),
-            packed.row_order[places] - expert * (self.out_features // self.experts),
+            self._order_of(expert, packed.row_order, places),
             decode_scales(packed.scales, packed.scale_steps, places),
             None,
             torch.cat([packed.levels[segment.levels_of(*run)] for segment, run in parts]),
@@ -61,6 +62,17 @@ class LowRAExperts(PackedModule):
             self.group_size,
         )
         return ExpertWeight(own)
+
+    def _order_of(self, expert: int, row_order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Row order of one expert's rows, kept for as long as that of all is the same tensor: on a GPU the ops wait for
+        it once for each tensor that they have not seen.
+        """
+        of_all, own = self._orders.get(expert, (None, None))
+        if of_all is not row_order:
+            with torch.inference_mode(False):  # what a first forward made there serves training as well
+                own = row_order[places] - expert * (self.out_features // self.experts)
+            self._orders[expert] = row_order, own
+        return own
 
     def extra_repr(self) -> str:
         rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"

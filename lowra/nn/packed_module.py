@@ -6,8 +6,8 @@ import copy
 import torch
 from torch import nn
 
+from bitsandbytes.backends.lowra.checks import check_packed
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import check_packed
 
 from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES, PackedWeight
 from .row_layout import RowLayout, Seen, is_readable

@@ -34,9 +34,8 @@ def work(options: argparse.Namespace) -> list:
     if options.kernel == "lloyd_max":
         levels = torch.cat([torch.linspace(-1, 1, n) for n in (16, 4, 2)]).to(device)
         cuts = torch.cat([(t[1:] + t[:-1]) / 2 for t in (torch.linspace(-1, 1, n) for n in (16, 4, 2))]).to(device)
-        columns = torch.rand(options.columns, device=device)
         group = bench_kernels.GROUP
-        return [lambda p=p: ops.lowra_lloyd_max(p.weight, levels, cuts, columns, group, 20, True) for p in packs]
+        return [lambda p=p: ops.lowra_lloyd_max(p.weight, levels, cuts, None, group, 20, True) for p in packs]
     if options.kernel == "table_gradients":
         gradient = torch.randn(options.rows, options.columns, device=device, dtype=torch.bfloat16)
         return [lambda p=p: p.table_gradients(gradient) for p in packs]

@@ -2,7 +2,7 @@
 
 Upstream loads this package through its entry-point group `bitsandbytes.backends` at the end of `import bitsandbytes`.
 Layers, importing downwards: `table_gradients` (an op of its own) -> `ops` (schemas, fake kernels, autograd) -> `native`
-(ctypes), `reference` and `lloyd` (plain PyTorch, the specification) -> `layout` (the packed format).
+(ctypes), `reference` and `lloyd` (plain PyTorch, the specification), `checks` -> `layout` (the packed format).
 """
 
 

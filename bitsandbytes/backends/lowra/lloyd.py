@@ -20,27 +20,24 @@ def lloyd_max(
     weight: torch.Tensor,
     initial_levels: torch.Tensor,
     initial_thresholds: torch.Tensor,
-    column_weights: torch.Tensor | None,
     group_size: int,
     iterations: int,
     squared: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codebooks of every row at 4, 2 and 1 bits, and the error each would leave.
 
-    With x = w / absmax of the group and v = absmax^2 (`squared`) or absmax, times the column's weight if given, an
-    iteration sets each level to the v-weighted mean of its cell (an empty cell keeps its level) and each threshold to
-    the midpoint of its neighbours. It stops after `iterations`, or for a row whose error no longer falls; the best
-    codebook seen is returned.
+    With x = w / absmax of the group and v = absmax^2 (`squared`) or absmax, an iteration sets each level to the
+    v-weighted mean of its cell (an empty cell keeps its level) and each threshold to the midpoint of its neighbours. It
+    stops after `iterations`, or for a row whose error no longer falls; the best codebook seen is returned.
 
     Args:
         weight: floating point [N, K], finite.
         initial_levels: float32 [22]: 16 levels for 4 bits, 4 for 2, 2 for 1, each ascending.
         initial_thresholds: float32 [19]: 15, 3 and 1.
-        column_weights: float32 [K], non-negative, or None.
 
     Returns:
         levels float32 [N, 22], thresholds float32 [N, 19], and errors float32 [N, 3] for 4, 2 and 1 bits: the sum over
-        the row of column weight * (w - absmax * level)^2, whichever weight the search used.
+        the row of (w - absmax * level)^2, whichever weight the search used.
     """
     rows, in_features = weight.shape
     levels = torch.empty(rows, 22, dtype=torch.float32, device=weight.device)
@@ -49,7 +46,7 @@ def lloyd_max(
     step = max(1, _SLICE_WEIGHTS // max(1, in_features))
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
-        sums = _SortedRows(weight[part].float(), column_weights, group_size, squared)
+        sums = _SortedRows(weight[part].float(), group_size, squared)
         for place, bits in enumerate(layout.PRECISIONS):
             table, cuts, error = _iterate(
                 sums, initial_levels[LEVELS[bits]], initial_thresholds[THRESHOLDS[bits]], iterations
@@ -63,25 +60,18 @@ def lloyd_max(
 class _SortedRows:
     """Rows of normalised weights in ascending order with prefix sums in double precision."""
 
-    def __init__(self, weight, column_weights, group_size, squared):
+    def __init__(self, weight: torch.Tensor, group_size: int, squared: bool):
         rows, in_features = weight.shape
         groups = layout.group_count(in_features, group_size)
         padded = torch.nn.functional.pad(weight, (0, groups * group_size - in_features)).view(rows, groups, group_size)
         absmax = padded.abs().amax(dim=2, keepdim=True)
         normal = torch.where(absmax > 0, padded / absmax, torch.zeros_like(padded)).view(rows, -1)[:, :in_features]
         absmax = absmax.expand(-1, -1, group_size).reshape(rows, -1)[:, :in_features].double()
-        importance = absmax.square() if column_weights is None else absmax.square() * column_weights.double()
         self.x, order = normal.sort(dim=1)
         x = self.x.double()
-        importance = torch.gather(importance, 1, order)
-        self.true = _prefix_sums(importance, x)
-        if squared:
-            self.search = self.true
-        else:
-            root = torch.gather(absmax, 1, order)
-            if column_weights is not None:
-                root = root * column_weights.double()[order]
-            self.search = _prefix_sums(root, x)
+        absmax = torch.gather(absmax, 1, order)
+        self.true = _prefix_sums(absmax.square(), x)
+        self.search = self.true if squared else _prefix_sums(absmax, x)
 
     def cells(self, thresholds: torch.Tensor, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Sums over each cell [rows, cells] of weight, weight * x and weight * x^2."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _STATUS = {
-    1: "the shape is not supported (group sizes are multiples of 8 up to 256)",
+    1: "the shape is not supported (group sizes are multiples of 8 up to 256; sizes must fit into 64 bits)",
     2: "the element type is not supported (float32, float16 and bfloat16 are)",
     3: "a tensor has no memory",
     4: "the CUDA launch failed",
@@ -29,7 +29,11 @@ _STATUS = {
         "tensor and wgmma 1 to 64, many any number (K a multiple of 64, N of 4, groups of 64 and more); wgmma and many "
         "need Hopper; all of them K a multiple of 32 and group sizes 32, 64, 128 or 256. dense takes everything"
     ),
+    7: "a tensor begins where the kernels cannot load from it (codes on a GPU: at a multiple of 16): pass its clone()",
+    8: "row_order must name every row once",
+    9: "there is not enough memory",
 }
+_INTERFACE_VERSION = 2
 
 
 class _Shape(ctypes.Structure):
@@ -56,7 +60,6 @@ class _Lloyd(ctypes.Structure):
     _fields_ = [
         ("initial_levels", ctypes.c_void_p),
         ("initial_thresholds", ctypes.c_void_p),
-        ("column_weights", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
@@ -73,7 +76,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _P],
     "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
     "lowra_cuda_product_is_quicker": [_L, _L, _L],
-    "lowra_cuda_lloyd_max": [_P, _I, _L, _L, _L, _P, _P, _P, _I, _I, _P, _P, _P, _P],
+    "lowra_cuda_lloyd_max": [ctypes.POINTER(_Lloyd), _P, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
     # of native_decoding.py
     "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _I, _P],
@@ -97,8 +100,9 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     except OSError as error:
         logger.warning("lowra: %s cannot be loaded (%s); the PyTorch reference is used in its place", path.name, error)
         return None
-    if library.lowra_format_version() != layout.FORMAT_VERSION:
-        logger.warning("lowra: %s is of another format version; rebuild with `make build`", path.name)
+    versions = [getattr(library, f"lowra_{kind}_version", lambda: None)() for kind in ("format", "interface")]
+    if versions != [layout.FORMAT_VERSION, _INTERFACE_VERSION]:
+        logger.warning("lowra: %s was built from another version; rebuild with `make build`", path.name)
         return None
     return library
 
@@ -202,24 +206,19 @@ def cpu_dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def cpu_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+def _search(weight, levels, thresholds, group_size, iterations, squared) -> _Lloyd:
+    """The arguments of a Lloyd-Max search; it keeps levels and thresholds, of which the struct has the addresses."""
+    levels, thresholds = levels.float().contiguous(), thresholds.float().contiguous()
+    search = _Lloyd(levels.data_ptr(), thresholds.data_ptr(), *weight.shape, group_size, iterations, squared)
+    search.tensors = levels, thresholds
+    return search
+
+
+def cpu_lloyd_max(weight, initial_levels, initial_thresholds, group_size, iterations, squared):
     """`lloyd.lloyd_max` on the CPU library."""
-    rows, in_features = weight.shape
     weight = weight.contiguous()
-    tables = [initial_levels.float().contiguous(), initial_thresholds.float().contiguous()]
-    if column_weights is not None:
-        tables.append(column_weights.float().contiguous())
-    search = _Lloyd(
-        tables[0].data_ptr(),
-        tables[1].data_ptr(),
-        None if column_weights is None else tables[2].data_ptr(),
-        rows,
-        in_features,
-        group_size,
-        iterations,
-        squared,
-    )
-    found = [torch.empty(rows, width, dtype=torch.float32) for width in (22, 19, 3)]
+    search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
+    found = [torch.empty(len(weight), width, dtype=torch.float32) for width in (22, 19, 3)]
     status = _cpu.lowra_cpu_lloyd_max(
         ctypes.byref(search),
         ctypes.c_void_p(weight.data_ptr()),
@@ -227,7 +226,7 @@ def cpu_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, gr
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in found),
         torch.get_num_threads(),
     )
-    check(status, "the Lloyd-Max search", shape_of(rows, 0, 0, in_features, group_size))
+    check(status, "the Lloyd-Max search", shape_of(len(weight), len(weight), 0, weight.shape[1], group_size))
     return tuple(found)
 
 
@@ -338,35 +337,24 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
     return out
 
 
-def cuda_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
+def cuda_lloyd_max(weight, initial_levels, initial_thresholds, group_size, iterations, squared):
     """`lloyd.lloyd_max` on the CUDA library; None where a row does not fit into shared memory."""
-    rows, in_features = weight.shape
-    shape = shape_of(rows, rows, 0, in_features, group_size)
     weight = weight.contiguous()
-    initial_levels, initial_thresholds = initial_levels.float().contiguous(), initial_thresholds.float().contiguous()
-    if column_weights is not None:
-        column_weights = column_weights.float().contiguous()
-    out = tuple(weight.new_empty(rows, width, dtype=torch.float32) for width in (22, 19, 3))
+    search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
+    found = tuple(weight.new_empty(len(weight), width, dtype=torch.float32) for width in (22, 19, 3))
     status = call_cuda(
         "lowra_cuda_lloyd_max",
         weight.device,
+        ctypes.byref(search),
         weight.data_ptr(),
         _TYPES[weight.dtype],
-        rows,
-        in_features,
-        group_size,
-        initial_levels.data_ptr(),
-        initial_thresholds.data_ptr(),
-        None if column_weights is None else column_weights.data_ptr(),
-        iterations,
-        squared,
-        *(tensor.data_ptr() for tensor in out),
+        *(tensor.data_ptr() for tensor in found),
         stream_of(weight),
     )
     if status == UNSUPPORTED:
         return None
-    check(status, "Lloyd-Max", shape)
-    return out
+    check(status, "the Lloyd-Max search", shape_of(len(weight), len(weight), 0, weight.shape[1], group_size))
+    return found
 
 
 def cuda_table_gradients(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import native
+from . import checks, native
 from .layout import PackedMatrix
 
 if TYPE_CHECKING:
@@ -190,6 +190,12 @@ def _group(x: torch.Tensor, asked: _Input, weights: "Weights") -> list[torch.Ten
     tokens, in_features = x.shape
     if x.dtype not in _TYPES or not 0 < tokens <= _MOST_TOKENS or len(weights) > _MOST_GROUPED:
         return None
+    if any(packed.in_features != in_features for packed, _ in weights):
+        return None
+    for packed, bias in weights:
+        checks.check_packed_once(packed, x.dtype)
+        checks.check_operands_once(x, packed, bias)
+        checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
     count = len(weights)
     structs = [native.packed_of(packed) for packed, _ in weights]
     outs = [x.new_empty(tokens, packed.rows) for packed, _ in weights]

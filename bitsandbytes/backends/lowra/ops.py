@@ -1,4 +1,4 @@
-"""Ops `bitsandbytes::lowra_*`: schema, checks, fake kernel, PyTorch reference, CPU kernel and autograd.
+"""Ops `bitsandbytes::lowra_*`: schema, fake kernel, checks, PyTorch reference, native kernels and autograd.
 
 The packed tensors of one weight travel as separate arguments (an op cannot take a class), here and below as one
 `PackedMatrix`.
@@ -6,7 +6,7 @@ The packed tensors of one weight travel as separate arguments (an op cannot take
 
 import torch
 
-from . import layout, lloyd, native, reference
+from . import checks, layout, lloyd, native, reference
 from .layout import PackedMatrix
 
 _PACKED = (
@@ -40,133 +40,49 @@ torch.library.define(
     " int iterations, bool squared) -> (Tensor, Tensor, Tensor)",
 )
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 _FUSED_TYPES = (torch.float16, torch.bfloat16)
 
 
-def _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
-    torch._check(weight.dim() == 2, lambda: f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
-    torch._check(weight.dtype in _FLOATS, lambda: f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
-    rows = weight.shape[0]
-    _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size)
-    expected = layout.thresholds_size(rows, rows_4bit, rows_2bit)
-    torch._check(
-        thresholds.dtype == torch.float32 and thresholds.numel() == expected,
-        lambda: f"thresholds must be {expected} float32 values, got {thresholds.numel()} of {thresholds.dtype}",
-    )
+def _search_of(arguments) -> tuple:
+    """The arguments of `lowra_lloyd_max` without `column_weights`, which stays in the schema and means nothing.
 
-
-def _check_rows(rows, row_order, rows_4bit, rows_2bit, group_size):
-    torch._check(
-        row_order.dtype == torch.int32 and row_order.numel() == rows,
-        lambda: f"row_order must be int32 [{rows}], got {row_order.dtype} {tuple(row_order.shape)}",
-    )
-    torch._check(
-        rows_4bit >= 0 and rows_2bit >= 0 and rows_4bit + rows_2bit <= rows,
-        lambda: f"{rows_4bit} 4-bit and {rows_2bit} 2-bit rows do not fit into {rows} rows",
-    )
-    torch._check(
-        group_size % 8 == 0 and 8 <= group_size <= 256,
-        lambda: f"group_size must be a multiple of 8 from 8 to 256, got {group_size}",
-    )
-
-
-def check_packed(packed: PackedMatrix) -> None:
-    """Raises where the tensors of a packed weight do not fit one another (`torch._check`)."""
-    rows, in_features = packed.rows, packed.in_features
-    codes, scales, levels = packed.codes, packed.scales, packed.levels
-    _check_rows(rows, packed.row_order, packed.rows_4bit, packed.rows_2bit, packed.group_size)
-    size = layout.codes_size(rows, packed.rows_4bit, packed.rows_2bit, in_features)
-    torch._check(
-        codes.dtype == torch.uint8 and codes.numel() == size,
-        lambda: f"codes must be {size} bytes (uint8) for in_features={in_features}, got {codes.numel()} {codes.dtype}",
-    )
-    groups = layout.group_count(in_features, packed.group_size)
-    torch._check(
-        scales.numel() == rows * groups,
-        lambda: f"scales must be [{rows}, {groups}], got {tuple(scales.shape)}",
-    )
-    steps = packed.scale_steps
-    if scales.dtype == torch.uint8:
-        blocks = layout.scale_step_count(rows, in_features, packed.group_size)
-        torch._check(
-            steps is not None and steps.dtype == torch.float32 and steps.numel() == blocks,
-            lambda: f"8-bit scales need scale_steps float32 [{blocks}]",
-        )
-    else:
-        torch._check(
-            scales.dtype in (torch.float32, torch.float16) and steps is None,
-            lambda: f"scales must be float32, float16 or (with scale_steps) uint8, got {scales.dtype}",
-        )
-    entries = layout.levels_size(rows, packed.rows_4bit, packed.rows_2bit)
-    torch._check(
-        levels.dtype == torch.float16 and levels.numel() == entries,
-        lambda: f"levels must be {entries} float16 values, got {levels.numel()} of {levels.dtype}",
-    )
-
-
-_checked = set()
-
-
-def _check_packed_once(packed: PackedMatrix) -> None:
-    """`check_packed` for kernels: known sizes pass at once, since the checks take longer than a launch."""
-    codes, row_order, scales, scale_steps, levels = packed.tensors
-    steps = (None, None) if scale_steps is None else (scale_steps.numel(), scale_steps.dtype)
-    key = tuple((tensor.numel(), tensor.dtype) for tensor in (codes, row_order, scales, levels)) + steps + packed.sizes
-    if key not in _checked:
-        check_packed(packed)
-        _checked.add(key)
-
-
-def _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size):
-    torch._check(weight.dim() == 2, lambda: f"weight must be [out_features, in_features], got {tuple(weight.shape)}")
-    torch._check(weight.dtype in _FLOATS, lambda: f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
-    torch._check(
-        initial_levels.numel() == 22 and initial_thresholds.numel() == 19,
-        lambda: (
-            f"22 levels and 19 thresholds start the search, got {initial_levels.numel()} and "
-            f"{initial_thresholds.numel()}"
-        ),
-    )
-    torch._check(
-        column_weights is None or column_weights.numel() == weight.shape[1],
-        lambda: f"column_weights must be [{weight.shape[1]}], got {tuple(column_weights.shape)}",
-    )
-    torch._check(
-        group_size % 8 == 0 and 8 <= group_size <= 256,
-        lambda: f"group_size must be a multiple of 8 from 8 to 256, got {group_size}",
-    )
+    Raises:
+        RuntimeError: they do not fit one another.
+    """
+    weight, levels, thresholds, column_weights, group_size, iterations, squared = arguments
+    torch._check(column_weights is None, lambda: "column_weights are not supported: pass None")
+    checks.check_lloyd_max(weight, levels, thresholds, group_size, iterations)
+    return weight, levels, thresholds, group_size, iterations, squared
 
 
 @torch.library.register_fake("bitsandbytes::lowra_lloyd_max")
-def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
-    _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
+def _(*arguments):
+    weight, *_ = _search_of(arguments)
     return tuple(weight.new_empty(weight.shape[0], width, dtype=torch.float32) for width in (22, 19, 3))
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", None)
-def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
-    _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
-    return lloyd.lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared)
+def _(*arguments):
+    return lloyd.lloyd_max(*_search_of(arguments))
 
 
 @torch.library.register_fake("bitsandbytes::lowra_encode_scales")
 def _(absmax):
-    torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+    checks.check_absmax(absmax)
     blocks = (absmax.numel() + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(blocks)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", None)
 def _(absmax):
-    torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+    checks.check_absmax(absmax)
     return reference.encode_scales(absmax)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_quantize")
-def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
-    _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+def _(*arguments):
+    checks.check_quantize(*arguments)
+    weight, _, _, rows_4bit, rows_2bit, group_size = arguments
     rows, in_features = weight.shape
     size = layout.codes_size(rows, rows_4bit, rows_2bit, in_features)
     groups = layout.group_count(in_features, group_size)
@@ -176,45 +92,59 @@ def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
     )
 
 
+@torch.library.register_kernel("bitsandbytes::lowra_quantize", None)
+def _(*arguments):
+    checks.check_quantize(*arguments)
+    _, row_order, _, rows_4bit, rows_2bit, _ = arguments
+    checks.ascends(row_order, rows_4bit, rows_2bit)
+    return reference.quantize(*arguments)
+
+
+def _weight_of(arguments) -> tuple[PackedMatrix, torch.dtype]:
+    """The arguments of `lowra_dequantize`."""
+    *packed, dtype = arguments
+    return PackedMatrix(*packed), dtype
+
+
 @torch.library.register_fake("bitsandbytes::lowra_dequantize")
 def _(*arguments):
-    *packed, dtype = arguments
-    packed = PackedMatrix(*packed)
-    check_packed(packed)
-    torch._check(dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    packed, dtype = _weight_of(arguments)
+    checks.check_type("dtype", dtype)
+    checks.check_packed(packed)
     return packed.codes.new_empty(packed.rows, packed.in_features, dtype=dtype)
 
 
-def _part_of(arguments) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
-    """The arguments of `lowra_dequantize_part`: a weight, (first row, rows, first column, columns) and a dtype.
+@torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
+def _(*arguments):
+    packed, dtype = _weight_of(arguments)
+    checks.check_type("dtype", dtype)
+    checks.check_packed(packed)
+    checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
+    return reference.dequantize(packed, dtype)
 
-    Raises:
-        RuntimeError: the part does not lie within the weight; kernels begin with a group, whatever its size.
-    """
+
+def _part_of(arguments) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
+    """The arguments of `lowra_dequantize_part`: a weight, (first row, rows, first column, columns) and a dtype."""
     *packed, first_row, rows, first_column, columns, dtype = arguments
-    packed = PackedMatrix(*packed)
-    inside = 0 <= first_row and 0 <= rows and first_row + rows <= packed.rows
-    inside = inside and 0 <= first_column and 0 <= columns and first_column + columns <= packed.in_features
-    torch._check(
-        inside and first_column % 256 == 0,
-        lambda: (
-            f"a part must lie within {[packed.rows, packed.in_features]} and its columns begin at a multiple of 256, "
-            f"got {rows} rows from {first_row} on, {columns} columns from {first_column} on"
-        ),
-    )
-    return packed, (first_row, rows, first_column, columns), dtype
+    return PackedMatrix(*packed), (first_row, rows, first_column, columns), dtype
 
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize_part")
 def _(*arguments):
-    packed, (_, rows, _, columns), dtype = _part_of(arguments)
-    check_packed(packed)
+    packed, part, dtype = _part_of(arguments)
+    checks.check_type("dtype", dtype)
+    checks.check_packed(packed)
+    checks.check_part(packed, part)
+    _, rows, _, columns = part
     return packed.codes.new_empty(rows, columns, dtype=dtype)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", None)
 def _(*arguments):
-    packed, (first_row, rows, first_column, columns), dtype = _part_of(arguments)
+    packed, part, dtype = _part_of(arguments)
+    checks.check_packed_once(packed, dtype)
+    checks.check_part(packed, part)
+    first_row, rows, first_column, columns = part
     whole = torch.ops.bitsandbytes.lowra_dequantize(*packed, dtype)
     return whole[first_row : first_row + rows, first_column : first_column + columns].clone()
 
@@ -222,6 +152,9 @@ def _(*arguments):
 def _operands_of(arguments) -> tuple[torch.Tensor, PackedMatrix, torch.Tensor | None]:
     """The arguments of `lowra_linear` as x, the weight and the bias."""
     x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = arguments
+    if x is None or codes is None or row_order is None or x.dim() == 0:
+        checks.check_given(x=x, codes=codes, row_order=row_order)
+        raise RuntimeError("x must be [..., in_features], got a single number")
     sizes = rows_4bit, rows_2bit, x.shape[-1], group_size
     return x, PackedMatrix(codes, row_order, scales, scale_steps, levels, *sizes), bias
 
@@ -235,85 +168,75 @@ def linear(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = No
 
 @torch.library.register_fake("bitsandbytes::lowra_linear")
 def _(*arguments):
-    x, packed, _ = _operands_of(arguments)
-    check_packed(packed)
+    x, packed, bias = _operands_of(arguments)
+    checks.check_packed(packed)
+    checks.check_operands(x, packed, bias)
     return x.new_empty(*x.shape[:-1], packed.rows)
-
-
-@torch.library.register_kernel("bitsandbytes::lowra_quantize", None)
-def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
-    _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
-    return reference.quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
-
-
-@torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
-def _(*arguments):
-    *packed, dtype = arguments
-    packed = PackedMatrix(*packed)
-    check_packed(packed)
-    return reference.dequantize(packed, dtype)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_linear", None)
 def _(*arguments):
     x, packed, bias = _operands_of(arguments)
+    checks.check_operands_once(x, packed, bias)
     return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
 
 
 if native.cpu_available():
+    # The library itself looks at the row order, at every call: there it costs nothing to speak of.
 
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cpu")
-    def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
-        _check_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
-        return native.cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
+    def _(*arguments):
+        checks.check_quantize(*arguments)
+        return native.cpu_quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
     def _(*arguments):
-        *packed, dtype = arguments
-        packed = PackedMatrix(*packed)
-        _check_packed_once(packed)
+        packed, dtype = _weight_of(arguments)
+        checks.check_packed_once(packed, dtype)
         return native.cpu_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
-    def _(weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared):
-        _check_lloyd_max(weight, initial_levels, initial_thresholds, column_weights, group_size)
-        return native.cpu_lloyd_max(
-            weight, initial_levels, initial_thresholds, column_weights, group_size, iterations, squared
-        )
+    def _(*arguments):
+        return native.cpu_lloyd_max(*_search_of(arguments))
 
 
 if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cuda")
-    def _(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
-        arguments = (weight, row_order, thresholds, rows_4bit, rows_2bit, group_size)
-        _check_quantize(*arguments)
+    def _(*arguments):
+        checks.check_quantize(*arguments)
+        _, row_order, _, rows_4bit, rows_2bit, _ = arguments
+        checks.ascends(row_order, rows_4bit, rows_2bit)
         return native.cuda_quantize(*arguments) or reference.quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", "cuda")
     def _(absmax):
-        torch._check(absmax.dtype == torch.float32, lambda: f"absmax must be float32, got {absmax.dtype}")
+        checks.check_absmax(absmax)
         return native.cuda_encode_scales(absmax)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
     def _(*arguments):
-        *packed, dtype = arguments
-        packed = PackedMatrix(*packed)
-        _check_packed_once(packed)
+        packed, dtype = _weight_of(arguments)
+        checks.check_packed_once(packed, dtype)
+        checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         return native.cuda_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cuda")
     def _(*arguments):
         packed, part, dtype = _part_of(arguments)
-        _check_packed_once(packed)
+        checks.check_packed_once(packed, dtype)
+        checks.check_part(packed, part)
+        checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         return native.cuda_dequantize(packed, dtype, part)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
     def _(*arguments):
         x, packed, bias = _operands_of(arguments)
-        _check_packed_once(packed)
+        checks.check_packed_once(packed, x.dtype)
+        checks.check_operands_once(x, packed, bias)
+        in_order = checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         tokens = x.shape[:-1].numel()
-        fused = tokens > 0 and x.dtype in _FUSED_TYPES
+        fused = tokens > 0 and x.dtype in _FUSED_TYPES and in_order  # products find rows by searching
         if fused and native.product_is_quicker(x.device, tokens, packed.rows, packed.in_features):
             out = native.cuda_product(x, packed, bias)
             if out is not None:
@@ -325,8 +248,8 @@ if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments):
-        _check_lloyd_max(*arguments[:5])
-        return native.cuda_lloyd_max(*arguments) or lloyd.lloyd_max(*arguments)
+        search = _search_of(arguments)
+        return native.cuda_lloyd_max(*search) or lloyd.lloyd_max(*search)
 
 
 # Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %
@@ -421,6 +344,13 @@ class PackedLinear(torch.autograd.Function):
     A training step of a 7B model calls it 448 times; the registered way costs about twice as much a call, and there the
     host, not the GPU, is the limit.
     """
+
+    @classmethod
+    def apply(cls, *arguments):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        # What Function.apply comes to as well, after it has looked up the signature of `forward`: a third of the call.
+        return super(torch.autograd.Function, cls).apply(*arguments)
 
     @staticmethod
     def forward(x, packed, bias):

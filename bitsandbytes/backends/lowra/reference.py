@@ -95,7 +95,8 @@ def encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     flat = absmax.reshape(-1)
     blocks = (flat.numel() + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
-    padded = torch.nn.functional.pad(flat, (0, blocks * layout.SCALE_BLOCK - flat.numel())).view(blocks, -1)
+    padded = torch.nn.functional.pad(flat, (0, blocks * layout.SCALE_BLOCK - flat.numel()))
+    padded = padded.view(blocks, layout.SCALE_BLOCK)
     steps = padded.amax(dim=1) / (255.0 * 255.0)
     ratio = torch.where(steps[:, None] > 0, padded / steps[:, None], torch.zeros_like(padded))
     code = ratio.sqrt().round().clamp(max=255.0)

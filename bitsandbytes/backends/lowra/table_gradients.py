@@ -6,9 +6,8 @@ that have its code, and that of a scale the sum of level * gradient over its gro
 
 import torch
 
-from . import layout, native
+from . import checks, layout, native
 from .layout import PackedMatrix
-from .ops import check_packed
 from .reference import decode_scales, rows_of_codes
 
 torch.library.define(
@@ -58,26 +57,22 @@ def table_gradients_of(
     )
 
 
-def _checked(arguments) -> tuple[torch.Tensor, PackedMatrix, bool]:
+def _operands_of(arguments) -> tuple[torch.Tensor, PackedMatrix, bool]:
     """The op's arguments by name.
 
     Raises:
-        RuntimeError: they do not fit one another.
+        RuntimeError: the gradient is not one of that weight.
     """
     gradient, *tensors, rows_4bit, rows_2bit, group_size, with_scales = arguments
-    rows = tensors[1].numel()
-    torch._check(
-        gradient.dim() == 2 and gradient.shape[0] == rows and gradient.is_floating_point(),
-        lambda: f"gradient must be floating point [{rows}, K], got {gradient.dtype} {tuple(gradient.shape)}",
-    )
-    packed = PackedMatrix(*tensors, rows_4bit, rows_2bit, gradient.shape[1], group_size)
-    check_packed(packed)
-    return gradient, packed, with_scales
+    codes, row_order, *_ = tensors
+    checks.check_gradient(gradient, codes, row_order)
+    return gradient, PackedMatrix(*tensors, rows_4bit, rows_2bit, gradient.shape[1], group_size), with_scales
 
 
 @torch.library.register_fake("bitsandbytes::lowra_table_gradients")
 def _(*arguments):
-    _, packed, with_scales = _checked(arguments)
+    _, packed, with_scales = _operands_of(arguments)
+    checks.check_packed(packed)
     for_scales = packed.scales.shape if with_scales else 0
     levels = packed.levels
     return levels.new_empty(levels.shape, dtype=torch.float32), levels.new_empty(for_scales, dtype=torch.float32)
@@ -85,12 +80,18 @@ def _(*arguments):
 
 @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", None)
 def _(*arguments):
-    return table_gradients(*_checked(arguments))
+    gradient, packed, with_scales = _operands_of(arguments)
+    checks.check_packed(packed)
+    checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
+    return table_gradients(gradient, packed, with_scales)
 
 
 if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", "cuda")
     def _(*arguments):
-        checked = _checked(arguments)
-        return native.cuda_table_gradients(*checked) or table_gradients(*checked)
+        gradient, packed, with_scales = _operands_of(arguments)
+        checks.check_packed_once(packed, gradient.dtype)
+        checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
+        found = native.cuda_table_gradients(gradient, packed, with_scales)
+        return found or table_gradients(gradient, packed, with_scales)
