@@ -1,9 +1,12 @@
 """Runs killed at any operation on the disk and started again: a checkpoint of one recipe, whatever lay there."""
 
+import errno
 import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
 from lowra.checkpoints import atomic
+from lowra.commands import main
 from lowra.quantization import work
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.work import ADAPTER, LEARNED, PIECES, WorkFolder
@@ -21,22 +25,27 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Lets the n-th operation that changes the disk, and all after it, not happen."""
+    """Lets the n-th operation that changes the disk, and all after it, not happen.
+
+    Attributes:
+        error: what it ends in.
+        once: whether those after it happen all the same.
+    """
 
     FUNCTIONS = ((os, ("replace", "rename", "unlink", "rmdir", "mkdir", "open")), (atomic, ("save_file",)))
 
-    def __init__(self, monkeypatch):
-        self.left = None
+    def __init__(self, monkeypatch, error=Killed, once=False):
+        self.left, self.error, self.once = None, error, once
         for module, names in self.FUNCTIONS:
-            for name in names:
+            for name in names if isinstance(error, OSError) or error is Killed else {"save_file"} & set(names):
                 monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
 
     def _counted(self, function):
         def counted(*args, **kwargs):
             if self.left is not None:
                 self.left -= 1
-                if self.left < 0:
-                    raise Killed
+                if self.left == -1 or (self.left < 0 and not self.once):
+                    raise self.error
             return function(*args, **kwargs)
 
         return counted
@@ -210,3 +219,49 @@ def test_locks(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", lambda *args: (_ for _ in ()).throw(OSError(37, "No locks available")))
     with atomic.locked(tmp_path / "folder"):
         pathlib.Path(tmp_path / "folder" / "file").write_text(json.dumps(1))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        atomic.SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_operations_that_fail_end_in_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, error):
+    """Whichever it is of those that `quantize` makes; and the same command goes on from there."""
+    command = ["quantize", str(tiny_llama), "--bits", "1.5", "--rank", "4", "--device", "cpu", "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*.safetensors")}
+    capsys.readouterr()
+    killer = Killer(monkeypatch, error, once=True)
+    statuses, left = [], 0
+    for left in [*range(0, 16, 2), *range(16, 400, 53)]:
+        status = []
+        killer.run(left, lambda: status.append(main([*command, str(tmp_path / "out")])))  # noqa: B023
+        statuses += status
+        printed = capsys.readouterr().err
+        assert status[0] in (0, 2)
+        if status[0] == 2:
+            assert printed.splitlines()[-1].startswith("lowra: ") and "Traceback" not in printed
+            assert main([*command, str(tmp_path / "out")]) == 0
+        made = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
+        assert made == whole
+        for folder in (tmp_path / "out", tmp_path / "out.partial"):  # the latter where it could not be removed
+            shutil.rmtree(folder, ignore_errors=True)
+    assert statuses.count(2) > 5
+
+
+def test_a_limit_of_the_operating_system(tiny_llama, tmp_path):
+    """No stand-in: files that may not grow any more, as on a full disk, while safetensors writes them."""
+    script = (
+        "import resource, sys; from lowra.commands import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
+        "sys.exit(main(['quantize', sys.argv[2], '--output', sys.argv[3], '--device', 'cpu']))"
+    )
+    arguments = [sys.executable, "-c", script, "20000", str(tiny_llama), str(tmp_path / "out")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: " in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
 from ..checkpoints.atomic import written_beside
+from ..checkpoints.companions import companions, copy_companions
 from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.places import expanded, new_folder
 from ..corpus import check_token_ids, load_tokenizer
@@ -96,6 +97,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
     args.adapters = [expanded(folder) for folder in args.adapters]
     args.base = None if args.base is None else expanded(args.base)
     adapters = [read_adapter(folder) for folder in args.adapters]
+    beside = [companions(folder, outside=(args.output,)) for folder in args.adapters]
     if args.method == "jd-diagonal":
         check_alike(adapters)
         if len({folder.resolve().name for folder in args.adapters}) < len(adapters):
@@ -135,7 +137,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
             licence=args.licence,
             retire=args.retire,
         )
-    _write(args, packed)
+    _write(args, packed, beside)
     return _report(args, packed, seconds)
 
 
@@ -233,16 +235,19 @@ def _run_method(method: str, settings: LoraQuantSettings, adapters: list[LoraAda
     return [{"bin": quantize_bin, "pbllm": quantize_pbllm, "billm": quantize_billm}[method](adapters[0])]
 
 
-def _write(args: argparse.Namespace, packed: list[PackedAdapter]) -> None:
+def _write(args: argparse.Namespace, packed: list[PackedAdapter], beside: list[list[pathlib.Path]]) -> None:
+    """Writes the packed adapters, each with the files beside its weights, such as a tokenizer with more tokens."""
     with written_beside(args.output) as folder:
         if packed[0].shared is None:
             write_packed(folder, packed[0])
+            copy_companions(args.adapters[0], beside[0], folder)
             return
         write_shared(folder, packed[0].shared)
-        for source, one in zip(args.adapters, packed, strict=True):
+        for source, one, paths in zip(args.adapters, packed, beside, strict=True):
             inner = folder / source.resolve().name
             os.mkdir(inner)
             write_packed(inner, one)
+            copy_companions(source, paths, inner)
 
 
 def _report(args: argparse.Namespace, packed: list[PackedAdapter], seconds: float) -> dict:

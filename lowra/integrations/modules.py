@@ -102,7 +102,13 @@ def _packed_layer(dense: nn.Linear | Conv1D | nn.Embedding, *sizes) -> PackedMod
     if not isinstance(dense, nn.Embedding):
         return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
     rounded = hasattr(dense, "scalar_embed_scale")
-    packed = LowRAEmbedding(*sizes, dense.weight.dtype, dense.padding_idx, embedding_scale(dense), rounded)
+    packed = LowRAEmbedding(
+        *sizes,
+        dense.weight.dtype,
+        padding_idx=dense.padding_idx,
+        scale=embedding_scale(dense),
+        round_scale=rounded,
+    )
     packed.dense_form.append(dense)
     return packed
 

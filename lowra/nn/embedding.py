@@ -31,6 +31,7 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         group_size: int,
         packed: dict[str, torch.Tensor],
         compute_dtype: torch.dtype,
+        *,
         padding_idx: int | None = None,
         scale: float = 1.0,
         round_scale: bool = False,

@@ -13,6 +13,7 @@ killed, also while it cleared another one's pieces, nothing of two recipes comes
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -23,6 +24,8 @@ import torch
 from ..checkpoints.atomic import LOCK_FILE, locked, move_folder, save_json, save_tensors
 from ..checkpoints.guarded import open_tensors, read_json
 from ..checkpoints.places import WORK_SUFFIX
+
+logger = logging.getLogger(__name__)
 
 LEARNED, ADAPTER, PIECES = "learned", "adapter", "pieces"
 _RECIPE_FILE = "recipe.json"
@@ -121,7 +124,10 @@ class WorkFolder:
             OSError: something came to be there meanwhile; the finished checkpoint stays in `final`.
         """
         move_folder(self.final, self.place)
-        self.clear()
+        try:
+            self.clear()
+        except OSError as error:  # the checkpoint is where it should be
+            logger.warning("lowra: %s is finished; what is left in %s can go (%s).", self.place, self.folder, error)
 
     def clear(self) -> None:
         """Removes the folder."""

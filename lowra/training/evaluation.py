@@ -75,6 +75,7 @@ def summary_metrics(
     collate: Callable,
     batch_size: int,
     max_new_tokens: int,
+    *,
     num_beams: int | None = None,
     bf16: bool = False,
     progress: bool = True,

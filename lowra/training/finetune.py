@@ -172,9 +172,9 @@ def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = T
             data.collate,
             recipe.eval_batch_size,
             recipe.target_length,
-            recipe.num_beams,
-            recipe.bf16,
-            progress,
+            num_beams=recipe.num_beams,
+            bf16=recipe.bf16,
+            progress=progress,
         )
     return language_model_metrics(model, data.validation, data.collate, recipe.eval_batch_size, recipe.bf16, progress)
 

@@ -232,3 +232,23 @@ def test_other_refusals(adapter_folder, adapter_folders, base_folder, tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"):
         call("quantize", adapter_folder, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("method", ["rtn", "jd-diagonal"])
+def test_files_beside_the_weights_come_along(method, adapter_folders, tmp_path):
+    """A tokenizer that was saved with an adapter may have tokens that the base's has not."""
+    count = 1 if method == "rtn" else len(adapter_folders)
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in adapter_folders[:count]]
+    for folder in folders:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "checkpoint-5").mkdir()
+        for name in ("tokenizer.json", "additional_chat_templates/tools.jinja", "optimizer.pt", "README.md"):
+            (folder / name).write_text(folder.name)
+        (folder / "checkpoint-5" / WEIGHTS).write_text("another")
+    call("quantize", *folders, "--method", method, "--output", tmp_path / "out")
+    for folder in folders:
+        place = tmp_path / "out" / (folder.name if count > 1 else "")
+        copied = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
+        own = {"adapter_config.json", "lowra_adapter.json", "lowra_adapter.safetensors"}
+        assert copied == own | {"tokenizer.json", "additional_chat_templates/tools.jinja"}
+        assert (place / "tokenizer.json").read_text() == folder.name

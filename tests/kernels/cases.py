@@ -51,6 +51,7 @@ def packed_case(
     group_size: int = 64,
     scales: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
+    *,
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> Case:
