@@ -4,9 +4,11 @@ python peft_journeys.py FOLDER [--lowra]  writes FOLDER/results.json: for each j
 what was warned of, and digests of the files that were written.
 """
 
+import contextlib
 import copy
 import hashlib
 import inspect
+import io
 import json
 import os
 import pathlib
@@ -464,6 +466,72 @@ def ways_to_call_from_pretrained_of_models(call):
     llama().save_pretrained("base")
     torch.manual_seed(0)
     return state(transformers.LlamaForCausalLM.from_pretrained(*args, **kwargs))
+
+
+def own_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    return torch.cat([input_ids, input_ids[:, -1:]], 1), sorted(kwargs)
+
+
+@for_each(
+    greedy={"do_sample": False},
+    beams={"num_beams": 2, "do_sample": False},
+    sampled={"do_sample": True, "top_k": 5},
+    own={"custom_generate": own_loop},
+    unknown={"something": 1},
+    streamed={"streamer": "a streamer"},
+)
+def generation(options):
+    model = llama()
+    result = model.generate(input_ids=tokens(), max_new_tokens=4, **options)
+    adapted = lora(task_type="CAUSAL_LM").eval()
+    torch.manual_seed(0)
+    return [str(result), str(adapted.generate(input_ids=tokens(), max_new_tokens=4, **options))]
+
+
+@for_each(lora=LAYERS, embeddings=["embed_tokens"], everything="all-linear")
+def counts(targets):
+    model = lora(target_modules=targets)
+    base = model.get_base_model()
+    counted = [base.num_parameters(), base.num_parameters(True), base.num_parameters(exclude_embeddings=True)]
+    counted += [model.num_parameters(True, True), model.get_nb_trainable_parameters(), base.get_memory_footprint()]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        model.print_trainable_parameters()
+    return [counted, printed.getvalue()]
+
+
+@for_each(
+    list="[]",
+    null="null",
+    text="{",
+    empty="",
+    nested="[" * 2000 + "]" * 2000,
+    number={"hidden_size": "many"},
+    kind={"model_type": 7},
+    quantised={"quantization_config": {"quant_method": 3}},
+    other={"quantization_config": []},
+)
+def damaged_configs(content):
+    llama().save_pretrained("base")
+    config = pathlib.Path("base/config.json")
+    config.write_text(content if isinstance(content, str) else json.dumps(json.loads(config.read_text()) | content))
+    cases = [
+        lambda: transformers.AutoModelForCausalLM.from_pretrained("base"),
+        lambda: transformers.LlamaForCausalLM.from_pretrained("base"),
+        lambda: transformers.AutoConfig.from_pretrained("base"),
+        lambda: LlamaConfig.from_pretrained("base"),
+        lambda: LlamaConfig.get_config_dict("base"),
+    ]
+    return [what_is_raised(case) for case in cases]
+
+
+@for_each(index='{"weight_map": {"a": null}}', weights="text", whole=None)
+def damaged_weights(content):
+    llama().save_pretrained("base")
+    if content is not None:
+        name = "model.safetensors.index.json" if content.startswith("{") else "model.safetensors"
+        pathlib.Path("base/model.safetensors").unlink()
+        pathlib.Path("base", name).write_text(content)
+    return what_is_raised(lambda: transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path("base")))
 
 
 @journey
