@@ -33,7 +33,15 @@ class AdapterTables:
 
     def put(self, adapter: str, tables: dict[str, dict[str, torch.Tensor]]) -> None:
         """Gives an adapter tables: by layer and by `levels`, `scales` and `scale_steps`, of which it may have some."""
-        self._tables[adapter] = tables
+        with torch.inference_mode(False):  # what was read under it serves training as well
+            self._tables[adapter] = {
+                layer: {part: t.clone() if t.is_inference() else t for part, t in parts.items()}
+                for layer, parts in tables.items()
+            }
+
+    def has_some_for(self, layer: str) -> bool:
+        """Whether an adapter has tables for a layer, active or not."""
+        return any(layer in tables for tables in self._tables.values())
 
     def forget(self, adapter: str) -> None:
         """Takes them from an adapter that is gone, or another one of its name."""
@@ -99,7 +107,8 @@ class AdapterTables:
         tables = self._tables[chosen].get(name, {})
         for part, tensor in tables.items():
             if tensor.device != device:
-                tables[part] = tensor.to(device)
+                with torch.inference_mode(False):
+                    tables[part] = tensor.to(device)
         return tables
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from bitsandbytes.backends.lowra.ops import PackedLinear, linear
 
 from ..weights.packed import TABLES, PackedWeight
 from .packed_module import PackedModule
+from .row_layout import is_readable
 
 
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,15 @@ class LowRALinear(PackedModule, nn.Linear):
             return super().matrix()
         tensors = {**self._parameters, **self.current_tables()}
         return self._matrix(tensors, self.row_layout(), self.weight.device)
+
+    def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
+        fault = super()._fault_of(given, group_size)
+        if fault is not None or self.adapter_tables is None or not self.adapter_tables.has_some_for(self.table_name):
+            return fault
+        codes = {name: given[name] for name in ("weight", "row_bits") if is_readable(given.get(name))}
+        if all(torch.equal(tensor.cpu(), self._parameters[name].cpu()) for name, tensor in codes.items()):
+            return None
+        return "an adapter on it has tables that were trained for the codes it has: delete_adapter comes before others."
 
     def current_tables(self) -> dict[str, torch.Tensor]:
         """Levels, scales and scale steps that count now, by name."""

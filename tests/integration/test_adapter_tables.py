@@ -326,3 +326,31 @@ def test_by_hand_on_a_model_without_adapters(packed_llama, tmp_path):
     again = load(packed_llama)
     load_tables(again, tmp_path)
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_loaded_under_inference_mode_they_train(packed_llama, trained):
+    folder, logits = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder, is_trainable=True).eval()
+    with torch.inference_mode():
+        load_tables(model, folder)
+        assert torch.equal(logits_of(model), logits)
+    model.enable_input_require_grads()
+    inputs = inputs_of(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_other_codes_do_not_come_under_tables(packed_llama, dense_llama, trained, tmp_path):
+    folder, logits = trained
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "other", lowra.LowRAConfig(bits=1.25), progress=False)
+    model = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    with pytest.raises(RuntimeError, match="tables that were trained for the codes it has"):
+        base = model.get_base_model()
+        renamed = {}
+        for name, tensor in load(tmp_path / "other").state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            renamed[f"{module}.base_layer.{leaf}" if f"{module}.base_layer.{leaf}" in base.state_dict() else name] = (
+                tensor
+            )
+        base.load_state_dict(renamed, strict=False)
