@@ -1,5 +1,7 @@
 """Packed token embeddings: the rows that are looked up are decoded, the others stay packed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,6 +25,8 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         dense_form: the module that this one took the place of, on "meta", to go back to; in a list, so that it is no
             submodule.
     """
+
+    _layout: Any  # a _TableLayout, once it is made
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         return rows * (torch.tensor(self.scale, dtype=dtype).item() if self.round_scale else self.scale)
 
     def extra_repr(self) -> str:
-        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts(self._layout)}"
         return f"{self.num_embeddings}, {self.embedding_dim}, packed{rows}"
 
 

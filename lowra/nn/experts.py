@@ -2,6 +2,8 @@
 
 import dataclasses
 import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +25,17 @@ class LowRAExperts(PackedModule):
     What comes out is no tensor but an `ExpertWeight`, which the model's own forward hands to `F.linear`.
     """
 
-    def __init__(self, experts: int, in_features: int, out_features: int, group_size: int, packed, compute_dtype):
+    _layout: Any  # an _ExpertsLayout, once it is made
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        packed: dict[str, torch.Tensor],
+        compute_dtype: torch.dtype,
+    ):
         """
         Args:
             experts: E.
@@ -75,7 +87,7 @@ class LowRAExperts(PackedModule):
         return own
 
     def extra_repr(self) -> str:
-        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts(self._layout)}"
         return f"{self.experts} x [{self.out_features // self.experts}, {self.in_features}], packed{rows}"
 
 
@@ -109,7 +121,9 @@ class ExpertWeight:
     packed: PackedMatrix
 
     @classmethod
-    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Callable, kinds: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
         if function is not torch.nn.functional.linear:
             raise TypeError(
                 "A packed expert can only be used in F.linear(x, expert), not in "

@@ -75,5 +75,5 @@ class LowRALinear(PackedModule, nn.Linear):
         return None if self.bias is None else self.bias.to(dtype)
 
     def extra_repr(self) -> str:
-        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts()}"
+        rows = "" if self._layout is None else f", rows of 4/2/1 bits={self._row_counts(self._layout)}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, packed{rows}"

@@ -4,6 +4,8 @@ The usual composition runs a dozen small operations a layer and pass; at the siz
 longer for them than the GPU. It also keeps two more copies of x, one of them in float32.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +30,15 @@ def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Te
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, b, scaling, packed, bias):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        packed: PackedMatrix,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = linear(rows, packed, bias)
         inner = rows @ a.to(x.dtype).t()
@@ -40,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, a, b, *tensors = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         a, b = a.to(grad.dtype), b.to(grad.dtype)

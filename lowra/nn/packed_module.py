@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +30,14 @@ class PackedModule(nn.Module):
         compute_dtype: of the dense layer in whose place this one stands, and of what a merge writes; follows
             `model.to(dtype)`.
     """
+
+    weight: torch.Tensor
+    row_bits: nn.Parameter
+    scales: nn.Parameter
+    scale_steps: nn.Parameter | None
+    levels: nn.Parameter
+    bias: Any  # a parameter, or None
+    _parameters: dict[str, Any]  # None for a tensor that this packing lacks
 
     def __init__(
         self,
@@ -109,9 +119,10 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: the packed tensors do not belong together.
         """
-        if self._layout is None or not self._is_as_seen():
-            self._look(accept=True)
-        self._layout.on(self.weight.device)
+        rows = self._layout
+        if rows is None or not self._is_as_seen():
+            rows = self._look(accept=True)
+        rows.on(self.weight.device)
 
     def row_layout(self) -> RowLayout:
         """What follows from `row_bits`, which may have been replaced or changed since it was made.
@@ -119,11 +130,13 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: the packed tensors do not belong together, or their codes were written into.
         """
-        if self._layout is None:
-            self.prepare()
+        rows = self._layout
+        if rows is None:
+            rows = self._look(accept=True)
+            rows.on(self.weight.device)
         elif not torch.compiler.is_compiling() and not self._is_as_seen():
-            self._look(accept=False)
-        return self._layout
+            rows = self._look(accept=False)
+        return rows
 
     def row_order(self) -> torch.Tensor:
         """int32 [N]: the row of W that stands at each packed place, on the device of the weight."""
@@ -139,7 +152,7 @@ class PackedModule(nn.Module):
                 return True
         return not is_readable(parameters["row_bits"])
 
-    def _look(self, accept: bool) -> None:
+    def _look(self, accept: bool) -> RowLayout:
         """Looks at the tensors again; codes that were written into are refused unless told otherwise.
 
         Raises:
@@ -158,9 +171,9 @@ class PackedModule(nn.Module):
                     "others of them. Leave out what requires no gradient; other codes come by load_state_dict, and "
                     "after a change on purpose the layer's prepare() accepts it."
                 )
-        self._accept(rows)
+        return self._accept(rows)
 
-    def _accept(self, rows: RowLayout) -> None:
+    def _accept(self, rows: RowLayout) -> RowLayout:
         """Takes the tensors as they are now for those that `rows` was made for.
 
         Raises:
@@ -168,7 +181,7 @@ class PackedModule(nn.Module):
         """
         self._layout, self._seen = rows, {}
         if not is_readable(self.row_bits):
-            return
+            return rows
         with torch.inference_mode(False):
             for name, tensor in self.packed_tensors().items():
                 if tensor.is_inference():  # loaded under inference mode, and of no use for a backward pass
@@ -185,12 +198,13 @@ class PackedModule(nn.Module):
         with torch.inference_mode(False):
             self._seen = {name: Seen(self._parameters[name]) for name in codes}
             self._seen["row_bits"] = Seen(self.row_bits, whole=True)
+        return rows
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedModule":
         """Moves the packed tensors but never casts them: `model.to(torch.bfloat16)` must not touch scales or levels."""
         if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
             raise TypeError("model.type(dtype) would cast packed codes too: use model.to(dtype), which leaves them.")
-        as_seen = self._layout is not None and self._is_as_seen()
+        rows = self._layout if self._layout is not None and self._is_as_seen() else None
         floats = {name: tensor for name, tensor in self.packed_tensors().items() if name in _FLOAT_TENSORS}
         dtypes = {name: tensor.dtype for name, tensor in floats.items()}
         # Frozen tensors moved under inference mode serve training as well.
@@ -202,8 +216,8 @@ class PackedModule(nn.Module):
                 for parameter in {tensor, self._parameters[name]}:  # two when coming from "meta"
                     parameter.data = parameter.data.view(dtypes[name])
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        if as_seen:
-            self._accept(self._layout)
+        if rows is not None:
+            self._accept(rows)
             if self.weight.device.type != "meta":
                 self.row_order()  # now, so that a compiled forward finds it
         return self
@@ -227,14 +241,21 @@ class PackedModule(nn.Module):
             twin.prepare()  # from now on, what is written into its codes is noticed
         return twin
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):  # kept by torch.save, not by safetensors
             destination._metadata.setdefault(prefix[:-1], {})["group_size"] = self.group_size
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Loads any packing of the same weight: how many bytes of codes and levels there are, its `row_bits` say."""
         given = {name: state_dict[prefix + name] for name in TENSOR_NAMES if prefix + name in state_dict}
         fault = self._fault_of(given, local_metadata.get("group_size", self.group_size)) if given else None
@@ -287,6 +308,6 @@ class PackedModule(nn.Module):
                     dtype = tensor.dtype if name == "scales" else own.dtype
                     own.data = torch.empty(tensor.shape, dtype=dtype, device=own.device)
 
-    def _row_counts(self) -> str:
-        four, two = self._layout.counts
+    def _row_counts(self, rows: RowLayout) -> str:
+        four, two = rows.counts
         return f"{four}/{two}/{self.out_features - four - two}"

@@ -84,4 +84,4 @@ class Seen:
 
 def is_readable(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor holds values of its own: not on "meta", sharded or traced."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    return tensor is not None and type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta

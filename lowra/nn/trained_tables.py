@@ -10,6 +10,7 @@ LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adap
 """
 
 import pathlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -220,6 +221,9 @@ class TrainedTablesLinear(LowRALinear):
         adapter: whose tables they are; None on a model without adapters.
     """
 
+    level_change: nn.Parameter
+    scale_change: nn.Parameter | None
+
     def __init__(self, layer: LowRALinear, scales: bool, adapter: str | None = None):
         super().__init__(
             layer.in_features, layer.out_features, layer.group_size, layer.packed.tensors(), None, layer.compute_dtype
@@ -234,9 +238,11 @@ class TrainedTablesLinear(LowRALinear):
     def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
         fault = super()._fault_of(given, group_size)
         bits = given.get("row_bits")
-        if fault is None and is_readable(bits) and not torch.equal(bits.cpu(), self.row_layout().bits):
+        if fault is not None or bits is None or not is_readable(bits):
+            return fault
+        if not torch.equal(bits.cpu(), self.row_layout().bits):
             return "its tables are being trained for the codes that it has: bake_tables comes before other codes."
-        return fault
+        return None
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels [entries] and scales [N, groups] as they are now, float32, packed row order."""
@@ -294,7 +300,14 @@ class TabledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, levels, scales, bias, packed):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        levels: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed: PackedMatrix,
+    ) -> torch.Tensor:
         """Args: x [..., K], levels float32 [entries] and scales float32 [N, groups] in packed row order, bias [N] or
         None, and the packed weight, whose own levels and scales do not matter.
         """
@@ -303,7 +316,7 @@ class TabledLinear(torch.autograd.Function):
         return linear(x, packed._replace(scales=scales, scale_steps=None, levels=levels.half()), bias)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, levels, scales, codes, row_order = ctx.saved_tensors
         packed = PackedMatrix(codes, row_order, scales, None, levels.half(), *ctx.sizes)
         for_x = for_levels = for_scales = for_bias = None
