@@ -13,6 +13,7 @@ below `fingerprint`, and what they lack is not checked.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -33,7 +34,7 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, TABLES_FILE)
 _OF_TRAINING = ("inference_mode", "lora_dropout", "init_lora_weights", "total_step")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _REMEDY = ": it is damaged, or files of two adapters are mixed. Copy it again, or save it again where it is whole."
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "base": str,
     "nominal_bits": (int, float),
     "init": str,
@@ -104,7 +105,8 @@ def digest_of_adapter(path: pathlib.Path) -> str:
 
 def settings_of(config: dict) -> dict:
     """Numbers of an adapter_config.json that are not PEFT's defaults."""
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"))
+    kinds: dict[Any, type] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)  # by names as well as by their enumeration
+    kind = kinds.get(config.get("peft_type"))
     defaults = {} if kind is None else {field.name: field.default for field in dataclasses.fields(kind)}
     return {
         name: value

@@ -79,11 +79,12 @@ class LowRAExperts(PackedModule):
         """Row order of one expert's rows, kept for as long as that of all is the same tensor: on a GPU the ops wait for
         it once for each tensor that they have not seen.
         """
-        of_all, own = self._orders.get(expert, (None, None))
-        if of_all is not row_order:
-            with torch.inference_mode(False):  # what a first forward made there serves training as well
-                own = row_order[places] - expert * (self.out_features // self.experts)
-            self._orders[expert] = row_order, own
+        kept = self._orders.get(expert)
+        if kept is not None and kept[0] is row_order:
+            return kept[1]
+        with torch.inference_mode(False):  # what a first forward made there serves training as well
+            own = row_order[places] - expert * (self.out_features // self.experts)
+        self._orders[expert] = row_order, own
         return own
 
     def extra_repr(self) -> str:

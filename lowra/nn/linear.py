@@ -1,5 +1,7 @@
 """`LowRALinear`, a linear layer whose frozen weight lies in packed bits; to PEFT it is an `nn.Linear`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ class LowRALinear(PackedModule, nn.Linear):
         table_name: under which they know this layer.
     """
 
-    adapter_tables = None
+    adapter_tables: Any = None
     table_name = ""
 
     @classmethod
@@ -65,7 +67,7 @@ class LowRALinear(PackedModule, nn.Linear):
 
     def current_tables(self) -> dict[str, torch.Tensor]:
         """Levels, scales and scale steps that count now, by name."""
-        own = {name: tensor for name, tensor in self.packed_tensors().items() if name in TABLES}
+        own: dict[str, torch.Tensor] = {n: tensor for n, tensor in self.packed_tensors().items() if n in TABLES}
         if self.adapter_tables is None:
             return own
         return own | self.adapter_tables.of_layer(self.table_name, self.weight.device)

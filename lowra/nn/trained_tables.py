@@ -76,8 +76,9 @@ def bake_tables(model: nn.Module) -> None:
     if not trained:
         raise ValueError("No tables are being trained in this model: train_tables comes first.")
     adapter = next(iter(trained.values())).adapter
-    if adapter is not None:
-        adapter_tables(model).put(adapter, {base_name(name): layer.baked_tables() for name, layer in trained.items()})
+    tables = adapter_tables(model)
+    if adapter is not None and tables is not None:
+        tables.put(adapter, {base_name(name): layer.baked_tables() for name, layer in trained.items()})
     for name, layer in trained.items():
         replace_module(model, name, layer.baked() if adapter is None else layer.untrained())
 

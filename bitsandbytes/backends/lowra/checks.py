@@ -42,14 +42,20 @@ def check_sizes(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, gro
 def check_together(**tensors: torch.Tensor | None) -> None:
     """All on the device of the first, and none of them sparse."""
     (first, leader), *others = tensors.items()
+    if leader is None:
+        raise RuntimeError(f"{first} must be a tensor, got None")
     torch._check(leader.layout == torch.strided, lambda: f"{first} must be a dense tensor, got {leader.layout}")
     for name, tensor in others:
         torch._check(
             tensor is None or (tensor.device == leader.device and tensor.layout == torch.strided),
             lambda name=name, tensor=tensor: (
-                f"{name} must be a dense tensor on {leader.device} like {first}, got {tensor.layout} on {tensor.device}"
+                f"{name} must be a dense tensor on {leader.device} like {first}, got {_described(tensor)}"
             ),
         )
+
+
+def _described(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"{tensor.layout} on {tensor.device}"
 
 
 def check_packed(packed: PackedMatrix) -> None:
@@ -104,11 +110,14 @@ def check_operands(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | N
     check_together(x=x, codes=packed.codes, bias=bias)
     torch._check(
         bias is None or (bias.dtype == x.dtype and bias.shape == (packed.rows,)),
-        lambda: f"bias must be {x.dtype} [{packed.rows}] beside this x, got {bias.dtype} {tuple(bias.shape)}",
+        lambda: (
+            f"bias must be {x.dtype} [{packed.rows}] beside this x, got "
+            + ("None" if bias is None else f"{bias.dtype} {tuple(bias.shape)}")
+        ),
     )
 
 
-_checked = set()
+_checked: set[tuple] = set()
 
 
 def check_packed_once(packed: PackedMatrix, dtype: torch.dtype) -> None:

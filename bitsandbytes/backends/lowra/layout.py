@@ -135,7 +135,7 @@ class PackedMatrix(NamedTuple):
         return self.row_order.numel()
 
     @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         return self[:5]
 
     @property

@@ -91,7 +91,9 @@ def _error(cells: tuple[torch.Tensor, ...], levels: torch.Tensor) -> torch.Tenso
     return (second - 2 * levels * first + levels.square() * mass).sum(dim=1).clamp(min=0)
 
 
-def _iterate(sums: _SortedRows, initial_levels, initial_thresholds, iterations):
+def _iterate(
+    sums: _SortedRows, initial_levels: torch.Tensor, initial_thresholds: torch.Tensor, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = sums.x.shape[0]
     levels = initial_levels.double().repeat(rows, 1)
     thresholds = initial_thresholds.double().repeat(rows, 1)

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import pathlib
+from typing import Any
 
 import torch
 
@@ -123,8 +124,9 @@ def _load_cuda() -> ctypes.CDLL | None:
     return library
 
 
-_cpu = _load(_installed("bitsandbytes_lowra_cpu"))
-_cuda = _load_cuda()
+# Any: what is called on them is asked for only where they are there.
+_cpu: Any = _load(_installed("bitsandbytes_lowra_cpu"))
+_cuda: Any = _load_cuda()
 
 
 def cpu_available() -> bool:
@@ -153,7 +155,7 @@ def packed_of(packed: PackedMatrix) -> _Packed:
 
 
 @functools.lru_cache(maxsize=4096)
-def _packed(shape: tuple[int, ...], *addresses_and_type) -> _Packed:
+def _packed(shape: tuple[int, int, int, int, int], *addresses_and_type: int | None) -> _Packed:
     """A function of numbers alone, kept for the weights of a model: filling the struct takes longer than a launch."""
     return _Packed(shape_of(*shape), *addresses_and_type)
 
@@ -174,7 +176,14 @@ def check_status(status: int, what: str) -> None:
         raise RuntimeError(f"lowra: {what} failed: {_STATUS.get(status, f'status {status}')}{detail}")
 
 
-def cpu_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+def cpu_quantize(
+    weight: torch.Tensor,
+    row_order: torch.Tensor,
+    thresholds: torch.Tensor,
+    rows_4bit: int,
+    rows_2bit: int,
+    group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.quantize` on the CPU library."""
     rows, in_features = weight.shape
     shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
@@ -206,7 +215,14 @@ def cpu_dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _search(weight, levels, thresholds, group_size, iterations, squared) -> _Lloyd:
+def _search(
+    weight: torch.Tensor,
+    levels: torch.Tensor,
+    thresholds: torch.Tensor,
+    group_size: int,
+    iterations: int,
+    squared: bool,
+) -> _Lloyd:
     """The arguments of a Lloyd-Max search; it keeps levels and thresholds, of which the struct has the addresses."""
     levels, thresholds = levels.float().contiguous(), thresholds.float().contiguous()
     search = _Lloyd(levels.data_ptr(), thresholds.data_ptr(), *weight.shape, group_size, iterations, squared)
@@ -214,7 +230,14 @@ def _search(weight, levels, thresholds, group_size, iterations, squared) -> _Llo
     return search
 
 
-def cpu_lloyd_max(weight, initial_levels, initial_thresholds, group_size, iterations, squared):
+def cpu_lloyd_max(
+    weight: torch.Tensor,
+    initial_levels: torch.Tensor,
+    initial_thresholds: torch.Tensor,
+    group_size: int,
+    iterations: int,
+    squared: bool,
+) -> tuple[torch.Tensor, ...]:
     """`lloyd.lloyd_max` on the CPU library."""
     weight = weight.contiguous()
     search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
@@ -235,7 +258,7 @@ def stream_of(tensor: torch.Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)
 
 
-def call_cuda(name: str, device: torch.device, *arguments) -> int:
+def call_cuda(name: str, device: torch.device, *arguments: Any) -> int:
     """Calls a function of the CUDA library with `device` current; switching costs time and is rarely needed."""
     if torch.cuda.current_device() == device.index:
         return getattr(_cuda, name)(*arguments)
@@ -243,7 +266,14 @@ def call_cuda(name: str, device: torch.device, *arguments) -> int:
         return getattr(_cuda, name)(*arguments)
 
 
-def cuda_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_size):
+def cuda_quantize(
+    weight: torch.Tensor,
+    row_order: torch.Tensor,
+    thresholds: torch.Tensor,
+    rows_4bit: int,
+    rows_2bit: int,
+    group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`reference.quantize` on the CUDA library; None where it does not cover the group size."""
     rows, in_features = weight.shape
     shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
@@ -268,7 +298,7 @@ def cuda_quantize(weight, row_order, thresholds, rows_4bit, rows_2bit, group_siz
     return codes, absmax
 
 
-def cuda_encode_scales(absmax):
+def cuda_encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.encode_scales` on the CUDA library."""
     absmax = absmax.contiguous()
     count = absmax.numel()
@@ -337,7 +367,14 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
     return out
 
 
-def cuda_lloyd_max(weight, initial_levels, initial_thresholds, group_size, iterations, squared):
+def cuda_lloyd_max(
+    weight: torch.Tensor,
+    initial_levels: torch.Tensor,
+    initial_thresholds: torch.Tensor,
+    group_size: int,
+    iterations: int,
+    squared: bool,
+) -> tuple[torch.Tensor, ...] | None:
     """`lloyd.lloyd_max` on the CUDA library; None where a row does not fit into shared memory."""
     weight = weight.contiguous()
     search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)

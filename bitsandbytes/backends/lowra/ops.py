@@ -4,6 +4,9 @@ The packed tensors of one weight travel as separate arguments (an op cannot take
 `PackedMatrix`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from . import checks, layout, lloyd, native, reference
@@ -43,7 +46,7 @@ torch.library.define(
 _FUSED_TYPES = (torch.float16, torch.bfloat16)
 
 
-def _search_of(arguments) -> tuple:
+def _search_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of `lowra_lloyd_max` without `column_weights`, which stays in the schema and means nothing.
 
     Raises:
@@ -56,31 +59,31 @@ def _search_of(arguments) -> tuple:
 
 
 @torch.library.register_fake("bitsandbytes::lowra_lloyd_max")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     weight, *_ = _search_of(arguments)
     return tuple(weight.new_empty(weight.shape[0], width, dtype=torch.float32) for width in (22, 19, 3))
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     return lloyd.lloyd_max(*_search_of(arguments))
 
 
 @torch.library.register_fake("bitsandbytes::lowra_encode_scales")
-def _(absmax):
+def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_absmax(absmax)
     blocks = (absmax.numel() + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(blocks)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", None)
-def _(absmax):
+def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_absmax(absmax)
     return reference.encode_scales(absmax)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_quantize")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     checks.check_quantize(*arguments)
     weight, _, _, rows_4bit, rows_2bit, group_size = arguments
     rows, in_features = weight.shape
@@ -93,21 +96,21 @@ def _(*arguments):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_quantize", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     checks.check_quantize(*arguments)
     _, row_order, _, rows_4bit, rows_2bit, _ = arguments
     checks.ascends(row_order, rows_4bit, rows_2bit)
     return reference.quantize(*arguments)
 
 
-def _weight_of(arguments) -> tuple[PackedMatrix, torch.dtype]:
+def _weight_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, torch.dtype]:
     """The arguments of `lowra_dequantize`."""
     *packed, dtype = arguments
     return PackedMatrix(*packed), dtype
 
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     packed, dtype = _weight_of(arguments)
     checks.check_type("dtype", dtype)
     checks.check_packed(packed)
@@ -115,7 +118,7 @@ def _(*arguments):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     packed, dtype = _weight_of(arguments)
     checks.check_type("dtype", dtype)
     checks.check_packed(packed)
@@ -123,14 +126,14 @@ def _(*arguments):
     return reference.dequantize(packed, dtype)
 
 
-def _part_of(arguments) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
+def _part_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
     """The arguments of `lowra_dequantize_part`: a weight, (first row, rows, first column, columns) and a dtype."""
     *packed, first_row, rows, first_column, columns, dtype = arguments
     return PackedMatrix(*packed), (first_row, rows, first_column, columns), dtype
 
 
 @torch.library.register_fake("bitsandbytes::lowra_dequantize_part")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     packed, part, dtype = _part_of(arguments)
     checks.check_type("dtype", dtype)
     checks.check_packed(packed)
@@ -140,7 +143,7 @@ def _(*arguments):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     packed, part, dtype = _part_of(arguments)
     checks.check_packed_once(packed, dtype)
     checks.check_part(packed, part)
@@ -149,7 +152,7 @@ def _(*arguments):
     return whole[first_row : first_row + rows, first_column : first_column + columns].clone()
 
 
-def _operands_of(arguments) -> tuple[torch.Tensor, PackedMatrix, torch.Tensor | None]:
+def _operands_of(arguments: Sequence[Any]) -> tuple[torch.Tensor, PackedMatrix, torch.Tensor | None]:
     """The arguments of `lowra_linear` as x, the weight and the bias."""
     x, codes, row_order, scales, scale_steps, levels, bias, rows_4bit, rows_2bit, group_size = arguments
     if x is None or codes is None or row_order is None or x.dim() == 0:
@@ -167,7 +170,7 @@ def linear(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = No
 
 
 @torch.library.register_fake("bitsandbytes::lowra_linear")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     x, packed, bias = _operands_of(arguments)
     checks.check_packed(packed)
     checks.check_operands(x, packed, bias)
@@ -175,7 +178,7 @@ def _(*arguments):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_linear", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     x, packed, bias = _operands_of(arguments)
     checks.check_operands_once(x, packed, bias)
     return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
@@ -185,44 +188,44 @@ if native.cpu_available():
     # The library itself looks at the row order, at every call: there it costs nothing to speak of.
 
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cpu")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
         return native.cpu_quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         packed, dtype = _weight_of(arguments)
         checks.check_packed_once(packed, dtype)
         return native.cpu_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         return native.cpu_lloyd_max(*_search_of(arguments))
 
 
 if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
         _, row_order, _, rows_4bit, rows_2bit, _ = arguments
         checks.ascends(row_order, rows_4bit, rows_2bit)
         return native.cuda_quantize(*arguments) or reference.quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", "cuda")
-    def _(absmax):
+    def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         checks.check_absmax(absmax)
         return native.cuda_encode_scales(absmax)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         packed, dtype = _weight_of(arguments)
         checks.check_packed_once(packed, dtype)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         return native.cuda_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         packed, part, dtype = _part_of(arguments)
         checks.check_packed_once(packed, dtype)
         checks.check_part(packed, part)
@@ -230,7 +233,7 @@ if native.cuda_available():
         return native.cuda_dequantize(packed, dtype, part)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         x, packed, bias = _operands_of(arguments)
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
@@ -247,7 +250,7 @@ if native.cuda_available():
         return torch.nn.functional.linear(x, native.cuda_dequantize(packed, x.dtype), bias)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         search = _search_of(arguments)
         return native.cuda_lloyd_max(*search) or lloyd.lloyd_max(*search)
 
@@ -308,14 +311,14 @@ def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Ten
     return product_by_columns(gradient, packed, columns)
 
 
-def _save_for_backward(ctx, packed: PackedMatrix, bias: torch.Tensor | None) -> None:
+def _save_for_backward(ctx: Any, packed: PackedMatrix, bias: torch.Tensor | None) -> None:
     # Packed tensors only: a dense weight kept for backward would undo the saving.
     ctx.save_for_backward(*packed.tensors)
     ctx.sizes = packed.sizes
     ctx.needs_bias = bias is not None and bias.requires_grad
 
 
-def _gradients(ctx, grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Those of x and of the bias."""
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
@@ -325,12 +328,12 @@ def _gradients(ctx, grad) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return of_x, of_bias
 
 
-def _op_setup_context(ctx, inputs, output):
+def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, packed, bias = _operands_of(inputs)
     _save_for_backward(ctx, packed, bias)
 
 
-def _op_backward(ctx, grad):
+def _op_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     of_x, of_bias = _gradients(ctx, grad)
     return of_x, None, None, None, None, None, of_bias, None, None, None
 
@@ -346,22 +349,23 @@ class PackedLinear(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(cls, *arguments):
+    def apply(cls, *arguments: Any) -> torch.Tensor:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
         # What Function.apply comes to as well, after it has looked up the signature of `forward`: a third of the call.
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        short: Any = super(torch.autograd.Function, cls)
+        return short.apply(*arguments)
 
     @staticmethod
-    def forward(x, packed, bias):
+    def forward(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, packed, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, packed, bias = inputs
         _save_for_backward(ctx, packed, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_x, of_bias = _gradients(ctx, grad)
         return of_x, None, of_bias

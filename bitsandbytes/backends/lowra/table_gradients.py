@@ -4,6 +4,9 @@ A weight is level[code] * scale. So the gradient of a level is the sum of scale 
 that have its code, and that of a scale the sum of level * gradient over its group.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from . import checks, layout, native
@@ -57,20 +60,20 @@ def table_gradients_of(
     )
 
 
-def _operands_of(arguments) -> tuple[torch.Tensor, PackedMatrix, bool]:
+def _operands_of(arguments: Sequence[Any]) -> tuple[torch.Tensor, PackedMatrix, bool]:
     """The op's arguments by name.
 
     Raises:
         RuntimeError: the gradient is not one of that weight.
     """
-    gradient, *tensors, rows_4bit, rows_2bit, group_size, with_scales = arguments
-    codes, row_order, *_ = tensors
+    gradient, codes, row_order, scales, steps, levels, rows_4bit, rows_2bit, group_size, with_scales = arguments
     checks.check_gradient(gradient, codes, row_order)
-    return gradient, PackedMatrix(*tensors, rows_4bit, rows_2bit, gradient.shape[1], group_size), with_scales
+    sizes = rows_4bit, rows_2bit, gradient.shape[1], group_size
+    return gradient, PackedMatrix(codes, row_order, scales, steps, levels, *sizes), with_scales
 
 
 @torch.library.register_fake("bitsandbytes::lowra_table_gradients")
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     _, packed, with_scales = _operands_of(arguments)
     checks.check_packed(packed)
     for_scales = packed.scales.shape if with_scales else 0
@@ -79,7 +82,7 @@ def _(*arguments):
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", None)
-def _(*arguments):
+def _(*arguments: Any) -> Any:
     gradient, packed, with_scales = _operands_of(arguments)
     checks.check_packed(packed)
     checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
@@ -89,7 +92,7 @@ def _(*arguments):
 if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_table_gradients", "cuda")
-    def _(*arguments):
+    def _(*arguments: Any) -> Any:
         gradient, packed, with_scales = _operands_of(arguments)
         checks.check_packed_once(packed, gradient.dtype)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
