@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
@@ -293,3 +294,38 @@ def test_recipes_of_wrong_kinds(arguments, message):
     for content in ([], None, "lowra", 1):
         with pytest.raises(ValueError, match="must be a dictionary"):
             LowRAConfig.from_dict(content)
+
+
+def adapter_entry(**changes):
+    def change(folder):
+        content = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+OF_ADAPTERS = {
+    **{
+        f"{name}: {text[:8]}": written(name, text)
+        for name in ("adapter_config.json", "lowra_base.json")
+        for text in ("null", "[]", '"x"', "1", "", "{", DEEP, "[" * 100_000)
+    },
+    "a pipe": made("adapter_config.json", os.mkfifo),
+    "nothing in it": written("adapter_config.json", "{}"),
+    "peft_type: a list": adapter_entry(peft_type=["LORA"]),
+    "peft_type: unknown": adapter_entry(peft_type="NO_SUCH_METHOD"),
+    "target_modules: null in a list": adapter_entry(target_modules=["q_proj", None]),
+    "alpha_pattern: a number": adapter_entry(alpha_pattern=1),
+    "rank_pattern: a list": adapter_entry(rank_pattern=["q_proj"]),
+    "r: text": adapter_entry(r="4"),
+    "r: negative": adapter_entry(r=-4),
+    "weights: a pipe": made("adapter_model.safetensors", os.mkfifo),
+    "weights: a folder": made("adapter_model.safetensors", os.mkdir),
+}
+
+
+@pytest.mark.parametrize("case", OF_ADAPTERS)
+def test_adapters(packed, tmp_path, capsys, case):
+    folder = broken(packed / "initial_adapter", tmp_path / "broken", OF_ADAPTERS[case])
+    said_by_loading(lambda path: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(packed), path), folder)
+    said(["generate", packed, "--adapter", folder, "--prompt", "The", "--device", "cpu"], capsys)

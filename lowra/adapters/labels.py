@@ -175,6 +175,8 @@ def retirement_problem(label: dict, today: datetime.date | None = None) -> str |
 def base_problem(label: dict, base: BaseIdentity) -> str | None:
     """Why the adapter does not belong on this base; None if it does."""
     recorded = label.get("base") or {}
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("packing") or {}, dict):
+        return "its label is damaged: what it says of the base is no record"
     fingerprint, quantization = recorded.get("fingerprint"), recorded.get("quantization")
     if fingerprint is None:
         return "its label names no base fingerprint, so nothing says that it belongs on this base"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
 from ..device import choose_device
 
@@ -38,6 +39,8 @@ def load_model(
     adapter = None if adapter is None else str(expanded(adapter))
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
+    if adapter is not None and (path := pathlib.Path(adapter) / _ADAPTER_FILES[0]).exists():
+        read_json(path, "the configuration of an adapter")
     source = resolve_folder(folder)
     read_config(source, trust_remote_code)  # Transformers would ask on the terminal
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,14 +1,18 @@
-"""Local folders of packed checkpoints on their way into Transformers: what is wrong with one is said in a sentence."""
+"""Local folders on their way into Transformers and PEFT: what is wrong with one of ours is said in a sentence."""
 
 import os
 import pathlib
+import reprlib
 from collections.abc import Callable
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configs import GENERATION_FILE, check_packed_folder, is_of_lowra
 from ..checkpoints.dense import empty_model, one_line
+from ..checkpoints.guarded import read_json
+from ..checkpoints.records import ADAPTER_CONFIG
 
 
 def local_packed_folder(path: object, options: dict) -> pathlib.Path | None:
@@ -65,6 +69,32 @@ def load_folder(load: Callable[[], PreTrainedModel], folder: pathlib.Path, optio
         if "mismatched_sizes" in str(error):  # Transformers has printed which
             raise ValueError(f"{folder} holds tensors of other shapes than its config.json asks for.") from error
         raise
+
+
+def load_adapter_folder(load: Callable[[], PeftModel], adapter: object, options: dict) -> PeftModel:
+    """What PEFT does to load an adapter on a packed model.
+
+    Args:
+        load: what PEFT does.
+        adapter: as it was given: a folder, or a name on the hub.
+        options: the other arguments, of which `subfolder` counts.
+
+    Raises:
+        OSError, ValueError: the adapter's configuration is damaged, or holds what PEFT cannot use.
+    """
+    if isinstance(adapter, (str, os.PathLike)):
+        path = pathlib.Path(adapter) / (options.get("subfolder") or "") / ADAPTER_CONFIG
+        if path.exists():
+            kind = read_json(path, "the configuration of a PEFT adapter").get("peft_type")
+            if not isinstance(kind, str):
+                raise ValueError(f"{path} is damaged (peft_type is {reprlib.repr(kind)}); expected that of an adapter.")
+    try:
+        return load()
+    except (TypeError, AttributeError, KeyError) as error:  # of whatever line meets a value that it cannot use
+        raise ValueError(
+            f"PEFT cannot load the adapter {adapter} ({one_line(error)}): {ADAPTER_CONFIG} is damaged, or "
+            "an argument is none of PEFT's."
+        ) from error
 
 
 def _check_generation(folder: pathlib.Path) -> None:

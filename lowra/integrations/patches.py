@@ -33,7 +33,7 @@ from .adapter_records import (
     tables_set_aside,
     write_records,
 )
-from .folders import build_config, describes_packing, load_folder, local_packed_folder
+from .folders import build_config, describes_packing, load_adapter_folder, load_folder, local_packed_folder
 from .model_patches import MODEL_PATCHES
 from .parameter_counts import uncounted
 from .patching import Patch, install_patches
@@ -182,6 +182,15 @@ def _with_records(original: Callable) -> Callable:
         return result
 
     return save_pretrained
+
+
+def _checked_folder(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(cls, model, model_id, *args, **kwargs):
+        load = functools.partial(original, cls, model, model_id, *args, **kwargs)
+        return load_adapter_folder(load, model_id, kwargs) if is_packed(model) else load()
+
+    return from_pretrained
 
 
 def _checked_adapter(original: Callable) -> Callable:
@@ -417,6 +426,14 @@ TABLE = (
         since="none",
         rests_on=("model_id", "adapter_name"),
         wrap=_checked_adapter,
+    ),
+    Patch(
+        target="peft.peft_model:PeftModel.from_pretrained",
+        why="An adapter_config.json that is no JSON object, or of wrong types, ends in errors of any kind.",
+        door="errors of one kind for files that cannot be read",
+        since="none",
+        rests_on=("model", "model_id"),
+        wrap=_checked_folder,
     ),
     Patch(
         target="peft.mixed_model:PeftMixedModel.load_adapter",
