@@ -64,6 +64,16 @@ def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def mean_loss(curve: list[dict]) -> float | None:
+    """Mean training loss over all steps of a run; of one that was resumed, the Trainer knows the last part only."""
+    total, last = 0.0, 0
+    for entry in curve:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)  # the mean since the last entry
+            last = entry["step"]
+    return total / last if last else None
+
+
 def finite(content: Any) -> Any:
     """The same structure with NaN and Inf as None, which JSON cannot express otherwise."""
     if isinstance(content, dict):

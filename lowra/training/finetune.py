@@ -23,17 +23,19 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerState,
     TrainingArguments,
     get_scheduler,
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.places import expanded, usable_folder
 from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
-from .curve import LossBar, finite, save_curve
+from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, load_base, prepare_base
@@ -130,7 +132,14 @@ def train(
             checkpoints.restore(checkpoint)
     trainer.add_callback(WholeCheckpoints())
     started = time.perf_counter()
-    state = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done = None if checkpoint is None else _finished_state(recipe, checkpoint)
+    if done is None:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    else:  # of which the Trainer would train one more step
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+        trainer.state = done
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
@@ -148,7 +157,7 @@ def train(
             "true_bits": base.true_bits,
             "untuned": untuned,
             "tuned": tuned,
-            "train_loss": state.training_loss,
+            "train_loss": mean_loss(curve),
             "curve": curve,
             "steps": trainer.state.global_step,
             "train_seconds": round(seconds, 3),
@@ -159,6 +168,24 @@ def train(
         }
     )
     return result, model
+
+
+def _finished_state(recipe: Recipe, checkpoint: pathlib.Path) -> TrainerState | None:
+    """The state of a checkpoint from which nothing is left to train, or None.
+
+    Raises:
+        ValueError: it has more steps than the recipe asks for.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    steps = recipe.max_steps
+    if steps is None and state.num_train_epochs == math.ceil(recipe.epochs):
+        steps = state.max_steps
+    if steps is not None and state.global_step > steps:
+        raise ValueError(
+            f"{checkpoint} has {state.global_step} steps behind it and the recipe asks for {steps}: remove it, or give "
+            "another output."
+        )
+    return state if state.global_step == steps else None
 
 
 def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = True) -> dict:

@@ -60,12 +60,6 @@ class WholeCheckpoints(TrainerCallback):
             if path not in kept:
                 remove_whole(path, partial)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            shutil.rmtree(str(args.output_dir), ignore_errors=True)
-
 
 def newest_whole(checkpoints: pathlib.Path, warn: bool = True) -> pathlib.Path | None:
     """The newest checkpoint that is as it was written, or None; those that are not are named in a warning."""

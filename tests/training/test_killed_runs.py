@@ -103,6 +103,7 @@ def _killed_and_resumed(saving, tmp_path, watch, at):
     assert killed != (output / "metrics.json").exists()
     resumed = finetune(dataclasses.replace(saving, resume=True), progress=False)
     assert resumed["tuned"] == pytest.approx(alone["tuned"], rel=1e-6)
+    assert resumed["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
     losses = [[entry["loss"] for entry in run["curve"]] for run in (alone, resumed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name in ("adapter_model.safetensors", "tables.safetensors"):
@@ -151,6 +152,20 @@ def test_a_damaged_checkpoint_is_replaced_and_the_run_saves_as_it_is_told_now(sa
     assert "optimizer.pt is missing" in caplog.text and "Going on from" in caplog.text
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-5", "checkpoint-6"]  # and at the end
     assert newest_whole(checkpoints) == checkpoints / "checkpoint-6"
+
+
+@pytest.mark.parametrize("length", [dict(max_steps=6), dict(max_steps=None, epochs=0.05)])
+def test_a_finished_run_is_not_trained_further(saving, length):
+    """The Trainer takes one more step from a checkpoint of the last."""
+    saving = dataclasses.replace(saving, **length)
+    first = finetune(saving, progress=False)
+    again = finetune(dataclasses.replace(saving, resume=True), progress=False)
+    for name in ("tuned", "curve", "steps", "train_loss"):
+        assert again[name] == first[name]
+    with pytest.raises(ValueError, match="steps behind it and the recipe asks for 2"):
+        finetune(dataclasses.replace(saving, resume=True, max_steps=2), progress=False)
+    longer = finetune(dataclasses.replace(saving, resume=True, max_steps=8), progress=False)
+    assert longer["steps"] == 8
 
 
 def test_without_a_whole_checkpoint_the_run_starts_anew(saving, caplog):
