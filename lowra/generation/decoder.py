@@ -50,11 +50,17 @@ class Adapter:
 class Projections:
     """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
 
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype):
+    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype):
         """
+        Args:
+            parent, names: the module that has the layers, and their names in it.
+            dtype: of x.
+
         Raises:
             Unsupported: an adapter method or a layer that this path does not know.
         """
+        self._read_from = parent, names, dtype
+        modules = [getattr(parent, name) for name in names]
         self._bases = [_base_of(module) for module in modules]
         self._adapters = [list(_adapters_of(module)) for module in modules]
         self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
@@ -83,6 +89,14 @@ class Projections:
                 a, b = adapter.factors
                 out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
         return outs
+
+    def is_current(self) -> bool:
+        """Whether the modules still hold what was read from them, at the same places.
+
+        Raises:
+            Unsupported: see there.
+        """
+        return tuple(Projections(*self._read_from).state()) == tuple(self.state())
 
     def adapters(self) -> Iterator[Adapter]:
         for adapters in self._adapters:
@@ -145,11 +159,11 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         if any(parameter.device != self.device for parameter in model.parameters()):
             raise Unsupported("the model is spread over several devices")
-        if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-            raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
+        _check_mode(model)
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
+        self._places = self._ends()
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """Runs a prompt and fills the caches.
@@ -231,11 +245,19 @@ class Decoder:
         for layer in self.layers:
             yield from (layer.query_key_value, layer.out, layer.gate_up, layer.down)
 
-    def state(self) -> tuple:
-        """Addresses and numbers that a captured step has fixed: another tuple means another capture."""
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """Whether a captured step still computes what the model does: nothing has moved, the adapters are the same."""
+        try:
+            _check_mode(model)
+            parts = self._ends() == self._places and all(group.is_current() for group in self._projections())
+        except Unsupported:
+            return False
+        return parts
+
+    def _ends(self) -> list[int]:
+        """Where norm, embeddings and head lie."""
         ends = (self._body.norm, self._body.embed_tokens, self._head)
-        addresses = [parameter.data_ptr() for module in ends for parameter in module.parameters()]
-        return (*addresses, *(part for group in self._projections() for part in group.state()))
+        return [parameter.data_ptr() for module in ends for parameter in module.parameters()]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -277,7 +299,7 @@ class Decoder:
         after = block.post_attention_layernorm
         return Layer(
             before_attention=_norm(block.input_layernorm),
-            query_key_value=self._group(attention, names),
+            query_key_value=self._group(attention, *names),
             attention=Attention(
                 heads=config.num_attention_heads,
                 kv_heads=config.num_key_value_heads,
@@ -290,17 +312,17 @@ class Decoder:
                 window=window or 0,
                 softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             ),
-            out=self._group(attention, ("o_proj",)),
+            out=self._group(attention, "o_proj"),
             after_attention=_norm(after) if four_norms else None,
             before_feed_forward=_norm(block.pre_feedforward_layernorm if four_norms else after),
-            gate_up=self._group(feed_forward, gates),
+            gate_up=self._group(feed_forward, *gates),
             activation=_ACTIVATIONS[activation],
-            down=self._group(feed_forward, ("down_proj",)),
+            down=self._group(feed_forward, "down_proj"),
             after_feed_forward=_norm(block.post_feedforward_layernorm) if four_norms else None,
         )
 
-    def _group(self, parent: Any, names: tuple[str, ...]) -> Projections:
-        return Projections([getattr(parent, name) for name in names], self.dtype)
+    def _group(self, parent: Any, *names: str) -> Projections:
+        return Projections(parent, names, self.dtype)
 
 
 def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:
@@ -322,6 +344,11 @@ def _mask(places: torch.Tensor, first: torch.Tensor, window: int) -> torch.Tenso
         seen = seen & (places[None] > places[:, None] - window)
     seen = seen[None] & (places[None, None] >= first[:, None, None])
     return (seen | torch.eye(len(places), dtype=torch.bool, device=places.device)[None])[:, None]
+
+
+def _check_mode(model: PreTrainedModel) -> None:
+    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
 
 
 def _norm(module: Any) -> Norm:

@@ -224,7 +224,6 @@ class Session:
         self.decoder = decoder
         self._batch, self._slots = batch, slots
         self._choice = request.choice()
-        self._state = decoder.state()
         self._processors, self._sample = request.processors, request.config.do_sample
         _, _, eos, self._pad = self._choice
         device = decoder.device
@@ -242,12 +241,8 @@ class Session:
 
     def serves(self, model: PreTrainedModel, batch: int, positions: int, choice: tuple) -> bool:
         """Whether a request can run here: shape and choice are the same, and no tensor has moved since."""
-        if (batch, choice) != (self._batch, self._choice) or positions > self._slots:
-            return False
-        try:
-            return Decoder(model, 1).state() == self._state
-        except Unsupported:
-            return False
+        same = (batch, choice) == (self._batch, self._choice) and positions <= self._slots
+        return same and self.decoder.is_current(model)
 
     def run(
         self,

@@ -41,7 +41,8 @@ SMALL, UP_TO_64 = ["small"] * 2 + ["refused"] * 4, ["refused"] * 2
 
 def run(kernel: str) -> list[str]:
     folder = pathlib.Path(__file__).parent
-    environment = {**os.environ, "LOWRA_PRODUCT": kernel, "PYTHONPATH": str(folder)}
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "LOWRA_PRODUCT": kernel, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, text=True, capture_output=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
