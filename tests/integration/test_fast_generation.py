@@ -194,6 +194,10 @@ def test_stopping_and_streaming(folders, device, capsys, tiny_llama):
         model.generate(**inputs, max_new_tokens=13, do_sample=False, pad_token_id=0, streamer=streamer, **options)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] and len(shown[0]) > 11
+    try:
+        model.generate(**inputs, max_new_tokens=1, stop_strings=["é"], tokenizer=tokenizer)
+    except ValueError as error:
+        pytest.skip(f"this Transformers finds no such token: {error}")
     expected, found = both(model, inputs, stop_strings=["é"], tokenizer=tokenizer)
     assert torch.equal(found, expected)
 

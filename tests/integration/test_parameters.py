@@ -98,7 +98,12 @@ def test_prompts_are_trained_saved_and_loaded(both, tmp_path, architecture, meth
         torch.manual_seed(0)
         config = kind(task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=4, **options)
         before = dict(model.named_modules())
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            if model is dense and "Please specify" in str(error):
+                pytest.skip(f"this PEFT needs more with dense models too: {error}")
+            raise
         assert dict(model.named_modules()) == before
         adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
