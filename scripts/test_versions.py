@@ -38,12 +38,18 @@ COMBINATIONS = {
     "newest": ({"transformers": "5.24.0", "peft": "0.21.2"}, "the newest releases"),
 }
 
-TESTS = (
-    "tests/integration",
-    "tests/adapters/test_adapter_library.py",
-    "tests/test_commands.py",
-    "tests/training/test_finetune.py",
-)
+TESTS = {
+    "all": (
+        "tests/integration",
+        "tests/adapters/test_adapter_library.py",
+        "tests/test_commands.py",
+        "tests/training/test_finetune.py",
+    ),
+    "core": tuple(
+        f"tests/integration/test_{name}.py"
+        for name in ("patches", "peft", "peft_limits", "adapter_keys", "loading", "embeddings", "experts", "parameters")
+    ),
+}
 
 
 def python_of(name: str, versions: dict[str, str]) -> pathlib.Path:
@@ -69,12 +75,22 @@ def installed(python: pathlib.Path) -> dict[str, str]:
     return dict(zip(LIBRARIES, found.split(), strict=True))
 
 
-def run(name: str, tests: list[str]) -> dict:
+def run(name: str, tests: str) -> dict:
     versions, _ = COMBINATIONS[name]
     python = python_of(name, versions)
     log = ENVIRONMENTS / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(python), "-m", "pytest", "-q", "-m", "not slow and not cuda", "-p", "no:cacheprovider", *tests]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow and not cuda",
+        "-p",
+        "no:cacheprovider",
+        *TESTS[tests],
+    ]
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         subprocess.run(command, cwd=ROOT, env=surroundings, stdout=file, stderr=subprocess.STDOUT)
@@ -83,6 +99,7 @@ def run(name: str, tests: list[str]) -> dict:
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
     return {
         "versions": installed(python),
+        "tests": tests,
         "date": datetime.date.today().isoformat(),
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0),
@@ -93,25 +110,25 @@ def run(name: str, tests: list[str]) -> dict:
 
 def write_table(results: dict[str, dict]) -> None:
     """Puts the table of the results between the two marks of docs/versions.md."""
-    heads = ["combination", *LIBRARIES, "passed", "failed", "skipped", "run on", "what it is"]
+    heads = ["combination", *LIBRARIES, "tests", "passed", "failed", "skipped", "run on", "what it is"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, (_, why) in COMBINATIONS.items():
         if name in results:
             result = results[name]
             cells = [name, *(result["versions"][library] for library in LIBRARIES)]
-            cells += [str(result[kind]) for kind in ("passed", "failed", "skipped", "date")]
+            cells += [str(result[kind]) for kind in ("tests", "passed", "failed", "skipped", "date")]
             lines.append(f"| {' | '.join([*cells, why])} |")
-    start, end = "<!-- results -->\n", "\n<!-- end -->"
+    start, end = "<!-- results -->\n", "<!-- end -->"
     text = TABLE.read_text()
     before, _, rest = text.partition(start)
-    TABLE.write_text(before + start + "\n".join(lines) + end + rest.partition(end)[2])
+    TABLE.write_text(before + start + "\n".join([*lines, end]) + rest.partition(end)[2])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("combinations", nargs="*", metavar="NAME", help="all if none is named")
     parser.add_argument("--list", action="store_true", help="name the combinations and stop")
-    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files or folders of tests")
+    parser.add_argument("--tests", choices=TESTS, default="all", help="core: without commands, training, generation …")
     arguments = parser.parse_args()
     if unknown := set(arguments.combinations) - set(COMBINATIONS):
         parser.error(f"no such combination: {', '.join(sorted(unknown))}; there are {', '.join(COMBINATIONS)}")
