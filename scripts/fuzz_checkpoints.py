@@ -188,7 +188,10 @@ def _flip_in_header(path: pathlib.Path, rng: random.Random) -> str:
 
 def _flip_in_body(path: pathlib.Path, rng: random.Random) -> str:
     content = bytearray(path.read_bytes())
-    place = rng.randrange(8 + int.from_bytes(content[:8], "little"), len(content))
+    start = 8 + int.from_bytes(content[:8], "little")
+    if start >= len(content):
+        raise _NotPossible
+    place = rng.randrange(start, len(content))
     return _flip(path, content, place, rng)
 
 
@@ -234,7 +237,7 @@ def _replace_file(path: pathlib.Path, rng: random.Random) -> str:
 
 def _change_tensors(path: pathlib.Path, rng: random.Random) -> str:
     tensors = load_file(path)
-    name = rng.choice(sorted(tensors))
+    name = rng.choice(sorted(name for name, tensor in tensors.items() if tensor.numel()))
     how = rng.choice([_swap, _drop, _add, _retype, _reshape, _not_a_number, _blank, _reverse, _nudge])
     what = how(tensors, name, rng)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, _metadata(path))
@@ -515,12 +518,17 @@ def run(subjects: list[Subject], count: int, seed: int, work: pathlib.Path, work
     tasks = collections.deque((number % len(subjects), number) for number in range(count))
     pool = [Worker(subjects, seed, work) for _ in range(workers)]
     outcomes: list[Outcome] = []
+    again: set[tuple[int, int]] = set()
     while len(outcomes) < count:
         for worker in pool:
             if worker.task is None and tasks:
                 worker.give(tasks.popleft())
             if worker.task is not None and (outcome := worker.take()) is not None:
-                worker.task = None
+                task, worker.task = worker.task, None
+                if outcome.verdict == "hang" and task not in again:  # or the machine had a bad minute
+                    again.add(task)
+                    tasks.append(task)
+                    continue
                 outcomes.append(outcome)
                 if len(outcomes) % 100 == 0:
                     print(f"  {len(outcomes)} of {count}", file=sys.stderr)

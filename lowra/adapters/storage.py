@@ -221,6 +221,9 @@ def read_packed(folder: str | pathlib.Path, shared: SharedBasis | None = None) -
         )
     config = read_json(folder / CONFIG_FILE, "the PEFT configuration of a packed adapter")
     label = read_json(folder / LABEL_FILE, "the label of a packed adapter")
+    for name in ("base", "evaluation"):
+        if not isinstance(label.get(name) or {}, dict):
+            raise ValueError(f"{folder / LABEL_FILE} is damaged: {name} is {label[name]!r}, expected a dictionary.")
     tensors, metadata = read_tensors(folder / PACKED_FILE, "a packed adapter")
     source = str(folder / PACKED_FILE)
     try:

@@ -181,9 +181,9 @@ def differences(there: dict, here: dict) -> str | None:
     Such as "rank 8 vs 16, refine=0 vs 2".
     """
     one, other = there.get("packing"), here.get("packing")
-    if not one or not other or one == other:
+    if not isinstance(one, dict) or not isinstance(other, dict) or one == other:
         return None
-    then, now = there.get("recipe") or {}, here.get("recipe") or {}
+    then, now = (side.get("recipe") if isinstance(side.get("recipe"), dict) else {} for side in (there, here))
     found = _of_adapters(then.get("initial_adapter"), now.get("initial_adapter"))
     shared = [name for name in then if name in now and name not in ("initial_adapter", "calibration")]
     found += [f"{name}={then[name]} vs {now[name]}" for name in shared if then[name] != now[name]]

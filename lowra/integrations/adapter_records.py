@@ -33,6 +33,7 @@ from ..checkpoints.records import (
 )
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
 from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
+from .adapter_configs import check_adapter_config
 from .adapter_keys import check_keys, is_saved_module, watch_keys
 
 logger = logging.getLogger(__name__)
@@ -197,6 +198,13 @@ def is_packed_base(model: PeftModel | PreTrainedModel) -> bool:
     return packing(base_of(model), "fingerprint") is not None
 
 
+def check_settings(adapter: str | pathlib.Path, options: dict) -> None:
+    """Raises OSError or ValueError where an adapter's adapter_config.json is none that PEFT can use."""
+    path = file_of(adapter, ADAPTER_CONFIG, options)
+    if path is not None:
+        check_adapter_config(path)
+
+
 def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: dict, any_base: bool) -> Arriving:
     """What comes with an adapter that is about to be loaded.
 
@@ -209,6 +217,8 @@ def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: 
     Raises:
         ValueError: see `_check_base`; a record that is not JSON, trained tables that do not fit the model.
     """
+    if is_packed_base(model):
+        check_settings(adapter, options)
     path = file_of(adapter, BASE_RECORD, options)
     record = {} if path is None else read_record(path)
     if not any_base:

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import reprlib
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,6 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configs import GENERATION_FILE, check_packed_folder, is_of_lowra
 from ..checkpoints.dense import empty_model, one_line
-from ..checkpoints.guarded import read_json
 from ..checkpoints.records import ADAPTER_CONFIG
 
 
@@ -71,23 +69,16 @@ def load_folder(load: Callable[[], PreTrainedModel], folder: pathlib.Path, optio
         raise
 
 
-def load_adapter_folder(load: Callable[[], PeftModel], adapter: object, options: dict) -> PeftModel:
+def load_adapter_folder(load: Callable[[], PeftModel], adapter: object) -> PeftModel:
     """What PEFT does to load an adapter on a packed model.
 
     Args:
         load: what PEFT does.
-        adapter: as it was given: a folder, or a name on the hub.
-        options: the other arguments, of which `subfolder` counts.
+        adapter: as it was given: a folder, or a name on the hub; its configuration has been checked.
 
     Raises:
-        OSError, ValueError: the adapter's configuration is damaged, or holds what PEFT cannot use.
+        ValueError: the adapter's configuration holds what PEFT cannot use.
     """
-    if isinstance(adapter, (str, os.PathLike)):
-        path = pathlib.Path(adapter) / (options.get("subfolder") or "") / ADAPTER_CONFIG
-        if path.exists():
-            kind = read_json(path, "the configuration of a PEFT adapter").get("peft_type")
-            if not isinstance(kind, str):
-                raise ValueError(f"{path} is damaged (peft_type is {reprlib.repr(kind)}); expected that of an adapter.")
     try:
         return load()
     except (TypeError, AttributeError, KeyError) as error:  # of whatever line meets a value that it cannot use

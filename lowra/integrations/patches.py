@@ -25,6 +25,7 @@ from .adapter_records import (
     check_adapter,
     check_loaded_by_transformers,
     check_saved,
+    check_settings,
     forget_tables,
     is_packed_base,
     load_checked,
@@ -188,7 +189,11 @@ def _checked_folder(original: Callable) -> Callable:
     @functools.wraps(original)
     def from_pretrained(cls, model, model_id, *args, **kwargs):
         load = functools.partial(original, cls, model, model_id, *args, **kwargs)
-        return load_adapter_folder(load, model_id, kwargs) if is_packed(model) else load()
+        if not is_packed(model):
+            return load()
+        if kwargs.get("config") is None:
+            check_settings(model_id, kwargs)
+        return load_adapter_folder(load, model_id)
 
     return from_pretrained
 
@@ -420,20 +425,28 @@ TABLE = (
         wrap=_with_records,
     ),
     Patch(
+        target="peft.peft_model:PeftModel.from_pretrained",
+        why="What adapter_config.json says is used before load_adapter sees it, and ends in errors of any line.",
+        door="PeftConfig could check the values that it is given",
+        since="none",
+        rests_on=("model", "model_id", "config"),
+        wrap=_checked_folder,
+    ),
+    Patch(
+        target="peft.mixed_model:PeftMixedModel.from_pretrained",
+        why="The same through the class for adapters of several methods.",
+        door="PeftConfig could check the values that it is given",
+        since="none",
+        rests_on=("model", "model_id", "config"),
+        wrap=_checked_folder,
+    ),
+    Patch(
         target="peft.peft_model:PeftModel.load_adapter",
         why="An adapter of another base, or a damaged one, would be loaded with a warning at most.",
         door="a hook on loading adapters",
         since="none",
         rests_on=("model_id", "adapter_name"),
         wrap=_checked_adapter,
-    ),
-    Patch(
-        target="peft.peft_model:PeftModel.from_pretrained",
-        why="An adapter_config.json that is no JSON object, or of wrong types, ends in errors of any kind.",
-        door="errors of one kind for files that cannot be read",
-        since="none",
-        rests_on=("model", "model_id"),
-        wrap=_checked_folder,
     ),
     Patch(
         target="peft.mixed_model:PeftMixedModel.load_adapter",

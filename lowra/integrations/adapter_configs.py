@@ -1,0 +1,69 @@
+"""adapter_config.json held against the fields of PEFT's own config classes, before PEFT meets what does not fit.
+
+PEFT takes what stands there as it comes: a list in the place of a rank ends in a TypeError of whatever line divides it.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import reprlib
+import typing
+
+import pydantic
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from ..checkpoints.guarded import read_json
+
+
+def check_adapter_config(path: pathlib.Path) -> None:
+    """
+    Raises:
+        OSError, ValueError: no JSON object, a method that PEFT does not have, or a value that a field does not take.
+    """
+    content = read_json(path, "the configuration of a PEFT adapter")
+    method = content.get("peft_type")
+    if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{path}: peft_type is {reprlib.repr(method)}, and PEFT has no such method.")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    fields, kinds = {field.name: field.default for field in dataclasses.fields(kind)}, _kinds_of(kind)
+    for name, value in content.items():
+        default = fields.get(name)
+        if name == "init_lora_weights" and isinstance(value, str):
+            fits = True  # PEFT takes patterns there too, such as pissa_niter_16
+        elif value is not None and _is_number(default):
+            whole = isinstance(default, int) and name != "lora_alpha"
+            fits = _is_number(value) and math.isfinite(value) and (not whole or value == int(value))
+        else:
+            # PEFT leaves fields at None that it declares as numbers
+            fits = name not in kinds or value is default is None or _fits(kinds[name], value)
+        if not fits:
+            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, which {kind.__name__} does not take.")
+
+
+@functools.cache
+def _kinds_of(kind: type) -> dict[str, pydantic.TypeAdapter]:
+    """By field, what values it takes; fields whose annotations cannot be read take all."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except (NameError, TypeError):  # names that are imported for a type checker only
+        return {}
+    kinds = {}
+    for field in dataclasses.fields(kind):
+        try:
+            kinds[field.name] = pydantic.TypeAdapter(hints[field.name])
+        except pydantic.errors.PydanticUserError:  # of classes that pydantic does not know
+            continue
+    return kinds
+
+
+def _fits(kind: pydantic.TypeAdapter, value: object) -> bool:
+    try:
+        kind.validate_python(value, strict=isinstance(value, (str, int, float)))
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
