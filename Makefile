@@ -16,6 +16,7 @@ test: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 # 3,000 damaged checkpoints and adapters; any that ends in other numbers, a traceback or a hang is listed.

@@ -8,11 +8,12 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import torch
 from peft import AdaptionPromptModel, PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -58,17 +59,17 @@ class Arriving:
     in_training: bool = False
 
 
-def packing(model: PreTrainedModel, name: str):
+def packing(model: nn.Module, name: str) -> Any:
     """`fingerprint` or another attribute of a packed base's LowRAConfig; None where the base is not packed."""
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), name, None)
 
 
-def record_of(model: PeftModel, name: str) -> dict:
+def record_of(model: Any, name: str) -> dict:
     """What is known of the start of a loaded adapter: the content of its record; empty where it came with none."""
     return getattr(model.peft_config.get(name), _KEPT, {})
 
 
-def has_arrived(model: PreTrainedModel, name: str) -> bool:
+def has_arrived(model: nn.Module, name: str) -> bool:
     """Whether an adapter was loaded, with a record or without, and not made anew."""
     return hasattr(getattr(base_of(model), "peft_config", {}).get(name), _KEPT)
 
@@ -83,8 +84,9 @@ def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
     setattr(model.peft_config[name], _KEPT, arriving.record)
     if arriving.in_training:
         return
-    if arriving.tables is not None:
-        hold_adapter_tables(model).put(name, arriving.tables)
+    holder = hold_adapter_tables(model) if arriving.tables is not None else None
+    if arriving.tables is not None and holder is not None:
+        holder.put(name, arriving.tables)
     elif (held := adapter_tables(model)) is not None:
         held.forget(name)
 
@@ -104,12 +106,12 @@ def tables_set_aside(model: PeftModel, name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if tables:
+        if tables and held is not None:
             held.put(name, tables)
         raise
 
 
-def check_fingerprint(found: str | None, base: PreTrainedModel, what: str, remedy: str) -> None:
+def check_fingerprint(found: str | None, base: nn.Module, what: str, remedy: str) -> None:
     """Raises ValueError where a fingerprint is not that of the packed base."""
     expected = packing(base, "fingerprint")
     if found and expected and found != expected:
@@ -119,7 +121,7 @@ def check_fingerprint(found: str | None, base: PreTrainedModel, what: str, remed
         )
 
 
-def _check_base(record: dict, base: PreTrainedModel, adapter: str) -> None:
+def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> None:
     """
     Raises:
         ValueError: the adapter belongs to another base, to one of other bits, or to a packed one where this is dense.
@@ -134,7 +136,8 @@ def _check_base(record: dict, base: PreTrainedModel, adapter: str) -> None:
             "the quantisation, has been taken out. Load it on the original, save it without converting it, or pass "
             "any_base=True."
         )
-    difference = differences(record, record_of_base(base.config.quantization_config)) if here else None
+    config: Any = base.config
+    difference = differences(record, record_of_base(config.quantization_config)) if here else None
     if bits and here and f"{bits:.4f}" != f"{here:.4f}":
         known = f" (another packing: {difference}, there vs here)" if difference else ""
         raise ValueError(
@@ -188,13 +191,13 @@ def file_of(adapter: str | pathlib.Path, name: str, options: dict) -> pathlib.Pa
     return None if path is None else pathlib.Path(path)
 
 
-def base_of(model: PeftModel | PreTrainedModel) -> torch.nn.Module:
+def base_of(model: nn.Module) -> nn.Module:
     """The model below PEFT's wrappers, whatever adapters are loaded and active; a model without them is its own."""
-    inner = getattr(model, "base_model", model) if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    inner: Any = getattr(model, "base_model", model) if isinstance(model, (PeftModel, PeftMixedModel)) else model
     return inner.model if isinstance(inner, (BaseTuner, AdaptionPromptModel)) else inner
 
 
-def is_packed_base(model: PeftModel | PreTrainedModel) -> bool:
+def is_packed_base(model: nn.Module) -> bool:
     return packing(base_of(model), "fingerprint") is not None
 
 
@@ -205,7 +208,7 @@ def check_settings(adapter: str | pathlib.Path, options: dict) -> None:
         check_adapter_config(path)
 
 
-def check_adapter(model: PreTrainedModel, adapter: str | pathlib.Path, options: dict, any_base: bool) -> Arriving:
+def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, any_base: bool) -> Arriving:
     """What comes with an adapter that is about to be loaded.
 
     Args:
@@ -258,7 +261,7 @@ def check_saved(adapter: str | pathlib.Path, options: dict, record: dict) -> Non
 
 def load_checked(
     model: PeftModel, adapter: str | pathlib.Path, name: str, load: Callable, options: dict, any_base: bool
-):
+) -> Any:
     """What `PeftModel.load_adapter` does on a packed base; on a dense one `load`, unless the adapter belongs elsewhere.
 
     Raises:
@@ -288,7 +291,7 @@ def load_checked(
     return loaded
 
 
-def check_loaded_by_transformers(model: PreTrainedModel, name: str, loading, what: str) -> None:
+def check_loaded_by_transformers(model: Any, name: str, loading: Any, what: str) -> None:
     """
     Args:
         model: a packed one, whose `load_adapter` has loaded an adapter.
@@ -320,8 +323,9 @@ def write_records(model: PeftModel, folder: pathlib.Path, names: list[str], conv
 
 def write_record(model: PeftModel | PreTrainedModel, folder: pathlib.Path, name: str, converted: bool = False) -> None:
     """Writes tables and record of one adapter into the folder that it was saved to."""
-    here = record_of_base(base_of(model).config.quantization_config)
-    save_tables_of(base_of(model), name, folder)
+    base: Any = base_of(model)
+    here = record_of_base(base.config.quantization_config)
+    save_tables_of(base, name, folder)
     record = {**record_of(model, name), **here, **record_of_files(folder)}
     if converted:
         start = record.get("init", "lora")

@@ -3,6 +3,7 @@
 import concurrent.futures
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from transformers import PreTrainedModel
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, replace_module
-from ..nn.packed_module import PackedModule
 from .model_patches import ignore_unexpected, keep_values
 
 
@@ -47,7 +47,7 @@ class DirectLoading:
 
         self._start()
 
-        def hide(model, state_dict, prefix, metadata):
+        def hide(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
             if only_device() is None:
                 return
             for name in files.places:
@@ -75,7 +75,7 @@ class DirectLoading:
         self._reader.shutdown(wait=False)
 
     def _fill(self, device: torch.device) -> None:
-        modules: dict[str, PackedModule] = {name: self._model.get_submodule(name) for name in self._packed}
+        modules: dict[str, Any] = {name: self._model.get_submodule(name) for name in self._packed}  # packed ones
         rows = {name: module.layout_of(self._files.row_bits[name]) for name, module in modules.items()}
         loaded = read(self._files.places, device) if self._reading is None else self._reading.result()
         for name, module in modules.items():
@@ -95,7 +95,7 @@ def large_dense_tensors(model: PreTrainedModel, targets: dict[str, Target]) -> d
     taken = {f"{name}.weight" for target in targets.values() for name in (target.name, *target.tied)}
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for module_name, module in model.named_modules():
         name = f"{module_name}.weight"
         name = model.all_tied_weights_keys.get(name, name)

@@ -57,7 +57,7 @@ class _Watch:
         self.model, self.start, self.adapter = model, start, adapter
         self.handle = layer.register_forward_pre_hook(self)
 
-    def __call__(self, layer: nn.Module, inputs) -> None:
+    def __call__(self, layer: nn.Module, inputs: object) -> None:
         if torch.compiler.is_compiling():
             return
         tuner = next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)

@@ -1,5 +1,7 @@
 """Packed modules put into a Transformers model and taken out again."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +22,7 @@ def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.
     for target in targets.values():
         module = modules.get(target.name)  # None where fused experts are dense parameters again
         if isinstance(module, LowRAExperts):
-            weight = module.dequantize(dtype).view(target.experts, -1, target.in_features)
+            weight = module.dequantize(dtype).view(module.experts, -1, target.in_features)
             replace_module(model, target.name, nn.Parameter(weight, requires_grad=False))
             continue
         if isinstance(module, LowRAEmbedding):
@@ -41,6 +43,7 @@ def make_embedding_dense(model: nn.Module, target: Target, weight: torch.Tensor)
     weight = nn.Parameter(weight, requires_grad=False)
     for name in (target.name, *target.tied):
         module = model.get_submodule(name)
+        dense: Any
         if isinstance(module, LowRAEmbedding):
             (dense,) = module.dense_form
             if module.round_scale:  # its own buffer is still on "meta"
@@ -74,9 +77,10 @@ def _conv1d(linear: nn.Linear) -> Conv1D:
 
 def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: dict) -> list[PackedModule]:
     """Puts packed modules in the place of a dense layer and those tied to it, or of the parameter of fused experts."""
-    sizes = (target.in_features, target.out_features, group_size, packed)
+    sizes: tuple[int, int, int, dict] = (target.in_features, target.out_features, group_size, packed)
     modules: list[PackedModule] = []
     for name in (target.name, *target.tied):
+        module: PackedModule
         if target.experts is not None:
             module = LowRAExperts(target.experts, *sizes, model.get_parameter(name).dtype)
         else:
@@ -98,25 +102,24 @@ def put_stored(
     return modules
 
 
-def _packed_layer(dense: nn.Linear | Conv1D | nn.Embedding, *sizes) -> PackedModule:
+def _packed_layer(dense: Any, in_features: int, out_features: int, group_size: int, packed: dict) -> PackedModule:
+    """dense: a linear layer, GPT-2's Conv1D or embeddings."""
+    sizes = in_features, out_features, group_size, packed
     if not isinstance(dense, nn.Embedding):
-        return LowRALinear(*sizes, None if dense.bias is None else dense.bias.detach(), dense.weight.dtype)
+        bias = None if dense.bias is None else dense.bias.detach()
+        return LowRALinear(*sizes, bias, dense.weight.dtype)
     rounded = hasattr(dense, "scalar_embed_scale")
-    packed = LowRAEmbedding(
-        *sizes,
-        dense.weight.dtype,
-        padding_idx=dense.padding_idx,
-        scale=embedding_scale(dense),
-        round_scale=rounded,
-    )
-    packed.dense_form.append(dense)
-    return packed
+    scale: Any = embedding_scale(dense)
+    options = {"padding_idx": dense.padding_idx, "scale": scale, "round_scale": rounded}
+    table = LowRAEmbedding(*sizes, dense.weight.dtype, **options)
+    table.dense_form.append(dense)
+    return table
 
 
 def share_tied(model: PreTrainedModel, target: Target) -> None:
     """Lets the modules tied to a packed one hold its parameters."""
-    source = model.get_submodule(target.name)
+    source: Any = model.get_submodule(target.name)
     for name in target.tied:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         module._parameters.update(source.packed_tensors())
         module.prepare()

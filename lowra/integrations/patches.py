@@ -10,6 +10,7 @@ import inspect
 import logging
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from peft import LoraConfig
 
@@ -56,7 +57,9 @@ logger = logging.getLogger(__name__)
 
 def _load_in_lowra(original: Callable) -> Callable:
     @functools.wraps(original)
-    def from_pretrained(cls, *args, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs):
+    def from_pretrained(
+        cls: Any, *args: Any, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs: Any
+    ) -> Any:
         if load_in_lowra:
             if kwargs.get("quantization_config") is not None:
                 raise ValueError("Give either load_in_lowra=True or quantization_config, not both.")
@@ -73,7 +76,7 @@ def _load_in_lowra(original: Callable) -> Callable:
 
 def _checked_config(original: Callable) -> Callable:
     @functools.wraps(original)
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         folder = local_packed_folder(pretrained_model_name_or_path, kwargs)
         if folder is not None:
             packing_described(folder)
@@ -84,7 +87,7 @@ def _checked_config(original: Callable) -> Callable:
 
 def _built_config(original: Callable) -> Callable:
     @functools.wraps(original)
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls: Any, config_dict: Any, **kwargs: Any) -> Any:
         if not describes_packing(config_dict):
             return original(cls, config_dict, **kwargs)
         return build_config(functools.partial(original, cls, config_dict, **kwargs))
@@ -94,7 +97,7 @@ def _built_config(original: Callable) -> Callable:
 
 def _described(original: Callable) -> Callable:
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         result = original(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             describe_saved(self, pathlib.Path(save_directory))
@@ -104,15 +107,17 @@ def _described(original: Callable) -> Callable:
 
 
 def _dtype(original: property) -> property:
-    def dtype(self):
-        return dtype_of_packed(self) or original.fget(self)
+    get: Any = original.fget
 
-    return property(functools.wraps(original.fget)(dtype), doc=original.__doc__)
+    def dtype(self: Any) -> Any:
+        return dtype_of_packed(self) or get(self)
+
+    return property(functools.wraps(get)(dtype), doc=original.__doc__)
 
 
 def _checked_method(original: Callable) -> Callable:
     @functools.wraps(original)
-    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+    def __init__(self: Any, model: Any, peft_config: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
         if is_packed(model):
             check_method(self, model, peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config)
         original(self, model, peft_config, adapter_name, *args, **kwargs)
@@ -122,14 +127,15 @@ def _checked_method(original: Callable) -> Callable:
 
 def _with_our_layers(original: Callable) -> Callable:
     @functools.wraps(original)
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+    def inject_adapter(self: Any, model: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
         if is_packed(model):
             forget_tables(model, adapter_name)
             config = self.peft_config[adapter_name]
             check_method(self, model, config)
             check_experts(model, config)
             if isinstance(config, LoraConfig):
-                config._register_custom_module({LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings})
+                ours: dict[Any, Any] = {LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings}
+                config._register_custom_module(ours)
         return original(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
@@ -137,7 +143,7 @@ def _with_our_layers(original: Callable) -> Callable:
 
 def _names_kept(original: Callable) -> Callable:
     @functools.wraps(original)
-    def convert_peft_config_for_transformers(peft_config, model, *args, **kwargs):
+    def convert_peft_config_for_transformers(peft_config: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if packed_experts(model):
             return peft_config
         return original(peft_config, model, *args, **kwargs)
@@ -147,7 +153,7 @@ def _names_kept(original: Callable) -> Callable:
 
 def _checked_merge(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _check_merge_allowed(self, *args, **kwargs):
+    def _check_merge_allowed(self: Any, *args: Any, **kwargs: Any) -> Any:
         check_merge(self.model)
         return original(self, *args, **kwargs)
 
@@ -156,7 +162,7 @@ def _checked_merge(original: Callable) -> Callable:
 
 def _checked_training(original: Callable) -> Callable:
     @functools.wraps(original)
-    def __init__(self, module_to_save, *args, **kwargs):
+    def __init__(self: Any, module_to_save: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(module_to_save, PackedModule):
             refuse_training(type(self).__name__)
         original(self, module_to_save, *args, **kwargs)
@@ -168,7 +174,7 @@ def _with_records(original: Callable) -> Callable:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_packed_base(self):
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
@@ -200,7 +206,9 @@ def _checked_folder(original: Callable) -> Callable:
 
 def _checked_adapter(original: Callable) -> Callable:
     @functools.wraps(original)
-    def load_adapter(self, model_id, adapter_name, *args, any_base: bool = False, **kwargs):
+    def load_adapter(
+        self: Any, model_id: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
+    ) -> Any:
         load = functools.partial(original, self, model_id, adapter_name, *args, **kwargs)
         return load_checked(self, model_id, adapter_name, load, kwargs, any_base)
 
@@ -211,7 +219,7 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def load_adapter(self, *args, any_base: bool = False, **kwargs):
+    def load_adapter(self: Any, *args: Any, any_base: bool = False, **kwargs: Any) -> Any:
         try:
             given = signature.bind(self, *args, **kwargs).arguments
         except TypeError:
@@ -224,7 +232,7 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
         result = original(self, *args, **kwargs)
         if is_packed_base(self):
             check_loaded_by_transformers(self, name, result, str(path))
-            check_saved(path, options, arriving.record)
+            check_saved(str(path), options, arriving.record)
             settle(self, name, arriving)
         return result
 
@@ -233,7 +241,7 @@ def _checked_adapter_of_transformers(original: Callable) -> Callable:
 
 def _counted(original: Callable) -> Callable:
     @functools.wraps(original)
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False):
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> Any:
         count = original(self, only_trainable, exclude_embeddings)
         return count if only_trainable else count + uncounted(self, exclude_embeddings)
 
@@ -242,7 +250,7 @@ def _counted(original: Callable) -> Callable:
 
 def _counted_by_peft(original: Callable) -> Callable:
     @functools.wraps(original)
-    def get_nb_trainable_parameters(self):
+    def get_nb_trainable_parameters(self: Any) -> Any:
         trainable, every = original(self)
         return trainable, every + uncounted(self)
 
@@ -251,7 +259,7 @@ def _counted_by_peft(original: Callable) -> Callable:
 
 def _with_packed_table(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _setup_prompt_encoder(self, *args, **kwargs):
+    def _setup_prompt_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
         with table_in_sight(self.base_model):
             return original(self, *args, **kwargs)
 
@@ -260,7 +268,9 @@ def _with_packed_table(original: Callable) -> Callable:
 
 def _all_of_generate(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+    def _extract_generation_mode_kwargs(
+        self: Any, custom_generate: Any, kwargs: Any, synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> Any:
         tokenizer = kwargs.get("tokenizer")
         found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "__module__", "").startswith("lowra."):  # fast_decoding
@@ -273,7 +283,9 @@ def _all_of_generate(original: Callable) -> Callable:
 
 def _checked_swap(original: Callable) -> Callable:
     @functools.wraps(original)
-    def hotswap_adapter(model, model_name_or_path, adapter_name, *args, any_base: bool = False, **kwargs):
+    def hotswap_adapter(
+        model: Any, model_name_or_path: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
+    ) -> Any:
         inner = getattr(model, "_orig_mod", model)  # of a compiled model
         arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
         check_saved(model_name_or_path, kwargs, arriving.record)
@@ -286,7 +298,9 @@ def _checked_swap(original: Callable) -> Callable:
 
 def _swap_without_record(original: Callable) -> Callable:
     @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         inner = getattr(model, "_orig_mod", model)
         if is_packed_base(inner):
             refuse_losing_tables(inner, [adapter_name], "factors from a state dict")
@@ -298,7 +312,7 @@ def _swap_without_record(original: Callable) -> Callable:
 
 def _unloaded(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+    def _unload_and_optionally_merge(self: Any, merge: Any = True, *args: Any, **kwargs: Any) -> Any:
         if is_packed(self.model):
             if merge:
                 self._check_merge_allowed()  # before anything is changed
@@ -310,7 +324,7 @@ def _unloaded(original: Callable) -> Callable:
 
 def _weighted(original: Callable) -> Callable:
     @functools.wraps(original)
-    def add_weighted_adapter(self, adapters, *args, **kwargs):
+    def add_weighted_adapter(self: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
         if is_packed(self.model):
             refuse_losing_tables(self.model, adapters, "an adapter made of several")
         return original(self, adapters, *args, **kwargs)

@@ -6,6 +6,7 @@ packed bytes; `LowRALoraLinear`, put in the place of PEFT's own LoRA layer, merg
 
 import contextlib
 import pathlib
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -36,7 +37,9 @@ class LowRALoraLinear(LoraLinear):
 
     merges_packed = True
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs):
+    base_layer: Any  # LowRALinear, or the dense layer that stands in for it
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
         """Takes a LoraConfig as `config`; before PEFT 0.19, its fields one by one."""
         # GPT-2's Conv1D is [out, in] once packed
         if "config" in kwargs:
@@ -46,12 +49,12 @@ class LowRALoraLinear(LoraLinear):
         self._packed: list[LowRALinear] = []  # in a list, so that it is no submodule while a dense one stands in
         super().__init__(base_layer, adapter_name, **kwargs)
 
-    def update_layer(self, adapter_name: str, r: int, **kwargs) -> None:
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         options = vars(kwargs["config"]) if "config" in kwargs else kwargs
         check_start(options["init_lora_weights"], options.get("kasa_config"))
-        super().update_layer(adapter_name, r, **kwargs)
+        super().update_layer(adapter_name, r, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """PEFT's forward; one plain adapter without dropout goes through `lora_linear`, which computes the same."""
         held = getattr(self.base_layer, "adapter_tables", None)
         if held is not None and kwargs.get("adapter_names") is not None:
@@ -60,7 +63,8 @@ class LowRALoraLinear(LoraLinear):
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         x = as_autocast(x)
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        a: Any = self.lora_A[adapter].weight
+        b: Any = self.lora_B[adapter].weight
         return lora_linear(x, self.base_layer, a, b, self.scaling[adapter])
 
     def _plain_adapter(self, x: torch.Tensor) -> str | None:
@@ -226,7 +230,12 @@ def _check_start(model: PeftModel, initial: str | pathlib.Path) -> None:
             )
 
 
-def _put_original_below(model: PeftModel, original, initial, trust_remote_code: bool) -> None:
+def _put_original_below(
+    model: PeftModel,
+    original: str | pathlib.Path,
+    initial: str | pathlib.Path | None,
+    trust_remote_code: bool,
+) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
     base, folder = model.get_base_model(), resolve_folder(str(original))
     skeleton = empty_model(folder, trust_remote_code)
@@ -246,13 +255,14 @@ def _put_original_below(model: PeftModel, original, initial, trust_remote_code: 
     active, temporary = list(model.active_adapters), "lowra_initial"
     if initial is not None:
         model.load_adapter(initial, temporary)
-        model.base_model.set_adapter(active)
+        wrapper: Any = model.base_model
+        wrapper.set_adapter(active)
     for name, target in targets.items():
+        layer: Any = base.get_submodule(target.name)
         if target.experts is not None:
-            dtype = base.get_submodule(target.name).compute_dtype
+            dtype = layer.compute_dtype
             replace_module(base, target.name, nn.Parameter(source.load(name)[name].to(dtype), requires_grad=False))
             continue
-        layer = base.get_submodule(target.name)
         weight = target.as_matrix(source.load(name)[name]).float()
         if isinstance(layer, LowRAEmbedding):
             make_embedding_dense(base, target, weight.to(layer.weight.device, layer.compute_dtype))
@@ -271,7 +281,7 @@ def _put_original_below(model: PeftModel, original, initial, trust_remote_code: 
         model.delete_adapter(temporary)
 
 
-def _make_dense(layer: BaseTunerLayer, weight: torch.Tensor | None = None) -> None:
+def _make_dense(layer: Any, weight: torch.Tensor | None = None) -> None:
     """Puts a dense base below an adapter layer for good: the dequantised weight, or the weight [N, K] given."""
     if isinstance(layer.base_layer, LowRALinear):
         layer.base_layer = dense_linear(layer.base_layer, layer.base_layer.compute_dtype, weight)

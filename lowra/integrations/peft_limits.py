@@ -1,6 +1,7 @@
 """What PEFT cannot do with packed layers, said before PyTorch says something about shapes of bytes."""
 
 import logging
+from typing import Any, NoReturn
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -35,7 +36,7 @@ def check_start(init: bool | str, kasa_config: object | None) -> None:
         raise ValueError("kasa_config takes apart the original weights, and a packed model does not hold them.")
 
 
-def refuse_embeddings(base_layer: LowRAEmbedding, *args, **kwargs):
+def refuse_embeddings(base_layer: LowRAEmbedding, *args: Any, **kwargs: Any) -> NoReturn:
     """Stands in the place of an adapter layer for packed embeddings."""
     raise ValueError(
         "Packed embeddings take no adapter: leave them out of target_modules, or quantise without quantize_embeddings."

@@ -13,7 +13,7 @@ _PLACE = "embeddings"  # PEFT looks for "embeddings.word_embeddings" before it l
 @contextlib.contextmanager
 def table_in_sight(model: nn.Module) -> Iterator[None]:
     """Within the block PEFT finds packed embeddings, which it otherwise seeks by the shape [vocabulary, ...]."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(table, LowRAEmbedding) or _PLACE in model._modules:
         yield
         return

@@ -50,7 +50,7 @@ class LowRAHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: LowRAConfig
 
-    def __init__(self, quantization_config: LowRAConfig, **kwargs):
+    def __init__(self, quantization_config: LowRAConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._targets: dict[str, Target] = {}
         self._targets_by_weight: dict[str, Target] = {}  # under the names of tied weights too
@@ -59,7 +59,7 @@ class LowRAHfQuantizer(HfQuantizer):
         self._check: IntegrityCheck | None = None
         self._device_map: dict | str | None = None
 
-    def validate_environment(self, *args, device_map=None, **kwargs):
+    def validate_environment(self, *args: Any, device_map: dict | str | None = None, **kwargs: Any) -> None:
         require_patches()
         self._device_map = device_map  # called again once "auto" and the like have been resolved
         if (
@@ -81,15 +81,17 @@ class LowRAHfQuantizer(HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes that one element will take, for the device map: by the plan, where a weight is still to be packed."""
-        target = None if self._plan is None else self._targets_by_weight.get(param_name)
-        if target is None:
+        plan, target = self._plan, self._targets_by_weight.get(param_name)
+        if plan is None or target is None:
             return param.element_size()
         shape = target.out_features, target.in_features
-        counts = torch.bincount(self._plan.row_bits[target.weight_name], minlength=5).tolist()
+        counts = torch.bincount(plan.row_bits[target.weight_name], minlength=5).tolist()
         bits = sum(counts[b] * channel_bits(*shape, b, self.quantization_config) for b in PRECISIONS)
         return bits / 8 / param.numel()
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         # The bare model or another task's head on a packed checkpoint has no use for the packed head.
         head = config.quantize_head and not (self.pre_quantized and model.get_output_embeddings() is None)
@@ -139,7 +141,7 @@ class LowRAHfQuantizer(HfQuantizer):
         for target in self._targets.values():
             if target.experts is None:
                 empty = {key: torch.empty(0, device="meta", dtype=torch.uint8) for key in self._stored_names()}
-                empty["weight"] = model.get_submodule(target.name).weight.detach()
+                empty["weight"] = model.get_parameter(target.weight_name).detach()
                 put_packed(model, target, self.quantization_config.group_size, empty)
         declare_ties(model, self._targets)
 
@@ -153,13 +155,13 @@ class LowRAHfQuantizer(HfQuantizer):
     def _stored_names(self) -> list[str]:
         return [n for n in TENSOR_NAMES if n != "scale_steps" or self.quantization_config.scales == "double_quant"]
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self._targets_by_weight
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         nominal = stored = parameters = 0
         if self._loading is not None:
             self._loading.finish()
@@ -169,7 +171,7 @@ class LowRAHfQuantizer(HfQuantizer):
             watch_for_start(model, self._check.folder, self.quantization_config)
             self._check = None
         for target in self._targets.values():
-            module = model.get_submodule(target.name)
+            module: Any = model.get_submodule(target.name)
             for parameter in module.packed_tensors().values():
                 parameter.requires_grad_(False)  # the loader turns gradients on for float tensors
             if module.row_bits.device.type != "meta":
@@ -195,7 +197,7 @@ class LowRAHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel):
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
         # PEFT's merge_and_unload leaves dense layers behind; a quantization_config beside them could not be loaded.
         modules = dict(model.named_modules())
         dense = [target.name for target in self._targets.values() if _is_dense(modules, target.name)]
@@ -234,10 +236,18 @@ class _Pack(ConversionOps):
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], full_layer_name=None, missing_keys=None, model=None, **kwargs):
+    def convert(  # type: ignore[override] # Transformers gives all but the tensors by name
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: Any = None,
+        missing_keys: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
-        plan, target = self.quantizer._plan, self.quantizer._targets_by_weight[full_layer_name]
+        plan: Any = self.quantizer._plan
+        target = self.quantizer._targets_by_weight[full_layer_name]
         name = target.weight_name
         if name not in plan.codebooks:
             return {}  # a tied weight that the checkpoint holds twice
