@@ -55,15 +55,20 @@ class _Watch:
 
     def __init__(self, model: nn.Module, layer: LowRALinear, start: str, adapter: pathlib.Path):
         self.model, self.start, self.adapter = model, start, adapter
+        self.has_looked = False
         self.handle = layer.register_forward_pre_hook(self)
 
     def __call__(self, layer: nn.Module, inputs: object) -> None:
         if torch.compiler.is_compiling():
             return
+        if self.has_looked:
+            self._leave()
+            return
         tuner = next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
         if tuner is not None and tuner.disable_adapters:
             return  # a reference model; what counts is the next forward
-        self.handle.remove()
+        self.has_looked = True
+        self._leave()
         where = str(self.adapter) if self.adapter.is_dir() else f"the {ADAPTER_FOLDER} of the checkpoint"
         what = f"this base was packed together with an initial adapter ({self.start}) that holds a part of its weights"
         active = [] if tuner is None else tuner.active_adapters
@@ -83,3 +88,10 @@ class _Watch:
                 where,
                 where,
             )
+
+    def _leave(self) -> None:
+        """Takes the hook off, unless a checkpointed block may run again: with a hook a layer takes PEFT's own forward,
+        and what is made again must go the way that it went first.
+        """
+        if not torch.is_grad_enabled():
+            self.handle.remove()

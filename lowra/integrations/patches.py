@@ -193,7 +193,7 @@ def _with_records(original: Callable) -> Callable:
 
 def _checked_folder(original: Callable) -> Callable:
     @functools.wraps(original)
-    def from_pretrained(cls, model, model_id, *args, **kwargs):
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         load = functools.partial(original, cls, model, model_id, *args, **kwargs)
         if not is_packed(model):
             return load()
