@@ -183,7 +183,8 @@ def differences(there: dict, here: dict) -> str | None:
     one, other = there.get("packing"), here.get("packing")
     if not isinstance(one, dict) or not isinstance(other, dict) or one == other:
         return None
-    then, now = (side.get("recipe") if isinstance(side.get("recipe"), dict) else {} for side in (there, here))
+    recipes = [side.get("recipe") for side in (there, here)]
+    then, now = (recipe if isinstance(recipe, dict) else {} for recipe in recipes)
     found = _of_adapters(then.get("initial_adapter"), now.get("initial_adapter"))
     shared = [name for name in then if name in now and name not in ("initial_adapter", "calibration")]
     found += [f"{name}={then[name]} vs {now[name]}" for name in shared if then[name] != now[name]]

@@ -9,6 +9,7 @@ import math
 import pathlib
 import reprlib
 import typing
+from typing import Any
 
 import pydantic
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -25,7 +26,8 @@ def check_adapter_config(path: pathlib.Path) -> None:
     method = content.get("peft_type")
     if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{path}: peft_type is {reprlib.repr(method)}, and PEFT has no such method.")
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    by_name: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+    kind = by_name[method]
     fields, kinds = {field.name: field.default for field in dataclasses.fields(kind)}, _kinds_of(kind)
     for name, value in content.items():
         default = fields.get(name)
