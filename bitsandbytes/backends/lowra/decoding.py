@@ -13,8 +13,6 @@ from . import native, native_decoding
 from .layout import PackedMatrix
 from .ops import linear
 
-ATTENTION_SLOTS = 64  # of the cache that a block of the kernel takes (csrc/lowra.h)
-
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
