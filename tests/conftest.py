@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowra  # noqa: F401 - registers the format
 
@@ -49,14 +50,3 @@ def tiny_llama(tmp_path_factory) -> pathlib.Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte-level character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=alphabet[0], eos_token=alphabet[1])

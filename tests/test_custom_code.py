@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowra.commands import main
