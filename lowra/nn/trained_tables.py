@@ -5,8 +5,8 @@ LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adap
     parameters = train_tables(model, scales=True)  # a PeftModel on a packed base; by name, for a trainer's checkpoints
     ...                                            # any training loop
     bake_tables(model)                             # what was learned, in packed format 1: the kernels run as before
-    save_tables(model, "adapter")                  # beside the adapter; the packed model itself is for all adapters
-    load_tables(model, "adapter")                  # on the base again
+    model.save_pretrained("adapter")               # the tables beside it; the packed base itself is for all adapters
+    PeftModel.from_pretrained(base, "adapter")     # with its tables; without PEFT: save_tables, load_tables
 """
 
 import pathlib
