@@ -42,7 +42,7 @@ from .methods import Base, attach_adapter, load_base, prepare_base
 from .recipe import Recipe
 from .settled import settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
-from .whole_checkpoints import WholeCheckpoints, newest_whole, partial_folder, put_in_place
+from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, partial_folder, put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ def train(
     else:  # of which the Trainer would train one more step
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
         trainer.state = done
+        if main:
+            keep_newest(partial.parent, done.global_step)
     if main:
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.perf_counter() - started

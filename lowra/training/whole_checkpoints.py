@@ -53,12 +53,7 @@ class WholeCheckpoints(TrainerCallback):
         save_json({"files": files}, written / _LIST)
         place = partial.parent / written.name
         put_in_place(written, place)
-        others = [(step, path) for step, path in _steps(partial.parent) if path != place]
-        # one of a later step was not whole, or this run would have gone on from there
-        kept = [path for step, path in others if step < state.global_step and (path / _LIST).exists()][: KEPT - 1]
-        for _, path in others:
-            if path not in kept:
-                remove_whole(path, partial)
+        keep_newest(partial.parent, state.global_step)
 
 
 def newest_whole(checkpoints: pathlib.Path, warn: bool = True) -> pathlib.Path | None:
@@ -70,6 +65,15 @@ def newest_whole(checkpoints: pathlib.Path, warn: bool = True) -> pathlib.Path |
         if warn:
             logger.warning("%s is not whole (%s) and is left out.", path, fault)
     return None
+
+
+def keep_newest(checkpoints: pathlib.Path, newest: int) -> None:
+    """Leaves the checkpoint of this step and what counts beside it, and removes the others."""
+    # one of a later step was not whole, or the run would have gone on from there
+    kept = [path for step, path in _steps(checkpoints) if step <= newest and (path / _LIST).exists()][:KEPT]
+    for _, path in _steps(checkpoints):
+        if path not in kept:
+            remove_whole(path, partial_folder(checkpoints))
 
 
 def put_in_place(finished: pathlib.Path, place: pathlib.Path) -> None:

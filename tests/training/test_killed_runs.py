@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 
 import pytest
 from safetensors.torch import load_file
@@ -97,10 +98,12 @@ def _killed_and_resumed(saving, tmp_path, watch, at):
         try:
             watch(output, lambda number: os._exit(9) if number == at else None)
             finetune(saving, progress=False)
-        finally:
             os._exit(0)
-    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert killed != (output / "metrics.json").exists()
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if (output / "metrics.json").exists() else 9)
     resumed = finetune(dataclasses.replace(saving, resume=True), progress=False)
     assert resumed["tuned"] == pytest.approx(alone["tuned"], rel=1e-6)
     assert resumed["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
