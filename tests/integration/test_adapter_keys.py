@@ -87,7 +87,8 @@ def test_what_an_adapter_brings_along_is_loaded_and_resumed(packed_llama, tied, 
         if parameter.requires_grad:
             parameter.data += 1
     again.load_adapter(tmp_path, "default", is_trainable=True)  # as the Trainer resumes
-    assert torch.equal(logits_of(again.eval()), expected)
+    # the factors are the same; mapped from the file they may lie so that a product sums in another order
+    torch.testing.assert_close(logits_of(again.eval()), expected, rtol=1e-5, atol=1e-6)
 
 
 NAMES = [
