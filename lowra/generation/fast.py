@@ -75,13 +75,11 @@ def fast_decoding(
     Raises:
         ValueError: prompt and new tokens exceed the model's positions.
     """
-    request = functools.partial(
-        Request, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-    )
     try:
         if synced_gpus:
             raise Unsupported("several GPUs generate in step")
-        session, first = _session(request())
+        request = Request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        session, first = _session(request)
     except Unsupported as reason:
         _warn(f"lowra: Transformers' own loop generates, since {reason}.")
         mode = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
