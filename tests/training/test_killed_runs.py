@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
 import sys
-import traceback
 
 import pytest
 from safetensors.torch import load_file
@@ -18,6 +18,11 @@ _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod",
 _action = None  # what the audit hook below calls with the number of calls so far; None while no test watches
 _folder = ""
 _calls = 0
+
+# The runs to be killed are children of a process that has imported everything and computed nothing: a fork of this
+# one would be without the threads that PyTorch's pools have started here.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["lowra.training"])
 
 
 def _hook(event, args):
@@ -90,19 +95,20 @@ def test_a_killed_run_ends_as_one_left_alone(saving, tmp_path, watch, at):
     _killed_and_resumed(saving, tmp_path, watch, at)
 
 
+def _run_until(saving, at):
+    """A run that ends, without another word, before its call number `at` that changes its output."""
+    global _action, _folder
+    _action, _folder = lambda number: os._exit(9) if number == at else None, str(saving.output)
+    finetune(saving, progress=False)
+
+
 def _killed_and_resumed(saving, tmp_path, watch, at):
     alone = finetune(dataclasses.replace(saving, output=str(tmp_path / "alone")), progress=False)
     output = pathlib.Path(saving.output)
-    child = os.fork()
-    if not child:
-        try:
-            watch(output, lambda number: os._exit(9) if number == at else None)
-            finetune(saving, progress=False)
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = _processes.Process(target=_run_until, args=(saving, at))
+    child.start()
+    child.join()
+    status = child.exitcode
     assert status == (0 if (output / "metrics.json").exists() else 9)
     resumed = finetune(dataclasses.replace(saving, resume=True), progress=False)
     assert resumed["tuned"] == pytest.approx(alone["tuned"], rel=1e-6)
