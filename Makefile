@@ -29,7 +29,7 @@ test-versions: $(VENV)/.built
 
 build: $(VENV)/.built
 
-# The kernel workbench (docs/kernels/README.md). ARGS: further arguments of the scripts.
+# The kernel workbench (docs/lab/kernels/README.md). ARGS: further arguments of the scripts.
 kernel-registers: $(VENV)/.dependencies
 	$(BIN)/python scripts/kernels/registers.py $(ARGS)
 

@@ -170,7 +170,7 @@ LOWRA_API int lowra_cuda_product_group(const lowra_packed *weights, int32_t coun
                                        void *stream);
 
 // 1 where lowra_cuda_product is quicker on the current device than a dense product after lowra_cuda_dequantize, for a
-// weight [rows, in_features] that it covers, else 0 (measured: docs/kernels/measured.md).
+// weight [rows, in_features] that it covers, else 0 (measured: docs/lab/kernels/measured.md).
 LOWRA_API int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_features);
 
 // What lies between the products of a decoding step (bitsandbytes/backends/lowra/decoding.py).

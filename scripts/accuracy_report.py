@@ -1,7 +1,7 @@
-"""Tables and the picture of docs/accuracy.md from the rows that accuracy_grid.py measured.
+"""Tables and the picture of docs/lab/accuracy.md from the rows that accuracy_grid.py measured.
 
-python scripts/accuracy_report.py docs/accuracy.json --picture docs/accuracy.png --panels base-30m student
-python scripts/accuracy_report.py docs/accuracy.json --add results.json --source "H200, 22 Nov 2026"   # more rows
+python scripts/accuracy_report.py docs/lab/accuracy.json --picture docs/lab/accuracy.png --panels base-30m student
+python scripts/accuracy_report.py docs/lab/accuracy.json --add results.json --source "H200, 22 Nov 2026"   # more rows
 """
 
 import argparse
@@ -48,7 +48,7 @@ _BASELINES = ("LoftQ", "QLoRA", "HQQ")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=pathlib.Path, help="JSON list; docs/accuracy.json")
+    parser.add_argument("rows", type=pathlib.Path, help="JSON list; docs/lab/accuracy.json")
     parser.add_argument("--add", type=pathlib.Path, help="results of accuracy_grid.py to put into it")
     parser.add_argument("--source", help="with --add: machine and date of these results")
     parser.add_argument("--picture", type=pathlib.Path)

@@ -1,6 +1,6 @@
 """Generation of a LLaMA-shaped model: tokens a second and time to the first, lowra beside bf16 and NF4, in one run.
 
-    python scripts/bench_generation.py --shape 7b --bits 1.5 2 4 --out docs/generation.json
+    python scripts/bench_generation.py --shape 7b --bits 1.5 2 4 --out docs/lab/generation.json
 
 Weights are random, packed ones of a fixed mix of precisions; times do not depend on their values. Every base generates
 by Transformers' loop as it comes ("eager"), by one decoding step of Transformers captured as a CUDA graph over its

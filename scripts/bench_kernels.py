@@ -1,6 +1,6 @@
-"""Measures the CUDA kernels beside bitsandbytes NF4 and bf16 in one run, and draws docs/kernels/measured.png.
+"""Measures the CUDA kernels beside bitsandbytes NF4 and bf16 in one run, and draws docs/lab/kernels/measured.png.
 
-    python scripts/bench_kernels.py --out docs/kernels/h200.json --picture docs/kernels/measured.png
+    python scripts/bench_kernels.py --out docs/lab/kernels/h200.json --picture docs/lab/kernels/measured.png
 
 Every number is the time of one call with a cold L2 cache: a CUDA graph holds calls on several copies of the weight
 (together several times the L2 cache, outputs included), is replayed, and the median replay is divided by the calls, 40
@@ -10,7 +10,7 @@ stream, which no graph captures; the cache is flushed beforehand, and for so lon
 meanwhile. `--events` times everything so. The weights are random; a mix of precisions stands at random rows. GB/s
 counts each packed input and each output once.
 
-    python scripts/bench_kernels.py --against docs/kernels/h200.json --threshold 5
+    python scripts/bench_kernels.py --against docs/lab/kernels/h200.json --threshold 5
 
 prints what takes more than 5 % longer than in an earlier run's file, and exits with 1 if anything does.
 """

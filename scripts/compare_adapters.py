@@ -3,7 +3,7 @@
 The run is the data path, in stages that can be repeated on their own:
 
     python scripts/compare_adapters.py train --base ../shared/models/base-30m --data ../shared/data --work runs/adapters
-    python scripts/compare_adapters.py compare ...the same, --picture docs/adapters.png
+    python scripts/compare_adapters.py compare ...the same, --picture docs/lab/adapters.png
     python scripts/compare_adapters.py library ...the same
     python scripts/compare_adapters.py speed
 

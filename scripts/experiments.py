@@ -1,4 +1,4 @@
-"""The small counterparts of the paper's tables: every set of runs behind docs/experiments.md, in parallel processes.
+"""The small counterparts of the paper's tables: every set of runs behind docs/lab/experiments.md, in parallel.
 
     python scripts/experiments.py run table2 table3 --jobs 8 --output DIR model=PATH train_file=F validation_file=F
     python scripts/experiments.py best learning_rate --output DIR ...   # prints the override that won

@@ -164,7 +164,7 @@ def test_exact_on_a_trained_model_is_within_a_ten_thousandth_of_the_bound(traine
 @pytest.mark.parametrize("sensitivity", ["layer", "none"])
 def test_two_level_on_a_trained_model_is_within_half_a_percent_of_exact_per_size(trained, sensitivity):
     # Against the optimum under the paper's own split of the budget over the sizes: what the split costs is no fault of
-    # the solver (base-30m, "layer": 0.5 % at 1.5 bits, 3 % at 1.15; "none": 0.1 %; see docs/accuracy.md).
+    # the solver (base-30m, "layer": 0.5 % at 1.5 bits, 3 % at 1.15; "none": 0.1 %; see docs/lab/accuracy.md).
     problem = trained(1.5, sensitivity)
     best = 0.0
     for size in np.unique(problem.sizes):

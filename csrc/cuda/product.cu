@@ -9,8 +9,9 @@ namespace {
 
 constexpr int kFew = 64;  // tokens that need no product_many
 
-// Up to how many tokens product_small is the quickest (docs/kernels/product_small.md). Rows of 4 bits cost it more than
-// others, and on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at once.
+// Up to how many tokens product_small is the quickest (docs/lab/kernels/product_small.md). Rows of 4 bits cost it more
+// than others, and on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at
+// once.
 int tokens_for_small(const lowra_shape &s, int major) {
   const bool mostly4 = 2 * s.rows4 > row_count(s), large = row_count(s) * s.in_features > 50'000'000;
   return mostly4 || (major == 9 && !large) ? 4 : 8;

@@ -119,7 +119,7 @@ int choose(const product &q, cudaStream_t stream) {
 
 bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, int64_t l2_bytes) {
   // A dense weight that stays in the L2 cache costs little, and a second wave of tiles much (measured:
-  // docs/kernels/measured.md).
+  // docs/lab/kernels/measured.md).
   const int64_t dense_bytes = 2 * rows * in_features;
   if (in_features % kStepColumns || dense_bytes <= l2_bytes / 2 || tokens > 512) return false;
   if (tokens <= 128) return true;

@@ -40,7 +40,7 @@ def train_tables(model: nn.Module, scales: bool = False) -> dict[str, nn.Paramet
     """Makes the levels of every packed linear layer trainable, and a factor of each group's scale if asked.
 
     What is trained are changes, float32 and zero at first. A learning rate near 4e-3 suits them, whatever the adapter's
-    is (docs/accuracy.md). PEFT does not keep them: a trainer that resumes has to. On a model with adapters they are
+    is (docs/lab/accuracy.md). PEFT does not keep them: a trainer that resumes has to. On a model with adapters they are
     those of the active one: they count while it is active, and the base keeps its own.
 
     Args:

@@ -30,7 +30,7 @@ from .observers import EmbeddingObserver, ExpertObserver
 CALIBRATION_FILE = "calibration.safetensors"
 TOKENS = 25_000
 SEQUENCE = 1024
-# Directions of the inputs' second moment in a file, beside its diagonal (docs/accuracy.md).
+# Directions of the inputs' second moment in a file, beside its diagonal (docs/lab/accuracy.md).
 MOMENT_RANK = 64
 # Columns that hardly saw an input keep this share of the mean: 25,000 tokens do not prove that they never will.
 DAMPING = 0.01

@@ -2,7 +2,7 @@
 
 Lloyd-Max leaves the scale of a group at its absmax. For given codes the best scale is a quotient of two sums, and for
 given scales so is each level; `refine` alternates codes, scales and levels, none of which can raise the squared error.
-On base-30m that takes off 6 % of it at 1.5 bits (docs/accuracy.md).
+On base-30m that takes off 6 % of it at 1.5 bits (docs/lab/accuracy.md).
 """
 
 import torch

@@ -17,7 +17,7 @@ def set_tables_learning_rate(trainer: Trainer, parameters: dict[str, nn.Paramete
     """Moves the parameters of trained tables into a group of the optimiser with this peak rate and no weight decay.
 
     They are changes of levels between -1 and 1 and relative changes of scales, so what rate suits them does not follow
-    that of the adapter (docs/accuracy.md).
+    that of the adapter (docs/lab/accuracy.md).
     """
     optimizer = trainer.create_optimizer()
     own = {id(parameter) for parameter in parameters.values()}

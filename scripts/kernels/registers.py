@@ -2,7 +2,7 @@
 
     python scripts/kernels/registers.py [--arch 90] [--kernel product_wgmma]
 
-Dynamic shared memory is a launch's choice and not the compiler's: docs/kernels/README.md gives it for each kernel.
+Dynamic shared memory is a launch's choice and not the compiler's: docs/lab/kernels/README.md gives it for each kernel.
 """
 
 import argparse

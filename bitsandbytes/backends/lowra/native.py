@@ -111,7 +111,7 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
 def _load_cuda() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
         return None
-    # another build than the installed one, of which two can be compared so (docs/kernels)
+    # another build than the installed one, of which two can be compared so (docs/lab/kernels)
     named = os.environ.get("LOWRA_CUDA_LIBRARY")
     installed = _installed(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
     library = _load(pathlib.Path(named) if named else installed)

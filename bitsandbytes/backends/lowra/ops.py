@@ -256,7 +256,7 @@ if native.cuda_available():
 
 
 # Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %
-# off a 7B's peak, for 35 launches a layer (docs/log.md). A 70B's widest weight is 448 MiB.
+# off a 7B's peak, for 35 launches a layer (docs/lab/log.md). A 70B's widest weight is 448 MiB.
 _DENSE_BYTES = 256 << 20
 
 
