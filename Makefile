@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint build clean fuzz test-versions kernel-registers kernel-sass-diff memcheck racecheck profile
+.PHONY: demo test lint docs build clean fuzz test-versions kernel-registers kernel-sass-diff memcheck racecheck profile
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.built
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+# The documentation, warnings as errors, into build/site. Its reference is made from the code.
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build -q
 
 # 3,000 damaged checkpoints and adapters; any that ends in other numbers, a traceback or a hang is listed.
 fuzz: $(VENV)/.built
@@ -48,7 +52,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.24" ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test,docs]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)

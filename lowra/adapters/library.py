@@ -167,7 +167,7 @@ class AdapterLibrary:
 
         Raises:
             LabelError: another base, past retirement, or changed bytes. ValueError, FileNotFoundError: unreadable, or a
-            name that is taken or unusable.
+                name that is taken or unusable.
         """
         if name in self._packed:
             raise ValueError(f"The library already has an adapter {name!r}; remove it first, or give another name.")

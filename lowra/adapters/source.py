@@ -109,7 +109,7 @@ def read_adapter(folder: str | pathlib.Path) -> LoraAdapter:
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing. ValueError: not a plain LoRA, a cut file,
-        unpaired factors, NaN or infinite values; the message names the tensor.
+            unpaired factors, NaN or infinite values; the message names the tensor.
     """
     folder = expanded(folder)
     if not folder.is_dir():

@@ -172,7 +172,8 @@ def calibrate(
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
             `LowRAConfig.feedback` need.
-        head, embeddings: those too, as `LowRAConfig.quantize_head` and `quantize_embeddings`.
+        head: that too, as `LowRAConfig.quantize_head`.
+        embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
 
     Raises:

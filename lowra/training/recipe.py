@@ -72,7 +72,7 @@ class Recipe:
         block_size: tokens of a block of running text.
         source_length, target_length: tokens; longer ones are cut.
         num_beams: of generated summaries; None leaves it to the model.
-        max_steps: optimiser steps; None trains for `epochs`.
+        max_steps, epochs: optimiser steps; where they are None, passes over the training data.
         batch_size, accumulation: sequences per device and forward pass; passes per optimiser step.
         eval_batch_size: sequences per evaluation pass.
         learning_rate, scheduler, warmup_ratio, weight_decay, beta2, max_grad_norm: of AdamW and its schedule.
