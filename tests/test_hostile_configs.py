@@ -255,8 +255,10 @@ def test_dense_models_end_as_without_lowra(tiny_llama, tmp_path, monkeypatch, ca
     for ours in (True, False):
         if not ours:  # as if the checks did not exist
             monkeypatch.setattr(configs, "check_packed_folder", lambda folder: None)
-            monkeypatch.setattr("lowra.integrations.patches.local_packed_folder", lambda path, options: None)
-            monkeypatch.setattr("lowra.integrations.patches.describes_packing", lambda config: False)
+            monkeypatch.setattr(
+                "lowra.integrations.transformers_replacements.local_packed_folder", lambda path, options: None
+            )
+            monkeypatch.setattr("lowra.integrations.transformers_replacements.describes_packing", lambda config: False)
         with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - whatever it is, it is the same
             AutoModelForCausalLM.from_pretrained(folder)
         found.append((type(caught.value), str(caught.value)))

@@ -1,0 +1,213 @@
+"""What the functions of PEFT in the table of patches are replaced by.
+
+Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
+"""
+
+import functools
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from peft import LoraConfig
+
+from ..nn.adapter_tables import release_adapter_tables
+from ..nn.embedding import LowRAEmbedding
+from ..nn.linear import LowRALinear
+from ..nn.packed_module import PackedModule
+from .adapter_records import (
+    UNKNOWN,
+    Arriving,
+    check_adapter,
+    check_saved,
+    check_settings,
+    forget_tables,
+    is_packed_base,
+    load_checked,
+    refuse_losing_tables,
+    settle,
+    tables_set_aside,
+    write_records,
+)
+from .folders import load_adapter_folder
+from .parameter_counts import uncounted
+from .peft import LowRALoraLinear
+from .peft_limits import (
+    check_experts,
+    check_merge,
+    check_method,
+    is_packed,
+    packed_experts,
+    refuse_embeddings,
+    refuse_training,
+)
+from .prompt_learning import table_in_sight
+
+
+def checked_method(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self: Any, model: Any, peft_config: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_packed(model):
+            check_method(self, model, peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config)
+        original(self, model, peft_config, adapter_name, *args, **kwargs)
+
+    return __init__
+
+
+def with_our_layers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def inject_adapter(self: Any, model: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_packed(model):
+            forget_tables(model, adapter_name)
+            config = self.peft_config[adapter_name]
+            check_method(self, model, config)
+            check_experts(model, config)
+            if isinstance(config, LoraConfig):
+                ours: dict[Any, Any] = {LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings}
+                config._register_custom_module(ours)
+        return original(self, model, adapter_name, *args, **kwargs)
+
+    return inject_adapter
+
+
+def names_kept(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def convert_peft_config_for_transformers(peft_config: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if packed_experts(model):
+            return peft_config
+        return original(peft_config, model, *args, **kwargs)
+
+    return convert_peft_config_for_transformers
+
+
+def checked_merge(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _check_merge_allowed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_merge(self.model)
+        return original(self, *args, **kwargs)
+
+    return _check_merge_allowed
+
+
+def checked_training(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self: Any, module_to_save: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(module_to_save, PackedModule):
+            refuse_training(type(self).__name__)
+        original(self, module_to_save, *args, **kwargs)
+
+    return __init__
+
+
+def with_records(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_packed_base(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        names = given.arguments["selected_adapters"] or list(self.peft_config)
+        converted = given.arguments["path_initial_model_for_weight_conversion"] is not None
+        if converted:
+            refuse_losing_tables(self, names, "the original weights, for which it is converted,")
+        result = original(self, *args, **kwargs)
+        if given.arguments["is_main_process"]:
+            write_records(self, pathlib.Path(given.arguments["save_directory"]), names, converted)
+        return result
+
+    return save_pretrained
+
+
+def checked_folder(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(original, cls, model, model_id, *args, **kwargs)
+        if not is_packed(model):
+            return load()
+        if kwargs.get("config") is None:
+            check_settings(model_id, kwargs)
+        return load_adapter_folder(load, model_id)
+
+    return from_pretrained
+
+
+def checked_adapter(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_adapter(
+        self: Any, model_id: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
+    ) -> Any:
+        load = functools.partial(original, self, model_id, adapter_name, *args, **kwargs)
+        return load_checked(self, model_id, adapter_name, load, kwargs, any_base)
+
+    return load_adapter
+
+
+def counted_by_peft(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self: Any) -> Any:
+        trainable, every = original(self)
+        return trainable, every + uncounted(self)
+
+    return get_nb_trainable_parameters
+
+
+def with_packed_table(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _setup_prompt_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with table_in_sight(self.base_model):
+            return original(self, *args, **kwargs)
+
+    return _setup_prompt_encoder
+
+
+def checked_swap(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def hotswap_adapter(
+        model: Any, model_name_or_path: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
+    ) -> Any:
+        inner = getattr(model, "_orig_mod", model)  # of a compiled model
+        arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
+        check_saved(model_name_or_path, kwargs, arriving.record)
+        with tables_set_aside(inner, adapter_name):  # or the swap below would refuse to lose them
+            original(model, model_name_or_path, adapter_name, *args, **kwargs)
+        settle(inner, adapter_name, arriving)
+
+    return hotswap_adapter
+
+
+def swap_without_record(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        inner = getattr(model, "_orig_mod", model)
+        if is_packed_base(inner):
+            refuse_losing_tables(inner, [adapter_name], "factors from a state dict")
+        original(model, state_dict, adapter_name, *args, **kwargs)
+        settle(inner, adapter_name, Arriving(UNKNOWN))
+
+    return hotswap_adapter_from_state_dict
+
+
+def unloaded(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _unload_and_optionally_merge(self: Any, merge: Any = True, *args: Any, **kwargs: Any) -> Any:
+        if is_packed(self.model):
+            if merge:
+                self._check_merge_allowed()  # before anything is changed
+            release_adapter_tables(self.model, kwargs.get("adapter_names") if merge else [])
+        return original(self, merge, *args, **kwargs)
+
+    return _unload_and_optionally_merge
+
+
+def weighted(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def add_weighted_adapter(self: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_packed(self.model):
+            refuse_losing_tables(self.model, adapters, "an adapter made of several")
+        return original(self, adapters, *args, **kwargs)
+
+    return add_weighted_adapter

@@ -1,0 +1,133 @@
+"""What the functions of Transformers in the table of patches are replaced by.
+
+Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
+"""
+
+import functools
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ..checkpoints.configs import packing_described
+from ..config import LowRAConfig
+from .adapter_records import (
+    UNKNOWN,
+    Arriving,
+    check_adapter,
+    check_loaded_by_transformers,
+    check_saved,
+    is_packed_base,
+    settle,
+)
+from .folders import build_config, describes_packing, load_folder, local_packed_folder
+from .parameter_counts import uncounted
+from .transformers import describe_saved, dtype_of_packed
+
+
+def load_in_lowra(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: Any, *args: Any, load_in_lowra: bool = False, lowra_bits: float | None = None, **kwargs: Any
+    ) -> Any:
+        if load_in_lowra:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError("Give either load_in_lowra=True or quantization_config, not both.")
+            kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
+        elif lowra_bits is not None:
+            raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
+        folder = local_packed_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
+        if folder is None:
+            return original(cls, *args, **kwargs)
+        return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
+
+    return from_pretrained
+
+
+def checked_config(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        folder = local_packed_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            packing_described(folder)
+        return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    return get_config_dict
+
+
+def built_config(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_dict(cls: Any, config_dict: Any, **kwargs: Any) -> Any:
+        if not describes_packing(config_dict):
+            return original(cls, config_dict, **kwargs)
+        return build_config(functools.partial(original, cls, config_dict, **kwargs))
+
+    return from_dict
+
+
+def described(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            describe_saved(self, pathlib.Path(save_directory))
+        return result
+
+    return save_pretrained
+
+
+def dtype(original: property) -> property:
+    get: Any = original.fget
+
+    def dtype(self: Any) -> Any:
+        return dtype_of_packed(self) or get(self)
+
+    return property(functools.wraps(get)(dtype), doc=original.__doc__)
+
+
+def checked_adapter_of_transformers(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, any_base: bool = False, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            return original(self, *args, **kwargs)  # which says what is wrong with them
+        path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
+        arriving = Arriving(UNKNOWN)
+        options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        if path is not None:
+            arriving = check_adapter(self, path, options, any_base)
+        result = original(self, *args, **kwargs)
+        if is_packed_base(self):
+            check_loaded_by_transformers(self, name, result, str(path))
+            check_saved(str(path), options, arriving.record)
+            settle(self, name, arriving)
+        return result
+
+    return load_adapter
+
+
+def counted(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> Any:
+        count = original(self, only_trainable, exclude_embeddings)
+        return count if only_trainable else count + uncounted(self, exclude_embeddings)
+
+    return num_parameters
+
+
+def all_of_generate(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _extract_generation_mode_kwargs(
+        self: Any, custom_generate: Any, kwargs: Any, synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> Any:
+        tokenizer = kwargs.get("tokenizer")
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if getattr(custom_generate, "__module__", "").startswith("lowra."):  # fast_decoding
+            kept = {"streamer": streamer, "synced_gpus": synced_gpus, "tokenizer": tokenizer}
+            found |= {name: value for name, value in kept.items() if value is not None}
+        return found
+
+    return _extract_generation_mode_kwargs
