@@ -2,6 +2,6 @@
 
 import sys
 
-from .commands import main
+from lowra_command import main
 
 sys.exit(main())

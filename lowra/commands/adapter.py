@@ -12,11 +12,13 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lowra_command.adapter import METHODS
+
 from ..adapters.binary_baselines import quantize_billm, quantize_pbllm
 from ..adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
 from ..adapters.joint import check_alike, quantize_joint
 from ..adapters.labels import bytes_problem, make_label, parse_retirement, retirement_problem
-from ..adapters.loraquant import SPLITS, LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
+from ..adapters.loraquant import LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
 from ..checkpoints.atomic import written_beside
@@ -25,61 +27,8 @@ from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.places import expanded, new_folder
 from ..corpus import check_token_ids, load_tokenizer
 from ..integrations.adapter_records import check_adapter
-from .parser import add_trust
 
-METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
 _TAKES_BITS = ("loraquant", "rtn", "gptq")
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds `adapter` with its actions; each sets `run`, from the parsed arguments to a JSON-able dict."""
-    adapter = subparsers.add_parser("adapter", help="quantise LoRA adapters below two bits, and inspect packed ones")
-    actions = adapter.add_subparsers(dest="action", required=True)
-    _add_quantize(actions)
-    inspect = actions.add_parser("inspect", help="show the label of a packed adapter and whether it still holds")
-    inspect.add_argument("adapter", type=pathlib.Path, help="folder written by `lowra adapter quantize`")
-    inspect.set_defaults(run=run_inspect)
-
-
-def _add_quantize(actions: argparse._SubParsersAction) -> None:
-    parser = actions.add_parser(
-        "quantize",
-        help="quantise a trained PEFT LoRA adapter and pack it",
-        description="Quantise a trained PEFT LoRA adapter by LoraQuant or one of its baselines, and write it packed.",
-    )
-    parser.add_argument(
-        "adapters", metavar="ADAPTER", type=pathlib.Path, nargs="+", help="PEFT folder (jd-diagonal: several)"
-    )
-    parser.add_argument(
-        "--output", type=pathlib.Path, required=True, metavar="DIR", help="new folder for the packed adapter"
-    )
-    # Checked by hand, so that an unknown method gets the same kind of message as any other bad input.
-    parser.add_argument("--method", default="loraquant", help=f"one of {', '.join(METHODS)} (default loraquant)")
-    parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
-    parser.add_argument(
-        "--base", type=pathlib.Path, help="base model; default: the one the adapter names, if it is a folder"
-    )
-    parser.add_argument(
-        "--calibration", type=pathlib.Path, metavar="FILE", help="text or JSON lines for the Hessians of gptq"
-    )
-    add_trust(parser)
-
-    own = parser.add_argument_group("loraquant")
-    own.add_argument("--ratio", type=float, help="share of variance in the part at --bits (default 0.9)")
-    own.add_argument(
-        "--static-h", type=int, metavar="H", help="components at --bits in each layer, in place of --ratio"
-    )
-    own.add_argument("--split", choices=SPLITS, help="how components are ranked (default svd; others need --static-h)")
-    own.add_argument("--no-refine", action="store_true", help="skip straight-through refinement")
-    own.add_argument("--no-binary", action="store_true", help="drop the 1-bit part")
-
-    label = parser.add_argument_group("label")
-    label.add_argument("--task", help="what the adapter is for")
-    label.add_argument("--training-data", help="what it was trained on")
-    label.add_argument("--evaluation", action="append", default=[], metavar="NAME=RESULT", help="a result; repeatable")
-    label.add_argument("--licence", help="licence of the adapter")
-    label.add_argument("--retire", metavar="YYYY-MM-DD", help="last day on which it may be loaded")
-    parser.set_defaults(run=run_quantize)
 
 
 def run_quantize(args: argparse.Namespace) -> dict:

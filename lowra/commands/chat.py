@@ -10,19 +10,7 @@ from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import load_tokenizer
 from ..generation.loading import load_model
 from ..generation.text import continue_text
-from .generate import add_model, check_sampling, room, speed
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "chat",
-        help="talk with a model",
-        description="Reads a line, prints the model's answer, and keeps both. /new forgets them, /quit or Ctrl-D ends.",
-    )
-    add_model(parser)
-    parser.add_argument("--system", help="what the model is told before the first line")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of an answer, at most")
-    parser.set_defaults(run=run)
+from .generate import check_sampling, room, speed
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -1,33 +1,12 @@
 """`lowra evaluate`: perplexity and next-token accuracy of a model on a text file."""
 
 import argparse
-import pathlib
 
 from ..checkpoints.dense import empty_model, resolve_folder
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..generation.loading import load_model
 from ..training.data import Collator, text_blocks
 from ..training.evaluation import language_model_metrics
-from .parser import add_trust
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="measure perplexity and next-token accuracy on text",
-        description="Measure perplexity (exp of the mean loss over blocks of text) and next-token accuracy of a "
-        "packed or dense model, with or without an adapter.",
-        epilog="example: lowra evaluate runs/first/base --adapter runs/first/adapter --data validation.txt",
-    )
-    parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed or dense model")
-    parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of an adapter, of PEFT or packed")
-    parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
-    parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or JSON lines with a field `text`")
-    parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
-    parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
-    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
-    add_trust(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict:

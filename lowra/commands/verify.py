@@ -10,20 +10,6 @@ from ..checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tensor
 from ..checkpoints.records import ADAPTER_CONFIG, ADAPTER_FILES, check_adapter_folder
 from ..inspection.packed import PackedFolder
 from ..quantization.initial_adapter import ADAPTER_FOLDER
-from .parser import add_trust
-
-
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "verify",
-        help="check every byte of a packed checkpoint or an adapter against what was written",
-        description="Reads a packed checkpoint with its initial adapter, or an adapter, through and checks names, "
-        "shapes, every byte of the tensors and the config against what was written. Exit status 2, with the names, "
-        "where something differs.",
-    )
-    parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed checkpoint, or of an adapter")
-    add_trust(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict:

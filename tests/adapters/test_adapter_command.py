@@ -10,7 +10,7 @@ from adapter_models import make_base, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lowra.adapters import load_packed, read_packed
-from lowra.commands.adapter import add_parser
+from lowra_command.adapter import add_parser
 
 WEIGHTS = "adapter_model.safetensors"
 

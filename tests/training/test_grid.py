@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from lowra.commands import compare, evaluate
-from lowra.commands import finetune as finetune_command
 from lowra.training.grid import plan_grid, run_grid
+from lowra_command import compare, evaluate
+from lowra_command import finetune as finetune_command
 
 
 def test_cells_without_a_form_are_left_out(recipe):

@@ -1,12 +1,11 @@
 """The parser of all commands: names are taken as they are written, and help says what is left out."""
 
 import argparse
+import dataclasses
 import difflib
-import math
+import importlib
 from collections.abc import Sequence
 from typing import Any
-
-MOST_SEEDS = 2**32 - 1  # what NumPy's generators take
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -36,19 +35,6 @@ class HelpWithDefaults(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)" if action.option_strings and unsaid else text
 
 
-def check_range(args: argparse.Namespace, name: str, least: float, most: float = math.inf) -> None:
-    """
-    Raises:
-        ValueError: the option of this name is given and not finite, or not within the limits.
-    """
-    value = getattr(args, name)
-    if value is None or math.isfinite(value) and least <= value <= most:
-        return
-    option = "--" + name.replace("_", "-")
-    limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:.15g}"
-    raise ValueError(f"{option} must be {limits}; got {value}.")
-
-
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The option that every command has which reads a model."""
     parser.add_argument(
@@ -56,3 +42,14 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the Python code that the model brings, where its architecture is not one of Transformers'",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """The function "module:name" of a command, imported when it runs: PyTorch and Transformers take seconds."""
+
+    function: str
+
+    def __call__(self, args: argparse.Namespace) -> dict:
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)(args)

@@ -1,0 +1,61 @@
+"""What can be typed: quick, and in agreement with the code that runs."""
+
+import importlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lowra.adapters.loraquant import SPLITS
+from lowra.quantization.calibration import TOKENS
+from lowra.quantization.loftq import STEPS
+from lowra.training.methods import METHODS
+from lowra_command import adapter, build_parser
+
+SLOW = ("lowra", "torch", "transformers", "peft", "bitsandbytes", "numpy", "pydantic")
+
+
+def commands():
+    """Every parser that runs something, by the words that reach it."""
+    found, open_ = {}, {(): build_parser()}
+    while open_:
+        words, parser = open_.popitem()
+        deeper = [action.choices for action in parser._actions if hasattr(action, "add_parser")]
+        for choices in deeper:
+            open_ |= {(*words, name): sub for name, sub in choices.items()}
+        if not deeper:
+            found[words] = parser
+    return found
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["quantize", "--help"], ["adapter", "quantize", "--help"]]
+)
+def test_help_needs_no_import_that_takes_seconds(words):
+    script = (
+        "import sys, lowra_command\n"
+        f"try: lowra_command.main({words})\n"
+        f"except SystemExit: print('imported', *set({SLOW}) & sys.modules.keys())"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported"
+    assert time.perf_counter() - start < 10  # measured: 0.15 s; a busy machine is not what is tested
+
+
+def test_every_command_runs_a_function_that_is_there():
+    assert len(commands()) > 10
+    for words, parser in commands().items():
+        module, _, name = parser.get_default("run").function.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), words
+
+
+def test_help_says_what_the_code_does():
+    def helps(words):
+        return commands()[words].format_help().replace("\n", " ")
+
+    assert f"(default: {STEPS})" in helps(("quantize",))
+    assert f"(default: {TOKENS})" in helps(("quantize",))
+    assert ", ".join(METHODS) in " ".join(helps(("compare",)).split())
+    assert adapter.SPLITS == SPLITS
