@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra lowra_command -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint docs build clean fuzz test-versions kernel-registers kernel-sass-diff memcheck racecheck profile
+.PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
+  profile
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -26,6 +27,10 @@ docs: $(VENV)/.built
 # 3,000 damaged checkpoints and adapters; any that ends in other numbers, a traceback or a hang is listed.
 fuzz: $(VENV)/.built
 	$(BIN)/python scripts/fuzz_checkpoints.py
+
+# Hostile arguments to the ops and the CPU library under AddressSanitizer, three minutes. ARGS="--seed 7 --seconds 600".
+fuzz-ops: $(VENV)/.built
+	$(BIN)/python scripts/fuzz_ops.py $(ARGS)
 
 # The behaviour tests with other versions of Transformers, PEFT and others: hours. VERSIONS: some of them, by name.
 test-versions: $(VENV)/.built

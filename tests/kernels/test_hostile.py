@@ -92,6 +92,29 @@ def test_other_tensors_that_are_not_contiguous_are_read_as_they_are(device):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", [*TENSORS, "weight", "thresholds", "x"])
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_storages_that_were_cut_short_are_refused(name, left):
+    def cut(tensor):
+        copy = tensor.clone()
+        copy.untyped_storage().resize_(left * copy.element_size())
+        return copy
+
+    case = case_on("cpu")
+    if name in TENSORS and left < case.scale_steps.numel():
+        for op, call in of_packed(case, **{name: cut(getattr(case, name))}).items():
+            if op != "quantize" or name == "row_order":
+                with pytest.raises(RuntimeError, match="is shorter than the tensor"):
+                    call()
+    if name == "x":
+        with pytest.raises(RuntimeError, match="is shorter than the tensor"):
+            OPS.lowra_linear(*case.linear_arguments(cut(torch.ones(2, 1400))))
+    if name in ("weight", "thresholds"):
+        setattr(case, name, cut(getattr(case, name)))
+        with pytest.raises(RuntimeError, match="is shorter than the tensor"):
+            OPS.lowra_quantize(*case.quantize_arguments)
+
+
 @pytest.mark.parametrize("place, value", [(0, 16), (3, -1), (5, 2**31 - 1), (15, -(2**31)), (7, None), (0, 1000)])
 def test_row_orders_that_leave_the_weight_or_repeat_are_refused(device, place, value):
     case = case_on(device)

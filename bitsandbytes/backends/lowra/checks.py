@@ -58,6 +58,17 @@ def _described(tensor: torch.Tensor | None) -> str:
     return "None" if tensor is None else f"{tensor.layout} on {tensor.device}"
 
 
+def check_memory(*tensors: torch.Tensor | None) -> None:
+    """Storages that were resized under their tensors are refused. Not asked for packed weights on a GPU, where the host
+    has no time: those that FSDP empties between uses have no address, which the library refuses.
+    """
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_meta:
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            if tensor.is_contiguous() and end > tensor.untyped_storage().nbytes():
+                raise RuntimeError(f"The storage of a tensor {list(tensor.shape)} is shorter than the tensor.")
+
+
 def check_packed(packed: PackedMatrix) -> None:
     """The tensors of a packed weight fit one another; what `row_order` holds is not looked at."""
     codes, row_order, scales, steps, levels = packed.tensors

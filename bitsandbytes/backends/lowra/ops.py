@@ -66,7 +66,9 @@ def _(*arguments: Any) -> Any:
 
 @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", None)
 def _(*arguments: Any) -> Any:
-    return lloyd.lloyd_max(*_search_of(arguments))
+    search = _search_of(arguments)
+    checks.check_memory(*search[:3])
+    return lloyd.lloyd_max(*search)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_encode_scales")
@@ -79,6 +81,7 @@ def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", None)
 def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_absmax(absmax)
+    checks.check_memory(absmax)
     return reference.encode_scales(absmax)
 
 
@@ -99,6 +102,7 @@ def _(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     checks.check_quantize(*arguments)
     _, row_order, _, rows_4bit, rows_2bit, _ = arguments
+    checks.check_memory(*arguments[:3])
     checks.ascends(row_order, rows_4bit, rows_2bit)
     return reference.quantize(*arguments)
 
@@ -122,6 +126,7 @@ def _(*arguments: Any) -> Any:
     packed, dtype = _weight_of(arguments)
     checks.check_type("dtype", dtype)
     checks.check_packed(packed)
+    checks.check_memory(*packed.tensors)
     checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
     return reference.dequantize(packed, dtype)
 
@@ -181,6 +186,7 @@ def _(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     x, packed, bias = _operands_of(arguments)
     checks.check_operands_once(x, packed, bias)
+    checks.check_memory(x, bias)
     return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
 
 
@@ -190,17 +196,21 @@ if native.cpu_available():
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cpu")
     def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
+        checks.check_memory(*arguments[:3])
         return native.cpu_quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
     def _(*arguments: Any) -> Any:
         packed, dtype = _weight_of(arguments)
         checks.check_packed_once(packed, dtype)
+        checks.check_memory(*packed.tensors)
         return native.cpu_dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
     def _(*arguments: Any) -> Any:
-        return native.cpu_lloyd_max(*_search_of(arguments))
+        search = _search_of(arguments)
+        checks.check_memory(*search[:3])
+        return native.cpu_lloyd_max(*search)
 
 
 if native.cuda_available():

@@ -85,6 +85,7 @@ def _(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     gradient, packed, with_scales = _operands_of(arguments)
     checks.check_packed(packed)
+    checks.check_memory(gradient, *packed.tensors)
     checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
     return table_gradients(gradient, packed, with_scales)
 
