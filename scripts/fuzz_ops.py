@@ -2,6 +2,7 @@
 
     python scripts/fuzz_ops.py --seconds 180 --seed 0     # make fuzz-ops
     python scripts/fuzz_ops.py --seed 0 --only 4711        # one case again, with its whole report
+    python scripts/fuzz_ops.py --installed --cases 300     # refusals and numbers alone: seconds, no compiler
 
 The library is built with AddressSanitizer and UndefinedBehaviorSanitizer (g++) and takes the place of the installed one
 in a process of its own, which is started anew behind a case that ends it. A case is a valid call of a random shape in
@@ -18,6 +19,7 @@ import ctypes
 import os
 import pathlib
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -72,11 +74,11 @@ class Cases:
         import cases
 
         import bitsandbytes  # noqa: F401 - registers the ops
-        from bitsandbytes.backends.lowra import lloyd, native, reference, table_gradients
+        from bitsandbytes.backends.lowra import layout, lloyd, native, reference, table_gradients
 
         self.seed, self.torch, self.native, self.packed_case = seed, torch, native, cases.packed_case
         self.reference, self.lloyd, self.table_gradients = reference, lloyd, table_gradients
-        self.ops = torch.ops.bitsandbytes
+        self.ops, self.matrix = torch.ops.bitsandbytes, layout.PackedMatrix
         types = (torch.float32, torch.float16, torch.bfloat16)
         self.floats = types
         self.types = [*types, torch.float64, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool]
@@ -142,7 +144,8 @@ class Cases:
             return [torch.randn(case.weight.shape).to(pick(self.floats)), *packed.tensors, *sizes, pick([True, False])]
         if name == "encode_scales":
             return [case.weight.float().abs()]
-        levels, cuts = torch.linspace(-1, 1, 22), torch.linspace(-1, 1, 19)
+        tables = [torch.linspace(-1, 1, count) * pick([0.6, 0.9, 1.0]) for count in (16, 4, 2)]
+        levels, cuts = torch.cat(tables), torch.cat([(table[:-1] + table[1:]) / 2 for table in tables])
         return [case.weight, levels, cuts, None, packed.group_size, pick([0, 1, 5]), pick([True, False])]
 
     def hostile(self, value):
@@ -175,7 +178,10 @@ class Cases:
             "number": lambda: tensor.reshape(-1)[0],
             "empty": lambda: tensor[:0],
             "misaligned": lambda: self.misaligned(tensor, pick([1, 2, 3, 4, 8])),
-            "short storage": lambda: self.short_storage(tensor, pick([0, 1, 3])),
+            "short storage": lambda: self.short_storage(tensor.clone(), pick([0, 1, 3])),
+            "short and spread": lambda: self.short_storage(
+                torch.stack([tensor, tensor], dim=-1)[..., 0], pick([0, 1, tensor.numel(), 2 * tensor.numel() - 2])
+            ),
             "noise": lambda: self.noise(tensor),
             "meta": lambda: tensor.to("meta"),
             "sparse": lambda: tensor.to_sparse(),
@@ -197,9 +203,8 @@ class Cases:
         return moved.copy_(tensor)
 
     def short_storage(self, tensor, left: int):
-        copy = tensor.clone()
-        copy.untyped_storage().resize_(left * copy.element_size())
-        return copy
+        tensor.untyped_storage().resize_(left * tensor.element_size())
+        return tensor
 
     def noise(self, tensor):
         data = bytearray(self.random.randbytes(tensor.numel() * tensor.element_size()))
@@ -225,41 +230,94 @@ class Cases:
         if any(tensor.is_meta or tensor.layout != torch.strided for tensor in tensors):
             return f"{name} {self.described(arguments)}: returned something"
         plain = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        matrix = sys.modules["bitsandbytes.backends.lowra.layout"].PackedMatrix
-        if name == "dequantize":
-            expected = (self.reference.dequantize(matrix(*plain[:9]), plain[9]),)
-        elif name == "dequantize_part":
-            first, rows, column, columns = plain[9:13]
-            whole = self.reference.dequantize(matrix(*plain[:9]), plain[13])
-            expected = (whole[first : first + rows, column : column + columns],)
-        elif name == "linear":
-            x, *packed, bias, rows_4bit, rows_2bit, group_size = plain
-            packed = matrix(*packed, rows_4bit, rows_2bit, x.shape[-1], group_size)
-            expected = (torch.nn.functional.linear(x, self.reference.dequantize(packed, x.dtype), bias),)
-        elif name == "quantize":
-            expected = self.reference.quantize(*plain)
-        elif name == "encode_scales":
-            if not (plain[0] >= 0).all() or not plain[0].isfinite().all():
-                return None  # no magnitudes: what becomes of them as bytes is nobody's word
-            expected = self.reference.encode_scales(*plain)
-        elif name == "table_gradients":
-            gradient, *packed, rows_4bit, rows_2bit, group_size, with_scales = plain
-            packed = matrix(*packed, rows_4bit, rows_2bit, gradient.shape[1], group_size)
-            expected = self.table_gradients.table_gradients(gradient, packed, with_scales)
-        else:  # sums in another order than the reference's: shapes alone
-            expected = [torch.empty(len(plain[0]), width) for width in (22, 19, 3)]
-            found = [torch.empty_like(tensor) for tensor in found]
-            for one, other in zip(found, expected, strict=True):
-                one.zero_(), other.zero_()
+        expected = getattr(self, f"{name}_of")(*plain)
         for one, other in zip(found, expected, strict=True):
             if one.shape != other.shape or one.dtype != other.dtype:
                 return f"{name} {self.described(arguments)}: {one.dtype} {list(one.shape)} for {list(other.shape)}"
-            one, other = one.float().nan_to_num(), other.float().nan_to_num()
-            # a product's sums are in another order where strides differ
-            room = 2e-2 * other.abs().amax().clamp(max=1e30) if name == "linear" and other.numel() else 0.0
-            if not ((one - other).abs() <= room).all():
-                return f"{name} {self.described(arguments)}: other numbers than the reference"
-        return None
+        judge = getattr(self, f"{name}_agrees", None)
+        if judge is not None:
+            agrees = judge(plain, found, expected)
+        else:
+            agrees = all(self.same(one, other) for one, other in zip(found, expected, strict=True))
+        return None if agrees else f"{name} {self.described(arguments)}: other numbers than the reference"
+
+    def same(self, one, other) -> bool:
+        return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+    def dequantize_of(self, *arguments):
+        *packed, dtype = arguments
+        return (self.reference.dequantize(self.matrix(*packed), dtype),)
+
+    def dequantize_part_of(self, *arguments):
+        *packed, first, rows, column, columns, dtype = arguments
+        whole = self.reference.dequantize(self.matrix(*packed), dtype)
+        return (whole[first : first + rows, column : column + columns],)
+
+    def quantize_of(self, *arguments):
+        return self.reference.quantize(*arguments)
+
+    def table_gradients_of(self, gradient, *arguments):
+        *packed, rows_4bit, rows_2bit, group_size, with_scales = arguments
+        packed = self.matrix(*packed, rows_4bit, rows_2bit, gradient.shape[1], group_size)
+        return self.table_gradients.table_gradients(gradient, packed, with_scales)
+
+    def encode_scales_of(self, absmax):
+        return self.reference.encode_scales(absmax)
+
+    def encode_scales_agrees(self, plain, found, expected) -> bool:
+        """Steps and all bytes but those of numbers that are no magnitudes: what no byte stands for, each machine casts
+        in its own way."""
+        (absmax,), (codes, steps) = plain, found
+        step = expected[1].repeat_interleave(256)[: absmax.numel()].view(absmax.shape)
+        ratio = (absmax / step).where(step > 0, self.torch.zeros_like(absmax))  # a step that is NaN: a byte of 0
+        return self.same(steps, expected[1]) and self.same(codes[ratio >= 0], expected[0][ratio >= 0])
+
+    def linear_of(self, x, *arguments):
+        *packed, bias, rows_4bit, rows_2bit, group_size = arguments
+        packed = self.matrix(*packed, rows_4bit, rows_2bit, x.shape[-1], group_size)
+        weight = self.reference.dequantize(packed, x.dtype).double()
+        out = self.torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+        self.magnitude = x.double().abs() @ weight.abs().t() + (0 if bias is None else bias.double().abs())
+        self.exact = out
+        return (out.to(x.dtype),)
+
+    def linear_agrees(self, plain, found, expected) -> bool:
+        """Within what float32 sums in any order and one rounding to the type (two beside a bias) may be off."""
+        out, info = found[0], self.torch.finfo(plain[0].dtype)
+        room = self.magnitude * (plain[0].shape[-1] + 2) * 2**-23 + 2 * info.eps * self.exact.abs() + info.tiny
+        off = (out.double() - self.exact).abs()
+        lost = self.exact.isnan()  # a factor that was none, or infinite beside a 0
+        large = ~(self.magnitude < info.max / 2)  # a sum in another order may end beyond the type
+        return bool((lost & ~out.isfinite() | ~lost & (large | (off <= room))).all())
+
+    def lloyd_max_of(self, weight, levels, cuts, _, *options):
+        return self.lloyd.lloyd_max(weight, levels, cuts, *options)
+
+    def lloyd_max_agrees(self, plain, found, expected) -> bool:
+        """Errors are those of the codebooks beside them, and no larger than the reference's; sums of two orders may
+        stop at another step. Asked where the search is defined: finite weights, a start with each level in its cell."""
+        torch, (weight, levels, cuts, _, group_size, *_) = self.torch, plain
+        starts = [(levels[self.lloyd.LEVELS[p]], cuts[self.lloyd.THRESHOLDS[p]]) for p in (4, 2, 1)]
+        in_cells = all(((table[:-1] <= cut) & (cut <= table[1:])).all() for table, cut in starts)
+        if not (weight.isfinite().all() and levels.isfinite().all() and in_cells):
+            return True
+        groups = -(-weight.shape[1] // group_size)
+        padded = torch.nn.functional.pad(weight.double(), (0, groups * group_size - weight.shape[1]))
+        absmax = padded.view(-1, groups, group_size).abs().amax(2).repeat_interleave(group_size, 1)
+        absmax = absmax[:, : weight.shape[1]]
+        normal = (weight.float() / absmax.float()).where(absmax > 0, torch.zeros(weight.shape))
+        for place, precision in enumerate((4, 2, 1)):
+            own = found[0][:, self.lloyd.LEVELS[precision]].double()
+            code = torch.searchsorted(found[1][:, self.lloyd.THRESHOLDS[precision]].contiguous(), normal)
+            spread = own.abs().amax(1).clamp(min=1).square() * absmax.square().sum(1)
+            if not (spread < 1e37).all():
+                continue  # beyond float32
+            true = (weight.double() - absmax * own.gather(1, code)).square().sum(1)
+            room = 1e-6 * spread + 1e-37
+            error, other = found[2][:, place].double(), expected[2][:, place].double()
+            if not ((error - true).abs() <= room).all() or not (error <= 1.001 * other + room).all():
+                return False
+        return True
 
     def described(self, arguments: list) -> str:
         def one(value):
@@ -395,11 +453,12 @@ class Cases:
 def work(options: argparse.Namespace) -> None:
     """In the watched process: cases from `options.first` on, each announced before it runs."""
     cases = Cases(options.seed)
-    cases.native._cpu = cases.native._load(pathlib.Path(options.library))
-    if cases.native._cpu is None or not cases.native.cpu_available():
-        sys.exit("The watched library could not be loaded.")
+    if options.library:
+        cases.native._cpu = cases.native._load(pathlib.Path(options.library))
+    if not cases.native.cpu_available():
+        sys.exit("The CPU library could not be loaded.")
     number, end = options.first, time.monotonic() + options.seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and number - options.first < options.cases:
         print(f"case {number}", flush=True)
         wrong = cases.run(number)
         if wrong:
@@ -411,10 +470,12 @@ def work(options: argparse.Namespace) -> None:
 
 def watch(options: argparse.Namespace, library: pathlib.Path) -> int:
     """Starts the worker, again behind every case that ends it; the number of cases that went wrong."""
-    first, end, bad = options.first if options.only is None else options.only, time.monotonic() + options.seconds, []
-    while time.monotonic() < end:
+    options.first = options.first if options.only is None else options.only
+    first, end, bad = options.first, time.monotonic() + options.seconds, []
+    while time.monotonic() < end and first - options.first < options.cases:
         command = [sys.executable, __file__, "--library", str(library), "--seed", str(options.seed)]
         command += ["--first", str(first), "--seconds", str(max(1, int(end - time.monotonic())))]
+        command += ["--cases", str(options.cases - first + options.first)]
         if options.only is not None:
             command += ["--only", str(options.only)]
         done = subprocess.run(command, env=watched_environment(), capture_output=True, text=True, cwd=ROOT)
@@ -447,9 +508,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this case alone")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
+    parser.add_argument("--cases", type=int, default=sys.maxsize, help="how many at most")
+    parser.add_argument("--installed", action="store_true", help="try the installed library, which nothing watches")
     parser.add_argument("--library", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.library:
+    if options.installed:
+        # what the sanitizer's allocator refuses; a copy of an expanded tensor could fill the machine otherwise
+        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+    if options.library or options.installed:
         return work(options)
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(1 if watch(options, build(pathlib.Path(folder))) else 0)

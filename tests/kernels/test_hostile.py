@@ -4,6 +4,9 @@
 """
 
 import ctypes
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +116,54 @@ def test_storages_that_were_cut_short_are_refused(name, left):
         setattr(case, name, cut(getattr(case, name)))
         with pytest.raises(RuntimeError, match="is shorter than the tensor"):
             OPS.lowra_quantize(*case.quantize_arguments)
+
+
+@pytest.mark.parametrize("left", [0, 1, 30])
+@pytest.mark.parametrize("name", ["weight", "levels", "cuts", "absmax", "gradient", "x", "thresholds"])
+def test_short_storages_under_strided_tensors_are_refused(device, name, left):
+    """What ops copy into one piece, they would copy from beyond the end."""
+
+    def cut(tensor):
+        spread = torch.stack([tensor, tensor], dim=-1)[..., 0]
+        spread.untyped_storage().resize_(left * spread.element_size())
+        return spread
+
+    if device == "cuda" and name == "x":
+        pytest.skip("a product on a GPU has no time to ask")
+    case = case_on(device)
+    tables = [torch.linspace(-1, 1, count, device=device) for count in (16, 4, 2)]
+    named = {
+        "weight": case.weight,
+        "levels": torch.cat(tables),
+        "cuts": torch.cat([(table[:-1] + table[1:]) / 2 for table in tables]),
+        "absmax": case.weight.abs(),
+        "gradient": torch.ones_like(case.weight),
+        "x": torch.ones(3, 1400, device=device),
+        "thresholds": case.thresholds,
+    }
+    given = {**named, name: cut(named[name])}
+    made = {
+        "encode_scales": lambda: OPS.lowra_encode_scales(given["absmax"]),
+        "lloyd_max": lambda: OPS.lowra_lloyd_max(given["weight"], given["levels"], given["cuts"], None, 64, 2, True),
+        "quantize": lambda: OPS.lowra_quantize(given["weight"], case.row_order, given["thresholds"], 3, 5, 64),
+        "table_gradients": lambda: OPS.lowra_table_gradients(given["gradient"], *case.packed.tensors, 3, 5, 64, True),
+        "linear": lambda: OPS.lowra_linear(*case.linear_arguments(given["x"])),
+    }
+    takes = {"absmax": ["encode_scales"], "gradient": ["table_gradients"], "x": ["linear"], "thresholds": ["quantize"]}
+    for op in takes.get(name, ["lloyd_max", "quantize"] if name == "weight" else ["lloyd_max"]):
+        with pytest.raises(RuntimeError, match="is shorter than the tensor"):
+            made[op]()
+
+
+@pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
+def test_a_slice_of_hostile_calls():
+    """A seeded slice of `make fuzz-ops` without its sanitizers: refusals and numbers, in a process that may end."""
+    script = pathlib.Path(__file__).parents[2] / "scripts" / "fuzz_ops.py"
+    command = [sys.executable, str(script), "--installed", "--cases", "300", "--seconds", "120"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0 and not wrong, (wrong, last, done.stderr[-2000:])
 
 
 @pytest.mark.parametrize("place, value", [(0, 16), (3, -1), (5, 2**31 - 1), (15, -(2**31)), (7, None), (0, 1000)])

@@ -59,13 +59,16 @@ def _described(tensor: torch.Tensor | None) -> str:
 
 
 def check_memory(*tensors: torch.Tensor | None) -> None:
-    """Storages that were resized under their tensors are refused. Not asked for packed weights on a GPU, where the host
-    has no time: those that FSDP empties between uses have no address, which the library refuses.
+    """Storages that were resized under their tensors are refused: PyTorch's own copies read past them too.
+
+    Not asked for packed weights on a GPU, where the host has no time: those that FSDP empties between uses have no
+    address, which the library refuses.
     """
     for tensor in tensors:
-        if tensor is not None and not tensor.is_meta:
-            end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-            if tensor.is_contiguous() and end > tensor.untyped_storage().nbytes():
+        if tensor is not None and not tensor.is_meta and tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+            if end > tensor.untyped_storage().nbytes():
                 raise RuntimeError(f"The storage of a tensor {list(tensor.shape)} is shorter than the tensor.")
 
 

@@ -33,7 +33,7 @@ def lloyd_max(
     Args:
         weight: floating point [N, K], finite.
         initial_levels: float32 [22]: 16 levels for 4 bits, 4 for 2, 2 for 1, each ascending.
-        initial_thresholds: float32 [19]: 15, 3 and 1.
+        initial_thresholds: float32 [19]: 15, 3 and 1, each between its two levels; kernels may differ on others.
 
     Returns:
         levels float32 [N, 22], thresholds float32 [N, 19], and errors float32 [N, 3] for 4, 2 and 1 bits: the sum over

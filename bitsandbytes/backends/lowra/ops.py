@@ -219,12 +219,14 @@ if native.cuda_available():
     def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
         _, row_order, _, rows_4bit, rows_2bit, _ = arguments
+        checks.check_memory(*arguments[:3])
         checks.ascends(row_order, rows_4bit, rows_2bit)
         return native.cuda_quantize(*arguments) or reference.quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", "cuda")
     def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         checks.check_absmax(absmax)
+        checks.check_memory(absmax)
         return native.cuda_encode_scales(absmax)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
@@ -262,6 +264,7 @@ if native.cuda_available():
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments: Any) -> Any:
         search = _search_of(arguments)
+        checks.check_memory(*search[:3])
         return native.cuda_lloyd_max(*search) or lloyd.lloyd_max(*search)
 
 

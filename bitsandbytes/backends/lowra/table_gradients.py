@@ -96,6 +96,7 @@ if native.cuda_available():
     def _(*arguments: Any) -> Any:
         gradient, packed, with_scales = _operands_of(arguments)
         checks.check_packed_once(packed, gradient.dtype)
+        checks.check_memory(gradient)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         found = native.cuda_table_gradients(gradient, packed, with_scales)
         return found or table_gradients(gradient, packed, with_scales)
