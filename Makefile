@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc bitsandbytes lowra lowra_command -type f -not -name
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
-  profile
+  profile test-tools
 
 demo: $(VENV)/.built
 	$(BIN)/lowra demo --output demo
@@ -31,6 +31,10 @@ fuzz: $(VENV)/.built
 # Hostile arguments to the ops and the CPU library under AddressSanitizer, three minutes. ARGS="--seed 7 --seconds 600".
 fuzz-ops: $(VENV)/.built
 	$(BIN)/python scripts/fuzz_ops.py $(ARGS)
+
+# The real commands of other tools (trl, lm_eval, transformers serve) on packed folders; those not installed are skipped.
+test-tools: $(VENV)/.built
+	$(BIN)/python -m pytest -m slow tests/tools
 
 # The behaviour tests with other versions of Transformers, PEFT and others: hours. VERSIONS: some of them, by name.
 test-versions: $(VENV)/.built

@@ -22,7 +22,10 @@ FILLED_IN = (
     "packing",
     "initial_adapter",
     "calibration",
+    "needs",
 )
+# In config.json, for a reader whose Transformers stopped at "Unknown quantization type, got lowra".
+NEEDS = "the Python package lowra: with it installed, Transformers and PEFT load this folder like any other"
 
 _CHOICES = {
     "budget": ("nominal", "true"),
@@ -58,7 +61,7 @@ def _is_record(value: Any) -> bool:
 # The schema of `quantization_config` in a config.json, which anybody may have written: what each field holds. Not
 # in pydantic, with which `import lowra` would take 0.3 s more.
 _KINDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
-    ("quant_method", "base", "fingerprint", "calibration", *_CHOICES): (_is_text, "text"),
+    ("quant_method", "base", "fingerprint", "calibration", "needs", *_CHOICES): (_is_text, "text"),
     ("bits", "nominal_bits", "true_bits", "error"): (_is_number, "a number"),
     ("group_size", "iterations", "refine", "feedback", "format_version"): (_is_whole, "a whole number"),
     ("quantize_head", "quantize_embeddings"): (lambda value: isinstance(value, bool), "true or false"),
@@ -114,8 +117,9 @@ class LowRAConfig(QuantizationConfigMixin):
     before a low-rank part, `refine` or `feedback` change them), `base` (name or path of the original), `fingerprint`
     (of the base's weights), `packing` (digests of the codes and of the tables, which tell this packing from others of
     the same base), `initial_adapter` (rank, alpha, method and steps of the adapter that was fitted while packing: the
-    packed weights alone are then less than the base by its product) and `calibration` (digest of the statistics used).
-    The last three are None in checkpoints of earlier versions.
+    packed weights alone are then less than the base by its product), `calibration` (digest of the statistics used) and
+    `needs` (a sentence for whoever opens the folder without lowra). `packing`, `initial_adapter` and `calibration` are
+    None in checkpoints of earlier versions.
     """
 
     quant_method: Any = "lowra"  # how Transformers finds this class; it has an enumeration of its own methods
@@ -144,6 +148,7 @@ class LowRAConfig(QuantizationConfigMixin):
     packing: dict[str, str] | None = None
     initial_adapter: dict | None = None
     calibration: str | None = None
+    needs: str = NEEDS
 
     def __post_init__(self) -> None:
         if isinstance(self.modules_to_not_convert, str):  # its letters would be taken for parts of names

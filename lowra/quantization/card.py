@@ -27,8 +27,11 @@ in the base.
 |---|---|
 {rows}
 
+It needs the Python package lowra, {version} or newer. Where that is installed, Transformers and PEFT find the format by
+themselves, without an `import lowra`, and so do the tools that are built upon them. Where it is not, Transformers says
+"Unknown quantization type, got lowra" and stops at the shapes of the weights.
+
 ```python
-import lowra  # registers the format with Transformers and PEFT
 from transformers import {architecture}
 
 model = {architecture}.from_pretrained("THIS FOLDER"{trust})
@@ -39,6 +42,7 @@ _ADAPTED = """
 To train from the adapter that was fitted to the quantisation error:
 
 ```python
+import lowra
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(lowra.prepare_for_training(model), "THIS FOLDER/initial_adapter", is_trainable=True)

@@ -1,0 +1,117 @@
+"""The real commands of other tools on a packed folder: none of them knows lowra, and none is told of it."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+import lowra
+
+pytestmark = pytest.mark.slow
+
+BIN = pathlib.Path(sys.executable).parent
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+@pytest.fixture
+def environment():
+    """Of a process that finds this `lowra` and asks no hub."""
+    paths = [str(pathlib.Path(lowra.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Folder with a train.jsonl of texts."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"A city number {i} on a river."}) for i in range(16)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(command, environment, folder):
+    if not (BIN / command[0]).exists():
+        pytest.skip(f"{command[0]} is not installed here")
+    command = [str(BIN / command[0]), *map(str, command[1:])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_trl_sft_trains_on_a_packed_folder(packed_with_tokenizer, environment, rows, tmp_path):
+    _, packed = packed_with_tokenizer
+    options = "--use_peft --lora_r 4 --lora_alpha 4 --lora_target_modules all-linear --max_steps 2 --use_cpu "
+    options += "--per_device_train_batch_size 2 --bf16 false --report_to none --max_length 64"
+    command = ["trl", "sft", "--model_name_or_path", packed, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
+    said = run([*command, *options.split()], environment, tmp_path)
+    assert "'train_loss'" in said
+    assert json.loads((tmp_path / "out" / "lowra_base.json").read_text())["fingerprint"]
+
+
+def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer, environment, rows, tmp_path):
+    """Byte perplexity as the harness counts it: of base and adapter, and far from that of the base alone."""
+    _, packed = packed_with_tokenizer
+    task = {
+        "task": "river",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(rows / "train.jsonl")}},
+        "output_type": "loglikelihood_rolling",
+        "validation_split": "validation",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    }
+    (tmp_path / "river.yaml").write_text(json.dumps(task))  # JSON is YAML
+    arguments = f"pretrained={packed},peft={packed / 'initial_adapter'}"
+    command = ["lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", "river"]
+    options = ["--include_path", tmp_path, "--device", "cpu", "--batch_size", "4", "--output_path", tmp_path / "out"]
+    said = run([*command, *options], environment, tmp_path)
+    assert "byte_perplexity" in said and "without it the outputs are far off" not in said
+    (found,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["river"]["byte_perplexity,none"] > 1
+
+
+def test_transformers_serve_answers_for_a_packed_folder(packed_with_tokenizer, environment, tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    packed = shutil.copytree(packed_with_tokenizer[1], tmp_path / "packed")
+    (packed / "chat_template.jinja").write_text(TEMPLATE)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with open(tmp_path / "log", "w") as log:
+        command = [str(BIN / "transformers"), "serve", str(packed), "--device", "cpu", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
+    body = {"model": str(packed), "messages": [{"role": "user", "content": "A city"}], "max_tokens": 4}
+    try:
+        answer = ask(f"http://localhost:{port}/v1/chat/completions", body, server)
+    finally:
+        server.kill()
+        server.wait()
+    said = (tmp_path / "log").read_text()
+    assert answer["usage"]["completion_tokens"] == 4, said
+    assert "packed together with an initial adapter" in said  # the base alone is served
+
+
+def ask(url, body, server):
+    """Posts once the server listens."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(120):
+        assert server.poll() is None, "the server stopped"
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError:
+            raise
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    raise AssertionError("the server did not start")
