@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED
+from .head_by_parts import HeadByParts, head_by_parts
 
 
 @torch.no_grad()
@@ -40,6 +41,7 @@ def language_model_metrics(
         ValueError: there is nothing to predict.
     """
     device = next(model.parameters()).device
+    head = head_by_parts(model)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.long, device=device)
     tokens = 0
@@ -48,13 +50,10 @@ def language_model_metrics(
             batch = collate(examples[start : start + batch_size])
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
             labels = batch.pop("labels").to(device)
-            logits = model(**{key: tensor.to(device) for key, tensor in batch.items()}).logits
-            # one sequence at a time: float32 logits of a whole batch would be the largest tensor of the run
-            for sequence, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
-                loss += nn.functional.cross_entropy(
-                    sequence.float(), target, ignore_index=IGNORED, reduction="sum"
-                ).double()
-                right += ((sequence.argmax(-1) == target) & (target != IGNORED)).sum()
+            inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+            for logits, targets in _predictions(model, inputs, labels, head):
+                loss += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+                right += (logits.argmax(-1) == targets).sum()
     if not tokens:
         raise ValueError(f"None of the {len(examples)} examples has a token to predict: give longer ones.")
     mean = loss.item() / tokens
@@ -64,6 +63,22 @@ def language_model_metrics(
         "accuracy": right.item() / tokens,
         "tokens": tokens,
     }
+
+
+def _predictions(
+    model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, head: HeadByParts | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Float32 logits [tokens, V] and targets [tokens] of the predicted tokens of a batch, some at a time."""
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    if head is not None:
+        for states, of_states in head.parts(head.run(model, inputs), targets):
+            yield head.logits(states), of_states
+        return
+    # one sequence at a time: float32 logits of a whole batch would be the largest tensor of the run
+    for sequence, of_sequence in zip(model(**inputs).logits, targets, strict=True):
+        wanted = of_sequence != IGNORED
+        if wanted.any():
+            yield sequence[wanted].float(), of_sequence[wanted]
 
 
 @torch.no_grad()

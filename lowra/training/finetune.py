@@ -7,6 +7,7 @@ OUTPUT/curve.json, curve.png, metrics.json
 metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -38,6 +39,7 @@ from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import language_model_metrics, summary_metrics
+from .head_by_parts import head_by_parts
 from .methods import Base, attach_adapter, load_base, prepare_base
 from .recipe import Recipe
 from .settled import settle, used
@@ -277,8 +279,18 @@ def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
             raise ValueError(f"{name}={getattr(recipe, name)} cannot be used here: {reason}") from error
 
 
+class _LanguageTrainer(Trainer):
+    """The Trainer, with the logits of some tokens at a time where the model allows it."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_head"):
+            self._head = head_by_parts(self.accelerator.unwrap_model(self.model))
+        with contextlib.nullcontext() if self._head is None else self._head.active():
+            return super().compute_loss(*args, **kwargs)
+
+
 def _trainer(model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
-    kind = Seq2SeqTrainer if recipe.task == "summarization" else Trainer
+    kind = Seq2SeqTrainer if recipe.task == "summarization" else _LanguageTrainer
     examples: dict[str, Any] = {"train_dataset": data.train, "eval_dataset": data.validation}  # lists serve
     trainer = kind(
         model=model,
