@@ -53,15 +53,15 @@ def _models(tmp_path):
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**_SMALL))
     dense.save_pretrained(tmp_path / "dense")
-    yield "dense", dense
-    yield "tied", LlamaForCausalLM(LlamaConfig(**_SMALL, tie_word_embeddings=True))
+    yield dense
+    yield LlamaForCausalLM(LlamaConfig(**_SMALL, tie_word_embeddings=True))
     for name, options in (("packed", {}), ("head", {"quantize_head": True}), ("all", {"quantize_embeddings": True})):
         lowra.quantize_checkpoint(tmp_path / "dense", tmp_path / name, lowra.LowRAConfig(**options), progress=False)
-        yield name, AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        yield AutoModelForCausalLM.from_pretrained(tmp_path / name)
 
 
 def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, few_logits):
-    for name, bare in _models(tmp_path):
+    for bare in _models(tmp_path):
         model = get_peft_model(bare, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
         head = head_by_parts(model)
         for batch, more in ((_batch(), {}), (_batch(0.9, 1), {"num_items_in_batch": torch.tensor(11)})):
