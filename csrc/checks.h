@@ -25,6 +25,13 @@ inline bool bad_shape(const lowra_shape &s) {
 
 inline int64_t row_count(const lowra_shape &s) { return s.rows4 + s.rows2 + s.rows1; }
 
+// A part that does not lie in a weight of so many rows and columns, or begins where no kernel decodes.
+inline bool bad_part(const lowra_part &part, int64_t rows, int64_t columns) {
+  return part.rows < 0 || part.rows > rows || part.first_row < 0 || part.first_row > rows - part.rows ||
+         part.columns < 0 || part.columns > columns || part.first_column < 0 ||
+         part.first_column > columns - part.columns || part.first_column % LOWRA_MAX_GROUP_SIZE != 0;
+}
+
 inline bool is_float_type(int32_t type) {
   return type == LOWRA_FLOAT32 || type == LOWRA_FLOAT16 || type == LOWRA_BFLOAT16;
 }

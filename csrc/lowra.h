@@ -22,11 +22,12 @@ extern "C" {
 #endif
 
 #define LOWRA_FORMAT_VERSION 1
-#define LOWRA_INTERFACE_VERSION 2  // of the functions and structs below: native.py takes no library of another one
+#define LOWRA_INTERFACE_VERSION 3  // of the functions and structs below: native.py takes no library of another one
 #define LOWRA_ROW_ALIGNMENT 16     // bytes: one vector load of a GPU thread never crosses into the next row
 #define LOWRA_SCALE_BLOCK 256      // scales that share one float32 step
 #define LOWRA_MAX_GROUP_SIZE 256
-#define LOWRA_MOST_GROUPED 3  // weights of lowra_cuda_product_group
+#define LOWRA_CPU_MOST_TOKENS 16  // of lowra_cpu_product
+#define LOWRA_MOST_GROUPED 3      // weights of lowra_cuda_product_group
 
 enum lowra_status {
   LOWRA_OK = 0,
@@ -113,8 +114,19 @@ LOWRA_API int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, i
                                  const int32_t *row_order, const float *thresholds, uint8_t *codes, float *absmax,
                                  int32_t threads);
 
-// out [N, K] of out_type, rows in the order of W.
-LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads);
+// A part of the weight, rows in the order of W: out [part.rows, part.columns] of out_type. first_column a multiple of
+// LOWRA_MAX_GROUP_SIZE.
+LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
+                                   int32_t threads);
+
+// out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type`. Up to
+// LOWRA_CPU_MOST_TOKENS tokens. Weights and x are taken as float32, sums are kept in float32 and rounded once.
+LOWRA_API int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
+                                int32_t type, int32_t threads);
+
+// Makes the functions above use the kernels of one instruction set ("avx512", "avx2", "neon" or "generic"), or with
+// null, as at the start, the best of this processor. LOWRA_UNSUPPORTED where it has no such kernels.
+LOWRA_API int lowra_cpu_instructions(const char *name);
 
 // levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.
 LOWRA_API int lowra_cpu_lloyd_max(const lowra_lloyd *search, const void *weight, int32_t weight_type, float *levels,
@@ -134,8 +146,7 @@ LOWRA_API int lowra_cuda_quantize(const lowra_shape *shape, const void *weight, 
 LOWRA_API int lowra_cuda_encode_scales(const float *absmax, int64_t count, uint8_t *scales, float *scale_steps,
                                        void *stream);
 
-// As lowra_cpu_dequantize, a part of it: out [part.rows, part.columns]. Every shape; first_column a multiple of
-// LOWRA_MAX_GROUP_SIZE. With row_order = 0, 1, 2, ... the rows come out in packed order.
+// As lowra_cpu_dequantize. Every shape. With row_order = 0, 1, 2, ... the rows come out in packed order.
 LOWRA_API int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
                                     void *stream);
 

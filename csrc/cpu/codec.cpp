@@ -2,6 +2,7 @@
 
 #include "lowra.h"
 #include "checks.h"
+#include "cpu/places.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 
@@ -12,67 +13,6 @@ namespace {
 
 // Below this many weights per thread the start of a thread costs more than its work.
 constexpr int64_t kWeightsPerThread = 1 << 16;
-
-const row_kernels &kernels() {
-#if defined(__x86_64__)
-  static const row_kernels &best =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-          ? rows_avx512
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? rows_avx2
-                                                                         : rows_generic;
-  return best;
-#else
-  return rows_generic;
-#endif
-}
-
-// Where packed row i begins in the codes and in a per-row table of 2^bits + extra entries.
-struct row_place {
-  int bits;
-  int64_t code_offset, table_offset;
-};
-
-row_place place_of(const lowra_shape &shape, int64_t row, int extra) {
-  const int64_t bytes4 = lowra_row_bytes(shape.in_features, 4), bytes2 = lowra_row_bytes(shape.in_features, 2);
-  if (row < shape.rows4) return {4, row * bytes4, row * (16 + extra)};
-  const int64_t codes4 = shape.rows4 * bytes4, table4 = shape.rows4 * (16 + extra);
-  row -= shape.rows4;
-  if (row < shape.rows2) return {2, codes4 + row * bytes2, table4 + row * (4 + extra)};
-  row -= shape.rows2;
-  return {1, codes4 + shape.rows2 * bytes2 + row * lowra_row_bytes(shape.in_features, 1),
-          table4 + shape.rows2 * (4 + extra) + row * (2 + extra)};
-}
-
-// Whether every row is there once. In a weight of usual size this costs a thousandth of what follows.
-bool is_row_order(const int32_t *order, int64_t rows) {
-  std::vector<uint8_t> seen(static_cast<size_t>(rows));
-  for (int64_t i = 0; i < rows; ++i) {
-    const int32_t row = order[i];
-    if (row < 0 || row >= rows || seen[row]) return false;
-    seen[row] = 1;
-  }
-  return true;
-}
-
-void load_scales(const lowra_packed &p, int64_t first, int64_t count, float *out) {
-  if (p.scale_type == LOWRA_FLOAT32) {
-    std::memcpy(out, static_cast<const float *>(p.scales) + first, sizeof(float) * count);
-  } else if (p.scale_type == LOWRA_UINT8) {
-    const uint8_t *root = static_cast<const uint8_t *>(p.scales);
-    for (int64_t i = 0; i < count; ++i) {
-      const float c = root[first + i];
-      out[i] = c * c * p.scale_steps[(first + i) / LOWRA_SCALE_BLOCK];
-    }
-  } else {
-    const uint16_t *half = static_cast<const uint16_t *>(p.scales);
-    for (int64_t i = 0; i < count; ++i) {
-      // float16 scales are few; the compiler's own conversion is quick enough here.
-      _Float16 value;
-      std::memcpy(&value, half + first + i, 2);
-      out[i] = static_cast<float>(value);
-    }
-  }
-}
 
 }  // namespace
 
@@ -95,7 +35,7 @@ int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t wei
   }
   return without_exceptions([&] {
     if (!is_row_order(row_order, rows)) return LOWRA_BAD_ROW_ORDER;
-    const int64_t groups = (in_features + shape->group_size - 1) / shape->group_size;
+    const int64_t groups = group_count(*shape);
     const quantize_row_fn quantize_row = kernels().quantize;
     for_each_row(rows, rows * in_features, kWeightsPerThread, threads, [&] {
       return [&](int64_t row) {
@@ -109,26 +49,35 @@ int lowra_cpu_quantize(const lowra_shape *shape, const void *weight, int32_t wei
   });
 }
 
-int lowra_cpu_dequantize(const lowra_packed *packed, void *out, int32_t out_type, int32_t threads) {
-  if (!packed) return LOWRA_NULL_POINTER;
+int lowra_cpu_dequantize(const lowra_packed *packed, const lowra_part *part, void *out, int32_t out_type,
+                         int32_t threads) {
+  if (!packed || !part) return LOWRA_NULL_POINTER;
   const lowra_shape &shape = packed->shape;
-  if (lowra::bad_shape(shape)) return LOWRA_BAD_SHAPE;
+  const int64_t rows = lowra::row_count(shape), in_features = shape.in_features;
+  if (lowra::bad_shape(shape) || lowra::bad_part(*part, rows, in_features)) return LOWRA_BAD_SHAPE;
   if (!lowra::is_float_type(out_type)) return LOWRA_BAD_TYPE;
-  const int64_t element = static_cast<int64_t>(lowra::bytes_of(out_type)), rows = lowra::row_count(shape);
+  const int64_t element = static_cast<int64_t>(lowra::bytes_of(out_type));
   if (const int status = lowra::check_memory(*packed, 1, 2)) return status;
-  if (rows == 0) return LOWRA_OK;
+  if (part->rows == 0 || part->columns == 0) return LOWRA_OK;
   if (const int status = lowra::check_memory(out, element)) return status;
   return without_exceptions([&] {
-    if (!is_row_order(packed->row_order, rows)) return LOWRA_BAD_ROW_ORDER;
-    const int64_t groups = (shape.in_features + shape.group_size - 1) / shape.group_size;
-    const dequantize_row_fn dequantize_row = kernels().dequantize;
-    for_each_row(rows, rows * shape.in_features, kWeightsPerThread, threads, [&] {
-      return [&, scales = std::vector<float>(static_cast<size_t>(groups))](int64_t row) mutable {
-        load_scales(*packed, row * groups, groups, scales.data());
+    const std::vector<int32_t> places = places_of(packed->row_order, rows);
+    if (places.empty()) return LOWRA_BAD_ROW_ORDER;
+    const int64_t first_group = part->first_column / shape.group_size;
+    const int64_t start = first_group * shape.group_size, skipped = part->first_column - start;
+    const int64_t columns = skipped + part->columns, groups = (columns + shape.group_size - 1) / shape.group_size;
+    const row_kernels &chosen = kernels();
+    for_each_row(part->rows, part->rows * columns, kWeightsPerThread, threads, [&] {
+      return [&, scales = std::vector<float>(static_cast<size_t>(groups)),
+              whole = std::vector<uint8_t>(static_cast<size_t>(skipped ? columns * element : 0))](int64_t i) mutable {
+        const int64_t row = places[part->first_row + i];
+        chosen.load_scales(*packed, row * group_count(shape) + first_group, groups, scales.data());
         const row_place place = place_of(shape, row, 0);
-        uint8_t *target = static_cast<uint8_t *>(out) + packed->row_order[row] * shape.in_features * element;
-        dequantize_row(packed->codes + place.code_offset, shape.in_features, shape.group_size, place.bits,
-                       scales.data(), packed->levels + place.table_offset, target, out_type);
+        uint8_t *target = static_cast<uint8_t *>(out) + i * part->columns * element;
+        chosen.dequantize(packed->codes + place.code_offset + start * place.bits / 8, columns, shape.group_size,
+                          place.bits, scales.data(), packed->levels + place.table_offset,
+                          skipped ? whole.data() : target, out_type);
+        if (skipped) std::memcpy(target, whole.data() + skipped * element, part->columns * element);
       };
     });
     return LOWRA_OK;

@@ -3,6 +3,7 @@
 
 #include "lowra.h"
 #include "checks.h"
+#include "cpu/halves.h"
 #include "cpu/threads.h"
 
 #include <cmath>
@@ -18,20 +19,6 @@ constexpr int kMaxLevels = 16;
 struct moments {  // sums of v, v x and v x^2
   double mass = 0, first = 0, second = 0;
 };
-
-float load(const void *weight, int32_t type, int64_t index) {
-  if (type == LOWRA_FLOAT32) return static_cast<const float *>(weight)[index];
-  const uint16_t raw = static_cast<const uint16_t *>(weight)[index];
-  if (type == LOWRA_FLOAT16) {
-    _Float16 half;
-    std::memcpy(&half, &raw, 2);
-    return static_cast<float>(half);
-  }
-  const uint32_t bits = static_cast<uint32_t>(raw) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 struct codebook {
   int count;  // levels
@@ -57,7 +44,7 @@ class row_search {
   void load_row(const void *weight, int32_t type, int64_t row) {
     const int64_t count = search_.in_features;
     std::vector<float> &normal = spare_;
-    for (int64_t k = 0; k < count; ++k) normal[k] = load(weight, type, row * count + k);
+    for (int64_t k = 0; k < count; ++k) normal[k] = load_element(weight, type, row * count + k);
     for (int64_t start = 0; start < count; start += search_.group_size) {
       const int64_t end = std::min(start + search_.group_size, count);
       float absmax = 0;

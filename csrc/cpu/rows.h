@@ -1,4 +1,4 @@
-// The work on one packed row, in one variant for each instruction set; codec.cpp picks one at run time.
+// The work on packed rows, in one variant for each instruction set; dispatch.cpp picks one at run time.
 #ifndef LOWRA_CPU_ROWS_H
 #define LOWRA_CPU_ROWS_H
 
@@ -13,15 +13,44 @@ using quantize_row_fn = void (*)(const void *weight, int32_t weight_type, int64_
 using dequantize_row_fn = void (*)(const uint8_t *codes, int64_t in_features, int64_t group_size, int bits,
                                    const float *scales, const uint16_t *levels, void *out, int32_t out_type);
 
+// Scales [first, first + count) of a weight as float32.
+using load_scales_fn = void (*)(const lowra_packed &packed, int64_t first, int64_t count, float *out);
+
+constexpr int64_t kUnit = 32;  // weights that a product takes at once; x is padded with zeros to a multiple
+
+// Consecutive packed rows of one precision, and what they are multiplied with.
+struct product_rows {
+  const uint8_t *codes;  // of the first row
+  int64_t row_bytes;
+  const uint16_t *levels;
+  const float *scales;  // [rows, groups]
+  int bits;
+  int64_t rows, in_features, group_size, tokens;
+  const float *x;  // [tokens, x_stride], x_stride a multiple of kUnit, zeros from in_features on
+  int64_t x_stride;
+  float *row;   // [x_stride], scratch
+  float *sums;  // [rows, tokens], the result
+};
+
+using product_rows_fn = void (*)(const product_rows &part);
+
 struct row_kernels {
+  const char *name;  // as LOWRA_CPU names it
   quantize_row_fn quantize;
   dequantize_row_fn dequantize;
+  load_scales_fn load_scales;
+  product_rows_fn product;
 };
 
 extern const row_kernels rows_generic;
 #if defined(__x86_64__)
 extern const row_kernels rows_avx2;
 extern const row_kernels rows_avx512;
+#elif defined(__aarch64__)
+extern const row_kernels rows_neon;
 #endif
+
+// Those of the best instruction set here, or of the one that lowra_cpu_instructions named.
+const row_kernels &kernels();
 
 #endif

@@ -1,72 +1,19 @@
-// Body of rows_generic.cpp, rows_avx2.cpp and rows_avx512.cpp: the same code under three sets of compiler flags. Only
-// `decode` has hand-written variants; the loops of the quantiser are written so that the compiler vectorises them.
+// Body of rows_generic.cpp, rows_avx2.cpp, rows_avx512.cpp and rows_neon.cpp: the same code under other compiler flags.
+// Only `decode` has hand-written variants; the loops of the quantiser are written so that the compiler vectorises them.
 // Everything is static and plain C: an inline function of the standard library would be shared by the linker among the
-// three files, and an AVX-512 copy of it could end up on a processor that has none.
+// files, and an AVX-512 copy of it could end up on a processor that has none.
 
+#include "halves.h"
 #include "rows.h"
 
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LOWRA_NO_VECTORS)
+#include <arm_neon.h>
 #endif
 
 namespace {
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
-  uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023, bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {
-    float value = (float)mantissa * 5.9604644775390625e-8f;  // 2^-24, exact
-    memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-uint32_t float_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-uint32_t float_to_bfloat(float value) {
-  const uint32_t bits = float_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40;  // keep NaN a NaN
-  return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-}
-
-uint32_t float_to_half(float value) {
-#if defined(__F16C__)
-  return (uint32_t)(uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const uint32_t bits = float_bits(value), sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00;  // rounds past 65504
-  if (magnitude < 0x38800000u) {                       // subnormal: let the float adder round at 2^-24
-    float shifted;
-    memcpy(&shifted, &magnitude, 4);
-    return sign | (float_bits(shifted + 0.5f) - float_bits(0.5f));
-  }
-  return sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13);
-#endif
-}
-
-float load_element(const void *weight, int32_t type, int64_t index) {
-  if (type == LOWRA_FLOAT32) return ((const float *)weight)[index];
-  const uint16_t raw = ((const uint16_t *)weight)[index];
-  if (type == LOWRA_FLOAT16) return half_to_float(raw);
-  const uint32_t bits = (uint32_t)raw << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
 
 void load_group(const void *weight, int32_t type, int64_t start, int count, float *out) {
   for (int k = 0; k < count; ++k) out[k] = load_element(weight, type, start + k);
@@ -99,11 +46,12 @@ void quantize_row(const void *weight, int32_t weight_type, int64_t in_features, 
   }
 }
 
-// count codes of `bits` bits -> table[code], stored as elements of `size` bytes (2 or 4).
-void decode_scalar(const uint8_t *codes, int bits, int first, int count, const uint32_t *table, int size, void *out) {
-  const int per_byte = 8 / bits, mask = (1 << bits) - 1;
+// count codes of BITS bits, from number `first` on -> table[code], stored as elements of `size` bytes (2 or 4).
+template <int BITS>
+void decode_scalar(const uint8_t *codes, int first, int count, const uint32_t *table, int size, void *out) {
+  enum { kPerByte = 8 / BITS, kMask = (1 << BITS) - 1 };
   for (int k = first; k < count; ++k) {
-    const uint32_t value = table[(codes[k / per_byte] >> (k % per_byte * bits)) & mask];
+    const uint32_t value = table[(codes[k / kPerByte] >> (k % kPerByte * BITS)) & kMask];
     if (size == 4) {
       ((uint32_t *)out)[k] = value;
     } else {
@@ -113,20 +61,21 @@ void decode_scalar(const uint8_t *codes, int bits, int first, int count, const u
 }
 
 #if defined(__AVX512BW__)
-void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, int size, void *out) {
+template <int BITS>
+void decode(const uint8_t *codes, int count, const uint32_t *table, int size, void *out) {
   const __m512i entries = _mm512_loadu_si512(table);
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
+  const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
   // With 4 bits sixteen codes fill two words: lanes 0-7 shift the first, lanes 8-15 the second.
   const __m512i shift =
-      _mm512_mullo_epi32(bits == 4 ? _mm512_and_si512(lane, _mm512_set1_epi32(7)) : lane, _mm512_set1_epi32(bits));
+      _mm512_mullo_epi32(BITS == 4 ? _mm512_and_si512(lane, _mm512_set1_epi32(7)) : lane, _mm512_set1_epi32(BITS));
   int k = 0;
   for (; k + 16 <= count; k += 16) {
     uint64_t word = 0;
-    memcpy(&word, codes + k * bits / 8, (size_t)(2 * bits));
+    memcpy(&word, codes + k * BITS / 8, 2 * BITS);
     const __m512i low = _mm512_set1_epi32((int)(uint32_t)word);
-    const __m512i both = _mm512_mask_set1_epi32(low, 0xff00, (int)(uint32_t)(word >> (bits == 4 ? 32 : 0)));
-    const __m512i index = _mm512_and_si512(_mm512_srlv_epi32(both, shift), mask);
+    const __m512i both = _mm512_mask_set1_epi32(low, 0xff00, (int)(uint32_t)(word >> (BITS == 4 ? 32 : 0)));
+    const __m512i index = _mm512_and_si512(_mm512_srlv_epi32(BITS == 4 ? both : low, shift), mask);
     const __m512i value = _mm512_permutexvar_epi32(index, entries);
     if (size == 4) {
       _mm512_storeu_si512((uint32_t *)out + k, value);
@@ -134,23 +83,26 @@ void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, in
       _mm256_storeu_si256((__m256i *)((uint16_t *)out + k), _mm512_cvtepi32_epi16(value));
     }
   }
-  decode_scalar(codes, bits, k, count, table, size, out);
+  decode_scalar<BITS>(codes, k, count, table, size, out);
 }
 #elif defined(__AVX2__)
-void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, int size, void *out) {
+template <int BITS>
+void decode(const uint8_t *codes, int count, const uint32_t *table, int size, void *out) {
   const __m256i low = _mm256_loadu_si256((const __m256i *)table);
   const __m256i high = _mm256_loadu_si256((const __m256i *)(table + 8));
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m256i shift = _mm256_mullo_epi32(lane, _mm256_set1_epi32(bits));
-  const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+  const __m256i shift = _mm256_mullo_epi32(lane, _mm256_set1_epi32(BITS));
+  const __m256i mask = _mm256_set1_epi32((1 << BITS) - 1);
   int k = 0;
   for (; k + 8 <= count; k += 8) {
     uint32_t word = 0;
-    memcpy(&word, codes + k * bits / 8, (size_t)bits);
+    memcpy(&word, codes + k * BITS / 8, BITS);
     const __m256i index = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)word), shift), mask);
-    const __m256i upper = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(7));
-    const __m256i value =
-        _mm256_blendv_epi8(_mm256_permutevar8x32_epi32(low, index), _mm256_permutevar8x32_epi32(high, index), upper);
+    __m256i value = _mm256_permutevar8x32_epi32(low, index);
+    if (BITS == 4) {
+      const __m256i upper = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(7));
+      value = _mm256_blendv_epi8(value, _mm256_permutevar8x32_epi32(high, index), upper);
+    }
     if (size == 4) {
       _mm256_storeu_si256((__m256i *)((uint32_t *)out + k), value);
     } else {
@@ -158,32 +110,45 @@ void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, in
       _mm_storeu_si128((__m128i *)((uint16_t *)out + k), _mm256_castsi256_si128(narrow));
     }
   }
-  decode_scalar(codes, bits, k, count, table, size, out);
+  decode_scalar<BITS>(codes, k, count, table, size, out);
 }
 #else
-void decode(const uint8_t *codes, int bits, int count, const uint32_t *table, int size, void *out) {
-  decode_scalar(codes, bits, 0, count, table, size, out);
+template <int BITS>
+void decode(const uint8_t *codes, int count, const uint32_t *table, int size, void *out) {
+  if (size == 4) return decode_scalar<BITS>(codes, 0, count, table, 4, out);
+  decode_scalar<BITS>(codes, 0, count, table, 2, out);
 }
 #endif
 
-void dequantize_row(const uint8_t *codes, int64_t in_features, int64_t group_size, int bits, const float *scales,
-                    const uint16_t *levels, void *out, int32_t out_type) {
-  const int entries = 1 << bits, size = out_type == LOWRA_FLOAT32 ? 4 : 2;
-  float level[16];
-  for (int i = 0; i < entries; ++i) level[i] = half_to_float(levels[i]);
+template <int BITS>
+void dequantize_bits(const uint8_t *codes, int64_t in_features, int64_t group_size, const float *scales,
+                     const uint16_t *levels, void *out, int32_t out_type) {
+  enum { kEntries = 1 << BITS };
+  const int size = out_type == LOWRA_FLOAT32 ? 4 : 2;
+  float level[kEntries];
+  for (int i = 0; i < kEntries; ++i) level[i] = half_to_float(levels[i]);
   uint32_t table[16] = {0};
   for (int64_t start = 0, group = 0; start < in_features; start += group_size, ++group) {
     // A group has at most 16 distinct values: scale and round those, not every weight.
-    const float scale = scales[group];
-    for (int i = 0; i < entries; ++i) {
-      const float value = level[i] * scale;
-      table[i] = out_type == LOWRA_FLOAT32   ? float_bits(value)
-                 : out_type == LOWRA_FLOAT16 ? float_to_half(value)
-                                             : float_to_bfloat(value);
+    float value[kEntries];
+    for (int i = 0; i < kEntries; ++i) value[i] = level[i] * scales[group];
+    if (out_type == LOWRA_FLOAT32) {
+      memcpy(table, value, sizeof(value));
+    } else if (out_type == LOWRA_FLOAT16) {
+      for (int i = 0; i < kEntries; ++i) table[i] = float_to_half(value[i]);
+    } else {
+      for (int i = 0; i < kEntries; ++i) table[i] = float_to_bfloat(value[i]);
     }
     const int count = (int)(in_features - start < group_size ? in_features - start : group_size);
-    decode(codes + start * bits / 8, bits, count, table, size, (uint8_t *)out + start * size);
+    decode<BITS>(codes + start * BITS / 8, count, table, size, (uint8_t *)out + start * size);
   }
+}
+
+void dequantize_row(const uint8_t *codes, int64_t in_features, int64_t group_size, int bits, const float *scales,
+                    const uint16_t *levels, void *out, int32_t out_type) {
+  if (bits == 4) return dequantize_bits<4>(codes, in_features, group_size, scales, levels, out, out_type);
+  if (bits == 2) return dequantize_bits<2>(codes, in_features, group_size, scales, levels, out, out_type);
+  dequantize_bits<1>(codes, in_features, group_size, scales, levels, out, out_type);
 }
 
 }  // namespace

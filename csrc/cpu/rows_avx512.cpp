@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include "rows.inl"
+#include "product.inl"
 
-const row_kernels rows_avx512 = {quantize_row, dequantize_row};
+const row_kernels rows_avx512 = {"avx512", quantize_row, dequantize_row, load_scales, product};
 #endif

@@ -1,3 +1,5 @@
+#define LOWRA_NO_VECTORS
 #include "rows.inl"
+#include "product.inl"
 
-const row_kernels rows_generic = {quantize_row, dequantize_row};
+const row_kernels rows_generic = {"generic", quantize_row, dequantize_row, load_scales, product};

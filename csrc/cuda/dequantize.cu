@@ -332,11 +332,7 @@ int lowra_cuda_dequantize(const lowra_packed *packed, const lowra_part *part, vo
   const int status = check_packed(*packed);
   if (status == LOWRA_BAD_SHAPE) return status;
   const int64_t rows = row_count(packed->shape), columns = packed->shape.in_features;
-  if (part->rows < 0 || part->rows > rows || part->first_row < 0 || part->first_row > rows - part->rows ||
-      part->columns < 0 || part->columns > columns || part->first_column < 0 ||
-      part->first_column > columns - part->columns || part->first_column % LOWRA_MAX_GROUP_SIZE != 0) {
-    return LOWRA_BAD_SHAPE;
-  }
+  if (bad_part(*part, rows, columns)) return LOWRA_BAD_SHAPE;
   if (part->rows == 0 || part->columns == 0) return LOWRA_OK;
   if (status != LOWRA_OK) return status;
   if (!is_float_type(out_type)) return LOWRA_BAD_TYPE;

@@ -361,7 +361,8 @@ def test_memory_that_a_gpu_cannot_load_from_is_refused(name):
 def statuses_of(packed, out, threads=1):
     """What the CPU library answers to a dequantisation by this struct."""
     pointer = None if out is None else ctypes.c_void_p(out)
-    return native._cpu.lowra_cpu_dequantize(packed and ctypes.byref(packed), pointer, 0, threads)
+    part = native._Part(0, 16, 0, 200)
+    return native._cpu.lowra_cpu_dequantize(packed and ctypes.byref(packed), part, pointer, 0, threads)
 
 
 @pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")

@@ -34,7 +34,7 @@ _STATUS = {
     8: "row_order must name every row once",
     9: "there is not enough memory",
 }
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 
 
 class _Shape(ctypes.Structure):
@@ -69,8 +69,15 @@ class _Lloyd(ctypes.Structure):
     ]
 
 
-# Arguments of the CUDA functions: addresses travel as plain integers, which ctypes converts by these types.
+# Arguments of the functions: addresses travel as plain integers, which ctypes converts by these types.
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_CPU_SIGNATURES = {
+    "lowra_cpu_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _I],
+    "lowra_cpu_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _I],
+    "lowra_cpu_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _I],
+    "lowra_cpu_lloyd_max": [ctypes.POINTER(_Lloyd), _P, _I, _P, _P, _P, _I],
+    "lowra_cpu_instructions": [ctypes.c_char_p],
+}
 _CUDA_SIGNATURES = {
     "lowra_cuda_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _P],
     "lowra_cuda_encode_scales": [_P, _L, _P, _P, _P],
@@ -86,6 +93,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_attention": [_P, _I, _P],
 }
 UNSUPPORTED = 5
+CPU_MOST_TOKENS = 16
 
 
 def _installed(name: str) -> pathlib.Path:
@@ -108,6 +116,14 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     return library
 
 
+def _load_cpu() -> ctypes.CDLL | None:
+    library = _load(_installed("bitsandbytes_lowra_cpu"))
+    if library is not None:
+        for name, types in _CPU_SIGNATURES.items():
+            getattr(library, name).argtypes = types
+    return library
+
+
 def _load_cuda() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
         return None
@@ -125,7 +141,7 @@ def _load_cuda() -> ctypes.CDLL | None:
 
 
 # Any: what is called on them is asked for only where they are there.
-_cpu: Any = _load(_installed("bitsandbytes_lowra_cpu"))
+_cpu: Any = _load_cpu()
 _cuda: Any = _load_cuda()
 
 
@@ -192,27 +208,62 @@ def cpu_quantize(
     weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
     status = _cpu.lowra_cpu_quantize(
         ctypes.byref(shape),
-        ctypes.c_void_p(weight.data_ptr()),
+        weight.data_ptr(),
         _TYPES[weight.dtype],
-        ctypes.c_void_p(row_order.data_ptr()),
-        ctypes.c_void_p(thresholds.data_ptr()),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(absmax.data_ptr()),
+        row_order.data_ptr(),
+        thresholds.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
         torch.get_num_threads(),
     )
     check(status, "quantisation", shape)
     return codes, absmax
 
 
-def cpu_dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """`reference.dequantize` on the CPU library."""
+def cpu_dequantize(
+    packed: PackedMatrix, dtype: torch.dtype, part: tuple[int, int, int, int] | None = None
+) -> torch.Tensor:
+    """`reference.dequantize` on the CPU library, or a part (first row, rows, first column, columns) of it."""
     struct = packed_of(packed)
-    out = torch.empty(packed.rows, packed.in_features, dtype=dtype)
+    part = (0, packed.rows, 0, packed.in_features) if part is None else part
+    out = torch.empty(part[1], part[3], dtype=dtype)
     status = _cpu.lowra_cpu_dequantize(
-        ctypes.byref(struct), ctypes.c_void_p(out.data_ptr()), _TYPES[dtype], torch.get_num_threads()
+        ctypes.byref(struct), ctypes.byref(_Part(*part)), out.data_ptr(), _TYPES[dtype], torch.get_num_threads()
     )
     check(status, "dequantisation", struct.shape)
     return out
+
+
+def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens."""
+    struct = packed_of(packed)
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(*x.shape[:-1], packed.rows)
+    status = _cpu.lowra_cpu_product(
+        ctypes.byref(struct),
+        x.data_ptr(),
+        x.numel() // packed.in_features,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        _TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    check(status, "product", struct.shape)
+    return out
+
+
+def choose_instructions(name: str | None) -> None:
+    """Has the CPU library use the kernels of one instruction set, or of the best there is.
+
+    Args:
+        name: "avx512", "avx2", "neon" or "generic".
+
+    Raises:
+        OSError: this processor, or the library, has none of that name.
+    """
+    if _cpu.lowra_cpu_instructions(None if name is None else name.encode()) == UNSUPPORTED:
+        raise OSError(f"LOWRA_CPU={name} names no kernels of this processor: avx512, avx2, neon and generic are known.")
 
 
 def _search(
@@ -244,9 +295,9 @@ def cpu_lloyd_max(
     found = [torch.empty(len(weight), width, dtype=torch.float32) for width in (22, 19, 3)]
     status = _cpu.lowra_cpu_lloyd_max(
         ctypes.byref(search),
-        ctypes.c_void_p(weight.data_ptr()),
+        weight.data_ptr(),
         _TYPES[weight.dtype],
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in found),
+        *(tensor.data_ptr() for tensor in found),
         torch.get_num_threads(),
     )
     check(status, "the Lloyd-Max search", shape_of(len(weight), len(weight), 0, weight.shape[1], group_size))
@@ -417,3 +468,7 @@ def cuda_table_gradients(
         return None
     check(status, "gradients of the tables", struct.shape)
     return for_levels, for_scales
+
+
+if cpu_available() and "LOWRA_CPU" in os.environ:
+    choose_instructions(os.environ["LOWRA_CPU"])

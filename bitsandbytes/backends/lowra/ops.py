@@ -206,6 +206,23 @@ if native.cpu_available():
         checks.check_memory(*packed.tensors)
         return native.cpu_dequantize(packed, dtype)
 
+    @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cpu")
+    def _(*arguments: Any) -> Any:
+        packed, part, dtype = _part_of(arguments)
+        checks.check_packed_once(packed, dtype)
+        checks.check_part(packed, part)
+        return native.cpu_dequantize(packed, dtype, part)
+
+    @torch.library.register_kernel("bitsandbytes::lowra_linear", "cpu")
+    def _(*arguments: Any) -> Any:
+        x, packed, bias = _operands_of(arguments)
+        checks.check_packed_once(packed, x.dtype)
+        checks.check_operands_once(x, packed, bias)
+        if x.numel() <= native.CPU_MOST_TOKENS * packed.in_features:
+            return native.cpu_product(x, packed, bias)
+        rows = _at_once(packed.rows, packed.in_features * _factor_type(x).itemsize, _CPU_DENSE_BYTES)
+        return product_by_rows(x, packed, bias, rows)
+
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cpu")
     def _(*arguments: Any) -> Any:
         search = _search_of(arguments)
@@ -256,7 +273,7 @@ if native.cuda_available():
             out = native.cuda_product(x, packed, bias)
             if out is not None:
                 return out
-        rows = _at_once(packed.rows, packed.in_features * x.element_size())
+        rows = _at_once(packed.rows, packed.in_features * x.element_size(), _DENSE_BYTES)
         if rows < packed.rows:
             return product_by_rows(x, packed, bias, rows)
         return torch.nn.functional.linear(x, native.cuda_dequantize(packed, x.dtype), bias)
@@ -271,12 +288,21 @@ if native.cuda_available():
 # Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %
 # off a 7B's peak, for 35 launches a layer (docs/lab/log.md). A 70B's widest weight is 448 MiB.
 _DENSE_BYTES = 256 << 20
+# On the CPU, what stays in its caches between its decoding and its product (docs/lab/kernels/cpu.md).
+_CPU_DENSE_BYTES = 4 << 20
 
 
-def _at_once(count: int, bytes_each: int) -> int:
+def _at_once(count: int, bytes_each: int, dense_bytes: int) -> int:
     """Rows or columns of a weight to be dense at a time: as equal as multiples of 256 can be."""
-    parts = max(1, -(-count * bytes_each // _DENSE_BYTES))
+    parts = max(1, -(-count * bytes_each // dense_bytes))
     return -(-count // parts // 256) * 256
+
+
+def _factor_type(tensor: torch.Tensor) -> torch.dtype:
+    """In which type a dense part of a weight is multiplied with this tensor."""
+    if tensor.is_cuda or torch.cpu._is_avx512_bf16_supported():
+        return tensor.dtype
+    return torch.float32  # a CPU that multiplies nothing narrower takes three times as long for bfloat16
 
 
 def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
@@ -284,18 +310,20 @@ def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | 
 
     Not differentiable.
     """
-    flat = x.reshape(-1, packed.in_features)
-    out = x.new_empty(flat.shape[0], packed.rows)
+    dtype = _factor_type(x)
+    flat = x.reshape(-1, packed.in_features).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    out = flat.new_empty(flat.shape[0], packed.rows)
     for first in range(0, packed.rows, rows):
         block = slice(first, min(first + rows, packed.rows))
         part = (first, block.stop - first, 0, packed.in_features)
-        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, x.dtype).t()
+        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype).t()
         if bias is None:
             torch.mm(flat, weight, out=out[:, block])
         else:
             torch.addmm(bias[block], flat, weight, out=out[:, block])
         del weight  # or two parts would be held while the next is made
-    return out.view(*x.shape[:-1], packed.rows)
+    return out.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
 
 def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: int) -> torch.Tensor:
@@ -303,25 +331,31 @@ def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: in
 
     Not differentiable. columns: a multiple of 256.
     """
-    flat = gradient.reshape(-1, packed.rows)
-    out = gradient.new_empty(flat.shape[0], packed.in_features)
+    dtype = _factor_type(gradient)
+    flat = gradient.reshape(-1, packed.rows).to(dtype)
+    out = flat.new_empty(flat.shape[0], packed.in_features)
     for first in range(0, packed.in_features, columns):
         block = slice(first, min(first + columns, packed.in_features))
         part = (0, packed.rows, first, block.stop - first)
-        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, gradient.dtype)
+        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype)
         torch.mm(flat, weight, out=out[:, block])
         del weight
-    return out.view(*gradient.shape[:-1], packed.in_features)
+    return out.to(gradient.dtype).view(*gradient.shape[:-1], packed.in_features)
 
 
 def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
     """gradient [..., N] times the packed weight [N, K]: [..., K], the backward of `lowra_linear` in x."""
-    columns = _at_once(packed.in_features, packed.rows * gradient.element_size())
-    in_parts = columns < packed.in_features and gradient.is_cuda and native.cuda_available()
     # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_parts:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
-    return product_by_columns(gradient, packed, columns)
+    if gradient.is_cuda and native.cuda_available():
+        columns = _at_once(packed.in_features, packed.rows * gradient.element_size(), _DENSE_BYTES)
+        if columns < packed.in_features:
+            return product_by_columns(gradient, packed, columns)
+    elif gradient.is_cpu and native.cpu_available():
+        columns = _at_once(packed.in_features, packed.rows * _factor_type(gradient).itemsize, _CPU_DENSE_BYTES)
+        return product_by_columns(gradient, packed, columns)
+    return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
 
 
 def _save_for_backward(ctx: Any, packed: PackedMatrix, bias: torch.Tensor | None) -> None:

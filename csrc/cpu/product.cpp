@@ -1,0 +1,98 @@
+// Products of a packed weight with few tokens, without a dense weight: rows are handed out to threads in blocks, and
+// product.inl multiplies a block.
+
+#include "lowra.h"
+#include "checks.h"
+#include "cpu/halves.h"
+#include "cpu/places.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kRowsPerBlock = 16;
+constexpr int64_t kWeightsPerThread = 1 << 17;  // times tokens: some 10 us of a core
+constexpr size_t kLine = 64;                    // bytes of a cache line, and of the widest register
+
+// float32 memory on a multiple of kLine.
+class aligned_floats {
+ public:
+  explicit aligned_floats(int64_t count) : memory_(static_cast<size_t>(count) + kLine / sizeof(float)) {}
+  aligned_floats(aligned_floats &&) = default;
+  float *data() {
+    const size_t off = reinterpret_cast<uintptr_t>(memory_.data()) % kLine;
+    return memory_.data() + (off == 0 ? 0 : (kLine - off) / sizeof(float));
+  }
+
+ private:
+  std::vector<float> memory_;
+};
+
+// Rows of one precision that a thread multiplies before it asks for more.
+struct block {
+  int64_t first, rows;
+};
+
+std::vector<block> blocks_of(const lowra_shape &shape) {
+  std::vector<block> blocks;
+  int64_t first = 0;
+  for (const int64_t count : {shape.rows4, shape.rows2, shape.rows1}) {
+    for (int64_t done = 0; done < count; done += kRowsPerBlock) {
+      blocks.push_back({first + done, std::min(kRowsPerBlock, count - done)});
+    }
+    first += count;
+  }
+  return blocks;
+}
+
+}  // namespace
+
+int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
+                      int32_t type, int32_t threads) {
+  if (!packed) return LOWRA_NULL_POINTER;
+  const lowra_shape &shape = packed->shape;
+  const int64_t rows = lowra::row_count(shape), in_features = shape.in_features;
+  if (lowra::bad_shape(shape) || tokens < 0 || tokens > LOWRA_CPU_MOST_TOKENS) return LOWRA_BAD_SHAPE;
+  if (!lowra::is_float_type(type)) return LOWRA_BAD_TYPE;
+  const int64_t element = static_cast<int64_t>(lowra::bytes_of(type));
+  if (const int status = lowra::check_memory(*packed, 1, 2)) return status;
+  if (rows == 0 || tokens == 0) return LOWRA_OK;
+  if (const int status = lowra::first_of(lowra::check_memory(x, element), lowra::check_memory(out, element),
+                                         bias ? lowra::check_memory(bias, element) : LOWRA_OK)) {
+    return status;
+  }
+  return without_exceptions([&] {
+    if (!is_row_order(packed->row_order, rows)) return LOWRA_BAD_ROW_ORDER;
+    const row_kernels &chosen = kernels();
+    const int64_t groups = group_count(shape), stride = (in_features + kUnit - 1) / kUnit * kUnit;
+    aligned_floats wide(tokens * stride);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float *row = wide.data() + t * stride;  // its end stays zero
+      for (int64_t k = 0; k < in_features; ++k) row[k] = load_element(x, type, t * in_features + k);
+    }
+    const std::vector<block> blocks = blocks_of(shape);
+    const int64_t work = rows * in_features * tokens;
+    for_each_piece(static_cast<int64_t>(blocks.size()), 1, work, kWeightsPerThread, threads, [&] {
+      return [&, scales = std::vector<float>(kRowsPerBlock * groups), row = aligned_floats(stride),
+              sums = std::vector<float>(kRowsPerBlock * tokens)](int64_t number) mutable {
+        const block &own = blocks[number];
+        const row_place place = place_of(shape, own.first, 0);
+        chosen.load_scales(*packed, own.first * groups, own.rows * groups, scales.data());
+        chosen.product({packed->codes + place.code_offset, lowra_row_bytes(in_features, place.bits),
+                        packed->levels + place.table_offset, scales.data(), place.bits, own.rows, in_features,
+                        shape.group_size, tokens, wide.data(), stride, row.data(), sums.data()});
+        for (int64_t r = 0; r < own.rows; ++r) {
+          const int64_t target = packed->row_order[own.first + r];
+          const float shift = bias ? load_element(bias, type, target) : 0.0f;
+          for (int64_t t = 0; t < tokens; ++t) {
+            store_element(sums[r * tokens + t] + shift, type, t * rows + target, out);
+          }
+        }
+      };
+    });
+    return LOWRA_OK;
+  });
+}

@@ -1,0 +1,6 @@
+#if defined(__aarch64__)
+#include "rows.inl"
+#include "product.inl"
+
+const row_kernels rows_neon = {"neon", quantize_row, dequantize_row, load_scales, product};
+#endif

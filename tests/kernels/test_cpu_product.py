@@ -1,0 +1,167 @@
+"""Products of packed weights on the processor, by every instruction set that it has, against float64 products."""
+
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+from cases import packed_case
+
+from bitsandbytes.backends.lowra import native, reference
+
+pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
+OPS = torch.ops.bitsandbytes
+SHAPES = [
+    (16, 0, 0, 128, 64),
+    (0, 16, 0, 256, 64),
+    (0, 0, 33, 512, 64),
+    (0, 1, 0, 16, 64),
+    (1, 0, 0, 7, 32),
+    (3, 5, 7, 224, 64),
+    (4, 21, 35, 1056, 32),
+    (17, 40, 33, 1004, 128),
+    (7, 1, 30, 2080, 256),
+    (2, 2, 2, 96, 24),
+    (5, 6, 7, 1000, 8),
+]
+SCALES = [torch.float32, torch.float16, torch.uint8]
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon", "generic"])
+def instructions(request):
+    try:
+        native.choose_instructions(request.param)
+    except OSError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.choose_instructions(None)
+
+
+def check(out, x, case, bias=None):
+    """float32 sums of float32 weights in any order, rounded once: within half a unit of the result and
+    K / 4 + 8 roundings of its terms (docs/lab/kernels/cpu.md)."""
+    weight = reference.dequantize(case.packed, torch.float32).double()
+    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        exact, terms = exact + bias.double(), terms + bias.double().abs()
+    roundings = min(weight.shape[1], weight.shape[1] / 4 + 8)
+    bound = exact.abs() * torch.finfo(out.dtype).eps / 2 + terms * roundings * 2.0**-24
+    assert ((out.double() - exact).abs() <= bound + torch.finfo(out.dtype).smallest_normal).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_number_of_tokens(instructions, shape):
+    *mix, in_features, group_size = shape
+    for tokens in range(1, 18):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[tokens % 3]
+        case = packed_case(*mix, in_features, group_size, scales=SCALES[tokens // 3 % 3], seed=tokens)
+        random = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, in_features, generator=random).to(dtype)
+        bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
+        out = OPS.lowra_linear(*case.linear_arguments(x, bias))
+        assert out.dtype == dtype and out.shape == (tokens, sum(mix))
+        if tokens <= native.CPU_MOST_TOKENS:
+            check(out, x, case, bias)
+        else:
+            torch.testing.assert_close(
+                out.double(),
+                x.double() @ reference.dequantize(case.packed, torch.float32).double().T
+                + (0 if bias is None else bias.double()),
+                rtol=1e-2 if dtype != torch.float32 else 1e-4,
+                atol=2e-2 if dtype != torch.float32 else 1e-4,
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [8, 24, 64, 256])
+def test_parts_are_those_of_the_reference(instructions, group_size, dtype):
+    case = packed_case(7, 9, 11, 1004, group_size, scales=torch.uint8)
+    whole = reference.dequantize(case.packed, dtype)
+    assert torch.equal(OPS.lowra_dequantize(*case.packed, dtype), whole)
+    for part in [(0, 27, 256, 748), (5, 3, 0, 256), (26, 1, 768, 1), (3, 0, 0, 4), (3, 4, 256, 0)]:
+        rows, columns = slice(part[0], part[0] + part[1]), slice(part[2], part[2] + part[3])
+        assert torch.equal(OPS.lowra_dequantize_part(*case.packed, *part, dtype), whole[rows, columns])
+
+
+def test_the_same_sums_whatever_the_threads_and_the_neighbours(instructions):
+    """A row's sum depends on neither the number of threads nor the tokens beside it: batches generate the same."""
+    case = packed_case(30, 200, 300, 1024, scales=torch.uint8)
+    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = OPS.lowra_linear(*case.linear_arguments(x))
+        torch.set_num_threads(3)
+        assert torch.equal(OPS.lowra_linear(*case.linear_arguments(x)), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for tokens in range(1, 16):
+        assert torch.equal(OPS.lowra_linear(*case.linear_arguments(x[:tokens])), expected[:tokens])
+
+
+def test_callers_in_several_threads():
+    case = packed_case(30, 200, 300, 1024)
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0))
+    expected, wrong = OPS.lowra_linear(*case.linear_arguments(x)), []
+
+    def call():
+        torch.set_num_threads(2)
+        for _ in range(50):
+            if not torch.equal(OPS.lowra_linear(*case.linear_arguments(x)), expected):
+                wrong.append(threading.get_ident())
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def _product_in_a_fork_of_itself(case, x, queue):
+    """The library's threads after a fork; PyTorch's own do not survive one, and none is started here."""
+    torch.set_num_threads(1)
+    packed, call = native.packed_of(case.packed), native._cpu.lowra_cpu_product
+    out = torch.empty(5, 530)
+    arguments = (packed, x.data_ptr(), 5, None, out.data_ptr(), 0, 2)
+    first = call(*arguments)
+    child = os.fork()
+    if child == 0:
+        out.zero_()
+        os._exit(call(*arguments) or int(not out.any()))
+    queue.put((first, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    case = packed_case(30, 200, 300, 1024)
+    process = context.Process(target=_product_in_a_fork_of_itself, args=(case, torch.ones(5, 1024), queue))
+    process.start()
+    assert queue.get(timeout=120) == (0, 0)
+    process.join()
+
+
+def test_the_c_interface_refuses_what_it_cannot_multiply():
+    case = packed_case(3, 5, 8, 200, scales=torch.uint8)
+    struct, x, out = native.packed_of(case.packed), torch.ones(17, 200), torch.empty(17, 16)
+    call, bad_shape, bad_type, null, misaligned, bad_order = native._cpu.lowra_cpu_product, 1, 2, 3, 7, 8
+    at_x, at_out = x.data_ptr(), out.data_ptr()
+    assert call(struct, at_x, 16, None, at_out, 0, 1) == call(struct, None, 0, None, None, 0, 1) == 0
+    for tokens in (-1, 17, 2**63 - 1):
+        assert call(struct, at_x, tokens, None, at_out, 0, 1) == bad_shape
+    assert call(struct, at_x, 1, None, at_out, 3, 1) == bad_type
+    assert call(None, at_x, 1, None, at_out, 0, 1) == null
+    assert call(struct, None, 1, None, at_out, 0, 1) == call(struct, at_x, 1, None, None, 0, 1) == null
+    assert call(struct, at_x + 1, 1, None, at_out, 0, 1) == call(struct, at_x, 1, at_x + 2, at_out, 0, 1) == misaligned
+    order = case.row_order.clone()
+    order[3] = 16
+    struct = native._Packed.from_buffer_copy(struct)
+    struct.row_order = order.data_ptr()
+    assert call(struct, at_x, 1, None, at_out, 0, 1) == bad_order
+
+
+def test_instructions_that_are_not_there_are_refused():
+    with pytest.raises(OSError, match="LOWRA_CPU=mmx names no kernels"):
+        native.choose_instructions("mmx")
