@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later
+from .parser import Later, add_memory_check
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,4 +15,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
+    add_memory_check(parser)
     parser.set_defaults(run=Later("lowra.commands.finetune:run"))

@@ -44,6 +44,15 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_check(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that refuse what the memory does not suffice for."""
+    parser.add_argument(
+        "--no-memory-check",
+        action="store_true",
+        help="begin even where the memory will not suffice by what `lowra plan` knows",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Later:
     """The function "module:name" of a command, imported when it runs: PyTorch and Transformers take seconds."""

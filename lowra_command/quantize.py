@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_memory_check, add_trust
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--loftq-steps", type=int, help="alternating steps of LoftQ and CLoQ (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add_trust(parser)
+    add_memory_check(parser)
     calibration = parser.add_argument_group("calibration (one pass over some text; better below 2 bits)")
     calibration.add_argument(
         "--calibrate",

@@ -5,6 +5,7 @@ import os
 
 from ..training.finetune import finetune
 from ..training.recipe import Recipe, load_recipe
+from .memory import announce_finetuning
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -14,6 +15,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     recipe = load_recipe(args.config, args.overrides)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
+    announce_finetuning(recipe, not args.no_memory_check, first)
     result = finetune(recipe, progress=first)
     if first:
         _show(recipe, result)

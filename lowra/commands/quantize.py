@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from ..checkpoints.places import expanded
 from ..config import LowRAConfig
+from ..device import choose_device
 from ..quantization.calibration import TOKENS, Calibration, calibrate
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
+from .memory import announce_quantising, shape_if_known
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -52,6 +54,18 @@ def run(args: argparse.Namespace) -> dict:
             head=args.head,
             embeddings=args.embeddings,
             trust_remote_code=args.trust_remote_code,
+        )
+    shape = shape_if_known(args.model, args.trust_remote_code)
+    if shape is not None and shape.packed is None:
+        announce_quantising(
+            shape,
+            choose_device(args.device),
+            not args.no_memory_check,
+            embeddings=args.embeddings,
+            head=args.head,
+            rank=args.rank or 0,
+            calibrating=callable(calibration),
+            moments=callable(calibration) and has_moments,
         )
     report = quantize_checkpoint(
         args.model,

@@ -1,0 +1,203 @@
+"""What a command will need of memory: said at its start, and refused where the machine does not have it."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import torch
+
+from ..inspection.requirements import PYTHON_BYTES, Run, finetuning, quantising
+from ..inspection.shapes import ModelShape, UnknownMemory, read_shape
+from ..training import hqq
+from ..training.methods import check_method, quantization_config
+from ..training.recipe import Recipe
+
+# Of the memory that a card is sold with, a driver leaves so much (a 24 GB RTX 4090: 23.6 GiB).
+_LEFT_BY_DRIVER = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU, there or only named.
+
+    Attributes:
+        name: for messages.
+        size: bytes that programs can have.
+        large_workspace: see `Run`.
+    """
+
+    name: str
+    size: float
+    large_workspace: bool = False
+
+
+def named_card(size: str) -> Card:
+    """The card of a size such as "8GB".
+
+    Raises:
+        ValueError: no size.
+    """
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)\s*G(?:i?B)?", size.strip(), flags=re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"--gpu takes a size such as 8GB; got {size!r}.")
+    return Card(f"a card of {found[1]} GB", float(found[1]) * 2**30 * _LEFT_BY_DRIVER)
+
+
+def card_of(device: int = 0) -> Card | None:
+    """The GPU that is there, or None."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Card(f"{properties.name} ({gib(properties.total_memory)})", properties.total_memory, properties.major >= 9)
+
+
+def host_bytes() -> float:
+    """Memory of this machine, or of the control group that this process may use."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        sizes.append(int(text))
+    return float(min(sizes))
+
+
+def shape_if_known(model: str, trust_remote_code: bool, show: bool = True) -> ModelShape | None:
+    """The shape of a model; None, with a line that says so, where its memory is not known beforehand.
+
+    None without a word where the model cannot be used: the command reads it next, and says why.
+    """
+    try:
+        return read_shape(model, trust_remote_code)
+    except UnknownMemory as reason:
+        if show:
+            print(f"memory: not known beforehand: {reason}")
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def announce_quantising(shape: ModelShape, device: torch.device, check: bool, show: bool = True, **asked: Any) -> None:
+    """Says what quantising needs.
+
+    Args:
+        shape: of the model.
+        device: where the arithmetic runs.
+        check: refuse what does not fit.
+        show: print it.
+        asked: see `quantising`.
+
+    Raises:
+        ValueError: it does not fit the GPU, or the host's memory.
+    """
+    on_gpu = device.type == "cuda"
+    needed = quantising(shape, on_gpu, **asked)
+    if show:
+        places = f"{gib(needed.device)} on the GPU and " if on_gpu else ""
+        beside = ", beside the dense model for the calibration" if asked.get("calibrating") and on_gpu else ""
+        print(f"memory: quantising holds about {places}{gib(needed.host)} of the host{beside}", flush=True)
+    card = card_of(device.index or 0) if on_gpu else None
+    if check and card is not None:
+        _refuse("Quantising this model", needed.device, card.name, card.size, "Give --device cpu")
+    if check:
+        _refuse("Quantising this model", needed.host, "this machine", host_bytes(), "Take a machine with more memory")
+
+
+def announce_finetuning(recipe: Recipe, check: bool, show: bool = True) -> None:
+    """Says what a run of a recipe needs, from config.json alone.
+
+    Args:
+        recipe: as it was read; a dense model is quantised first.
+        check: refuse what does not fit.
+        show: print it; of several processes one does.
+
+    Raises:
+        ValueError: it does not fit the GPU, or on a CPU the machine's memory; or the recipe's method cannot be used.
+    """
+    shape = shape_if_known(recipe.model, recipe.trust_remote_code, show)
+    if shape is None:
+        return
+    card = card_of(int(os.environ.get("LOCAL_RANK", 0)))
+    run = run_of(recipe, shape, card)
+    needed = finetuning(shape, run)
+    size = needed.allocated + PYTHON_BYTES if card is None else needed.on_card
+    if show:
+        print(
+            f"memory: fine-tuning needs about {gib(size)} {'of the host' if card is None else 'on the GPU'} for "
+            f"{run.batch} x {run.length} tokens at rank {run.rank}, most at the {needed.moment}",
+            flush=True,
+        )
+    if check:
+        name, there = ("this machine", host_bytes()) if card is None else (card.name, card.size)
+        less = "Give a smaller batch_size (and more accumulation), shorter sequences, a smaller rank or fewer bits"
+        _refuse("This fine-tuning", size, name, there, less)
+    if shape.packed is None and run.bits < 16 and recipe.method != "hqq":
+        device = torch.device("cpu" if card is None else "cuda")
+        asked: dict[str, Any] = {"embeddings": run.embeddings, "head": run.head, "rank": run.rank}
+        announce_quantising(shape, device, check, show, **asked)
+
+
+def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
+    """What a recipe asks for, in the terms of the model of memory.
+
+    Raises:
+        ValueError: a method or options that cannot be used.
+    """
+    in_blocks = recipe.task == "language_modeling"
+    run = Run(
+        rank=recipe.rank,
+        batch=recipe.batch_size,
+        length=recipe.block_size if in_blocks else recipe.source_length + recipe.target_length,
+        bits=recipe.bits,
+        checkpointing=recipe.gradient_checkpointing,
+        accumulation=recipe.accumulation,
+        optimizer=recipe.optimizer,
+        tables=recipe.tables,
+        eval_batch=recipe.eval_batch_size,
+        large_workspace=card is not None and card.large_workspace,
+        bf16=recipe.bf16,
+    )
+    if shape.packed is not None:
+        return packed_run(run, shape)
+    check_method(recipe)
+    config = quantization_config(recipe)
+    if recipe.method == "lora16":
+        return dataclasses.replace(run, bits=16.0)
+    if config is None:
+        return dataclasses.replace(run, true_bits=hqq.true_bits(int(recipe.bits)))
+    return dataclasses.replace(
+        run,
+        true_bits=config.bits if config.budget == "true" else None,
+        embeddings=config.quantize_embeddings,
+        head=config.quantize_head,
+        group_size=config.group_size,
+    )
+
+
+def packed_run(run: Run, shape: ModelShape) -> Run:
+    """With what a packed model has in place of what is asked."""
+    packed = shape.packed
+    if packed is None:
+        return run
+    return dataclasses.replace(
+        run,
+        bits=packed.nominal_bits or packed.bits,
+        true_bits=packed.true_bits,
+        embeddings=packed.quantize_embeddings,
+        head=packed.quantize_head,
+        group_size=packed.group_size,
+        rank=int((packed.initial_adapter or {}).get("rank", run.rank)),
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _refuse(what: str, needed: float, where: str, there: float, remedy: str) -> None:
+    if needed > there:
+        raise ValueError(
+            f"{what} needs about {gib(needed)}, and {where} has {gib(there)}. {remedy} (`lowra plan` shows what fits), "
+            "or --no-memory-check to try it all the same."
+        )

@@ -1,0 +1,280 @@
+"""What fine-tuning and quantising will need of memory, before anything is loaded.
+
+Every figure follows from shapes and from what the code keeps at the moments that can be the peak. At each of them the
+tensors that live are added up, as PyTorch counts them (`torch.cuda.max_memory_allocated`); the largest sum is the peak.
+What a card needs on top, the driver's context and room between blocks, stands beside it.
+"""
+
+import dataclasses
+
+from bitsandbytes.backends.lowra import layout
+
+from ..checkpoints.targets import Target
+from ..config import LowRAConfig
+from ..weights.packed import channel_bits
+from .shapes import ModelShape
+
+# The driver's context with PyTorch's and our kernels: on no list of PyTorch's, and different by driver and card.
+CONTEXT_BYTES = 512 << 20
+PYTHON_BYTES = 900 << 20  # of the host: Python with PyTorch and Transformers loaded
+ROOM_BETWEEN = 0.03  # share of the peak that lies between allocated blocks
+# cuBLAS has one workspace for the thread of forward and one for backward (PyTorch's defaults; 9.0 and 10.0 have more).
+_WORKSPACE_BYTES = 2 * 8_519_680
+_LARGE_WORKSPACE_BYTES = 2 * (32 << 20)
+_DENSE_AT_ONCE = 256 << 20  # of bitsandbytes.backends.lowra.ops: wider weights are dense in parts
+LOGITS_AT_ONCE = 1 << 24  # entries, as `lowra.training.head_by_parts` takes them
+_FLOAT = 4
+_STATES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0}
+_WHOLE_TEMPORARY = ("adamw_torch",)  # PyTorch's AdamW over lists of tensors makes one more copy of all
+# Bytes for each weight of the widest matrix while it is quantised: float32 copies of what the learner and LoftQ sum.
+# Measured: 23.3 on a GPU (docs/lab/log.md, "The whole way at LLaMA-2-7B's shape"), 17.8 to 23.7 on a CPU; 13.3 without
+# an adapter ("Memory before work").
+_BYTES_QUANTISING = 23.7
+_BYTES_WITHOUT_ADAPTER = 13.5
+_BYTES_OF_TABLES = 4 * (22 + 19 + 3) + 3 * 8  # a channel's levels, thresholds, errors and the assigner's costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is asked of a fine-tuning.
+
+    Attributes:
+        rank: of the adapter.
+        batch, length: sequences of a forward pass, and tokens of each.
+        bits: nominal bits of a weight in the blocks; 16 and 32 leave them dense.
+        true_bits: everything stored, where it is known; None reckons it from `bits`.
+        embeddings, head: packed too.
+        checkpointing: activations are computed again in backward.
+        accumulation: forward passes of an optimiser step; more than one keep gradients from pass to pass.
+        optimizer: a name of Transformers'.
+        tables: "frozen", "levels" or "levels_and_scales".
+        eval_batch: sequences of an evaluation pass; 0 for none.
+        group_size: weights that share a scale.
+        large_workspace: of cuBLAS, on GPUs of compute capability 9.0 and later.
+        bf16: base and arithmetic have 16 bits; 32 otherwise.
+        whole_logits: those of a whole batch are held, as outside `lowra finetune`.
+    """
+
+    rank: int = 16
+    batch: int = 1
+    length: int = 1024
+    bits: float = 2.0
+    true_bits: float | None = None
+    embeddings: bool = False
+    head: bool = False
+    checkpointing: bool = True
+    accumulation: int = 1
+    optimizer: str = "adamw_torch"
+    tables: str = "frozen"
+    eval_batch: int = 0
+    group_size: int = 64
+    large_workspace: bool = False
+    bf16: bool = True
+    whole_logits: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """Memory at the peak.
+
+    Attributes:
+        moment: which one it is.
+        parts: bytes by what they are spent on, at that moment.
+        moments: bytes at every moment that was looked at.
+    """
+
+    moment: str
+    parts: dict[str, float]
+    moments: dict[str, float]
+
+    @property
+    def allocated(self) -> float:
+        """Peak as PyTorch counts it."""
+        return sum(self.parts.values())
+
+    @property
+    def on_card(self) -> float:
+        """What a card must have free."""
+        return self.allocated * (1 + ROOM_BETWEEN) + CONTEXT_BYTES
+
+
+def finetuning(shape: ModelShape, run: Run) -> Requirement:
+    """Peak of a fine-tuning run on the GPU."""
+    base = base_parts(shape, run)
+    adapter = float(_FLOAT * sum(run.rank * (linear.out_features + linear.in_features) for linear in shape.linears))
+    trained = adapter + _table_bytes(shape, run)
+    state = trained / _FLOAT * _STATES.get(run.optimizer, 8)
+    held = base | {
+        "adapter": adapter,
+        **({"trained tables": trained - adapter} if trained > adapter else {}),
+        "optimiser": state,
+        "workspace of cuBLAS": float(_LARGE_WORKSPACE_BYTES if run.large_workspace else _WORKSPACE_BYTES),
+    }
+    tokens, width = run.batch * run.length, 2 if run.bf16 else 4
+    once, block = float(tokens * shape.hidden * width), tokens * kept_by_block(shape, run)
+    dense = float(min(_DENSE_AT_ONCE, max(t.size for t in shape.linears) * width)) if run.bits < 16 else 0.0
+    dense += _tabled_gradient(shape, run)
+    # at the start of backward, where nothing but earlier passes has left gradients, and at its end
+    start = held | {"gradients": trained if run.accumulation > 1 else 0.0}
+    end = held | {"gradients": trained if run.accumulation > 1 else trained - trained / shape.layers}
+    # A block's last product backward: what the block keeps, the gradients of its output and of the MLP's width.
+    in_block = {"activations of a block": once + block + tokens * shape.mlp * width, "a weight made dense": dense}
+    if run.checkpointing:
+        kept = {"inputs of the blocks": shape.layers * once}
+        last, first = start | kept | in_block, end | {"inputs of the blocks": once} | in_block
+    else:
+        kept = {"kept for backward": shape.layers * block}
+        in_block["activations of a block"] -= block
+        last, first = start | kept | in_block, end | {"kept for backward": block} | in_block
+    moments = {
+        "backward of the loss": start | kept | _loss_parts(shape, run, tokens, width),
+        "backward of the last block": last,
+        "backward of the first block": first,
+        "step of the optimiser": held
+        | {"gradients": trained}
+        | ({"temporaries of the optimiser": trained} if run.optimizer in _WHOLE_TEMPORARY else {}),
+    }
+    if run.eval_batch:
+        seen = run.eval_batch * run.length
+        entries = _logits_at_once(shape, run, seen)
+        # whole ones lie there in 16 bits and, as the Trainer hands them on, in float32, beside the loss of a sequence
+        logits = (width + _FLOAT) * entries + 2 * _FLOAT * min(entries, run.length * shape.vocabulary)
+        moments["evaluation"] = held | {
+            "logits": float(logits),
+            "activations of a block": float(seen * (2 * shape.hidden + 3 * shape.mlp) * width),
+        }
+    totals = {name: sum(parts.values()) for name, parts in moments.items()}
+    peak = max(totals, key=lambda name: totals[name])
+    return Requirement(peak, {name: size for name, size in moments[peak].items() if size}, totals)
+
+
+def _loss_parts(shape: ModelShape, run: Run, tokens: int, width: int) -> dict[str, float]:
+    """What lives while the loss is computed backward, beside what the blocks keep."""
+    entries = _logits_at_once(shape, run, tokens)
+    states = 0 if _whole_logits(shape, run) else 2 * tokens * shape.hidden * width  # of the head, and their gradients
+    head = float(min(_DENSE_AT_ONCE, shape.embedding * width)) if _packs_head(shape, run) else 0.0
+    # log-softmax, its gradient and the gradient of that, all float32; the head's product comes after
+    logits = max(3.0 * _FLOAT * entries, (_FLOAT + width) * entries + head)
+    return {"hidden states before the head": float(tokens * shape.hidden * _FLOAT + states), "logits": logits}
+
+
+def _whole_logits(shape: ModelShape, run: Run) -> bool:
+    return run.whole_logits or shape.changes_logits
+
+
+def _logits_at_once(shape: ModelShape, run: Run, tokens: int) -> int:
+    """Entries of the logits that are held together."""
+    if _whole_logits(shape, run):
+        return tokens * shape.vocabulary
+    return min(tokens, max(1, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+
+
+def _packs_head(shape: ModelShape, run: Run) -> bool:
+    return run.head if shape.head else run.embeddings
+
+
+def base_parts(shape: ModelShape, run: Run) -> dict[str, float]:
+    """Bytes of the frozen model on the GPU."""
+    width = 2 if run.bf16 else 4
+    packed = sum(linear.size for linear in shape.linears)
+    tables = shape.embedding * run.embeddings + shape.head * run.head
+    rest = float((shape.parameters - packed - tables) * width)
+    if run.bits >= 16:
+        return {"dense weights": float(packed * width), "embeddings, head, norms": rest}
+    config = LowRAConfig(group_size=run.group_size)
+    targets = list(shape.linears)
+    for size, taken, name in ((shape.embedding, run.embeddings, "embeddings"), (shape.head, run.head, "head")):
+        if taken and size:
+            targets.append(Target(name, size // shape.hidden, shape.hidden, adapted=False))
+    codes = run.bits / 8 * sum(target.size for target in targets)
+    stored = run.true_bits / 8 * sum(target.size for target in targets) if run.true_bits else 0.0
+    stored = stored or sum(stored_bytes(target, run.bits, config) for target in targets)
+    order = 4.0 * sum(target.out_features for target in targets)  # made when loaded: where each row stands
+    return {"codes": codes, "tables": stored - codes + order, "embeddings, head, norms": rest}
+
+
+def stored_bytes(target: Target, bits: float, config: LowRAConfig) -> float:
+    """Bytes of a packed matrix whose channels have the two precisions next to `bits`, in the share that meets it."""
+    low = max(precision for precision in config.menu if precision <= bits)
+    high = min(precision for precision in config.menu if precision >= bits)
+    share = 0.0 if high == low else (bits - low) / (high - low)
+    each = [channel_bits(target.out_features, target.in_features, precision, config) for precision in (low, high)]
+    return target.out_features * ((1 - share) * each[0] + share * each[1]) / 8
+
+
+def kept_by_block(shape: ModelShape, run: Run) -> float:
+    """Bytes that one block keeps for backward, a token.
+
+    Norms keep what they read in float32; each packed layer its input, which those that read the same one share;
+    attention its queries, keys, values and output (the kernels that hold no scores); the MLP its gate, up, and what
+    becomes of them; each adapter the `rank` numbers between A and B.
+    """
+    width = 2 if run.bf16 else 4
+    norms = shape.norms * shape.hidden * (_FLOAT + width)
+    attention = 2 * width * (shape.queries + shape.keys)
+    if shape.normed_heads:
+        attention += _FLOAT * (shape.queries + shape.keys)
+    inner = width * run.rank * len(shape.linears) / shape.layers
+    return norms + attention + width * shape.mlp_kept * shape.mlp + inner
+
+
+def _table_bytes(shape: ModelShape, run: Run) -> float:
+    """float32 copies of the tables that are trained."""
+    if run.tables == "frozen":
+        return 0.0
+    rows = sum(linear.out_features for linear in shape.linears)
+    levels = rows * 2**run.bits
+    scales = sum(
+        linear.out_features * layout.group_count(linear.in_features, run.group_size) for linear in shape.linears
+    )
+    return _FLOAT * (levels + (scales if run.tables == "levels_and_scales" else 0))
+
+
+def _tabled_gradient(shape: ModelShape, run: Run) -> float:
+    """The gradient of a whole dense weight, of which those of its tables are sums."""
+    width = 2 if run.bf16 else 4
+    return 0.0 if run.tables == "frozen" else float(max(linear.size for linear in shape.linears) * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantising:
+    """Bytes at the peak of `lowra quantize`.
+
+    Attributes:
+        device: on the GPU that computes; 0 where the CPU does.
+        host: of the host's memory.
+    """
+
+    device: float
+    host: float
+
+
+def quantising(
+    shape: ModelShape,
+    on_gpu: bool,
+    embeddings: bool = False,
+    head: bool = False,
+    rank: int = 0,
+    calibrating: bool = False,
+    moments: bool = False,
+) -> Quantising:
+    """One matrix is in memory at a time, and the tables of all. A calibration comes before and runs the dense model.
+
+    Args:
+        shape: of the model.
+        on_gpu: a GPU computes. A calibration spreads the model over GPUs and host, which is not counted here.
+        embeddings, head: packed too.
+        rank: of the initial adapter; 0 for none.
+        calibrating: with a pass over text.
+        moments: which collects second moments, [K, K] float32 of every layer.
+    """
+    tables = [shape.embedding] * embeddings + [shape.head] * head
+    widest = max(linear.size for linear in shape.linears)
+    each = _BYTES_QUANTISING if rank else _BYTES_WITHOUT_ADAPTER
+    work = max(each * widest, _BYTES_WITHOUT_ADAPTER * max(tables, default=0))
+    rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)
+    held = PYTHON_BYTES + _FLOAT * sum(linear.in_features**2 for linear in shape.linears) * moments
+    host = held + rows * _BYTES_OF_TABLES + 2 * max(widest, shape.embedding) + (0 if on_gpu else work)
+    if calibrating and not on_gpu:
+        host = max(host, held + _FLOAT * shape.parameters)
+    return Quantising(work if on_gpu else 0.0, host)

@@ -1,0 +1,209 @@
+"""`lowra plan`: what it says of memory against what was measured, and against what the code keeps for backward."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3Config
+
+import lowra
+from lowra.commands import main, memory
+from lowra.commands.plan import longest
+from lowra.inspection import shapes
+from lowra.inspection.requirements import LOGITS_AT_ONCE, Run, finetuning, kept_by_block, quantising
+from lowra.inspection.shapes import read_shape
+from lowra.training import head_by_parts
+
+SMALL = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 512}
+
+
+def save_config(config, folder, name):
+    config.architectures, config.dtype = [name], "bfloat16"
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """config.json of LLaMA-2-7B's shape, and nothing else."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+    config.max_position_embeddings = 4096
+    return save_config(config, tmp_path_factory.mktemp("seven"), "LlamaForCausalLM")
+
+
+# (batch, length, rank, bits, true bits, GiB at the peak), all measured on one H200 or H100 with a fused AdamW.
+MEASURED = [
+    # docs/lab/experiments.md, "memory and step time beside QLoRA": two true bits, 26 November 2026
+    *((b, n, 64, 1.86, 2.0, gib) for b, n, gib in (
+        (1, 256, 4.574), (1, 512, 4.619), (1, 1024, 4.719), (2, 256, 4.619), (2, 512, 4.719), (2, 1024, 5.117),
+    )),
+    # the same page: two nominal bits, 22 November 2026
+    *((b, n, 64, 2.0, None, gib) for b, n, gib in (
+        (1, 256, 4.697), (1, 512, 4.737), (1, 1024, 4.838), (2, 256, 4.737), (2, 512, 4.838), (2, 1024, 5.226),
+    )),
+    # the project's notes on speed: rank 16, one long sequence, two true bits
+    (1, 2048, 16, 1.86, 2.0, 3.87), (1, 8192, 16, 1.86, 2.0, 7.66), (1, 32768, 16, 1.86, 2.0, 22.84),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "length", "rank", "bits", "true_bits", "gib"), MEASURED)
+def test_the_peak_is_the_measured_one(seven, batch, length, rank, bits, true_bits, gib):
+    run = Run(
+        rank=rank, batch=batch, length=length, bits=bits, true_bits=true_bits, optimizer="adamw_torch_fused",
+        large_workspace=True, whole_logits=True,
+    )  # fmt: skip
+    assert finetuning(read_shape(seven), run).allocated / 2**30 == pytest.approx(gib, rel=0.03)
+
+
+def test_what_lies_at_the_peak(seven):
+    """The allocator's trace of docs/lab/log.md, "What lies at the peak": 1 x 256, rank 64, MiB."""
+    run = Run(rank=64, length=256, optimizer="adamw_torch_fused", large_workspace=True, whole_logits=True)
+    found = {name: size / 2**20 for name, size in finetuning(read_shape(seven), run).parts.items()}
+    base = found["codes"] + found["tables"] + found["embeddings, head, norms"]
+    assert base == pytest.approx(2162, rel=0.005)
+    assert found["adapter"] + found["gradients"] + found["optimiser"] == pytest.approx(2421, rel=0.005)
+    assert found["workspace of cuBLAS"] == 64
+    assert found["a weight made dense"] == 86
+    assert found["activations of a block"] == pytest.approx(57, rel=0.12)
+
+
+def test_logits_are_counted_as_finetune_holds_them(seven):
+    assert LOGITS_AT_ONCE == head_by_parts._LOGITS
+    shape = read_shape(seven)
+    by_parts, whole = (finetuning(shape, Run(length=4096, whole_logits=whole)).moments for whole in (False, True))
+    assert whole["backward of the loss"] - by_parts["backward of the loss"] > 1.2 * 2**30
+    assert whole["backward of the last block"] == by_parts["backward of the last block"]
+
+
+def test_quantising_holds_what_was_measured(seven):
+    """docs/lab/log.md, "The whole way at LLaMA-2-7B's shape": rank 64, GPU peak 1.05 GB, host 1.40 GB."""
+    needed = quantising(read_shape(seven), on_gpu=True, rank=64)
+    assert needed.device == pytest.approx(1.05e9, rel=0.03)
+    assert needed.host == pytest.approx(1.40e9, rel=0.1)
+
+
+CONFIGS = {
+    "llama": (LlamaConfig(intermediate_size=704, num_key_value_heads=1, **SMALL), "LlamaForCausalLM"),
+    "qwen3": (Qwen3Config(intermediate_size=704, num_key_value_heads=1, head_dim=128, **SMALL), "Qwen3ForCausalLM"),
+    "opt": (OPTConfig(ffn_dim=1024, word_embed_proj_dim=256, activation_function="gelu", **SMALL), "OPTForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_block_keeps_what_the_plan_says(kind, tmp_path):
+    """Everything that autograd saves, each memory once, without parameters."""
+    config, name = CONFIGS[kind]
+    shape = read_shape(save_config(config, tmp_path / "config", name))
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    packed = tmp_path / "packed"
+    adapter = lowra.AdapterRecipe(8, method="lora")
+    lowra.quantize_checkpoint(str(tmp_path / "dense"), packed, lowra.LowRAConfig(), adapter, "cpu", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, packed / "initial_adapter", is_trainable=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # where the rows of packed weights stand
+        if isinstance(module, lowra.LowRALinear):
+            known.add(module.row_order().untyped_storage().data_ptr())
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    tokens = 256
+    embedded = torch.randn(1, tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+    body = model.get_base_model().model
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        body(inputs_embeds=embedded, use_cache=False)
+    found = sum(storage.nbytes() for place, storage in saved.items() if place not in known)
+    last_norm = 4 * shape.hidden
+    expected = tokens * (shape.layers * kept_by_block(shape, Run(rank=8, length=tokens)) + last_norm)
+    if kind == "opt":  # autocast runs LayerNorm in float32 on a GPU, and on a CPU in bfloat16, half of which it keeps
+        expected -= tokens * 2 * shape.hidden * (shape.norms * shape.layers + 1)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def tiny_packed(tiny_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plan") / "packed"
+    lowra.quantize_checkpoint(str(tiny_llama), output, lowra.LowRAConfig(), lowra.AdapterRecipe(4), "cpu", False)
+    return output
+
+
+def last_object(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_more_bits_and_more_tokens_need_more(seven):
+    shape = read_shape(seven)
+    needs = [finetuning(shape, Run(bits=bits)).on_card for bits in (1.25, 1.5, 2, 3, 4, 16)]
+    assert needs == sorted(needs)
+    size = finetuning(shape, Run(length=1024)).on_card
+    assert longest(shape, Run(), size) == 1024
+    assert longest(shape, Run(), size * 100) == 4096  # positions
+    assert longest(shape, Run(), 2**30) == 0
+
+
+def test_plan_says_what_fits_and_what_to_run(seven, tiny_packed, capsys):
+    assert main(["plan", seven, "--gpu", "8GB", "--json"]) == 0
+    plan = last_object(capsys)
+    assert plan["fits"] and plan["chosen"]["bits"] == 4
+    assert any(f"--bits {plan['chosen']['bits']:g}" in command for command in plan["commands"])
+    assert main(["plan", seven, "--gpu", "3GB", "--length", "4096", "--json"]) == 0
+    assert not last_object(capsys)["fits"]
+    assert main(["plan", seven, "--json"]) == 0
+    assert set(last_object(capsys)["cards"][0]["tokens"]) == {"8", "12", "16", "24", "48", "80"}
+    assert main(["plan", str(tiny_packed), "--gpu", "8GB", "--json"]) == 0
+    plan = last_object(capsys)
+    assert plan["fits"] and len(plan["commands"]) == 1 and "finetune" in plan["commands"][0]
+
+
+def test_of_a_hub_name_only_the_config_is_fetched(seven, monkeypatch, capsys):
+    asked = []
+
+    def fetch(name, file):
+        asked.append((name, file))
+        return f"{seven}/{file}"
+
+    monkeypatch.setattr(shapes, "hf_hub_download", fetch)
+    assert main(["plan", "someone/seven", "--gpu", "24GB"]) == 0
+    assert asked == [("someone/seven", "config.json")]
+    assert "fits a card of 24 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "eight"], "such as 8GB"),
+        (["--gpu", "0GB"], "such as 8GB"),
+        (["--bits", "0.5"], "--bits must be from 1 to 4"),
+        (["--length", "5000"], "4096 positions"),
+        (["--rank", "0"], "--rank must be at least 1"),
+    ],
+)
+def test_plan_refuses(seven, arguments, message, capsys):
+    assert main(["plan", seven, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_early(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1e6)
+    output = tmp_path / "out"
+    quantize = ["quantize", str(tiny_llama), "--device", "cpu", "--output", str(output)]
+    assert main(quantize) == 2
+    assert "--no-memory-check" in capsys.readouterr().err and not output.exists()
+    text = tmp_path / "text.txt"
+    text.write_text("A line of text to train on, again and again.\n" * 50)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_llama}\ntrain_file: {text}\nvalidation_file: {text}\noutput: {tmp_path / 'run'}\n"
+        "block_size: 32\nbatch_size: 1\naccumulation: 1\nmax_steps: 1\nrank: 4\n"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["finetune", str(recipe)]) == 2
+    assert "This fine-tuning needs about" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main(["finetune", str(recipe), "--no-memory-check"]) == 0
+    assert "memory: fine-tuning needs about" in capsys.readouterr().out
