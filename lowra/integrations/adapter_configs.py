@@ -3,6 +3,8 @@
 PEFT takes what stands there as it comes: a list in the place of a rank ends in a TypeError of whatever line divides it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -11,10 +13,12 @@ import reprlib
 import typing
 from typing import Any
 
-import pydantic
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..checkpoints.guarded import read_json
+
+if typing.TYPE_CHECKING:
+    import pydantic  # otherwise where it is used: it is 1 % of the time of `import lowra`
 
 
 def check_adapter_config(path: pathlib.Path) -> None:
@@ -46,6 +50,8 @@ def check_adapter_config(path: pathlib.Path) -> None:
 @functools.cache
 def _kinds_of(kind: type) -> dict[str, pydantic.TypeAdapter]:
     """By field, what values it takes; fields whose annotations cannot be read take all."""
+    import pydantic
+
     try:
         hints = typing.get_type_hints(kind)
     except (NameError, TypeError):  # names that are imported for a type checker only
@@ -60,6 +66,8 @@ def _kinds_of(kind: type) -> dict[str, pydantic.TypeAdapter]:
 
 
 def _fits(kind: pydantic.TypeAdapter, value: object) -> bool:
+    import pydantic
+
     try:
         kind.validate_python(value, strict=isinstance(value, (str, int, float)))
     except pydantic.ValidationError:
