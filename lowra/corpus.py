@@ -8,8 +8,10 @@ a number as it is, turns the text "2020-01-01T00:00:00" into a date, and takes 3
 0.7.
 """
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -47,7 +49,7 @@ def read_text(path: str | pathlib.Path, column: str = "text") -> list[str]:
     path = expanded(path)
     text = _decoded(path)
     if _holds_rows(path, text):
-        return [row[column] for row in _rows(path, text, [column])]
+        return [row[column] for row in _rows(path, text, functools.partial(_checked, [column]))]
     if path.suffix.lower() in _TABLE_SUFFIXES:
         raise ValueError(f"{path} is a table: give plain text, or JSON lines with a field {column!r}.")
     # as Python's text files read line ends
@@ -61,8 +63,25 @@ def read_json_lines(path: str | pathlib.Path, columns: list[str]) -> list[dict]:
         FileNotFoundError, ValueError: no such file, empty, not UTF-8, a line that is no JSON object or lacks text in a
             column; messages about lines name the line.
     """
+    return read_rows(path, functools.partial(_checked, columns))
+
+
+def read_rows(path: str | pathlib.Path, read: Callable[[Any, str], Any]) -> list:
+    """What `read` makes of each row of a JSON-lines file.
+
+    Args:
+        read: takes the value of a line and the place of that line, with which its errors begin.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json_lines`, and what `read` raises.
+    """
     path = expanded(path)
-    return _rows(path, _decoded(path), columns)
+    return _rows(path, _decoded(path), read)
+
+
+def _checked(columns: list[str], row: Any, where: str) -> dict:
+    check_row(row, columns, where)
+    return row
 
 
 def check_row(row: Any, columns: list[str], where: str) -> None:
@@ -70,17 +89,27 @@ def check_row(row: Any, columns: list[str], where: str) -> None:
     Raises:
         ValueError: something other than an object with text in each of the columns; `where` begins the message.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f'{where} is {_kind(row)}; expected a JSON object such as {{"{columns[0]}": "…"}}.')
+    check_object(row, where, f'"{columns[0]}": "…"')
     for column in columns:
         value = row.get(column)
         if column not in row:
             raise ValueError(f"{where} has no text in the field {column!r}; it has {', '.join(row)}.")
         if not isinstance(value, str):
             raise ValueError(f"{where} has no text in the field {column!r}: it is {_kind(value)}.")
-        if isinstance(row, _RepeatedKeys) and column in row.repeated:
-            raise ValueError(f"{where} has the field {column!r} twice: which of them is meant?")
+        check_unrepeated(row, column, where)
         check_characters(value, f"{where} has {{!r}} in the field {column!r}")
+
+
+def check_object(row: Any, where: str, example: str) -> None:
+    """Raises ValueError where a row is something other than an object."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {_kind(row)}; expected a JSON object such as {{{example}}}.")
+
+
+def check_unrepeated(row: dict, column: str, where: str) -> None:
+    """Raises ValueError where a row of JSON names a field more than once."""
+    if isinstance(row, _RepeatedKeys) and column in row.repeated:
+        raise ValueError(f"{where} has the field {column!r} twice: which of them is meant?")
 
 
 def check_characters(text: str, message: str) -> None:
@@ -129,8 +158,8 @@ def check_token_ids(ids: set[int], config: PreTrainedConfig, tokenizer: PreTrain
         )
 
 
-def _rows(path: pathlib.Path, text: str, columns: list[str]) -> list[dict]:
-    rows: list[dict] = []
+def _rows(path: pathlib.Path, text: str, read: Callable[[Any, str], Any]) -> list:
+    rows: list = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -143,8 +172,7 @@ def _rows(path: pathlib.Path, text: str, columns: list[str]) -> list[dict]:
                     f"{where} begins a JSON value over several lines: expected JSON lines, an object on each line."
                 ) from None
             raise ValueError(f"{where} is not JSON: {_one_line(error)}") from error
-        check_row(row, columns, where)
-        rows.append(row)
+        rows.append(read(row, where))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Text to token sequences for the three tasks. Hub data sets by name; local files of the same fields in their place."""
+"""Text to token sequences for the four tasks. Hub data sets by name; local files of the same fields in their place."""
 
 import copy
 import dataclasses
@@ -11,12 +11,14 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoints.dense import read_config, resolve_folder
-from ..corpus import check_row, check_token_ids, load_tokenizer, read_json_lines, read_text
+from ..corpus import check_row, check_token_ids, load_tokenizer, read_json_lines, read_rows, read_text
+from . import conversations
+from .conversations import IGNORED
+from .packing import collate_packed, pack
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label that the losses of Transformers leave out
 ROWS_PER_CONCATENATION = 1000  # as run_clm.py of Transformers does, and with it the paper
 
 
@@ -28,7 +30,7 @@ class TaskData:
         train, validation: examples, each a dictionary of lists of token ids (`input_ids`, `labels`).
         tokenizer: of the model.
         collate: examples to a batch of padded tensors [B, T].
-        references: texts of the validation targets, for ROUGE; None for language models.
+        references: texts of the validation targets, for ROUGE; None for other tasks.
     """
 
     train: list[dict]
@@ -59,6 +61,19 @@ def load_data(recipe: Recipe, progress: bool = True) -> TaskData:
         validation = text_blocks(validation, tokenizer, recipe.block_size, progress)
         train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
         data = TaskData(train, validation, tokenizer, collate)
+    elif recipe.task == "chat":
+        conversations.use_template(tokenizer, recipe.chat_template, recipe.model)
+        check_token_ids({collate.pad}, config, tokenizer, "the padding of batches")
+        train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
+        train, _ = _encoded(train, tokenizer, recipe, "training")
+        validation, _ = _encoded(validation, tokenizer, recipe, "validation")
+        if not conversations.learns_to_stop(train, tokenizer):
+            logger.warning(
+                "No turn of the assistant holds a special token such as %s: the model will not learn to stop. Let the "
+                "chat template end turns with it.",
+                tokenizer.eos_token,
+            )
+        data = TaskData(pack(train, recipe.block_size) if recipe.packing else train, validation, tokenizer, collate)
     else:
         check_token_ids({collate.pad}, config, tokenizer, "the padding of batches")
         train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
@@ -80,6 +95,7 @@ def check_length(config: PreTrainedConfig, recipe: Recipe) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     lengths = {
         "language_modeling": {"block_size": recipe.block_size},
+        "chat": {"block_size": recipe.block_size},
         "instruction": {"source_length + target_length": recipe.source_length + recipe.target_length},
         "summarization": {"source_length": recipe.source_length, "target_length": recipe.target_length},
     }
@@ -128,23 +144,28 @@ class Collator(DataCollatorForSeq2Seq):
         super().__init__(tokenizer, label_pad_token_id=IGNORED)
         self.pad = tokenizer.pad_token_id
 
+    def __call__(self, features: list[dict], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        if "position_ids" in features[0]:
+            return collate_packed(features, self.pad)
+        return super().__call__(features, return_tensors)
 
-def _encoded(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, use: str
-) -> tuple[list[dict], list[dict]]:
+
+def _encoded(rows: list, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, use: str) -> tuple[list[dict], list[dict]]:
     """Examples, and the rows they come from; without those that have nothing to read or to predict.
 
     Raises:
         ValueError: no row is left.
     """
-    encode = _instruction if recipe.task == "instruction" else _summarization
+    encoders: dict[str, Callable] = {"instruction": _instruction, "chat": _conversation}
+    encode = encoders.get(recipe.task, _summarization)
     first = 0 if recipe.task == "summarization" else 1  # a language model does not predict its first token
     pairs = [(encode(row, tokenizer, recipe), row) for row in rows]
     pairs = [(e, row) for e, row in pairs if e["input_ids"] and any(label != IGNORED for label in e["labels"][first:])]
     if not pairs:
         raise ValueError(f"None of the {len(rows)} {use} rows has text to train on: all are empty.")
     if len(pairs) < len(rows):
-        logger.warning("%d of %d %s rows are empty and are left out.", len(rows) - len(pairs), len(rows), use)
+        why = "say nothing within block_size" if recipe.task == "chat" else "are empty"
+        logger.warning("%d of %d %s rows %s and are left out.", len(rows) - len(pairs), len(rows), use, why)
     return [example for example, _ in pairs], [row for _, row in pairs]
 
 
@@ -155,6 +176,10 @@ def _instruction(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) 
     source = tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"][: recipe.source_length]
     target = tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"][: recipe.target_length]
     return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
+
+
+def _conversation(row: conversations.Conversation, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict:
+    return conversations.encode(row, tokenizer, recipe.block_size)
 
 
 def _summarization(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict:
@@ -197,6 +222,8 @@ def _columns(recipe: Recipe) -> list[str]:
 def _local_rows(path: str, recipe: Recipe) -> list:
     if recipe.task == "language_modeling":
         return read_text(path, recipe.text_column)
+    if recipe.task == "chat":
+        return read_rows(path, conversations.read_row)
     return read_json_lines(path, _columns(recipe))
 
 
@@ -214,6 +241,9 @@ def _hub_rows(recipe: Recipe, split: str) -> list:
     if not len(rows):
         raise ValueError(f"The {split} split of {recipe.dataset} is empty.")
     rows = list(rows)
-    for number, row in enumerate(rows, start=1):
-        check_row(row, columns, f"{recipe.dataset}, {split}, row {number}")
+    places = [f"{recipe.dataset}, {split}, row {number}" for number in range(1, len(rows) + 1)]
+    if recipe.task == "chat":
+        return [conversations.read_row(row, place) for row, place in zip(rows, places, strict=True)]
+    for row, place in zip(rows, places, strict=True):
+        check_row(row, columns, place)
     return [row[recipe.text_column] for row in rows] if recipe.task == "language_modeling" else rows

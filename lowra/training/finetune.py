@@ -38,9 +38,10 @@ from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
-from .evaluation import language_model_metrics, summary_metrics
+from .evaluation import autocast, language_model_metrics, summary_metrics
 from .head_by_parts import head_by_parts
 from .methods import Base, attach_adapter, load_base, prepare_base
+from .packing import check_packing
 from .recipe import Recipe
 from .settled import settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
@@ -74,19 +75,21 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
         # the adapter belongs to the packed base: with the dense one it would add the error it makes up for
         model.peft_config["default"].base_model_name_or_path = str(base.folder)
         (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
-        _write_adapter(model, recipe, output / "adapter")
+        _write_adapter(model, recipe, data, output / "adapter")
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
         save_json(result, output / "metrics.json")
     return result
 
 
-def _write_adapter(model: PeftModel, recipe: Recipe, folder: pathlib.Path) -> None:
-    """The adapter and its tables, at once."""
+def _write_adapter(model: PeftModel, recipe: Recipe, data: TaskData, folder: pathlib.Path) -> None:
+    """The adapter and its tables, at once; for conversations also the tokenizer, whose template it was trained in."""
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial / folder.name))
     if recipe.tables != "frozen":
         save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
+    if recipe.task == "chat":
+        data.tokenizer.save_pretrained(str(partial / folder.name))
     put_in_place(partial / folder.name, folder)
     shutil.rmtree(partial)
 
@@ -113,6 +116,10 @@ def train(
     bare.config.use_cache = recipe.task == "summarization"
     if recipe.gradient_checkpointing:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.packing:
+        vocabulary = len(data.tokenizer)
+        with autocast(arguments.device, recipe.bf16):
+            check_packing(model, vocabulary, lambda **inputs: model(**inputs, use_cache=False).logits)
     if untuned is None:
         untuned = measure(model, recipe, data, progress and main)
     tables = {}

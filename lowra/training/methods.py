@@ -98,7 +98,22 @@ def check_method(recipe: Recipe) -> None:
         raise ValueError(f"{recipe.method} does not use quantization options; got {', '.join(recipe.quantization)}.")
     if METHODS[recipe.method].quantization is None and recipe.tables != "frozen":
         raise ValueError(f"{recipe.method} has no tables that could be trained; tables must be frozen.")
+    if METHODS[recipe.method].init != "lora":
+        refuse_other_adapters(recipe, f"method={recipe.method}", "method=qlora or lora16")
     quantization_config(recipe)
+
+
+def refuse_other_adapters(recipe: Recipe, what: str, remedy: str) -> None:
+    """
+    Raises:
+        ValueError: the recipe asks for an adapter that cannot begin where the fitted one does.
+    """
+    for name in ("target_modules", "rslora", "dora"):
+        if getattr(recipe, name):
+            raise ValueError(
+                f"{name} cannot be used with {what}: its adapter begins with what quantisation lost, in all packed "
+                f"layers and in LoRA's plain form. Take {remedy}, or quantise without --rank."
+            )
 
 
 def quantization_config(recipe: Recipe) -> LowRAConfig | None:
@@ -119,8 +134,10 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     packed = packed_config(source, recipe)
     if packed is not None:
         on_packed_base(recipe, source, packed)
-        initial = source / ADAPTER_FOLDER
-        return Base(source, packed["nominal_bits"], packed["true_bits"], initial if initial.exists() else None)
+        initial = None if is_of_another_kind(recipe) else source / ADAPTER_FOLDER
+        if initial is not None and not initial.exists():
+            initial = None
+        return Base(source, packed["nominal_bits"], packed["true_bits"], initial)
     quantization = quantization_config(recipe)
     if quantization is None:
         safetensors_files(source)
@@ -142,7 +159,13 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
         )
     reached = read_json(folder / "config.json", "the configuration of the packed base")["quantization_config"]
     _check_same(folder, reached, quantization, adapter)
-    return Base(folder, reached["nominal_bits"], reached["true_bits"], folder / ADAPTER_FOLDER)
+    initial = None if is_of_another_kind(recipe) else folder / ADAPTER_FOLDER
+    return Base(folder, reached["nominal_bits"], reached["true_bits"], initial)
+
+
+def is_of_another_kind(recipe: Recipe) -> bool:
+    """Whether the recipe asks for an adapter that starts anew, and not from the one beside the packed base."""
+    return bool(recipe.target_modules or recipe.rslora or recipe.dora)
 
 
 def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapter: AdapterRecipe) -> None:
@@ -176,13 +199,22 @@ def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.P
         start: Any = peft.PeftConfig.from_pretrained(str(base.adapter))
         start.lora_dropout, start.inference_mode = recipe.dropout, False
         return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True, config=start)
-    names = [name.removesuffix(".weight") for name in _adapted(model)]
+    names = _adapted(model)
+    if recipe.target_modules is not None:
+        chosen = {part: [n for n in names if n == part or n.endswith(f".{part}")] for part in recipe.target_modules}
+        for part, found in chosen.items():
+            if not found:
+                leaves = sorted({name.rpartition(".")[2] for name in names})
+                raise ValueError(f"target_modules has {part!r}, which is no layer of the model: {', '.join(leaves)}.")
+        names = sorted({name for found in chosen.values() for name in found})
     alpha: Any = recipe.rank if recipe.alpha is None else recipe.alpha  # PEFT says int and divides by the rank
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=alpha,
         lora_dropout=recipe.dropout,
         target_modules=names,
+        use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
         task_type=task_type(model),
     )
     return peft.get_peft_model(model, config)
@@ -196,4 +228,5 @@ def _adapted(model: PreTrainedModel) -> list[str]:
         return [
             name for name, module in model.named_modules() if isinstance(module, LowRALinear) and module is not head
         ]
-    return [name for name, target in find_targets(model, None).items() if target.adapted]
+    names = [name for name, target in find_targets(model, None).items() if target.adapted]
+    return [name.removesuffix(".weight") for name in names]

@@ -53,6 +53,14 @@ def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe
         own |= {"rank": adapter["r"], "alpha": float(adapter["lora_alpha"])}
         record = source / ADAPTER_FOLDER / BASE_RECORD
         started = read_json(record, "the record of the initial adapter")["init"] if record.exists() else None
+        if started != "lora":
+            for name in ("target_modules", "rslora", "dora"):
+                if getattr(recipe, name):
+                    raise ValueError(
+                        f"{source} begins with an adapter fitted to what quantisation lost, in all packed layers and "
+                        f"in LoRA's plain form: {name} cannot be used with it. Leave it out, or quantise without "
+                        "--rank."
+                    )
     own["method"] = _method(packed, started)
     for name, value in own.items():
         asked = getattr(recipe, name)

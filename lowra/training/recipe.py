@@ -51,25 +51,32 @@ class Recipe:
 
     Attributes:
         model: local folder or hub name of a dense checkpoint, or a folder that `lowra quantize` wrote.
-        task: "language_modeling" (blocks of running text), "instruction" (source and target, loss on the target) or
-            "summarization" (encoder-decoder, ROUGE on generated summaries).
+        task: "language_modeling" (blocks of running text), "instruction" (source and target, loss on the target),
+            "chat" (conversations in the model's chat template, loss on the assistant's turns) or "summarization"
+            (encoder-decoder, ROUGE on generated summaries).
         output: folder for adapter, curve and metrics.
         method: preset of `lowra.training.methods`: lora16, qlora, loftq, pissa, assigner_only, lowra, hqq.
         bits: nominal bits per quantised parameter; unused by lora16.
         rank, alpha, dropout: of LoRA; alpha None means alpha = rank, the paper's choice. A packed model that brings its
             initial adapter keeps that one's.
+        target_modules: names of layers, or their last parts, that get the adapter; None means all packed ones.
+        rslora, dora: LoRA scaled by alpha / sqrt(rank), and LoRA of direction and magnitude. These three are for
+            adapters that start anew, not for those fitted to what quantisation lost.
         init_steps: LoftQ's alternating steps.
         tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "levels", or
             "levels_and_scales".
         tables_learning_rate: their peak rate, whatever the adapter's is; without weight decay.
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.
-        train_file, validation_file: local text, one paragraph a line, or JSON lines with the columns below.
+        train_file, validation_file: local text, one paragraph a line, or JSON lines with the columns below; for chat,
+            JSON lines with `messages`, `prompt` and `completion`, or `conversations`.
         train_split, validation_split: splits of the hub data set; validation_split None carves it out of train.
         carve_validation: rows taken from train with data_seed where there is no validation data.
         text_column, source_column, target_column: fields of a row; for instruction data source_column may be None.
         max_train_samples, max_eval_samples: first rows (or blocks) used; None uses all.
-        block_size: tokens of a block of running text.
+        block_size: tokens of a block of running text; of a conversation, and of a row where they are packed.
+        chat_template: file with a Jinja template that takes the place of the tokenizer's.
+        packing: several conversations in one row of at most block_size tokens, without padding between them.
         source_length, target_length: tokens; longer ones are cut.
         num_beams: of generated summaries; None leaves it to the model.
         max_steps, epochs: optimiser steps; where they are None, passes over the training data.
@@ -93,13 +100,16 @@ class Recipe:
     """
 
     model: _Place
-    task: Literal["language_modeling", "instruction", "summarization"] = "language_modeling"
+    task: Literal["language_modeling", "instruction", "chat", "summarization"] = "language_modeling"
     output: _Place = "runs/finetune"
     method: str = "lowra"
     bits: _Number = 2.0
     rank: _Count = 64
     alpha: _Rate | None = None
     dropout: _Share = 0.0
+    target_modules: list[str] | None = None
+    rslora: _Truth = False
+    dora: _Truth = False
     init_steps: _Count = 5
     tables: Literal["frozen", "levels", "levels_and_scales"] = "frozen"
     tables_learning_rate: _Rate = 4e-3
@@ -117,6 +127,8 @@ class Recipe:
     max_train_samples: _Limit | None = None
     max_eval_samples: _Limit | None = None
     block_size: _Count = 1024
+    chat_template: _Place | None = None
+    packing: _Truth = False
     source_length: _Count = 512
     target_length: _Count = 128
     num_beams: _Limit | None = None
@@ -154,7 +166,11 @@ class Recipe:
             raise ValueError("The recipe names no data: give train_file=FILE, or dataset=NAME of the hub.")
         if self.task == "summarization" and not (self.source_column and self.target_column):
             raise ValueError("summarization needs source_column and target_column, such as document and summary.")
-        if self.task == "language_modeling" and self.block_size < 2:
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                "target_modules names no layer: leave it out for all, or name some, such as [q_proj, v_proj]."
+            )
+        if self.task in ("language_modeling", "chat") and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, or there is nothing to predict; got {self.block_size}.")
         try:
             json.dumps(self.quantization)
@@ -285,7 +301,8 @@ def _checked(name: str, value: typing.Any, checker: pydantic.TypeAdapter) -> typ
     raise ValueError(f"{name} must be {expected}; got {value!r:.200}.")
 
 
-_PYTHON_NAMES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "object": "dict"}
+_PYTHON_NAMES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}
+_PYTHON_NAMES |= {"object": "dict", "array": "list"}
 
 
 def _range(schema: dict) -> str:

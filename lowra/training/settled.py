@@ -60,9 +60,11 @@ def without_idle_fields(recipe: Recipe) -> Recipe:
 
 def idle_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that other fields of the recipe make meaningless, each with the reason."""
-    idle = dict.fromkeys(_SOURCE_AND_TARGET if recipe.task == "language_modeling" else ("block_size",), "")
+    in_blocks = recipe.task in ("language_modeling", "chat")
+    idle = dict.fromkeys(_SOURCE_AND_TARGET if in_blocks else ("block_size",), "")
     idle |= dict.fromkeys(() if recipe.task == "summarization" else ("num_beams",), "")
-    if recipe.task == "summarization" or recipe.task == "instruction" and recipe.target_column:
+    idle |= dict.fromkeys(() if recipe.task == "chat" else ("chat_template", "packing"), "")
+    if recipe.task in ("summarization", "chat") or recipe.task == "instruction" and recipe.target_column:
         idle["text_column"] = ""
     idle = dict.fromkeys(idle, f"with task={recipe.task}")
     if recipe.train_file:
