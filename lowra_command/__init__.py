@@ -14,10 +14,10 @@ import warnings
 
 from safetensors import SafetensorError
 
-from . import adapter, chat, compare, demo, evaluate, finetune, generate, inspect, plan, quantize, verify
+from . import adapter, chat, compare, demo, env, evaluate, finetune, generate, inspect, plan, quantize, verify
 from .parser import CommandParser
 
-_COMMANDS = (plan, quantize, finetune, evaluate, generate, chat, inspect, verify, compare, adapter, demo)
+_COMMANDS = (plan, quantize, finetune, evaluate, generate, chat, inspect, verify, compare, adapter, demo, env)
 
 _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
 

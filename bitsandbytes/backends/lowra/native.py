@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,30 +95,38 @@ _CUDA_SIGNATURES = {
 }
 UNSUPPORTED = 5
 CPU_MOST_TOKENS = 16
+_INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
 def _installed(name: str) -> pathlib.Path:
     return pathlib.Path(__file__).with_name(f"lib{name}.so")
 
 
-def _load(path: pathlib.Path) -> ctypes.CDLL | None:
+# Why a library serves nothing, by "cpu" and "cuda"; for the warning at the first slow product, and `lowra env`.
+left_aside: dict[str, str] = {}
+
+
+def _load(path: pathlib.Path, kind: str) -> ctypes.CDLL | None:
     if not path.exists():
-        logger.info("lowra: %s was not built; the PyTorch reference is used in its place", path.name)
+        left_aside[kind] = f"{path.name} was not built"
+        logger.info("lowra: %s; the PyTorch reference is used in its place", left_aside[kind])
         return None
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        logger.warning("lowra: %s cannot be loaded (%s); the PyTorch reference is used in its place", path.name, error)
+        left_aside[kind] = f"{path.name} cannot be loaded ({error})"
+        logger.warning("lowra: %s; the PyTorch reference is used in its place", left_aside[kind])
         return None
-    versions = [getattr(library, f"lowra_{kind}_version", lambda: None)() for kind in ("format", "interface")]
+    versions = [getattr(library, f"lowra_{what}_version", lambda: None)() for what in ("format", "interface")]
     if versions != [layout.FORMAT_VERSION, _INTERFACE_VERSION]:
-        logger.warning("lowra: %s was built from another version; rebuild with `make build`", path.name)
+        left_aside[kind] = f"{path.name} was built from another version"
+        logger.warning("lowra: %s; rebuild with `make build`", left_aside[kind])
         return None
     return library
 
 
 def _load_cpu() -> ctypes.CDLL | None:
-    library = _load(_installed("bitsandbytes_lowra_cpu"))
+    library = _load(_installed("bitsandbytes_lowra_cpu"), "cpu")
     if library is not None:
         for name, types in _CPU_SIGNATURES.items():
             getattr(library, name).argtypes = types
@@ -126,11 +135,12 @@ def _load_cpu() -> ctypes.CDLL | None:
 
 def _load_cuda() -> ctypes.CDLL | None:
     if torch.version.cuda is None:
+        left_aside["cuda"] = "this PyTorch is built without CUDA"
         return None
     # another build than the installed one, of which two can be compared so (docs/lab/kernels)
     named = os.environ.get("LOWRA_CUDA_LIBRARY")
     installed = _installed(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
-    library = _load(pathlib.Path(named) if named else installed)
+    library = _load(pathlib.Path(named) if named else installed, "cuda")
     if named and library is None:
         raise OSError(f"LOWRA_CUDA_LIBRARY={named} is no CUDA library of lowra's format {layout.FORMAT_VERSION}.")
     if library is not None:
@@ -151,6 +161,23 @@ def cpu_available() -> bool:
 
 def cuda_available() -> bool:
     return _cuda is not None
+
+
+def by_reference(function: Callable, device: torch.device, *arguments: Any) -> Any:
+    """What the PyTorch reference answers, and where that is not on a CPU a warning, once: there it is for tests."""
+    if device.type not in ("cpu", "meta"):
+        _warn_of_reference(device.type)
+    return function(*arguments)
+
+
+@functools.cache
+def _warn_of_reference(kind: str) -> None:
+    otherwise = "no kernel covers this shape" if kind == "cuda" else "lowra has no kernels for it"
+    logger.warning(
+        "lowra: a tensor on %s takes the PyTorch reference, which is many times slower: %s. See `lowra env`.",
+        kind,
+        left_aside.get(kind, otherwise),
+    )
 
 
 def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_size: int) -> _Shape:
@@ -264,6 +291,14 @@ def choose_instructions(name: str | None) -> None:
     """
     if _cpu.lowra_cpu_instructions(None if name is None else name.encode()) == UNSUPPORTED:
         raise OSError(f"LOWRA_CPU={name} names no kernels of this processor: avx512, avx2, neon and generic are known.")
+
+
+def instructions() -> list[str]:
+    """The instruction sets whose kernels run on this processor, the one in use first."""
+    names = [name for name in _INSTRUCTIONS if _cpu.lowra_cpu_instructions(name.encode()) != UNSUPPORTED]
+    chosen = os.environ.get("LOWRA_CPU")
+    choose_instructions(chosen)
+    return sorted(names, key=lambda name: name != chosen)
 
 
 def _search(

@@ -68,7 +68,7 @@ def _(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     search = _search_of(arguments)
     checks.check_memory(*search[:3])
-    return lloyd.lloyd_max(*search)
+    return native.by_reference(lloyd.lloyd_max, search[0].device, *search)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_encode_scales")
@@ -82,7 +82,7 @@ def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_absmax(absmax)
     checks.check_memory(absmax)
-    return reference.encode_scales(absmax)
+    return native.by_reference(reference.encode_scales, absmax.device, absmax)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_quantize")
@@ -104,7 +104,7 @@ def _(*arguments: Any) -> Any:
     _, row_order, _, rows_4bit, rows_2bit, _ = arguments
     checks.check_memory(*arguments[:3])
     checks.ascends(row_order, rows_4bit, rows_2bit)
-    return reference.quantize(*arguments)
+    return native.by_reference(reference.quantize, row_order.device, *arguments)
 
 
 def _weight_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, torch.dtype]:
@@ -128,7 +128,7 @@ def _(*arguments: Any) -> Any:
     checks.check_packed(packed)
     checks.check_memory(*packed.tensors)
     checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
-    return reference.dequantize(packed, dtype)
+    return native.by_reference(reference.dequantize, packed.codes.device, packed, dtype)
 
 
 def _part_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, tuple[int, int, int, int], torch.dtype]:
@@ -238,7 +238,8 @@ if native.cuda_available():
         _, row_order, _, rows_4bit, rows_2bit, _ = arguments
         checks.check_memory(*arguments[:3])
         checks.ascends(row_order, rows_4bit, rows_2bit)
-        return native.cuda_quantize(*arguments) or reference.quantize(*arguments)
+        found = native.cuda_quantize(*arguments)
+        return found or native.by_reference(reference.quantize, row_order.device, *arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_encode_scales", "cuda")
     def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,7 +283,7 @@ if native.cuda_available():
     def _(*arguments: Any) -> Any:
         search = _search_of(arguments)
         checks.check_memory(*search[:3])
-        return native.cuda_lloyd_max(*search) or lloyd.lloyd_max(*search)
+        return native.cuda_lloyd_max(*search) or native.by_reference(lloyd.lloyd_max, search[0].device, *search)
 
 
 # Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %

@@ -87,7 +87,7 @@ def _(*arguments: Any) -> Any:
     checks.check_packed(packed)
     checks.check_memory(gradient, *packed.tensors)
     checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
-    return table_gradients(gradient, packed, with_scales)
+    return native.by_reference(table_gradients, gradient.device, gradient, packed, with_scales)
 
 
 if native.cuda_available():
@@ -99,4 +99,4 @@ if native.cuda_available():
         checks.check_memory(gradient)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         found = native.cuda_table_gradients(gradient, packed, with_scales)
-        return found or table_gradients(gradient, packed, with_scales)
+        return found or native.by_reference(table_gradients, gradient.device, gradient, packed, with_scales)

@@ -1,0 +1,95 @@
+"""`lowra env`, and the warning that names it."""
+
+import json
+import logging
+import pathlib
+
+import pytest
+import torch
+
+from bitsandbytes.backends.lowra import native, reference
+from lowra.commands import main
+from lowra.inspection import environment
+from lowra.integrations.patching import Patch
+
+
+def told(capsys):
+    assert main(["env", "--json"]) == 0
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    return "\n".join(lines), json.loads(last)
+
+
+def test_env_says_what_runs_here(capsys):
+    text, found = told(capsys)
+    assert found["versions"]["torch"] == torch.__version__
+    cpu = found["kernels"]["cpu"]
+    assert cpu["tried"] == "works"
+    assert found["libraries"]["cpu"]["loaded"] == native.cpu_available()
+    if native.cpu_available():
+        assert cpu["in_use"] in ("avx512", "avx2", "neon", "generic")
+        assert f"{cpu['in_use']}, tried: works" in text
+    if torch.version.cuda is None:
+        assert "without CUDA" in found["libraries"]["cuda"]["why_not"]
+    assert found["switched_off"] == []
+
+
+@pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
+def test_env_says_why_kernels_are_not_in_use(monkeypatch, capsys):
+    monkeypatch.setenv("LOWRA_CPU", "generic")
+    try:
+        _, found = told(capsys)
+    finally:
+        native.choose_instructions(None)
+    assert found["kernels"]["cpu"]["in_use"] == "generic"
+    assert found["settings"]["LOWRA_CPU"] == "generic"
+    monkeypatch.setattr(environment.native, "instructions", lambda: ["generic"])
+    monkeypatch.setattr(environment, "_processor_flags", lambda: {"avx2", "f16c", "fma"})
+    monkeypatch.delenv("LOWRA_CPU")
+    _, found = told(capsys)
+    assert "no avx512f" in found["kernels"]["cpu"]["not_in_use"]["avx512"]
+
+
+def test_env_says_what_a_guard_switched_off(monkeypatch, capsys):
+    gone = Patch(target="peft.peft_model:PeftModel.no_longer", why="Adapters.", door="none", since="none")
+    monkeypatch.setattr(environment, "TABLE", (gone,))
+    text, found = told(capsys)
+    assert "no_longer (it is gone)" in found["switched_off"][0] and "no_longer" in text
+
+
+def test_a_kernel_that_decodes_wrongly_is_told(monkeypatch):
+    decode = reference.dequantize
+    monkeypatch.setattr(native, "cpu_dequantize", lambda packed, dtype: -decode(packed, dtype))
+    monkeypatch.setattr(reference, "dequantize", lambda packed, dtype: -decode(packed, dtype))
+    assert environment._try(torch.device("cpu")).startswith("gives wrong values")
+
+
+def test_a_library_that_serves_nothing_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "left_aside", {})
+    assert native._load(tmp_path / "libmissing.so", "cpu") is None
+    assert native.left_aside["cpu"] == "libmissing.so was not built"
+    damaged = tmp_path / "libdamaged.so"
+    damaged.write_bytes(b"no library")
+    assert native._load(damaged, "cpu") is None
+    assert "cannot be loaded" in native.left_aside["cpu"]
+
+
+def test_the_reference_warns_once_off_the_cpu(monkeypatch, caplog):
+    native._warn_of_reference.cache_clear()
+    monkeypatch.setattr(native, "left_aside", {"cuda": "libbitsandbytes_lowra_cuda13.so was not built"})
+    with caplog.at_level(logging.WARNING):
+        assert native.by_reference(sum, torch.device("cpu"), [1, 2]) == 3
+        assert not caplog.records
+        for _ in range(2):
+            assert native.by_reference(sum, torch.device("cuda"), [1, 2]) == 3
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "cuda13.so was not built" in record.getMessage() and "lowra env" in record.getMessage()
+    native._warn_of_reference.cache_clear()
+
+
+def test_every_reference_kernel_goes_by_the_warning():
+    """A reference called in an op without it would be slow in silence."""
+    folder = pathlib.Path(native.__file__).parent
+    source = (folder / "ops.py").read_text() + (folder / "table_gradients.py").read_text()
+    for call in ("reference.quantize(", "reference.dequantize(", "reference.encode_scales(", "lloyd.lloyd_max("):
+        assert call not in source
