@@ -26,8 +26,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-SOURCES = {"codec": [], "lloyd": [], "rows_generic": [], "rows_avx2": ["-mavx2", "-mf16c"]}
-SOURCES["rows_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-Wno-maybe-uninitialized"]
+SOURCES = dict.fromkeys(["codec", "dispatch", "lloyd", "pool", "product", "rows_generic", "rows_neon"], [])
+SOURCES["rows_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+SOURCES["rows_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+SOURCES["rows_avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 REFUSALS = (RuntimeError, ValueError, TypeError)
 EXTREMES = [-(2**63), -(2**62), -(2**31), -1, 0, 1, 3, 7, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1]
 # csrc/lowra.h
@@ -275,16 +277,18 @@ class Cases:
     def linear_of(self, x, *arguments):
         *packed, bias, rows_4bit, rows_2bit, group_size = arguments
         packed = self.matrix(*packed, rows_4bit, rows_2bit, x.shape[-1], group_size)
-        weight = self.reference.dequantize(packed, x.dtype).double()
+        weight = self.reference.dequantize(packed, self.torch.float32).double()
         out = self.torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
         self.magnitude = x.double().abs() @ weight.abs().t() + (0 if bias is None else bias.double().abs())
         self.exact = out
         return (out.to(x.dtype),)
 
     def linear_agrees(self, plain, found, expected) -> bool:
-        """Within what float32 sums in any order and one rounding to the type (two beside a bias) may be off."""
+        """Within what float32 sums in any order may be off, weights rounded to the type or not, and a rounding of the
+        result, two beside a bias."""
         out, info = found[0], self.torch.finfo(plain[0].dtype)
-        room = self.magnitude * (plain[0].shape[-1] + 2) * 2**-23 + 2 * info.eps * self.exact.abs() + info.tiny
+        room = self.magnitude * ((plain[0].shape[-1] + 2) * 2**-23 + info.eps / 2 * (info.bits < 32))
+        room += 2 * info.eps * self.exact.abs() + info.tiny * plain[0].shape[-1]
         off = (out.double() - self.exact).abs()
         lost = self.exact.isnan()  # a factor that was none, or infinite beside a 0
         large = ~(self.magnitude < info.max / 2)  # a sum in another order may end beyond the type
@@ -332,7 +336,7 @@ class Cases:
     # C functions.
 
     def of_c(self) -> str | None:
-        function = self.random.choice([self.c_dequantize, self.c_quantize, self.c_lloyd_max])
+        function = self.random.choice([self.c_dequantize, self.c_product, self.c_quantize, self.c_lloyd_max])
         return function(self.valid_case())
 
     def sizes_or_worse(self, struct, names: list[str]) -> int:
@@ -396,10 +400,48 @@ class Cases:
         kind, worse = self.type_or_worse(native._TYPES[dtype])
         wanted |= more | worse
         threads = self.random.choice([1, 2, 16, 0, -1, 2**31 - 1])
-        status = native._cpu.lowra_cpu_dequantize(ctypes.byref(struct), address, kind, threads)
+        part = native._Part(0, packed.rows, 0, packed.in_features)
+        if self.random.random() < 0.1:
+            name, value = self.random.choice(
+                [(n, v) for n, _ in part._fields_ for v in (-1, -(2**63), 2**62, 2**63 - 1)]
+            )
+            setattr(part, name, value)
+            wanted.add(BAD_SHAPE)
+        status = native._cpu.lowra_cpu_dequantize(ctypes.byref(struct), ctypes.byref(part), address, kind, threads)
         return self.judged(
             "dequantize", status, wanted, lambda: torch.equal(out, self.reference.dequantize(packed, dtype))
         )
+
+    def c_product(self, case) -> str | None:
+        torch, native = self.torch, self.native
+        dtype, tokens = self.random.choice(self.floats), self.random.choice([0, 1, 2, 3, 7, 16])
+        order, wanted = self.order_or_worse(case.row_order)
+        packed = case.packed._replace(row_order=order)
+        struct = native._Packed.from_buffer_copy(native.packed_of(packed))
+        shape = self.sizes_or_worse(struct.shape, ["rows4", "rows2", "rows1", "in_features", "group_size"])
+        if shape == -1 or tokens == 0 and wanted:
+            return None  # nothing to compute: what else is wrong is nobody's business
+        wanted |= {shape} - {OK}
+        x, out = torch.randn(tokens, packed.in_features).to(dtype), torch.empty(tokens, packed.rows, dtype=dtype)
+        bias = self.random.choice([None, torch.randn(packed.rows).to(dtype)])
+        count = self.random.choice([-1, 17, 2**62, -(2**63)]) if self.random.random() < 0.1 else tokens
+        wanted |= {BAD_SHAPE} if count != tokens else set()
+        size = x.element_size()
+        given = (x.data_ptr(), size), (out.data_ptr(), size), (0 if bias is None else bias.data_ptr(), size)
+        (of_x, of_out, of_bias), more = self.pointers_or_worse(*given) if tokens else ([None] * 3, set())
+        more -= {NULL_POINTER} if of_x and of_out and not of_bias else set()
+        kind, worse = self.type_or_worse(native._TYPES[dtype])
+        wanted |= more | worse
+        threads = self.random.choice([1, 2, 16, 0, -1, 2**31 - 1])
+        status = native._cpu.lowra_cpu_product(ctypes.byref(struct), of_x, count, of_bias, of_out, kind, threads)
+        used = bias if of_bias else None
+
+        def same():
+            sizes = packed.rows_4bit, packed.rows_2bit, packed.group_size
+            plain = [x, *packed.tensors, used, *sizes]
+            return self.linear_agrees(plain, (out,), self.linear_of(*plain))
+
+        return self.judged("product", status, wanted, same)
 
     def c_quantize(self, case) -> str | None:
         torch, native = self.torch, self.native
@@ -454,7 +496,7 @@ def work(options: argparse.Namespace) -> None:
     """In the watched process: cases from `options.first` on, each announced before it runs."""
     cases = Cases(options.seed)
     if options.library:
-        cases.native._cpu = cases.native._load(pathlib.Path(options.library))
+        cases.native._cpu = cases.native._load_cpu(pathlib.Path(options.library))
     if not cases.native.cpu_available():
         sys.exit("The CPU library could not be loaded.")
     number, end = options.first, time.monotonic() + options.seconds

@@ -53,8 +53,9 @@ int lowra_cpu_dequantize(const lowra_packed *packed, const lowra_part *part, voi
                          int32_t threads) {
   if (!packed || !part) return LOWRA_NULL_POINTER;
   const lowra_shape &shape = packed->shape;
+  if (lowra::bad_shape(shape)) return LOWRA_BAD_SHAPE;
   const int64_t rows = lowra::row_count(shape), in_features = shape.in_features;
-  if (lowra::bad_shape(shape) || lowra::bad_part(*part, rows, in_features)) return LOWRA_BAD_SHAPE;
+  if (lowra::bad_part(*part, rows, in_features)) return LOWRA_BAD_SHAPE;
   if (!lowra::is_float_type(out_type)) return LOWRA_BAD_TYPE;
   const int64_t element = static_cast<int64_t>(lowra::bytes_of(out_type));
   if (const int status = lowra::check_memory(*packed, 1, 2)) return status;

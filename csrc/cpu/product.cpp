@@ -54,8 +54,8 @@ int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens,
                       int32_t type, int32_t threads) {
   if (!packed) return LOWRA_NULL_POINTER;
   const lowra_shape &shape = packed->shape;
-  const int64_t rows = lowra::row_count(shape), in_features = shape.in_features;
   if (lowra::bad_shape(shape) || tokens < 0 || tokens > LOWRA_CPU_MOST_TOKENS) return LOWRA_BAD_SHAPE;
+  const int64_t rows = lowra::row_count(shape), in_features = shape.in_features;
   if (!lowra::is_float_type(type)) return LOWRA_BAD_TYPE;
   const int64_t element = static_cast<int64_t>(lowra::bytes_of(type));
   if (const int status = lowra::check_memory(*packed, 1, 2)) return status;

@@ -68,7 +68,8 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
                 others than int64 and int32.
         """
         count = max(1, _SLICE_WEIGHTS // self.in_features)
-        return torch.cat([self._decode(part, dtype) for part in indices.split(count)])
+        with torch.autocast(indices.device.type, enabled=False):  # that of CPUs refuses to join float16
+            return torch.cat([self._decode(part, dtype) for part in indices.split(count)])
 
     def _decode(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         packed = self.matrix()

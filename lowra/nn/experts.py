@@ -9,7 +9,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import linear
+from bitsandbytes.backends.lowra.ops import PackedLinear, linear
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from .linear import as_autocast
@@ -61,19 +61,14 @@ class LowRAExperts(PackedModule):
         runs = self._layout.runs[expert]
         parts = list(zip(packed.segments(), runs, strict=True))
         places = torch.cat([torch.arange(start, stop, device=packed.codes.device) for start, stop in runs])
+        with torch.autocast(packed.codes.device.type, enabled=False):  # that of CPUs refuses to join float16
+            codes = torch.cat([packed.codes[segment.codes_of(*run)] for segment, run in parts])
+            levels = torch.cat([packed.levels[segment.levels_of(*run)] for segment, run in parts])
+        order = self._order_of(expert, packed.row_order, places)
+        scales = decode_scales(packed.scales, packed.scale_steps, places)
         rows_4bit, rows_2bit, _ = (stop - start for start, stop in runs)
-        own = PackedMatrix(
-            torch.cat([packed.codes[segment.codes_of(*run)] for segment, run in parts]),
-            self._order_of(expert, packed.row_order, places),
-            decode_scales(packed.scales, packed.scale_steps, places),
-            None,
-            torch.cat([packed.levels[segment.levels_of(*run)] for segment, run in parts]),
-            rows_4bit,
-            rows_2bit,
-            self.in_features,
-            self.group_size,
-        )
-        return ExpertWeight(own)
+        sizes = rows_4bit, rows_2bit, self.in_features, self.group_size
+        return ExpertWeight(PackedMatrix(codes, order, scales, None, levels, *sizes))
 
     def _order_of(self, expert: int, row_order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Row order of one expert's rows, kept for as long as that of all is the same tensor: on a GPU the ops wait for
@@ -140,4 +135,5 @@ def _linear(input: torch.Tensor, weight: ExpertWeight, bias: torch.Tensor | None
     if x.dtype == torch.float64:  # which the kernels do not know
         dense = torch.ops.bitsandbytes.lowra_dequantize(*weight.packed, torch.float32).double()
         return torch.nn.functional.linear(x, dense, bias)
-    return linear(x, weight.packed, bias)
+    product = linear if torch.compiler.is_compiling() else PackedLinear.apply
+    return product(x, weight.packed, bias)

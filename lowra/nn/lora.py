@@ -7,10 +7,9 @@ longer for them than the GPU. It also keeps two more copies of x, one of them in
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import gradient_of_input, linear
+from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed, linear
 
 from .linear import LowRALinear
 
@@ -25,7 +24,10 @@ def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Te
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
     """
-    return _LoraLinear.apply(x, a, b, scaling, base.matrix(), base.bias_as(x.dtype))
+    packed, bias = base.matrix(), base.bias_as(x.dtype)
+    if is_transformed():
+        return PackedLinear.apply(x, packed, bias) + scaling * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
+    return _LoraLinear.apply(x, a, b, scaling, packed, bias)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -44,18 +46,23 @@ class _LoraLinear(torch.autograd.Function):
         inner = rows @ a.to(x.dtype).t()
         out.addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
-        ctx.save_for_backward(rows, inner, a, b, *packed.tensors)
-        ctx.shape, ctx.scaling, ctx.sizes = x.shape, scaling, packed.sizes
+        ctx.save_for_backward(x, inner, a, b, *packed.tensors)
+        ctx.scaling, ctx.sizes = scaling, packed.sizes
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, inner, a, b, *tensors = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        a, b = a.to(grad.dtype), b.to(grad.dtype)
+        x, inner, a, b, *tensors = ctx.saved_tensors
+        packed = PackedMatrix(*tensors, *ctx.sizes)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        rows, shape, grad = x.reshape(-1, x.shape[-1]), x.shape, grad.reshape(-1, grad.shape[-1])
+        a, b = a.to(grad.dtype), b.to(grad.dtype)
         grad_x = grad_a = grad_b = None
+        if torch.is_grad_enabled():  # to be differentiated again, so without sums in place and what forward left behind
+            grad_inner = ctx.scaling * (grad @ b)
+            grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (grad.t() @ (rows @ a.t()))
+            grad_x = (gradient_of_input(grad, packed) + grad_inner @ a).view(shape) if needs_x else None
+            return grad_x, grad_a, grad_b, None, None, None
         if needs_b:
             grad_b = torch.addmm(b, grad.t(), inner, beta=0, alpha=ctx.scaling)
         if needs_x or needs_a:
@@ -63,6 +70,6 @@ class _LoraLinear(torch.autograd.Function):
         if needs_a:
             grad_a = grad_inner.t() @ rows
         if needs_x:
-            grad_x = gradient_of_input(grad, PackedMatrix(*tensors, *ctx.sizes))
-            grad_x = grad_x.addmm_(grad_inner, a).view(ctx.shape)
+            grad_x = gradient_of_input(grad, packed)
+            grad_x = grad_x.addmm_(grad_inner, a).view(shape)
         return grad_x, grad_a, grad_b, None, None, None

@@ -9,6 +9,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bitsandbytes.backends.lowra import layout
 
@@ -73,7 +74,7 @@ class Seen:
         """Whether it is the same tensor with the same content, as far as that can be told without waiting."""
         if tensor is not self._tensor() or tensor._version != self._version:
             return False
-        if tensor.is_cpu:
+        if tensor.is_cpu and get_proxy_mode() is None:  # where a forward is traced, as torch.func.linearize does
             return torch.equal(self._probed(tensor), self._probe)
         return self._storage is None or tensor.untyped_storage()._cdata == self._storage._cdata
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import gradient_of_input, linear
-from bitsandbytes.backends.lowra.reference import decode_scales
-from bitsandbytes.backends.lowra.table_gradients import table_gradients_of
+from bitsandbytes.backends.lowra.ops import gradient_of_input, is_transformed, linear
+from bitsandbytes.backends.lowra.reference import decode_scales, dequantize
+from bitsandbytes.backends.lowra.table_gradients import table_gradients, table_gradients_of
 
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.dense import check_finite
@@ -260,7 +260,10 @@ class TrainedTablesLinear(LowRALinear):
         if x.dtype == torch.float64:  # the tables are float32
             return self(x.float()).double()
         levels, scales = self.tables()
-        return TabledLinear.apply(x, levels, scales, self.bias_as(x.dtype), self.matrix())
+        packed, bias = self.matrix(), self.bias_as(x.dtype)
+        if is_transformed():
+            return nn.functional.linear(x, _dense(packed, levels, scales, x.dtype), bias)
+        return TabledLinear.apply(x, levels, scales, bias, packed)
 
     @torch.no_grad()
     def baked_tables(self) -> dict[str, torch.Tensor]:
@@ -322,14 +325,22 @@ class TabledLinear(torch.autograd.Function):
         packed = PackedMatrix(codes, row_order, scales, None, levels.half(), *ctx.sizes)
         for_x = for_levels = for_scales = for_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1])
+        again = torch.is_grad_enabled()  # to be differentiated again, which the kernels are not
         if ctx.needs_input_grad[0]:
-            for_x = gradient_of_input(gradient, packed)
+            dense = _dense(packed, levels, scales, gradient.dtype) if again else None
+            for_x = gradient_of_input(gradient, packed) if dense is None else gradient @ dense
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = flat.T @ x.reshape(-1, x.shape[-1])
-            for_levels, for_scales = table_gradients_of(of_weight, packed, ctx.needs_input_grad[2])
+            gradients_of = table_gradients if again else table_gradients_of
+            for_levels, for_scales = gradients_of(of_weight, packed, ctx.needs_input_grad[2])
         if ctx.with_bias and ctx.needs_input_grad[3]:
             for_bias = flat.sum(dim=0)
         return for_x, for_levels, for_scales, for_bias, None
+
+
+def _dense(packed: PackedMatrix, levels: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions."""
+    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=levels.half()), dtype)
 
 
 def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:

@@ -125,8 +125,8 @@ def _load(path: pathlib.Path, kind: str) -> ctypes.CDLL | None:
     return library
 
 
-def _load_cpu() -> ctypes.CDLL | None:
-    library = _load(_installed("bitsandbytes_lowra_cpu"), "cpu")
+def _load_cpu(path: pathlib.Path) -> ctypes.CDLL | None:
+    library = _load(path, "cpu")
     if library is not None:
         for name, types in _CPU_SIGNATURES.items():
             getattr(library, name).argtypes = types
@@ -151,7 +151,7 @@ def _load_cuda() -> ctypes.CDLL | None:
 
 
 # Any: what is called on them is asked for only where they are there.
-_cpu: Any = _load_cpu()
+_cpu: Any = _load_cpu(_installed("bitsandbytes_lowra_cpu"))
 _cuda: Any = _load_cuda()
 
 

@@ -211,6 +211,7 @@ if native.cpu_available():
         packed, part, dtype = _part_of(arguments)
         checks.check_packed_once(packed, dtype)
         checks.check_part(packed, part)
+        checks.check_memory(*packed.tensors)
         return native.cpu_dequantize(packed, dtype, part)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cpu")
@@ -218,6 +219,7 @@ if native.cpu_available():
         x, packed, bias = _operands_of(arguments)
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
+        checks.check_memory(x, bias, *packed.tensors)
         if x.numel() <= native.CPU_MOST_TOKENS * packed.in_features:
             return native.cpu_product(x, packed, bias)
         rows = _at_once(packed.rows, packed.in_features * _factor_type(x).itemsize, _CPU_DENSE_BYTES)
@@ -347,7 +349,8 @@ def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: in
 def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
     """gradient [..., N] times the packed weight [N, K]: [..., K], the backward of `lowra_linear` in x."""
     # A product into a part of a tensor has no gradient of its own, and compiled code plans its memory itself.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
+    if whole or torch._C._functorch.is_legacy_batchedtensor(gradient):  # is_grads_batched of torch.autograd.grad
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
     if gradient.is_cuda and native.cuda_available():
         columns = _at_once(packed.in_features, packed.rows * gradient.element_size(), _DENSE_BYTES)
@@ -359,61 +362,80 @@ def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Ten
     return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
 
 
-def _save_for_backward(ctx: Any, packed: PackedMatrix, bias: torch.Tensor | None) -> None:
-    # Packed tensors only: a dense weight kept for backward would undo the saving.
-    ctx.save_for_backward(*packed.tensors)
-    ctx.sizes = packed.sizes
-    ctx.needs_bias = bias is not None and bias.requires_grad
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Those of x and of the bias."""
-    of_x = of_bias = None
-    if ctx.needs_input_grad[0]:
-        of_x = gradient_of_input(grad, PackedMatrix(*ctx.saved_tensors, *ctx.sizes))
-    if ctx.needs_bias:
-        of_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-    return of_x, of_bias
-
-
-def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, packed, bias = _operands_of(inputs)
-    _save_for_backward(ctx, packed, bias)
-
-
-def _op_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    of_x, of_bias = _gradients(ctx, grad)
-    return of_x, None, None, None, None, None, of_bias, None, None, None
-
-
-torch.library.register_autograd("bitsandbytes::lowra_linear", _op_backward, setup_context=_op_setup_context)
-
-
 class PackedLinear(torch.autograd.Function):
-    """`linear` with the same backward, by a shorter way than an op's registered autograd takes on the host.
+    """`linear` with a backward, a tangent and a rule for vmap; the op's own autograd is this as well.
 
-    A training step of a 7B model calls it 448 times; the registered way costs about twice as much a call, and there the
-    host, not the GPU, is the limit.
+    Called from Python it is the shorter way on the host: a training step of a 7B model calls it 448 times, and there
+    the host, not the GPU, is the limit.
     """
 
     @classmethod
     def apply(cls, *arguments: Any) -> torch.Tensor:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
+        return cls._apply_here(*arguments)
+
+    @classmethod
+    def _apply_here(cls, *arguments: Any) -> torch.Tensor:
         # What Function.apply comes to as well, after it has looked up the signature of `forward`: a third of the call.
         short: Any = super(torch.autograd.Function, cls)
         return short.apply(*arguments)
 
     @staticmethod
     def forward(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, packed, bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            return linear(x, packed, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, packed, bias = inputs
-        _save_for_backward(ctx, packed, bias)
+        # Packed tensors only: a dense weight kept for backward would undo the saving.
+        ctx.save_for_backward(*packed.tensors)
+        if is_transformed():
+            ctx.save_for_forward(*packed.tensors)
+        ctx.sizes = packed.sizes
+        ctx.needs_bias = bias is not None and bias.requires_grad
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_bias = _gradients(ctx, grad)
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient_of_input(grad, PackedMatrix(*ctx.saved_tensors, *ctx.sizes))
+        if ctx.needs_bias:
+            of_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return of_x, None, of_bias
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: torch.Tensor | None, _: Any, of_bias: torch.Tensor | None) -> torch.Tensor | None:
+        if of_x is None:
+            return None if of_bias is None else of_bias.expand(ctx.shape)
+        return PackedLinear.apply(of_x, PackedMatrix(*ctx.saved_tensors, *ctx.sizes), of_bias)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """Whatever is mapped over becomes the first dimension of x; the weight is one for all."""
+        of_x, of_packed, of_bias = in_dims
+        if any(dim is not None for dim in of_packed):
+            raise RuntimeError("vmap over several packed weights is not supported: call lowra_linear for each of them.")
+        x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
+        if of_bias is None or bias is None:
+            return PackedLinear.apply(x, packed, bias), 0
+        own = bias.movedim(of_bias, 0)
+        return PackedLinear.apply(x, packed, None) + own.view(len(own), *[1] * (x.dim() - 2), -1), 0
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which an autograd function has to know more for."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+@torch.library.impl("bitsandbytes::lowra_linear", "Autograd")
+def _(*arguments: Any) -> Any:
+    x, packed, bias = _operands_of(arguments)
+    if torch._C._are_functorch_transforms_active():  # where PyTorch allows only what it can differentiate itself
+        return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
+    if torch.is_grad_enabled() or is_transformed():
+        return PackedLinear._apply_here(x, packed, bias)
+    return PackedLinear.forward(x, packed, bias)
