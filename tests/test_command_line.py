@@ -62,3 +62,17 @@ def test_help_says_what_the_code_does():
     assert f"(default: {TOKENS})" in helps(("quantize",))
     assert ", ".join(METHODS) in " ".join(helps(("compare",)).split())
     assert adapter.SPLITS == SPLITS
+
+
+def test_import_leaves_the_compiler_for_its_first_call():
+    """Upstream's functions that are compiled compute the same, and torch.compile is PyTorch's own again."""
+    script = (
+        "import sys, torch, lowra\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules, 'the compiler was imported'\n"
+        "assert torch.compile.__module__ == 'torch'\n"
+        "import bitsandbytes.functional as functional\n"
+        "x = torch.linspace(-1, 1, 4096)\n"
+        "back = functional.dequantize_blockwise(*functional.quantize_blockwise(x))\n"
+        "assert torch.allclose(back, x, atol=0.02)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
