@@ -8,7 +8,8 @@ NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
   profile test-tools
 
-demo: $(VENV)/.built
+# Where there is no GPU, the processor's library is enough, and nvcc is not kept busy for minutes on one that nothing runs.
+demo: $(if $(wildcard $(VENV)/.built)$(shell nvidia-smi -L 2>/dev/null),$(VENV)/.built,$(VENV)/.built-for-cpu)
 	$(BIN)/lowra demo --output demo
 
 test: $(VENV)/.built
@@ -61,11 +62,15 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.24" ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test,docs]"
+	LOWRA_CPU_ONLY=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test,docs]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)
 	$(BIN)/pip install -q . --no-deps --no-build-isolation
+	touch $@
+
+$(VENV)/.built-for-cpu: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)
+	LOWRA_CPU_ONLY=1 $(BIN)/pip install -q . --no-deps --no-build-isolation
 	touch $@
 
 clean:

@@ -72,17 +72,17 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     result, model = train(recipe, base, data, arguments, progress=progress)
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:
-        # the adapter belongs to the packed base: with the dense one it would add the error it makes up for
-        model.peft_config["default"].base_model_name_or_path = str(base.folder)
         (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
-        _write_adapter(model, recipe, data, output / "adapter")
+        write_adapter(model, recipe, base, data, output / "adapter")
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
         save_json(result, output / "metrics.json")
     return result
 
 
-def _write_adapter(model: PeftModel, recipe: Recipe, data: TaskData, folder: pathlib.Path) -> None:
+def write_adapter(model: PeftModel, recipe: Recipe, base: Base, data: TaskData, folder: pathlib.Path) -> None:
     """The adapter and its tables, at once; for conversations also the tokenizer, whose template it was trained in."""
+    # it belongs to the packed base: with the dense one it would add the error it makes up for
+    model.peft_config["default"].base_model_name_or_path = base.name
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial / folder.name))

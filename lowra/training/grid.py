@@ -2,6 +2,7 @@
 
 OUTPUT/bases/KEY        packed bases with their initial adapters, one for each quantisation, shared by seeds
 OUTPUT/cells/NAME.json  result of each cell
+OUTPUT/adapters/NAME    trained adapter of each cell, where they are kept
 OUTPUT/table.md, table.json, comparison.png
 """
 
@@ -19,7 +20,7 @@ import torch
 from ..checkpoints.atomic import save_json, save_text
 from ..checkpoints.guarded import read_json
 from .data import load_data
-from .finetune import train, training_arguments
+from .finetune import train, training_arguments, write_adapter
 from .methods import METHODS, check_method, prepare_base, supports
 from .recipe import Recipe
 from .report import draw, markdown, summarize
@@ -99,14 +100,19 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
     return cells
 
 
-def run_grid(recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True) -> dict:
+def run_grid(
+    recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True, keep_adapters: bool = False
+) -> dict:
     """Runs what is not there yet, then writes table and picture.
+
+    Args:
+        keep_adapters: write every cell's trained adapter, too; a cell without one is not finished then.
 
     Returns:
         {"rows": the table, "cells": number of cells, "run": number of them run now, paths}.
     """
-    finished = len(finished_cells(cells, output))
-    rows = write_report(run_cells(recipe, cells, output, progress), output)
+    finished = len(finished_cells(cells, output, keep_adapters))
+    rows = write_report(run_cells(recipe, cells, output, progress, keep_adapters=keep_adapters), output)
     return {
         "rows": rows,
         "cells": len(cells),
@@ -125,26 +131,37 @@ def write_report(results: list[dict], output: pathlib.Path) -> list[dict]:
     return rows
 
 
-def finished_cells(cells: list[Cell], output: pathlib.Path) -> list[dict]:
+def finished_cells(cells: list[Cell], output: pathlib.Path, with_adapters: bool = False) -> list[dict]:
     """The results of those cells that have run already."""
-    return [result for cell in cells if (result := _finished(cell, output)) is not None]
+    return [result for cell in cells if (result := _finished(cell, output, with_adapters)) is not None]
+
+
+def adapter_folder(cell: Cell, output: pathlib.Path) -> pathlib.Path:
+    """Where a grid that keeps adapters writes that of the cell."""
+    return output / "adapters" / cell.name
 
 
 def run_cells(
-    recipe: Recipe, cells: list[Cell], output: pathlib.Path, progress: bool = True, quantize_on: str | None = None
+    recipe: Recipe,
+    cells: list[Cell],
+    output: pathlib.Path,
+    progress: bool = True,
+    quantize_on: str | None = None,
+    keep_adapters: bool = False,
 ) -> list[dict]:
     """The result of every cell, from its file where it is finished.
 
     Data is read once, each base is quantised once (on the device `quantize_on`, or where it is trained), and untuned
     metrics are taken once for each base.
     """
-    earlier = {cell.name: _finished(cell, output) for cell in cells}
+    earlier = {cell.name: _finished(cell, output, keep_adapters) for cell in cells}
     results = {name: result for name, result in earlier.items() if result is not None}
     missing = [cell for cell in cells if cell.name not in results]
     if not missing:
         return [results[cell.name] for cell in cells]
     data = load_data(recipe, progress)
     untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if cell.name in results}
+    start_of_all = time.perf_counter()
     for number, cell in enumerate(missing, start=1):
         started, settled = time.perf_counter(), settle(cell.recipe)
         with tempfile.TemporaryDirectory() as scratch:
@@ -152,7 +169,10 @@ def run_cells(
             device = torch.device(quantize_on or arguments.device)
             base = prepare_base(settled, output / "bases" / cell.base_key, device, progress)
             ready = time.perf_counter()
-            result = train(settled, base, data, arguments, untuned.get(cell.base_key), progress)[0]
+            result, model = train(settled, base, data, arguments, untuned.get(cell.base_key), progress)
+            if keep_adapters:
+                write_adapter(model, settled, base, data, adapter_folder(cell, output))
+            del model
         gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
         result["label"] = cell.label
         result["prepare_seconds"] = round(ready - started, 3)
@@ -160,14 +180,19 @@ def run_cells(
         untuned[cell.base_key] = result["untuned"]
         save_json(result, output / "cells" / f"{cell.name}.json")
         results[cell.name] = result
-        print(f"[{number}/{len(missing)}] {cell.name}: {_headline(result)}, {result['seconds']:.1f} s", flush=True)
+        left = (time.perf_counter() - start_of_all) / number * (len(missing) - number)
+        to_come = f", about {_spelt(left)} to go" if left else ""
+        print(
+            f"[{number}/{len(missing)}] {cell.name}: {_headline(result)}, {result['seconds']:.1f} s{to_come}",
+            flush=True,
+        )
     return [results[cell.name] for cell in cells]
 
 
-def _finished(cell: Cell, output: pathlib.Path) -> dict | None:
+def _finished(cell: Cell, output: pathlib.Path, with_adapter: bool) -> dict | None:
     """The result of an earlier run of the same recipe; paths apart, which may differ between machines."""
     path = output / "cells" / f"{cell.name}.json"
-    if not path.exists():
+    if not path.exists() or with_adapter and not adapter_folder(cell, output).is_dir():
         return None
     result = read_json(path, "the result of a finished cell")
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
@@ -181,3 +206,10 @@ def _headline(result: dict) -> str:
     key = "perplexity" if "perplexity" in result["tuned"] else "rouge1"
     before, after = (result[stage].get(key) for stage in ("untuned", "tuned"))
     return f"{key} {'-' if before is None else f'{before:.2f}'} -> {'-' if after is None else f'{after:.2f}'}"
+
+
+def _spelt(seconds: float) -> str:
+    """Such as "50 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

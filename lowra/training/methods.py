@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
 from ..checkpoints.guarded import read_json
+from ..checkpoints.places import expanded
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
@@ -63,6 +64,7 @@ class Base:
         nominal_bits, true_bits: per quantised parameter; 16 or 32 for the dense base.
         adapter: folder of the initial PEFT adapter, or None where PEFT's own start is used.
         hqq_bits: bits that hqq gives every linear weight after loading, or None.
+        name: by which an adapter finds it, from whatever folder that is loaded: its whole path, or its name on the hub.
     """
 
     folder: pathlib.Path
@@ -70,6 +72,10 @@ class Base:
     true_bits: float
     adapter: pathlib.Path | None = None
     hqq_bits: int | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or str(self.folder.resolve())
 
 
 def supports(method: str, bits: float) -> bool:
@@ -131,21 +137,22 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
         FileNotFoundError, ValueError: a model that cannot be used; `folder` has not been created then.
     """
     source = resolve_folder(recipe.model)
+    name = "" if expanded(recipe.model).is_dir() else recipe.model
     packed = packed_config(source, recipe)
     if packed is not None:
         on_packed_base(recipe, source, packed)
         initial = None if is_of_another_kind(recipe) else source / ADAPTER_FOLDER
         if initial is not None and not initial.exists():
             initial = None
-        return Base(source, packed["nominal_bits"], packed["true_bits"], initial)
+        return Base(source, packed["nominal_bits"], packed["true_bits"], initial, name=name)
     quantization = quantization_config(recipe)
     if quantization is None:
         safetensors_files(source)
         dense = 16 if recipe.bf16 else 32
         if recipe.method == "lora16":
-            return Base(source, dense, dense)
+            return Base(source, dense, dense, name=name)
         bits = int(recipe.bits)
-        return Base(source, bits, hqq.true_bits(bits), hqq_bits=bits)
+        return Base(source, bits, hqq.true_bits(bits), hqq_bits=bits, name=name)
     adapter = AdapterRecipe(recipe.rank, recipe.alpha, METHODS[recipe.method].init, recipe.init_steps, recipe.dropout)
     if not (folder / "config.json").exists():
         quantize_checkpoint(
