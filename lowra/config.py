@@ -63,7 +63,10 @@ def _is_record(value: Any) -> bool:
 _KINDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ("quant_method", "base", "fingerprint", "calibration", "needs", *_CHOICES): (_is_text, "text"),
     ("bits", "nominal_bits", "true_bits", "error"): (_is_number, "a number"),
-    ("group_size", "iterations", "refine", "feedback", "format_version"): (_is_whole, "a whole number"),
+    ("group_size", "iterations", "refine", "feedback", "format_version"): (
+        _is_whole,
+        f"a whole number of at most {_MOST}",
+    ),
     ("quantize_head", "quantize_embeddings"): (lambda value: isinstance(value, bool), "true or false"),
     ("menu",): (
         lambda value: (

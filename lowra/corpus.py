@@ -56,6 +56,16 @@ def read_text(path: str | pathlib.Path, column: str = "text") -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").splitlines(keepends=True)
 
 
+def holds_rows(path: str | pathlib.Path) -> bool:
+    """Whether a file is JSON lines, whose columns have names, rather than running text.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json_lines`.
+    """
+    path = expanded(path)
+    return path.suffix.lower() in _ROW_SUFFIXES or _holds_rows(path, _decoded(path))
+
+
 def read_json_lines(path: str | pathlib.Path, columns: list[str]) -> list[dict]:
     """Rows of a JSON-lines file, each with text in the columns.
 

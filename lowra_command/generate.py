@@ -22,7 +22,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--adapter", help="folder of an adapter, of PEFT or packed")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: 0)")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
     add_trust(parser)

@@ -51,9 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
     recipe.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")
-    recipe.add_argument("--iterations", type=int, default=20, help="limit of the Lloyd-Max iterations (the paper: 2)")
-    recipe.add_argument("--block-weight", default="absmax_squared", help="absmax_squared or absmax (the paper's text)")
-    recipe.add_argument("--thresholds", default="channel", help="one set per channel or per matrix")
+    recipe.add_argument("--iterations", type=int, help="limit of the Lloyd-Max iterations (default: 20; the paper: 2)")
+    recipe.add_argument("--block-weight", help="absmax_squared (default) or absmax (the paper's text)")
+    recipe.add_argument("--thresholds", help="one set per channel (default) or per matrix")
     recipe.add_argument("--head", action="store_true", help="pack the output head too")
     recipe.add_argument("--embeddings", action="store_true", help="pack the embeddings too, and a head tied to them")
     recipe.add_argument(
@@ -62,6 +62,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="rounds of least squares on scales and levels (default: 2 with --calibrate, otherwise 0)",
     )
     recipe.add_argument(
-        "--keep-dense", nargs="*", metavar="NAME", help="modules whose name contains one of these stay dense"
+        "--keep-dense", nargs="+", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
     parser.set_defaults(run=Later("lowra.commands.quantize:run"))

@@ -43,8 +43,9 @@ def test_from_checkpoint_to_text(packed, text, tmp_path, capsys):
 
 def test_calibration_is_kept_for_the_next_budget(tiny_llama, text, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    start = ["quantize", str(tiny_llama), "--rank", "4", "--calibration-tokens", "512"]
-    assert main([*start, "--bits", "1.5", "--calibrate", str(text), "--output", str(first)]) == 0
+    start = ["quantize", str(tiny_llama), "--rank", "4"]
+    read = ["--calibrate", str(text), "--calibration-tokens", "512"]
+    assert main([*start, "--bits", "1.5", *read, "--output", str(first)]) == 0
     kept = str(first / "calibration.safetensors")
     assert main([*start, "--bits", "2", "--calibrate", kept, "--feedback", "2", "--output", str(second)]) == 0
     recipes = [json.loads((out / "config.json").read_text())["quantization_config"] for out in (first, second)]
@@ -70,6 +71,61 @@ def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
         (["quantize", "{model}", "--alpha", "8", "--output", "{out}"], "--alpha has no effect without --rank"),
         (["quantize", "{model}", "--init", "lora", "--output", "{out}"], "--init has no effect without --rank"),
         (["quantize", "{model}", "--loftq-steps", "2", "--output", "{out}"], "--loftq-steps has no effect without"),
+        (
+            "quantize {model} --rank 4 --init lora --loftq-steps 2 --output {out}".split(),
+            "--loftq-steps has no effect with --init lora",
+        ),
+        (
+            "quantize {model} --rank 4 --init pissa --loftq-steps 2 --output {out}".split(),
+            "--loftq-steps has no effect with --init pissa",
+        ),
+        (
+            "quantize {model} --calibration-tokens 9 --output {out}".split(),
+            "--calibration-tokens has no effect without --calibrate",
+        ),
+        (
+            "quantize {model} --calibrate x.safetensors --calibration-tokens 9 --output {out}".split(),
+            "--calibration-tokens has no effect beside stored",
+        ),
+        (
+            "quantize {model} --codebook normal_float --iterations 20 --output {out}".split(),
+            "--iterations has no effect with --codebook normal_float",
+        ),
+        (
+            "quantize {model} --codebook normal_float --block-weight absmax --output {out}".split(),
+            "--block-weight has no effect with --codebook",
+        ),
+        (
+            "quantize {model} --codebook normal_float --thresholds matrix --output {out}".split(),
+            "--thresholds has no effect with --codebook",
+        ),
+        (
+            "quantize {model} --iterations 0 --thresholds matrix --output {out}".split(),
+            "--thresholds has no effect with --iterations 0",
+        ),
+        (
+            "quantize {model} --assigner layer_order --sensitivity none --output {out}".split(),
+            "--sensitivity has no effect with --assigner layer_order",
+        ),
+        (
+            "quantize {model} --calibrate x.txt --sensitivity none --feedback 0 --output {out}".split(),
+            "--calibrate has no effect where",
+        ),
+        ("quantize {model} --refine 1001 --output {out}".split(), "refine must be at most 1000 rounds"),
+        ("quantize {model} --feedback 1000000000 --output {out}".split(), "feedback must be at most 1000 rounds"),
+        (
+            "quantize {model} --rank 4 --loftq-steps 1000000000000 --output {out}".split(),
+            "A number of steps is at most 1000",
+        ),
+        (
+            "quantize {model} --iterations 1000000000000 --output {out}".split(),
+            "iterations must be a whole number of at most 2147483647",
+        ),
+        ("quantize {model} --rank 1000000000000 --output {out}".split(), "does not fit"),
+        ("generate {model} --prompt a --seed 3".split(), "--seed has no effect without --temperature"),
+        ("generate {model} --prompt a --force".split(), "force has no effect without a packed adapter"),
+        ("chat {model} --seed 3".split(), "--seed has no effect without --temperature"),
+        ("demo --output {out} --trust-remote-code".split(), "--trust-remote-code has no effect without --model"),
         (["quantize", "{model}", "--calibration-tokens", "9", "--output", "{out}"], "no effect without --calibrate"),
         (["quantize", "{model}", "--rank", "4", "--alpha", "-1", "--output", "{out}"], "alpha must be positive"),
         (["quantize", "{model}", "--rank", "4", "--init", "cloq", "--output", "{out}"], "(--calibrate FILE)"),

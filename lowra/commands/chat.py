@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> dict:
         left = room(config, ids.shape[1])
         if left < 1:
             raise ValueError(f"The conversation fills all positions of {args.model}: begin anew (/new) in time.")
-        said = continue_text(model, tokenizer, ids, int(min(args.tokens, left)), args.temperature, args.seed, printer)
+        said = continue_text(
+            model, tokenizer, ids, int(min(args.tokens, left)), args.temperature, args.seed or 0, printer
+        )
         messages.append({"role": "assistant", "content": said.reply})
         print(f"({speed(said)})", file=sys.stderr)
     return {"messages": messages}

@@ -14,7 +14,7 @@ from ..generation.loading import load_model
 from ..generation.text import continue_text
 from ..training.grid import adapter_folder, run_grid
 from ..training.recipe import Recipe
-from .ranges import MOST_SEEDS, check_range
+from .ranges import MOST_SEEDS, check_range, refuse_idle
 
 _RANK = 8
 _PROMPT, _WORDS = "This function returns", 32  # and the tokens that the tuned model adds
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     if (args.train is None) != (args.validation is None):
         raise ValueError("Give --train and --validation together, or neither.")
+    refuse_idle(args, [(args.model is None, "trust_remote_code", "without --model")])
     check_range(args, "steps", 1)
     check_range(args, "learning_rate", sys.float_info.min)
     check_range(args, "seed", 0, MOST_SEEDS)

@@ -9,7 +9,7 @@ from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import check_characters, check_token_ids, load_tokenizer
 from ..generation.loading import load_model
 from ..generation.text import Continuation, continue_text
-from .ranges import MOST_SEEDS, check_range
+from .ranges import MOST_SEEDS, check_range, refuse_idle
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict:
     _check_prompt(args, config, tokenizer)
     model = load_model(str(folder), args.adapter, args.device, args.force, args.trust_remote_code)
     printer = TextStreamer(tokenizer, skip_special_tokens=True)
-    said = continue_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed, printer)
+    said = continue_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed or 0, printer)
     print(f"({speed(said)})")
     return {
         "text": said.text,
@@ -46,6 +46,7 @@ def check_sampling(args: argparse.Namespace) -> None:
     check_range(args, "tokens", 1)
     check_range(args, "temperature", 0)
     check_range(args, "seed", 0, MOST_SEEDS)
+    refuse_idle(args, [(args.temperature == 0, "seed", "without --temperature: nothing is drawn")])
 
 
 def room(config: PreTrainedConfig, tokens: int) -> float:

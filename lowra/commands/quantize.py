@@ -12,14 +12,17 @@ from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
 from .memory import announce_quantising, shape_if_known
+from .ranges import refuse_idle
 
 
 def run(args: argparse.Namespace) -> dict:
     """Quantises and prints what came out."""
-    _refuse_options_without_effect(args)
+    is_stored = (args.calibrate or "").endswith(".safetensors")
+    _refuse_options_without_effect(args, is_stored)
     args.output = expanded(args.output)
-    stored = Calibration.load(args.calibrate) if (args.calibrate or "").endswith(".safetensors") else None
+    stored = Calibration.load(args.calibrate) if is_stored else None
     has_moments = _wants_moments(args) if stored is None else stored.has_moments
+    learned = args.codebook == "learned"  # what refines and feeds back fits levels
     config = LowRAConfig(
         bits=args.bits,
         menu=_menu(args.menu),
@@ -27,13 +30,13 @@ def run(args: argparse.Namespace) -> dict:
         group_size=args.group_size,
         scales=args.scales,
         codebook=args.codebook,
-        iterations=args.iterations,
-        block_weight=args.block_weight,
-        thresholds=args.thresholds,
+        iterations=20 if args.iterations is None else args.iterations,
+        block_weight=args.block_weight or "absmax_squared",
+        thresholds=args.thresholds or "channel",
         assigner=args.assigner,
         sensitivity=args.sensitivity or ("fisher" if args.calibrate else "layer"),
-        refine=(2 if args.calibrate else 0) if args.refine is None else args.refine,
-        feedback=int(has_moments) if args.feedback is None else args.feedback,
+        refine=(2 if args.calibrate and learned else 0) if args.refine is None else args.refine,
+        feedback=int(has_moments and learned) if args.feedback is None else args.feedback,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
         quantize_embeddings=args.embeddings,
@@ -92,23 +95,38 @@ def run(args: argparse.Namespace) -> dict:
     return {"output": str(args.output), **report}
 
 
-def _refuse_options_without_effect(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that needs another one."""
-    needs = {
-        "--alpha": (args.alpha, "--rank", args.rank),
-        "--init": (args.init, "--rank", args.rank),
-        "--loftq-steps": (args.loftq_steps, "--rank", args.rank),
-        "--calibration-tokens": (args.calibration_tokens, "--calibrate", args.calibrate),
-    }
-    for option, (value, needed, given) in needs.items():
-        if value is not None and given is None:
-            raise ValueError(f"{option} has no effect without {needed}: give that too, or leave it out.")
+def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> None:
+    """
+    Args:
+        args: as they came.
+        stored: whether --calibrate names statistics of an earlier run.
+
+    Raises:
+        ValueError: an option that others make meaningless.
+    """
+    fixed, by_layers = args.codebook == "normal_float", args.assigner == "layer_order"
+    no_steps = args.init in ("pissa", "lora")
+    reads_calibration = _wants_moments(args) or args.sensitivity in (None, "fisher") and not by_layers
+    refuse_idle(
+        args,
+        [
+            (args.rank is None, "alpha init loftq_steps", "without --rank"),
+            (no_steps, "loftq_steps", f"with --init {args.init}, which takes no steps"),
+            (not args.calibrate, "calibration_tokens", "without --calibrate"),
+            (stored, "calibration_tokens", "beside stored statistics, whose tokens were read when they were made"),
+            (not reads_calibration, "calibrate", "where sensitivity, feedback and --init do not read it"),
+            (fixed, "iterations block_weight thresholds", "with --codebook normal_float, which learns nothing"),
+            (args.iterations == 0, "block_weight thresholds", "with --iterations 0, which learns nothing"),
+            (by_layers, "sensitivity", "with --assigner layer_order, which asks for no errors"),
+        ],
+    )
 
 
 def _wants_moments(args: argparse.Namespace) -> bool:
     """Whether a pass over text has to collect second moments, for feedback or for the adapter's start."""
     cloq = args.rank is not None and args.init in (None, "cloq")
-    return args.calibrate is not None and (cloq or args.feedback != 0)
+    feedback = args.codebook == "learned" if args.feedback is None else args.feedback != 0
+    return args.calibrate is not None and (cloq or feedback)
 
 
 def _menu(text: str) -> tuple[int, ...]:

@@ -34,13 +34,16 @@ def load_model(
 
     Raises:
         FileNotFoundError: a folder is not there or has no model in it.
-        ValueError: an adapter of another base, or one whose label forbids it; code that may not be run.
+        ValueError: an adapter of another base, or one whose label forbids it; code that may not be run; `force` without
+            a packed adapter.
     """
     adapter = None if adapter is None else str(expanded(adapter))
     if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
         raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
     if adapter is not None and (path := pathlib.Path(adapter) / _ADAPTER_FILES[0]).exists():
         read_json(path, "the configuration of an adapter")
+    if force and (adapter is None or not (pathlib.Path(adapter) / PACKED_FILE).exists()):
+        raise ValueError("force has no effect without a packed adapter, whose label it overrides: leave it out.")
     source = resolve_folder(folder)
     read_config(source, trust_remote_code)  # Transformers would ask on the terminal
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -27,6 +27,9 @@ from .loftq import METHODS, STEPS
 ADAPTER_FOLDER = "initial_adapter"
 
 
+MOST_ROUNDS = 1000  # of whatever converges in a few: more would be a slip of the keyboard, and hours
+
+
 @dataclasses.dataclass
 class AdapterRecipe:
     """The adapter to write beside the checkpoint.
@@ -52,6 +55,8 @@ class AdapterRecipe:
         for name, number in (("rank", self.rank), ("number of steps", self.steps)):
             if number < 1:
                 raise ValueError(f"A {name} is at least 1; got {number}.")
+        if self.steps > MOST_ROUNDS:
+            raise ValueError(f"A number of steps is at most {MOST_ROUNDS}, of which a few do; got {self.steps}.")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite; got {self.alpha:g}.")
 

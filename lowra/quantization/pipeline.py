@@ -29,7 +29,7 @@ from ..device import choose_device
 from ..version import __version__
 from .assembling import assemble
 from .calibration import Calibration
-from .initial_adapter import AdapterRecipe, check_rank
+from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
 from .planning import Planner, learn
@@ -70,6 +70,7 @@ def quantize_checkpoint(
         OSError, ValueError: input that cannot be used, or an output that cannot be written; nothing has been written to
             `output` then.
     """
+    _check_rounds(config)
     output = expanded(output)
     work = WorkFolder(new_folder(output))
     folder = resolve_folder(model)
@@ -120,6 +121,13 @@ def quantize_checkpoint(
             raise
         work.finish()
     return report
+
+
+def _check_rounds(config: LowRAConfig) -> None:
+    """Raises ValueError for rounds that would never end."""
+    for name in ("refine", "feedback"):
+        if (rounds := getattr(config, name)) > MOST_ROUNDS:
+            raise ValueError(f"{name} must be at most {MOST_ROUNDS} rounds, of which a few do; got {rounds}.")
 
 
 def _check_moments(config: LowRAConfig, adapter: AdapterRecipe | None, calibration: Calibration | None) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoints.dense import read_config, resolve_folder
-from ..corpus import check_row, check_token_ids, load_tokenizer, read_json_lines, read_rows, read_text
+from ..corpus import check_row, check_token_ids, holds_rows, load_tokenizer, read_json_lines, read_rows, read_text
 from . import conversations
 from .conversations import IGNORED
 from .packing import collate_packed, pack
@@ -190,7 +190,18 @@ def _summarization(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 
 
 def _rows(recipe: Recipe) -> tuple[list, list]:
-    """Rows of training and validation, text or dictionaries by task; validation carved out where there is none."""
+    """Rows of training and validation, text or dictionaries by task; validation carved out where there is none.
+
+    Raises:
+        ValueError: a column that was given and plain text; no rows for validation.
+    """
+    files = [path for path in (recipe.train_file, recipe.validation_file) if path]
+    if "text_column" in recipe.given and recipe.train_file and recipe.task == "language_modeling":
+        if not any(map(holds_rows, files)):
+            raise ValueError(
+                f"text_column={recipe.text_column} has no effect: {' and '.join(files)} is plain text, which has no "
+                "columns. Leave it out."
+            )
     if recipe.train_file:
         train = _local_rows(recipe.train_file, recipe)
         validation = _local_rows(recipe.validation_file, recipe) if recipe.validation_file else None

@@ -73,7 +73,9 @@ def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe
             )
         if asked != value:
             logger.warning(_WARNINGS[name], source, value, asked)
-    return dataclasses.replace(recipe, **own)
+    if recipe.init_steps != Recipe.init_steps:
+        logger.warning("%s is packed already; the recipe's init_steps=%d are not taken.", source, recipe.init_steps)
+    return dataclasses.replace(recipe, **own, init_steps=Recipe.init_steps)
 
 
 def _method(packed: dict, started: str | None) -> str:

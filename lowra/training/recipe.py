@@ -34,9 +34,11 @@ _FINITE = pydantic.Field(allow_inf_nan=False)
 
 _Truth = Annotated[bool, pydantic.Strict()]
 _Place = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_at_home)]
-_Count = Annotated[int, pydantic.Field(gt=0), _NO_TRUTH]
-_Limit = Annotated[int, pydantic.Field(ge=1), _NO_TRUTH]
-_CountOr0 = Annotated[int, pydantic.Field(ge=0), _NO_TRUTH]
+_MOST = 2**31 - 1  # what Transformers, tokenizers and NumPy count with
+_Count = Annotated[int, pydantic.Field(gt=0, le=_MOST), _NO_TRUTH]
+_Limit = Annotated[int, pydantic.Field(ge=1, le=_MOST), _NO_TRUTH]
+_Few = Annotated[int, pydantic.Field(gt=0, le=1000), _NO_TRUTH]  # more would be a slip of the keyboard, and hours
+_Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_TRUTH]
 _Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_TRUTH]  # what NumPy's generators take
 _Number = Annotated[float, _FINITE, _NO_TRUTH]
 _Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_TRUTH]
@@ -110,7 +112,7 @@ class Recipe:
     target_modules: list[str] | None = None
     rslora: _Truth = False
     dora: _Truth = False
-    init_steps: _Count = 5
+    init_steps: _Few = 5
     tables: Literal["frozen", "levels", "levels_and_scales"] = "frozen"
     tables_learning_rate: _Rate = 4e-3
     quantization: dict = dataclasses.field(default_factory=dict)
@@ -131,7 +133,7 @@ class Recipe:
     packing: _Truth = False
     source_length: _Count = 512
     target_length: _Count = 128
-    num_beams: _Limit | None = None
+    num_beams: _Few | None = None
     max_steps: _Limit | None = None
     epochs: _Rate = 1.0
     batch_size: _Count = 16
@@ -153,7 +155,7 @@ class Recipe:
     eval_epochs: _Truth = False
     save_steps: _Limit | None = None
     logging_steps: _Count = 1
-    workers: _CountOr0 = 0
+    workers: _Processes = 0
     report_to: str = "none"
     resume: _Truth = False
     trust_remote_code: _Truth = False
@@ -309,8 +311,7 @@ def _range(schema: dict) -> str:
     """The range of a number in words."""
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if high is not None or below is not None:
+    if below is not None or schema["type"] == "number" and high is not None:
         return f"in [{low}, {high}]" if below is None else f"in [{low}, {below})"
-    if above == 0:
-        return "positive"
-    return "positive or 0" if low == 0 else f"at least {low}"
+    least = "positive" if above == 0 else "positive or 0" if low == 0 else f"at least {low}"
+    return least if high is None else f"{least} and at most {high}"

@@ -5,12 +5,15 @@ meant for this run: it is refused by its name. metrics.json records what was use
 """
 
 import dataclasses
+import logging
 import typing
 
 from ..checkpoints.dense import resolve_folder
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 _SOURCE_AND_TARGET = ("source_column", "target_column", "source_length", "target_length")
 
@@ -33,7 +36,9 @@ def settle(recipe: Recipe) -> Recipe:
 
 def used(recipe: Recipe) -> dict:
     """The keys of a settled recipe that have an effect, for the record."""
-    idle = idle_fields(recipe)
+    idle = {*idle_fields(recipe)}
+    if packed_config(resolve_folder(recipe.model), recipe) is not None:
+        idle.add("init_steps")  # as many as the base was packed with
     return {name: value for name, value in recipe.to_dict().items() if name not in idle}
 
 
@@ -49,6 +54,10 @@ def without_idle_fields(recipe: Recipe) -> Recipe:
             raise ValueError(f"{name}={getattr(recipe, name)} has no effect {idle[name]}: leave it out.")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     changes: dict[str, typing.Any] = {name: defaults[name] for name in idle}
+    asked = [name for name, default in changes.items() if getattr(recipe, name) not in (None, default)]
+    if asked:
+        words = "; ".join(f"{name}={getattr(recipe, name)} {idle[name]}" for name in asked)
+        logger.warning("These of the recipe have no effect: %s.", words)
     if recipe.method == "lora16":
         if "bits" in recipe.given and recipe.bits not in (16, 32):
             raise ValueError(

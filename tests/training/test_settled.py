@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import typing
 
 import pytest
 import yaml
@@ -223,3 +224,36 @@ def test_odd_files(content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         load_recipe(tmp_path / "recipe.yaml")
     assert "\n" not in str(raised.value)
+
+
+def test_steps_of_a_file_are_not_recorded_on_a_packed_base(config, packed, caplog):
+    recipe = dataclasses.replace(load_recipe(config), init_steps=3)
+    with caplog.at_level("WARNING", logger="lowra"):
+        settled = settle(recipe)
+    assert "init_steps=3 are not taken" in caplog.text and "init_steps" not in used(settled)
+
+
+def test_what_a_file_says_in_vain_is_told(recipe, caplog):
+    recipe = dataclasses.replace(recipe, max_steps=2, epochs=3.0, num_beams=4)
+    with caplog.at_level("WARNING", logger="lowra"):
+        settled = settle(recipe)
+    assert "epochs=3.0 beside max_steps=2" in caplog.text and "num_beams=4 with task=" in caplog.text
+    assert (settled.epochs, settled.num_beams) == (1.0, None)
+
+
+def test_a_column_of_plain_text_is_refused(recipe, capsys):
+    with pytest.raises(ValueError, match="text_column=body has no effect: .* is plain text"):
+        finetune(recipe.changed(["text_column=body"]), progress=False)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "1000000000000", "-1e30", "1e400", "9" * 400])
+def test_counts_that_cannot_be_meant_are_refused(recipe, value):
+    """Every whole number of a recipe; 0 where it means something."""
+    counts = [name for name, kind in typing.get_type_hints(Recipe).items() if kind in (int, int | None)]
+    assert {"rank", "workers", "max_steps", "seed", "num_beams"} <= set(counts)
+    for name in counts:
+        if value == "0" and name in ("workers", "seed", "data_seed"):
+            continue
+        with pytest.raises(ValueError, match=f"{name} must be") as raised:
+            recipe.changed([f"{name}={value}"])
+        assert len(str(raised.value)) < 400
