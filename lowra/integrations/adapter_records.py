@@ -81,7 +81,7 @@ def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
     """
     if not is_packed_base(model):
         return
-    setattr(model.peft_config[name], _KEPT, arriving.record)
+    keep_record(model.peft_config[name], arriving)
     if arriving.in_training:
         return
     holder = hold_adapter_tables(model) if arriving.tables is not None else None
@@ -89,6 +89,11 @@ def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
         holder.put(name, arriving.tables)
     elif (held := adapter_tables(model)) is not None:
         held.forget(name)
+
+
+def keep_record(config: Any, arriving: Arriving) -> None:
+    """Keeps what is known of an adapter's start with its PeftConfig."""
+    setattr(config, _KEPT, arriving.record)
 
 
 def forget_tables(model: PeftModel, name: str) -> None:

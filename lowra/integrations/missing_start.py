@@ -5,6 +5,7 @@ instead of 574 on base-30m at 1.25 bits). Only at a forward is it known whether 
 """
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 
@@ -21,6 +22,20 @@ from .adapter_records import has_arrived
 
 logger = logging.getLogger(__name__)
 
+_STORED = "_lowra_start"  # attribute of a packed model
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredStart:
+    """
+    Attributes:
+        what: such as "loftq, rank 8".
+        folder: of the initial adapter; it need not be there.
+    """
+
+    what: str
+    folder: pathlib.Path
+
 
 def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAConfig) -> None:
     """Warns at the first forward that runs without the start that a packed checkpoint has, or one trained from it.
@@ -33,7 +48,13 @@ def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAC
     start = _start_of(folder, config)
     layer = next((module for module in model.modules() if isinstance(module, LowRALinear)), None)
     if start is not None and layer is not None:
+        setattr(model, _STORED, StoredStart(start, folder / ADAPTER_FOLDER))
         _Watch(model, layer, start, folder / ADAPTER_FOLDER)
+
+
+def stored_start(model: nn.Module) -> StoredStart | None:
+    """The initial adapter that a packed model's base needs; None where its weights are the whole base."""
+    return getattr(model, _STORED, None)
 
 
 def _start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:

@@ -42,6 +42,7 @@ from .peft_limits import (
     refuse_training,
 )
 from .prompt_learning import table_in_sight
+from .stored_start import begin_from_start, choose_layers, filled_from_file
 
 
 def checked_method(original: Callable) -> Callable:
@@ -65,7 +66,10 @@ def with_our_layers(original: Callable) -> Callable:
             if isinstance(config, LoraConfig):
                 ours: dict[Any, Any] = {LowRALinear: LowRALoraLinear, LowRAEmbedding: refuse_embeddings}
                 config._register_custom_module(ours)
-        return original(self, model, adapter_name, *args, **kwargs)
+                choose_layers(model, config)
+        original(self, model, adapter_name, *args, **kwargs)
+        if is_packed(model) and isinstance(self.peft_config[adapter_name], LoraConfig):
+            begin_from_start(model, self.peft_config[adapter_name], adapter_name)
 
     return inject_adapter
 
@@ -128,7 +132,8 @@ def checked_folder(original: Callable) -> Callable:
             return load()
         if kwargs.get("config") is None:
             check_settings(model_id, kwargs)
-        return load_adapter_folder(load, model_id)
+        with filled_from_file():
+            return load_adapter_folder(load, model_id)
 
     return from_pretrained
 
@@ -139,7 +144,8 @@ def checked_adapter(original: Callable) -> Callable:
         self: Any, model_id: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
     ) -> Any:
         load = functools.partial(original, self, model_id, adapter_name, *args, **kwargs)
-        return load_checked(self, model_id, adapter_name, load, kwargs, any_base)
+        with filled_from_file():
+            return load_checked(self, model_id, adapter_name, load, kwargs, any_base)
 
     return load_adapter
 

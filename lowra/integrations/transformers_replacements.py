@@ -22,6 +22,7 @@ from .adapter_records import (
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
 from .parameter_counts import uncounted
+from .stored_start import filled_from_file
 from .transformers import describe_saved, dtype_of_packed
 
 
@@ -99,7 +100,8 @@ def checked_adapter_of_transformers(original: Callable) -> Callable:
         options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
         if path is not None:
             arriving = check_adapter(self, path, options, any_base)
-        result = original(self, *args, **kwargs)
+        with filled_from_file():
+            result = original(self, *args, **kwargs)
         if is_packed_base(self):
             check_loaded_by_transformers(self, name, result, str(path))
             check_saved(str(path), options, arriving.record)

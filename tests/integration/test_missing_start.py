@@ -60,7 +60,7 @@ def test_with_its_adapter_or_one_trained_from_it_it_does_not(started, caplog, tm
 
 @pytest.mark.parametrize(
     "config",
-    [LoraConfig(r=4, target_modules="all-linear"), IA3Config(target_modules=["k_proj"], feedforward_modules=[])],
+    [LoraConfig(r=5, target_modules="all-linear"), IA3Config(target_modules=["k_proj"], feedforward_modules=[])],
 )
 def test_an_adapter_that_starts_anew_is_told_of_the_start(started, caplog, config):
     model = get_peft_model(load(started), config)

@@ -188,7 +188,7 @@ def test_every_start_that_makes_up_for_the_quantisation_is_asked_for(packed_llam
 def test_another_original_is_refused(packed_llama, tmp_path):
     make_model("LlamaForCausalLM", seed=9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="belongs to another base"):
-        lowra.merge_into_dense(adapted(packed_llama), original=tmp_path)
+        lowra.merge_into_dense(adapted(packed_llama), original=tmp_path, initial=packed_llama / "initial_adapter")
 
 
 def test_dense_models_are_sent_to_peft(dense_llama):

@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 
 import pytest
+from datasets import Dataset
+from peft import LoraConfig
 
 import lowra
 
@@ -53,8 +55,8 @@ def test_trl_sft_trains_on_a_packed_folder(packed_with_tokenizer, environment, r
     options += "--per_device_train_batch_size 2 --bf16 false --report_to none --max_length 64"
     command = ["trl", "sft", "--model_name_or_path", packed, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     said = run([*command, *options.split()], environment, tmp_path)
-    assert "'train_loss'" in said
-    assert json.loads((tmp_path / "out" / "lowra_base.json").read_text())["fingerprint"]
+    assert "'train_loss'" in said and f"begins from {packed / 'initial_adapter'} (loftq, rank 4)" in said
+    assert json.loads((tmp_path / "out" / "lowra_base.json").read_text())["init"] == "loftq"
 
 
 def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer, environment, rows, tmp_path):
@@ -115,3 +117,17 @@ def ask(url, body, server):
         except (urllib.error.URLError, ConnectionError):
             time.sleep(1)
     raise AssertionError("the server did not start")
+
+
+def test_sft_trainer_by_the_name_of_a_packed_folder_begins_from_its_start(packed_with_tokenizer, tmp_path, caplog):
+    trl = pytest.importorskip("trl")
+    options = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": [], "max_length": 64}
+    trainer = trl.SFTTrainer(
+        str(packed_with_tokenizer[1]),
+        args=trl.SFTConfig(str(tmp_path), per_device_train_batch_size=2, **options),
+        train_dataset=Dataset.from_dict({"text": ["A city on a river."] * 4}),
+        peft_config=LoraConfig(r=4),
+    )
+    assert "adapter 'default' begins from" in caplog.text
+    trainer.train()
+    assert "far off" not in caplog.text
