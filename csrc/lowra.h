@@ -120,7 +120,8 @@ LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, const lowra_part 
                                    int32_t threads);
 
 // out [tokens, N] = x [tokens, K] times the transposed weight, plus bias [N] unless null; all of `type`. Up to
-// LOWRA_CPU_MOST_TOKENS tokens. Weights and x are taken as float32, sums are kept in float32 and rounded once.
+// LOWRA_CPU_MOST_TOKENS tokens. Weights and x are taken as float32, sums are kept in float32 and rounded once; their
+// order is in docs/lab/kernels/cpu.md.
 LOWRA_API int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                 int32_t type, int32_t threads);
 

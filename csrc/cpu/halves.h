@@ -11,6 +11,9 @@
 #endif
 
 static inline float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
   const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
   uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023, bits;
   if (exponent == 31) {
@@ -25,6 +28,7 @@ static inline float half_to_float(uint16_t half) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+#endif
 }
 
 static inline uint32_t float_bits(float value) {

@@ -9,11 +9,11 @@
 #include "cpu/threads.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace {
 
-constexpr int64_t kRowsPerBlock = 16;
 constexpr int64_t kWeightsPerThread = 1 << 17;  // times tokens: some 10 us of a core
 constexpr size_t kLine = 64;                    // bytes of a cache line, and of the widest register
 
@@ -36,17 +36,57 @@ struct block {
   int64_t first, rows;
 };
 
-std::vector<block> blocks_of(const lowra_shape &shape) {
+std::vector<block> blocks_of(const lowra_shape &shape, int64_t rows_per_block) {
   std::vector<block> blocks;
   int64_t first = 0;
   for (const int64_t count : {shape.rows4, shape.rows2, shape.rows1}) {
-    for (int64_t done = 0; done < count; done += kRowsPerBlock) {
-      blocks.push_back({first + done, std::min(kRowsPerBlock, count - done)});
+    for (int64_t done = 0; done < count; done += rows_per_block) {
+      blocks.push_back({first + done, std::min(rows_per_block, count - done)});
     }
     first += count;
   }
   return blocks;
 }
+
+// The tables of a product, for those of its rows that are quicker by them.
+class x_tables {
+ public:
+  x_tables(const lowra_packed &packed, const row_kernels &kernels, const float *x, int64_t stride, int64_t tokens) {
+    const lowra_shape &shape = packed.shape;
+    const int64_t size = shape.group_size, groups = group_count(shape);
+    const bool one = shape.rows1 >= kRowsForTables && tokens <= kernels.table_tokens1;
+    const bool two = shape.rows2 >= kRowsForTables && tokens <= kernels.table_tokens2;
+    if (!(one || two) || (size != 32 && size != 64 && size != 128 && size != 256)) return;
+    sums_.resize(static_cast<size_t>(tokens * groups));
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t group = 0; group < groups; ++group) {
+        float sum = 0, largest = 0;
+        for (int64_t k = group * size; k < std::min(group * size + size, stride); ++k) {
+          sum += x[t * stride + k];
+          largest = std::max(largest, std::fabs(x[t * stride + k]));
+        }
+        // what has no finite sum is left to products that add nothing but weights times x
+        if (!(sum - sum == 0) || largest > kLargest) return;
+        sums_[t * groups + group] = sum;
+      }
+    }
+    for (const int bits : {1, 2}) {
+      if (!(bits == 1 ? one : two)) continue;
+      memory_.emplace_back(4 * tokens * stride);
+      tables_[bits] = memory_.back().data();
+      kernels.make_tables(bits, x, stride, tokens, memory_.back().data());
+    }
+  }
+  const float *of(int bits) const { return bits <= 2 ? tables_[bits] : nullptr; }
+  const float *group_sums() const { return sums_.data(); }
+
+ private:
+  static constexpr int64_t kRowsForTables = 64;  // fewer do not pay for them
+  static constexpr float kLargest = 1e36f;       // 256 of them have a sum
+  std::vector<aligned_floats> memory_;
+  std::vector<float> sums_;
+  const float *tables_[3] = {nullptr, nullptr, nullptr};
+};
 
 }  // namespace
 
@@ -73,17 +113,22 @@ int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens,
       float *row = wide.data() + t * stride;  // its end stays zero
       for (int64_t k = 0; k < in_features; ++k) row[k] = load_element(x, type, t * in_features + k);
     }
-    const std::vector<block> blocks = blocks_of(shape);
     const int64_t work = rows * in_features * tokens;
+    // as many as share tables, but some blocks for each thread
+    const int64_t rows_per_block = rows >= 16 * kProductRows ? kProductRows : kProductRows / 4;
+    const std::vector<block> blocks = blocks_of(shape, rows_per_block);
+    const x_tables tables(*packed, chosen, wide.data(), stride, tokens);
     for_each_piece(static_cast<int64_t>(blocks.size()), 1, work, kWeightsPerThread, threads, [&] {
-      return [&, scales = std::vector<float>(kRowsPerBlock * groups), row = aligned_floats(stride),
-              sums = std::vector<float>(kRowsPerBlock * tokens)](int64_t number) mutable {
+      return [&, scales = aligned_floats(rows_per_block * groups),
+              lanes = aligned_floats(rows_per_block * (groups + kLanePadding)), row = aligned_floats(stride),
+              sums = std::vector<float>(rows_per_block * tokens)](int64_t number) mutable {
         const block &own = blocks[number];
         const row_place place = place_of(shape, own.first, 0);
         chosen.load_scales(*packed, own.first * groups, own.rows * groups, scales.data());
         chosen.product({packed->codes + place.code_offset, lowra_row_bytes(in_features, place.bits),
                         packed->levels + place.table_offset, scales.data(), place.bits, own.rows, in_features,
-                        shape.group_size, tokens, wide.data(), stride, row.data(), sums.data()});
+                        shape.group_size, tokens, wide.data(), stride, tables.of(place.bits), tables.group_sums(),
+                        lanes.data(), row.data(), sums.data()});
         for (int64_t r = 0; r < own.rows; ++r) {
           const int64_t target = packed->row_order[own.first + r];
           const float shift = bias ? load_element(bias, type, target) : 0.0f;

@@ -196,6 +196,7 @@ void product_block(const product_rows &p, int64_t row, int64_t token) {
         for (int t = 0; t < TOKENS; ++t) values[t] = load(x + t * p.x_stride + k + part * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
+          if (TOKENS < 4 && part == 0) __builtin_prefetch(codes + (r + ROWS) * p.row_bytes + k * BITS / 8);
           const floats weights = decode_part<BITS>(codes + r * p.row_bytes + k * BITS / 8, part, own[r]);
 #pragma GCC unroll 8
           for (int t = 0; t < TOKENS; ++t) sums[r][t] = fused(weights, values[t], sums[r][t]);

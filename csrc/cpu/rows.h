@@ -16,7 +16,8 @@ using dequantize_row_fn = void (*)(const uint8_t *codes, int64_t in_features, in
 // Scales [first, first + count) of a weight as float32.
 using load_scales_fn = void (*)(const lowra_packed &packed, int64_t first, int64_t count, float *out);
 
-constexpr int64_t kUnit = 32;  // weights that a product takes at once; x is padded with zeros to a multiple
+constexpr int64_t kProductRows = 64;  // at most, that a call of product_rows_fn takes
+constexpr int64_t kUnit = 32;         // weights that a product takes at once; x is padded with zeros to a multiple
 
 // Consecutive packed rows of one precision, and what they are multiplied with.
 struct product_rows {
@@ -28,11 +29,19 @@ struct product_rows {
   int64_t rows, in_features, group_size, tokens;
   const float *x;  // [tokens, x_stride], x_stride a multiple of kUnit, zeros from in_features on
   int64_t x_stride;
-  float *row;   // [x_stride], scratch
-  float *sums;  // [rows, tokens], the result
+  const float *tables;      // of make_tables for these bits, or null
+  const float *group_sums;  // [tokens, groups], of x; with tables
+  float *lanes;             // [kProductRows, groups padded to kLanePadding], scratch with tables
+  float *row;               // [x_stride], scratch
+  float *sums;              // [rows, tokens], the result
 };
 
 using product_rows_fn = void (*)(const product_rows &part);
+
+// Tables of x for a product with rows of 1 or 2 bits, 4 * tokens * x_stride floats on a multiple of 64 bytes.
+using make_tables_fn = void (*)(int bits, const float *x, int64_t x_stride, int64_t tokens, float *tables);
+
+constexpr int64_t kLanePadding = 16;
 
 struct row_kernels {
   const char *name;  // as LOWRA_CPU names it
@@ -40,6 +49,8 @@ struct row_kernels {
   dequantize_row_fn dequantize;
   load_scales_fn load_scales;
   product_rows_fn product;
+  make_tables_fn make_tables;            // null where there are none
+  int64_t table_tokens1, table_tokens2;  // up to which rows of 1 and of 2 bits are quicker by tables
 };
 
 extern const row_kernels rows_generic;

@@ -2,4 +2,4 @@
 #include "rows.inl"
 #include "product.inl"
 
-const row_kernels rows_generic = {"generic", quantize_row, dequantize_row, load_scales, product};
+const row_kernels rows_generic = {"generic", quantize_row, dequantize_row, load_scales, product, nullptr, 0, 0};

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import native, native_decoding
+from . import checks, native, native_decoding
 from .layout import PackedMatrix
 from .ops import linear
 
@@ -219,7 +219,16 @@ def linear_group(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
         outs = native_decoding.linear_group(x, weights)
         if outs is not None:
             return outs
-    return [linear(x, packed, bias) for packed, bias in weights]
+    return [_product(x, packed, bias) for packed, bias in weights]
+
+
+def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [tokens, K] times a packed weight; on the CPU without an op, which takes as long as a small product."""
+    if x.is_cpu and native.cpu_available() and 0 < len(x) <= native.CPU_MOST_TOKENS:
+        checks.check_packed_once(packed, x.dtype)
+        checks.check_operands_once(x, packed, bias)
+        return native.cpu_product(x, packed, bias)
+    return linear(x, packed, bias)
 
 
 def normed_linear_group(
@@ -245,4 +254,4 @@ def gated_linear(
         out = native_decoding.gated_linear(opened, up, activation, packed, bias)
         if out is not None:
             return out
-    return linear(gate(opened, up, activation), packed, bias)
+    return _product(gate(opened, up, activation), packed, bias)

@@ -1,0 +1,101 @@
+"""Products by llama.cpp's kernels (ggml), called from its shared libraries by ctypes.
+
+`pip install llama-cpp-python` brings the libraries in `llama_cpp/lib`; a build of llama.cpp's sources has them in
+`build/bin`. Weights go where llama.cpp puts them when it loads a model: into its repacked layouts for this processor
+where it has one for their type, into plain memory otherwise.
+"""
+
+import ctypes
+import pathlib
+
+import torch
+
+# enum ggml_type of ggml.h
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q2_K": 10, "BF16": 30, "TQ2_0": 35}
+_REPACKED = {"Q4_0", "Q2_K"}
+_P, _L = ctypes.c_void_p, ctypes.c_int64
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool)]
+
+
+class Ggml:
+    """The libraries of one folder, and a backend of so many threads."""
+
+    def __init__(self, folder: str, threads: int):
+        found = {}
+        for name in ("ggml-base", "ggml-cpu"):
+            path = pathlib.Path(folder) / f"lib{name}.so"
+            if not path.exists():
+                raise FileNotFoundError(f"{folder} has no {path.name}: give the folder of llama.cpp's libraries.")
+            found[name] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.base, self.cpu = found["ggml-base"], found["ggml-cpu"]
+        for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph"):
+            getattr(self.base, name).restype = _P
+        self.base.ggml_init.argtypes = [_InitParams]
+        self.base.ggml_new_tensor_2d.argtypes = [_P, ctypes.c_int, _L, _L]
+        self.base.ggml_mul_mat.argtypes = [_P, _P, _P]
+        self.base.ggml_new_graph.argtypes = [_P]
+        self.base.ggml_build_forward_expand.argtypes = [_P, _P]
+        self.base.ggml_backend_alloc_ctx_tensors_from_buft.restype = _P
+        self.base.ggml_backend_alloc_ctx_tensors_from_buft.argtypes = [_P, _P]
+        self.base.ggml_backend_tensor_set.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
+        self.base.ggml_backend_tensor_get.argtypes = [_P, _P, ctypes.c_size_t, ctypes.c_size_t]
+        self.base.ggml_backend_graph_compute.argtypes = [_P, _P]
+        self.base.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self.base.ggml_quantize_chunk.argtypes = [ctypes.c_int, _P, _P, _L, _L, _L, _P]
+        self.base.ggml_nbytes.restype = ctypes.c_size_t
+        self.base.ggml_nbytes.argtypes = [_P]
+        self.cpu.ggml_backend_cpu_init.restype = _P
+        self.cpu.ggml_backend_cpu_set_n_threads.argtypes = [_P, ctypes.c_int]
+        # of the C++ interface, which llama.cpp asks for by a registry
+        self._repacked = self.cpu._Z35ggml_backend_cpu_repack_buffer_typev
+        self._repacked.restype = _P
+        self.base.ggml_backend_cpu_buffer_type.restype = _P
+        self.backend = self.cpu.ggml_backend_cpu_init()
+        self.cpu.ggml_backend_cpu_set_n_threads(self.backend, threads)
+
+    def context(self) -> int:
+        return self.base.ggml_init(_InitParams(1 << 20, None, True))
+
+
+class GgmlProduct:
+    """x [tokens, K] times a transposed weight [N, K] that ggml quantised to one of `TYPES`.
+
+    Attributes:
+        bytes: of the weight.
+    """
+
+    def __init__(self, ggml: Ggml, kind: str, weight: torch.Tensor, tokens: int):
+        rows, in_features = weight.shape
+        base = ggml.base
+        self._ggml = ggml
+        holds_weight, holds_rest = ggml.context(), ggml.context()
+        tensor = base.ggml_new_tensor_2d(holds_weight, TYPES[kind], in_features, rows)
+        plain = base.ggml_backend_cpu_buffer_type()
+        base.ggml_backend_alloc_ctx_tensors_from_buft(holds_weight, ggml._repacked() if kind in _REPACKED else plain)
+        self.bytes = base.ggml_nbytes(tensor)
+        coded = torch.empty(self.bytes, dtype=torch.uint8)
+        wide = weight.float().contiguous()
+        base.ggml_quantize_chunk(TYPES[kind], wide.data_ptr(), coded.data_ptr(), 0, rows, in_features, None)
+        base.ggml_backend_tensor_set(tensor, coded.data_ptr(), 0, self.bytes)
+        self._x = base.ggml_new_tensor_2d(holds_rest, TYPES["F32"], in_features, tokens)
+        self._out = base.ggml_mul_mat(holds_rest, tensor, self._x)
+        base.ggml_backend_alloc_ctx_tensors_from_buft(holds_rest, plain)
+        self._graph = base.ggml_new_graph(holds_rest)
+        base.ggml_build_forward_expand(self._graph, self._out)
+        self._shape = tokens, rows
+
+    def set_x(self, x: torch.Tensor) -> None:
+        x = x.float().contiguous()
+        self._ggml.base.ggml_backend_tensor_set(self._x, x.data_ptr(), 0, 4 * x.numel())
+
+    def __call__(self) -> None:
+        self._ggml.base.ggml_backend_graph_compute(self._ggml.backend, self._graph)
+
+    def out(self) -> torch.Tensor:
+        """[tokens, N] of the last call."""
+        out = torch.empty(self._shape)
+        self._ggml.base.ggml_backend_tensor_get(self._out, out.data_ptr(), 0, 4 * out.numel())
+        return out
