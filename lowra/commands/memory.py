@@ -143,7 +143,7 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
     Raises:
         ValueError: a method or options that cannot be used.
     """
-    in_blocks = recipe.task == "language_modeling"
+    in_blocks = recipe.task in ("language_modeling", "chat")
     run = Run(
         rank=recipe.rank,
         batch=recipe.batch_size,

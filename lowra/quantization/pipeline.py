@@ -26,6 +26,7 @@ from ..checkpoints.places import expanded, new_folder
 from ..checkpoints.targets import check_skips, find_targets
 from ..config import LowRAConfig
 from ..device import choose_device
+from ..optional import require
 from ..version import __version__
 from .assembling import assemble
 from .calibration import Calibration
@@ -71,6 +72,8 @@ def quantize_checkpoint(
             `output` then.
     """
     _check_rounds(config)
+    if config.assigner == "two_level":
+        require("assigner=two_level", "pulp", "highspy", "sklearn")
     output = expanded(output)
     work = WorkFolder(new_folder(output))
     folder = resolve_folder(model)

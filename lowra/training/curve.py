@@ -1,5 +1,6 @@
 """The loss curve of a run: a bar while it runs, JSON and a picture afterwards."""
 
+import logging
 import math
 import pathlib
 from typing import Any
@@ -8,6 +9,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.atomic import save_json
+from ..optional import how_to_install, installed
+
+logger = logging.getLogger(__name__)
 
 
 class LossBar(TrainerCallback):
@@ -39,17 +43,20 @@ class LossBar(TrainerCallback):
 
 
 def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
-    """`curve.json` and `curve.png` in the folder.
+    """`curve.json` and, where matplotlib is installed, `curve.png` in the folder.
 
     Args:
         curve: the Trainer's log entries with `step` and `loss` (training) or `eval_loss`.
     """
+    save_json(finite(curve), folder / "curve.json")
+    if not installed("matplotlib"):
+        logger.warning("The loss curve is not drawn, without matplotlib: %s.", how_to_install("matplotlib"))
+        return
     import matplotlib  # not needed before a run has something to draw
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    save_json(finite(curve), folder / "curve.json")
     figure, axes = pyplot.subplots(figsize=(6, 4), dpi=120)
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(entry["step"], entry[key]) for entry in curve if key in entry]

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTok
 
 from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import check_row, check_token_ids, holds_rows, load_tokenizer, read_json_lines, read_rows, read_text
+from ..optional import require
 from . import conversations
 from .conversations import IGNORED
 from .packing import collate_packed, pack
@@ -239,6 +240,7 @@ def _local_rows(path: str, recipe: Recipe) -> list:
 
 
 def _hub_rows(recipe: Recipe, split: str) -> list:
+    require(f"dataset={recipe.dataset}", "datasets")
     import datasets  # slow to import, and of no use to runs on local files
 
     try:

@@ -36,6 +36,7 @@ from ..checkpoints.atomic import save_json
 from ..checkpoints.places import expanded, usable_folder
 from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
+from ..optional import require
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
@@ -60,6 +61,8 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
     """
     recipe = settle(recipe)
+    if recipe.task == "summarization":
+        require("task=summarization", "rouge_score")
     # Of several processes the first decides: to one that starts later the folder is already the run's own.
     first = os.environ.get("RANK", "0") == "0"
     output = usable_folder(recipe.output) if first else expanded(recipe.output)

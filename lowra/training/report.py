@@ -3,6 +3,8 @@
 import pathlib
 import statistics
 
+from ..optional import require
+
 _METRICS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
@@ -64,6 +66,7 @@ def markdown(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: pathlib.Path) -> None:
     """The first metric after fine-tuning over nominal bits, a line for each method, the dense base across."""
+    require("The picture of a grid", "matplotlib")
     import matplotlib  # not needed before a grid has something to draw
 
     matplotlib.use("Agg")
