@@ -46,6 +46,7 @@ TABLE = (
         door="HfQuantizer could be told the folder that is saved to; a hook on one model does not survive pickling",
         since="none",
         rests_on=("save_directory", "is_main_process"),
+        also={"transformers.utils.hub:PushToHubMixin._upload_modified_files": ()},
         wrap=of_transformers.described,
     ),
     Patch(
@@ -146,6 +147,22 @@ TABLE = (
         since="none",
         rests_on=("model_id", "adapter_name"),
         wrap=of_peft.checked_adapter,
+    ),
+    Patch(
+        target="peft.auto:_BaseAutoPeftModel.from_pretrained",
+        why="It reads adapter_config.json by itself, to find the base, and a damaged one ends in errors of any line.",
+        door="errors of one kind for files that cannot be read",
+        since="none",
+        rests_on=("pretrained_model_name_or_path",),
+        wrap=of_peft.auto_loaded,
+    ),
+    Patch(
+        target="peft.utils.hotswap:load_peft_weights",
+        why="A hotswap_adapter that was imported by name before lowra goes past the replacement below.",
+        door="a hook on loading adapters",
+        since="none",
+        rests_on=("model_id",),
+        wrap=of_peft.remembered,
     ),
     Patch(
         target="peft.utils.hotswap:hotswap_adapter",

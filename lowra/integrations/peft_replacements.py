@@ -3,14 +3,18 @@
 Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
 """
 
+import contextlib
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import LoraConfig
 
+from ..checkpoints.records import BASE_RECORD
 from ..nn.adapter_tables import release_adapter_tables
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear
@@ -150,6 +154,18 @@ def checked_adapter(original: Callable) -> Callable:
     return load_adapter
 
 
+def auto_loaded(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(pretrained_model_name_or_path, (str, pathlib.Path)):
+            folder = pathlib.Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+            if (folder / BASE_RECORD).is_file():  # an adapter of a packed base
+                check_settings(folder, {})
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return from_pretrained
+
+
 def counted_by_peft(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_nb_trainable_parameters(self: Any) -> Any:
@@ -176,11 +192,55 @@ def checked_swap(original: Callable) -> Callable:
         inner = getattr(model, "_orig_mod", model)  # of a compiled model
         arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
         check_saved(model_name_or_path, kwargs, arriving.record)
-        with tables_set_aside(inner, adapter_name):  # or the swap below would refuse to lose them
+        with tables_set_aside(inner, adapter_name), _swap_checked():  # or the swap below would refuse to lose them
             original(model, model_name_or_path, adapter_name, *args, **kwargs)
         settle(inner, adapter_name, arriving)
 
     return hotswap_adapter
+
+
+class _Reading(threading.local):
+    """What a thread's hotswap has read: for one whose function was imported by name before lowra was.
+
+    Attributes:
+        source: folder or name of the adapter, and options; None where the swap has been checked.
+        tensor: a weak reference to one of its tensors.
+    """
+
+    source: tuple[Any, dict[str, Any]] | None = None
+    tensor: Any = None
+    checked = False
+
+
+_reading = _Reading()
+
+
+@contextlib.contextmanager
+def _swap_checked() -> Iterator[None]:
+    _reading.checked = True
+    try:
+        yield
+    finally:
+        _reading.checked = False
+
+
+def remembered(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = original(model_id, *args, **kwargs)
+        if not _reading.checked and tensors:
+            _reading.source, _reading.tensor = (model_id, kwargs), weakref.ref(next(iter(tensors.values())))
+        return tensors
+
+    return load_peft_weights
+
+
+def _read_from(state_dict: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The adapter that these tensors were just read from, if nobody has checked it."""
+    source, tensor = _reading.source, _reading.tensor and _reading.tensor()
+    _reading.source = _reading.tensor = None
+    same = tensor is not None and any(given is tensor for given in state_dict.values())
+    return source if same and not _reading.checked else None
 
 
 def swap_without_record(original: Callable) -> Callable:
@@ -189,6 +249,14 @@ def swap_without_record(original: Callable) -> Callable:
         model: Any, state_dict: Any, adapter_name: Any, *args: Any, **kwargs: Any
     ) -> Any:
         inner = getattr(model, "_orig_mod", model)
+        source = _read_from(state_dict)
+        if source is not None:
+            arriving = check_adapter(inner, *source, any_base=False)
+            check_saved(*source, arriving.record)
+            with tables_set_aside(inner, adapter_name):
+                original(model, state_dict, adapter_name, *args, **kwargs)
+            settle(inner, adapter_name, arriving)
+            return
         if is_packed_base(inner):
             refuse_losing_tables(inner, [adapter_name], "factors from a state dict")
         original(model, state_dict, adapter_name, *args, **kwargs)

@@ -3,10 +3,11 @@
 Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
 """
 
+import contextlib
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..checkpoints.configs import packing_described
@@ -69,12 +70,33 @@ def built_config(original: Callable) -> Callable:
 def described(original: Callable) -> Callable:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        config = getattr(getattr(self, "config", None), "quantization_config", None)
+        if not is_main_process or not isinstance(config, LowRAConfig):
+            result = original(self, save_directory, is_main_process, *args, **kwargs)
+        else:
+            with _described_before_upload(self, pathlib.Path(save_directory)):
+                result = original(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             describe_saved(self, pathlib.Path(save_directory))
         return result
 
     return save_pretrained
+
+
+@contextlib.contextmanager
+def _described_before_upload(model: Any, folder: pathlib.Path) -> Iterator[None]:
+    """With push_to_hub=True save_pretrained uploads what it has written before it returns."""
+    upload = model._upload_modified_files
+
+    def described_upload(*args: Any, **kwargs: Any) -> Any:
+        describe_saved(model, folder)
+        return upload(*args, **kwargs)
+
+    model.__dict__["_upload_modified_files"] = described_upload
+    try:
+        yield
+    finally:
+        del model.__dict__["_upload_modified_files"]
 
 
 def dtype(original: property) -> property:

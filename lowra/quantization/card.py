@@ -13,12 +13,14 @@ from .initial_adapter import AdapterRecipe
 
 CARD_FILE = "README.md"
 
+UNKNOWN = "not known"
+
 _CARD = """---
 library_name: transformers
 {base_model}tags: [lowra, quantized]
 ---
 
-# {title}, packed at {nominal_bits:.4g} bits
+# {title}, packed{at_bits}
 
 {packed} packed by lowra {version}: every output channel has its own precision and level table. Everything else is as
 in the base.
@@ -71,13 +73,13 @@ def model_card(
     packed += ["embeddings (with a head that is tied to them)"] if config.quantize_embeddings else []
     packed += ["output head"] if config.quantize_head else []
     asked = {name: value for name, value in config.to_dict().items() if name not in (*FILLED_IN, "quant_method")}
-    base = str(config.base)
-    of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not pathlib.Path(base).exists()
+    base = config.base or UNKNOWN
+    of_hub = config.base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not pathlib.Path(base).exists()
     rows = {
-        "base": f"`{base}`",
-        "fingerprint of the base": f"`{config.fingerprint}`",
-        "nominal bits (codes alone)": f"{config.nominal_bits:.4f}",
-        "true bits (everything stored)": f"{config.true_bits:.4f} per packed weight",
+        "base": f"`{base}`" if config.base else base,
+        "fingerprint of the base": f"`{config.fingerprint}`" if config.fingerprint else UNKNOWN,
+        "nominal bits (codes alone)": _figure(config.nominal_bits, ".4f"),
+        "true bits (everything stored)": _figure(config.true_bits, ".4f", " per packed weight"),
         "packed weights": f"{_mib(packed_bytes)} for {parameters:,} (in 16 bits {_mib(2 * parameters)})",
         **_rows_of_report(config, report, adapter),
         "recipe": ", ".join(f"{name}={value}" for name, value in asked.items()),
@@ -87,8 +89,8 @@ def model_card(
     of_transformers = hasattr(transformers, architecture)  # otherwise its code lies beside it
     card = _CARD.format(
         base_model=f"base_model: {base}\n" if of_hub else "",  # the hub refuses cards that name a folder there
-        title=base if of_hub else pathlib.Path(base).name,
-        nominal_bits=config.nominal_bits,
+        title=base if of_hub else pathlib.Path(base).name if config.base else architecture,
+        at_bits="" if config.nominal_bits is None else f" at {config.nominal_bits:.4g} bits",
         packed=" and ".join(packed),
         version=__version__,
         rows="\n".join(f"| {name} | {content} |" for name, content in rows.items()),
@@ -101,7 +103,7 @@ def model_card(
 def _rows_of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRecipe | None) -> dict[str, str]:
     """Rows that only a finished run of `quantize_checkpoint` knows of; without one, the error that was planned."""
     if report is None:
-        return {"squared error / energy": f"{config.error:.5f} (planned)"}
+        return {"squared error / energy": _figure(config.error, ".5f", " (planned)")}
     error = f"{report['packed_error']:.5f}"
     initial = "none"
     if adapter is not None:
@@ -113,6 +115,11 @@ def _rows_of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRe
         "assigner": f"{report['assigner']['solver']}: error {report['assigner']['gap']:.2e} above the relaxed bound",
         "adapter": initial,
     }
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    """A number that config.json may have lost: files of other tools keep what they know."""
+    return UNKNOWN if value is None else f"{value:{form}}{unit}"
 
 
 def _mib(size: int) -> str:
