@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 import lowra
 from lowra.commands import main, memory
@@ -160,6 +168,22 @@ def test_plan_says_what_fits_and_what_to_run(seven, tiny_packed, capsys):
     assert main(["plan", str(tiny_packed), "--gpu", "8GB", "--json"]) == 0
     plan = last_object(capsys)
     assert plan["fits"] and len(plan["commands"]) == 1 and "finetune" in plan["commands"][0]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "reason"),
+    [
+        (MixtralConfig(intermediate_size=64, num_local_experts=2, **SMALL), "MixtralForCausalLM", "experts"),
+        (Gemma2Config(intermediate_size=64, head_dim=128, **SMALL), "Gemma2ForCausalLM", "attention scores"),
+        (BartConfig(d_model=32, encoder_layers=1, decoder_layers=1), "BartForConditionalGeneration", "language model"),
+    ],
+)
+def test_what_is_not_known_is_not_guessed(config, name, reason, tmp_path, capsys):
+    folder = save_config(config, tmp_path / "model", name)
+    assert main(["plan", folder, "--gpu", "8GB"]) == 2
+    assert reason in capsys.readouterr().err
+    assert memory.shape_if_known(folder, trust_remote_code=False) is None
+    assert f"not known beforehand: {folder}" in capsys.readouterr().out
 
 
 def test_of_a_hub_name_only_the_config_is_fetched(seven, monkeypatch, capsys):

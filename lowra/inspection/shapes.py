@@ -97,6 +97,8 @@ def read_shape(model: str, trust_remote_code: bool = False) -> ModelShape:
     linears = tuple(find_targets(skeleton, skip).values())
     if any(target.experts for target in linears):
         raise UnknownMemory(f"{model} has mixtures of experts, whose activations are not known beforehand.")
+    if not getattr(skeleton, "_supports_sdpa", False) or getattr(config, "attn_logit_softcapping", None):
+        raise UnknownMemory(f"{model} holds its attention scores, which grow with the square of the length.")
     head, table = skeleton.get_output_embeddings(), cast(nn.Embedding, skeleton.get_input_embeddings())
     tied = head is None or f"{_name(skeleton, head)}.weight" in getattr(skeleton, "all_tied_weights_keys", {})
     hidden, heads = config.hidden_size, config.num_attention_heads
