@@ -41,7 +41,8 @@ _CAPTURED = (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
 )
-_IGNORED = {"attention_mask", "past_key_values", "cache_position", "use_cache", "logits_to_keep", "position_ids"}
+_CACHES = ("cache", "past_key_values")  # the latter before Transformers 5.24
+_IGNORED = {"attention_mask", *_CACHES, "cache_position", "use_cache", "logits_to_keep", "position_ids"}
 _SLOTS = 256  # caches are multiples of so many slots, so that requests of like lengths share a graph
 _STEPS = 4  # of a graph: between two graphs the GPU waits for some 20 us
 _CHECKED_TOKENS = 8
@@ -126,8 +127,7 @@ class Request:
         others = sorted(name for name, value in self.model_kwargs.items() if name not in _IGNORED and value is not None)
         if others:
             raise Unsupported(f"the model is given {', '.join(others)}")
-        past = self.model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        if any(self.model_kwargs[name].get_seq_length() for name in _CACHES if self.model_kwargs.get(name) is not None):
             raise Unsupported("it goes on from a cache")
 
     def first_tokens(self) -> torch.Tensor:
