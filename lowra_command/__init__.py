@@ -14,10 +14,40 @@ import warnings
 
 from safetensors import SafetensorError
 
-from . import adapter, chat, compare, demo, env, evaluate, finetune, generate, inspect, plan, quantize, verify
+from . import (
+    adapter,
+    chat,
+    compare,
+    demo,
+    env,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    inspect,
+    merge,
+    plan,
+    quantize,
+    verify,
+)
 from .parser import CommandParser
 
-_COMMANDS = (plan, quantize, finetune, evaluate, generate, chat, inspect, verify, compare, adapter, demo, env)
+_COMMANDS = (
+    plan,
+    quantize,
+    finetune,
+    evaluate,
+    generate,
+    chat,
+    inspect,
+    verify,
+    compare,
+    merge,
+    export,
+    adapter,
+    demo,
+    env,
+)
 
 _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
 
@@ -27,6 +57,7 @@ The usual way, from a checkpoint that is too large for your GPU to an adapter tr
   lowra finetune configs/wikitext2.yaml model=small output=runs/mine
   lowra evaluate small --adapter runs/mine/adapter --data text.txt
   lowra generate small --adapter runs/mine/adapter --prompt "Once upon a time"
+  lowra merge runs/mine/adapter --output merged
 """
 
 

@@ -31,6 +31,7 @@ def test_env_says_what_runs_here(capsys):
     if torch.version.cuda is None:
         assert "without CUDA" in found["libraries"]["cuda"]["why_not"]
     assert found["switched_off"] == []
+    assert found["autoload"].startswith(("on:", "not installed:"))
 
 
 @pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")

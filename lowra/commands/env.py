@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> dict:
     print("\nintegrations switched off" + ("" if found["switched_off"] else ": none"))
     for reason in found["switched_off"]:
         print(f"  {reason}")
+    _line("autoload", found["autoload"])
     for name, value in found["settings"].items():
         _line(name, value)
     return found

@@ -1,5 +1,6 @@
 """What lowra finds where it runs: versions, GPUs, native libraries, kernels in use, and why others are not."""
 
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -17,7 +18,15 @@ from ..integrations.patches import TABLE
 from ..integrations.patching import LibraryChanged
 
 PACKAGES = ("lowra", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "trl")
-SETTINGS = ("LOWRA_CPU", "LOWRA_PRODUCT", "LOWRA_CUDA_LIBRARY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+SETTINGS = (
+    "LOWRA_AUTOLOAD",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "LOWRA_CPU",
+    "LOWRA_PRODUCT",
+    "LOWRA_CUDA_LIBRARY",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 # What the kernels of an instruction set ask of a processor (csrc/cpu/dispatch.cpp), by the names of /proc/cpuinfo.
 _ASKED = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
@@ -36,8 +45,17 @@ def describe() -> dict[str, Any]:
         "libraries": libraries(),
         "kernels": kernels(),
         "switched_off": switched_off(),
+        "autoload": autoload(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
+
+
+def autoload() -> str:
+    """Whether packed folders open without an `import lowra` here, in the words of the module that sees to it."""
+    try:
+        return importlib.import_module("lowra_autoload").state()
+    except ImportError:
+        return "not installed: renew the installation of lowra"
 
 
 def versions() -> dict[str, str | None]:
