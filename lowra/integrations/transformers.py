@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -69,6 +70,11 @@ class LowRAHfQuantizer(HfQuantizer):
             raise ValueError(
                 "FSDP1 flattens weights into one floating-point tensor and cannot hold packed integers: use FSDP2 "
                 "(`fsdp_version: 2` in accelerate's configuration)."
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 loads and splits weights by itself and does not know packed ones: use FSDP2 "
+                "(`fsdp_version: 2` in accelerate's configuration), or DDP, since a packed model is small."
             )
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(

@@ -122,3 +122,10 @@ def test_fsdp1_is_refused(packed_llama, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="use FSDP2"):
         load(packed_llama)
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_lowra": True}])
+def test_zero3_of_deepspeed_is_refused(packed_llama, dense_llama, monkeypatch, options):
+    monkeypatch.setattr("lowra.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO-3 loads and splits weights by itself.*use FSDP2"):
+        load(dense_llama if options else packed_llama, **options)
