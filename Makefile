@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc bitsandbytes lowra lowra_command -type f -not -name '*.pyc')
+SOURCES := $(shell find csrc bitsandbytes lowra lowra_command configs -type f -not -name '*.pyc')
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \

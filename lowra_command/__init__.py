@@ -28,6 +28,7 @@ from . import (
     merge,
     plan,
     quantize,
+    recipes,
     verify,
 )
 from .parser import CommandParser
@@ -35,6 +36,7 @@ from .parser import CommandParser
 _COMMANDS = (
     plan,
     quantize,
+    recipes,
     finetune,
     evaluate,
     generate,
@@ -54,7 +56,7 @@ _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1
 The usual way, from a checkpoint that is too large for your GPU to an adapter trained on it:
 
   lowra quantize MODEL --bits 2 --rank 16 --output small
-  lowra finetune configs/wikitext2.yaml model=small output=runs/mine
+  lowra finetune 8gb-chat model=small train_file=chat.jsonl output=runs/mine
   lowra evaluate small --adapter runs/mine/adapter --data text.txt
   lowra generate small --adapter runs/mine/adapter --prompt "Once upon a time"
   lowra merge runs/mine/adapter --output merged

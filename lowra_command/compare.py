@@ -12,10 +12,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="fine-tune by several methods at several budgets and tabulate the results",
         description="Run methods x bits x seeds of one recipe and write one table (Markdown and JSON) and one picture. "
         "Cells that are finished are kept; combinations that a method has no form for are left out.",
-        epilog="example: lowra compare configs/base-30m-wikitext2.yaml --methods lora16,loftq,lowra --bits 1.5,2,4 "
+        epilog="example: lowra compare base-30m-wikitext2 --methods lora16,loftq,lowra --bits 1.5,2,4 "
         "--seeds 0,1,2 --output runs/table2",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe of everything that does not vary")
+    parser.add_argument(
+        "config", metavar="RECIPE", help="of everything that does not vary: a YAML file or a name of lowra recipes"
+    )
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
     parser.add_argument(
         "--methods",

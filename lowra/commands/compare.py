@@ -3,6 +3,8 @@
 import argparse
 import re
 
+from lowra_command.recipe_files import find_recipe
+
 from ..checkpoints.places import usable_folder
 from ..optional import require
 from ..training.grid import plan_grid, run_grid
@@ -18,7 +20,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     require("lowra compare", "matplotlib")
     output = usable_folder(args.output)
-    recipe = load_recipe(args.config, args.overrides)
+    recipe = load_recipe(find_recipe(args.config), args.overrides)
     cells = plan_grid(recipe, re.split(_COMMAS, args.methods), _numbers(args.bits, float), _numbers(args.seeds, int))
     result = run_grid(recipe, cells, output)
     print((output / "table.md").read_text(encoding="utf-8"))

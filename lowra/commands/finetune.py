@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from lowra_command.recipe_files import find_recipe
+
 from ..training.finetune import finetune
 from ..training.recipe import Recipe, load_recipe
 from .memory import announce_finetuning
@@ -13,9 +15,11 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used.
     """
-    recipe = load_recipe(args.config, args.overrides)
+    recipe = load_recipe(find_recipe(args.config), args.overrides)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
     announce_finetuning(recipe, not args.no_memory_check, first)
+    if first and recipe.save_steps:
+        print(f"A checkpoint every {recipe.save_steps} steps in {recipe.output}; after a crash add resume=true.")
     result = finetune(recipe, progress=first)
     if first:
         _show(recipe, result)
@@ -23,12 +27,16 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _show(recipe: Recipe, result: dict) -> None:
-    print(f"{recipe.method}: {result['nominal_bits']:g} nominal bits, {result['true_bits']:.3f} true bits per weight")
+    print(f"{recipe.method}: {result['nominal_bits']:.3g} nominal bits, {result['true_bits']:.3f} true bits per weight")
     print(f"{result['steps']} steps in {result['train_seconds']:.1f} s on {result['device']}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")
     print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
+    verb = "chat" if recipe.task == "chat" else "generate"
+    prompt = "" if recipe.task == "chat" else ' --prompt "..."'
+    if recipe.task != "summarization":
+        print(f"  lowra {verb} {result['base']} --adapter {result['adapter']}{prompt}")
 
 
 def _number(value: object) -> str:

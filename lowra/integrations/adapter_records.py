@@ -131,15 +131,15 @@ def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> N
     Raises:
         ValueError: the adapter belongs to another base, to one of other bits, or to a packed one where this is dense.
     """
-    remedy = "Load its own base, or pass any_base=True."
+    remedy = "Load its own base; in Python any_base=True loads it on this one all the same."
     check_fingerprint(record.get("fingerprint"), base, f"The adapter {adapter}", remedy)
     bits, here = record.get("nominal_bits"), packing(base, "nominal_bits")
     if here and record.get("converted_from", "lora") != "lora":
         raise ValueError(
             f"The adapter {adapter} was converted for the original of this base "
             f"(path_initial_model_for_weight_conversion): its start, {record['converted_from']}, which makes up for "
-            "the quantisation, has been taken out. Load it on the original, save it without converting it, or pass "
-            "any_base=True."
+            "the quantisation, has been taken out. Load it on the original, save it without converting it, or in "
+            "Python pass any_base=True."
         )
     config: Any = base.config
     difference = differences(record, record_of_base(config.quantization_config)) if here else None
@@ -157,8 +157,8 @@ def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> N
     if bits and here is None and record.get("init") not in (None, "lora"):
         raise ValueError(
             f"The adapter {adapter} began as {record['init']} on {record.get('base')} at {bits:.4f} nominal bits: part "
-            "of it makes up for the quantisation, and this model is dense. Load its packed base, or pass any_base=True "
-            "for the same base dequantised."
+            "of it makes up for the quantisation, and this model is dense. Load its packed base; in Python "
+            "any_base=True is for the same base dequantised."
         )
 
 

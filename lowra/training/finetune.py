@@ -32,11 +32,12 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..checkpoints.atomic import save_json
+from ..checkpoints.atomic import save_json, save_text
 from ..checkpoints.places import expanded, usable_folder
 from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
+from .adapter_card import CARD_FILE, adapter_card
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
@@ -76,19 +77,24 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:
         (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
-        write_adapter(model, recipe, base, data, output / "adapter")
-        save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:g} bits")
+        write_adapter(model, recipe, base, data, result["steps"], output / "adapter")
+        save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:.3g} bits")
         save_json(result, output / "metrics.json")
     return result
 
 
-def write_adapter(model: PeftModel, recipe: Recipe, base: Base, data: TaskData, folder: pathlib.Path) -> None:
-    """The adapter and its tables, at once; for conversations also the tokenizer, whose template it was trained in."""
+def write_adapter(
+    model: PeftModel, recipe: Recipe, base: Base, data: TaskData, steps: int, folder: pathlib.Path
+) -> None:
+    """The adapter, its card and tables, at once; for conversations also the tokenizer, whose template it learned."""
     # it belongs to the packed base: with the dense one it would add the error it makes up for
-    model.peft_config["default"].base_model_name_or_path = base.name
+    adapter: Any = model.peft_config["default"]
+    adapter.base_model_name_or_path = base.name
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial / folder.name))
+    card = adapter_card(recipe, base, adapter.r, adapter.lora_alpha, steps, adapter.task_type)
+    save_text(card, partial / folder.name / CARD_FILE)  # in place of PEFT's, which is a form to fill in
     if recipe.tables != "frozen":
         save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
     if recipe.task == "chat":

@@ -163,7 +163,8 @@ def run_cells(
     untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if cell.name in results}
     start_of_all = time.perf_counter()
     for number, cell in enumerate(missing, start=1):
-        started, settled = time.perf_counter(), settle(cell.recipe)
+        started = time.perf_counter()
+        settled = dataclasses.replace(settle(cell.recipe), save_steps=None)  # a cell that was killed starts anew
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(settled, pathlib.Path(scratch) / "checkpoints")
             device = torch.device(quantize_on or arguments.device)
@@ -171,7 +172,7 @@ def run_cells(
             ready = time.perf_counter()
             result, model = train(settled, base, data, arguments, untuned.get(cell.base_key), progress)
             if keep_adapters:
-                write_adapter(model, settled, base, data, adapter_folder(cell, output))
+                write_adapter(model, settled, base, data, result["steps"], adapter_folder(cell, output))
             del model
         gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
         result["label"] = cell.label
@@ -195,7 +196,7 @@ def _finished(cell: Cell, output: pathlib.Path, with_adapter: bool) -> dict | No
     if not path.exists() or with_adapter and not adapter_folder(cell, output).is_dir():
         return None
     result = read_json(path, "the result of a finished cell")
-    paths = ("model", "output", "train_file", "validation_file", "report_to", "workers")
+    paths = ("model", "output", "train_file", "validation_file", "report_to", "workers", "save_steps")
     # fields newer than the result take their defaults
     recipes = (cell.recipe, without_idle_fields(Recipe.from_dict(result["recipe"])))
     ours, theirs = ({k: v for k, v in r.to_dict().items() if k not in paths} for r in recipes)

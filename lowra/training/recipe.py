@@ -90,7 +90,8 @@ class Recipe:
         gradient_checkpointing: recompute activations in backward.
         bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both.
         seed, data_seed: of training and of the carved validation rows.
-        eval_steps, save_steps: optimiser steps between evaluations and checkpoints; None does neither.
+        eval_steps: optimiser steps between evaluations; None does not evaluate on the way.
+        save_steps: optimiser steps between checkpoints, from which a run that crashed resumes; None writes none.
         eval_epochs: evaluate after each epoch.
         logging_steps: optimiser steps between points of the loss curve.
         workers: processes that load data.
@@ -153,7 +154,7 @@ class Recipe:
     data_seed: _Seed = 42
     eval_steps: _Limit | None = None
     eval_epochs: _Truth = False
-    save_steps: _Limit | None = None
+    save_steps: _Limit | None = 25
     logging_steps: _Count = 1
     workers: _Processes = 0
     report_to: str = "none"
