@@ -32,6 +32,7 @@ from ..checkpoints.records import (
     record_of_base,
     record_of_files,
 )
+from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
 from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
 from .adapter_configs import check_adapter_config
@@ -133,8 +134,8 @@ def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> N
     """
     remedy = "Load its own base; in Python any_base=True loads it on this one all the same."
     check_fingerprint(record.get("fingerprint"), base, f"The adapter {adapter}", remedy)
-    bits, here = record.get("nominal_bits"), packing(base, "nominal_bits")
-    if here and record.get("converted_from", "lora") != "lora":
+    bits, here, packed = record.get("nominal_bits"), packing(base, "nominal_bits"), is_packed_base(base)
+    if packed and record.get("converted_from", "lora") != "lora":
         raise ValueError(
             f"The adapter {adapter} was converted for the original of this base "
             f"(path_initial_model_for_weight_conversion): its start, {record['converted_from']}, which makes up for "
@@ -142,7 +143,7 @@ def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> N
             "Python pass any_base=True."
         )
     config: Any = base.config
-    difference = differences(record, record_of_base(config.quantization_config)) if here else None
+    difference = differences(record, record_of_base(config.quantization_config)) if packed else None
     if bits and here and f"{bits:.4f}" != f"{here:.4f}":
         known = f" (another packing: {difference}, there vs here)" if difference else ""
         raise ValueError(
@@ -154,7 +155,7 @@ def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> N
             f"The adapter {adapter} belongs to another packing of the same base ({difference}, there vs here): an "
             f"adapter also makes up for the errors of its own packing. {remedy}"
         )
-    if bits and here is None and record.get("init") not in (None, "lora"):
+    if bits and not packed and record.get("init") not in (None, "lora"):
         raise ValueError(
             f"The adapter {adapter} began as {record['init']} on {record.get('base')} at {bits:.4f} nominal bits: part "
             "of it makes up for the quantisation, and this model is dense. Load its packed base; in Python "
@@ -203,7 +204,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def is_packed_base(model: nn.Module) -> bool:
-    return packing(base_of(model), "fingerprint") is not None
+    return isinstance(getattr(getattr(base_of(model), "config", None), "quantization_config", None), LowRAConfig)
 
 
 def check_settings(adapter: str | pathlib.Path, options: dict) -> None:
@@ -231,6 +232,13 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
     record = {} if path is None else read_record(path)
     if not any_base:
         _check_base(record, base_of(model), adapter)
+        if not record and packing(base_of(model), "initial_adapter") is not None:
+            logger.warning(
+                "lowra: the adapter %s has no %s, so nothing tells whether it was trained on this packing of its base, "
+                "and from the start that holds a part of the weights. If it was not, the outputs are far off.",
+                adapter,
+                BASE_RECORD,
+            )
     tables = file_of(adapter, TABLES_FILE, options)
     if tables is None or not (record or is_packed_base(model)):
         return Arriving(record)

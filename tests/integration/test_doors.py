@@ -78,6 +78,32 @@ def test_a_card_of_a_config_that_lost_something(packings, tmp_path, lost):
     assert (tmp_path / "again" / DIGESTS_FILE).is_file()
 
 
+@pytest.mark.parametrize("lost", ["nominal_bits", "fingerprint", "packing", "base"])
+def test_a_config_that_lost_something_is_that_of_a_packed_base(packings, tmp_path, lost):
+    """An adapter of another packing that started anew was accepted where nominal_bits were missing."""
+    own, other = packings
+    folder = tmp_path / "copy"
+    shutil.copytree(own / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"][lost]
+    (folder / "config.json").write_text(json.dumps(config))
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), own / "adapter")
+    with pytest.raises(ValueError, match="another packing of the same base .*refine=2 vs 0"):
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), other / "adapter")
+
+
+def test_an_adapter_without_record_on_a_base_that_has_a_start(packings, dense_llama, tmp_path, caplog):
+    lowra.quantize_checkpoint(
+        dense_llama, tmp_path / "base", lowra.LowRAConfig(bits=2), lowra.AdapterRecipe(4), progress=False
+    )
+    shutil.copytree(packings[0] / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "lowra_base.json").unlink()
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(packings[0] / "base"), tmp_path / "adapter")
+    assert "has no lowra_base.json" not in caplog.text
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert "has no lowra_base.json" in caplog.text
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "null", '{"peft_type": 3}', '{"r": "a"}', '{"peft_type": "LORA", "r": "four"}', "\udcff"]
 )
