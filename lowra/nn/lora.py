@@ -42,13 +42,13 @@ class _LoraLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = linear(rows, packed, bias)
+        out = linear(x, packed, bias)  # returned as it is: a view could not be written into afterwards
         inner = rows @ a.to(x.dtype).t()
-        out.addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
+        out.view(-1, out.shape[-1]).addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
         ctx.save_for_backward(x, inner, a, b, *packed.tensors)
         ctx.scaling, ctx.sizes = scaling, packed.sizes
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

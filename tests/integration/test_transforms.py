@@ -204,6 +204,21 @@ def test_tables_are_differentiated_twice_and_forwards(name):
     torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(3, K), (2, 3, K), (2, 20, K)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_comes_out_can_be_written_into(kind, shape):
+    layer, weight, bias = LAYERS[kind]()
+    gradients = []
+    for f in (layer, lambda v: nn.functional.linear(v, weight, bias)):
+        x = numbers(*shape).requires_grad_()
+        out = f(x)
+        out += 1
+        out[:1] *= 2
+        out.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
 def test_ids_are_mapped_over():
     packed = packed_weight()
     table = LowRAEmbedding(K, N, packed.group_size, packed.tensors(), torch.float32)

@@ -316,7 +316,8 @@ def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | 
     dtype = _factor_type(x)
     flat = x.reshape(-1, packed.in_features).to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    out = flat.new_empty(flat.shape[0], packed.rows)
+    whole = flat.new_empty(*x.shape[:-1], packed.rows)  # returned as it is: a view could not be written into afterwards
+    out = whole.view(flat.shape[0], packed.rows)
     for first in range(0, packed.rows, rows):
         block = slice(first, min(first + rows, packed.rows))
         part = (first, block.stop - first, 0, packed.in_features)
@@ -326,7 +327,7 @@ def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | 
         else:
             torch.addmm(bias[block], flat, weight, out=out[:, block])
         del weight  # or two parts would be held while the next is made
-    return out.to(x.dtype).view(*x.shape[:-1], packed.rows)
+    return whole.to(x.dtype)
 
 
 def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: int) -> torch.Tensor:
