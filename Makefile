@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc bitsandbytes lowra lowra_command configs -type f -n
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
-  profile test-tools smoke dist
+  profile test-tools test-cpu smoke dist
 
 # Where there is no GPU, the processor's library is enough, and nvcc is not kept busy for minutes on one that nothing runs.
 demo: $(if $(wildcard $(VENV)/.built)$(shell nvidia-smi -L 2>/dev/null),$(VENV)/.built,$(VENV)/.built-for-cpu)
@@ -32,6 +32,10 @@ fuzz: $(VENV)/.built
 # Hostile arguments to the ops and the CPU library under AddressSanitizer, three minutes. ARGS="--seed 7 --seconds 600".
 fuzz-ops: $(VENV)/.built
 	$(BIN)/python scripts/fuzz_ops.py $(ARGS)
+
+# The CPU library with sanitizers, and for ARM under an emulator where g++-aarch64-linux-gnu and qemu-user are installed.
+test-cpu: $(VENV)/.built
+	$(BIN)/python -m pytest -m slow tests/kernels
 
 # The real commands of other tools (trl, lm_eval, transformers serve) on packed folders; those not installed are skipped.
 test-tools: $(VENV)/.built

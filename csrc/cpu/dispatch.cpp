@@ -8,7 +8,7 @@
 
 namespace {
 
-bool runs_here(const row_kernels &kernels) {
+bool runs_here([[maybe_unused]] const row_kernels &kernels) {
 #if defined(__x86_64__)
   if (&kernels == &rows_avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
