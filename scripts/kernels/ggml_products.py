@@ -61,14 +61,18 @@ class Ggml:
 
 
 class GgmlProduct:
-    """x [tokens, K] times a transposed weight [N, K] that ggml quantised to one of `TYPES`.
+    """x [tokens, K] times a transposed weight [rows, K] that ggml quantised to one of `TYPES`.
 
     Attributes:
         bytes: of the weight.
     """
 
-    def __init__(self, ggml: Ggml, kind: str, weight: torch.Tensor, tokens: int):
-        rows, in_features = weight.shape
+    def __init__(self, ggml: Ggml, kind: str, weight: torch.Tensor, rows: int, tokens: int):
+        """
+        Args:
+            weight: [N, K], of which the rows repeat up to `rows`, a multiple of N: quantising takes ggml long.
+        """
+        given, in_features = weight.shape
         base = ggml.base
         self._ggml = ggml
         holds_weight, holds_rest = ggml.context(), ggml.context()
@@ -76,9 +80,10 @@ class GgmlProduct:
         plain = base.ggml_backend_cpu_buffer_type()
         base.ggml_backend_alloc_ctx_tensors_from_buft(holds_weight, ggml._repacked() if kind in _REPACKED else plain)
         self.bytes = base.ggml_nbytes(tensor)
-        coded = torch.empty(self.bytes, dtype=torch.uint8)
+        part = torch.empty(self.bytes * given // rows, dtype=torch.uint8)
         wide = weight.float().contiguous()
-        base.ggml_quantize_chunk(TYPES[kind], wide.data_ptr(), coded.data_ptr(), 0, rows, in_features, None)
+        base.ggml_quantize_chunk(TYPES[kind], wide.data_ptr(), part.data_ptr(), 0, given, in_features, None)
+        coded = part.repeat(rows // given)
         base.ggml_backend_tensor_set(tensor, coded.data_ptr(), 0, self.bytes)
         self._x = base.ggml_new_tensor_2d(holds_rest, TYPES["F32"], in_features, tokens)
         self._out = base.ggml_mul_mat(holds_rest, tensor, self._x)
