@@ -19,9 +19,8 @@ import time
 import torch
 from kernels.ggml_products import Ggml, GgmlProduct
 
-from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra import decoding, layout
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import linear
 
 # [out_features, in_features] and how often a model has it.
 SHAPES = {
@@ -73,7 +72,7 @@ class Products:
         rows, in_features = shape
         if kind.startswith("lowra"):
             weight = packed(rows, in_features, float(kind[6:]))
-            return lambda: linear(x, weight)
+            return lambda: decoding.linear_group(x, [(weight, None)])
         if kind in GGML:
             call = GgmlProduct(ggml, kind, torch.randn(32, in_features), rows, len(x))
             call.set_x(x)
