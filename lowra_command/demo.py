@@ -12,7 +12,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="compare 16-bit LoRA, QLoRA, LoftQ and lowra down to 1.5 bits in one table and picture",
         description="Fine-tunes one model six times on the same text: 16-bit LoRA, QLoRA at 4 and 2 bits, LoftQ at 2, "
         "lowra at 2 and 1.5. Without --model that is a LLaMA of 6.4 million parameters which comes with lowra, and the "
-        "text docstrings of Python's standard library: about a minute on two processor cores, no download. With "
+        "text docstrings of Python's standard library: a minute or two on two processor cores, no download. With "
         "--model, --train and --validation the same comparison runs on any checkpoint and text.",
     )
     parser.add_argument("--output", type=pathlib.Path, default="demo", help="folder of everything the demo writes")

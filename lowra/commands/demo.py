@@ -113,7 +113,7 @@ def _last_words(base: pathlib.Path, adapter: pathlib.Path, args: argparse.Namesp
 def _conclude(args: argparse.Namespace, output: pathlib.Path, problems: list[str], seconds: float) -> None:
     print(f"Table: {output / 'table.md'}. Picture: {output / 'comparison.png'}. Done in {seconds:.0f} s.")
     if not problems:
-        print("lowra at 2 bits and at 1.5 bits ended below LoftQ at 2. Next, a model of yours: lowra quantize --help")
+        print("lowra at 2 bits and at 1.5 bits ended below LoftQ at 2. Next, a model of yours: lowra plan MODEL")
     elif args.model is None and args.train is None:
         print("\nSOMETHING IS WRONG: " + " ".join(problems), file=sys.stderr)
         print("Both must end below. Please report it, with the table and what computer this is.", file=sys.stderr)
