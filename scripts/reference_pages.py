@@ -10,8 +10,8 @@ import typing
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from lowra.commands import build_parser
 from lowra.training.recipe import Recipe
+from lowra_command import build_parser
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

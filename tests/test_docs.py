@@ -6,8 +6,9 @@ import shlex
 
 import pytest
 
-from lowra.commands import build_parser
 from lowra.training.recipe import load_recipe
+from lowra_command import build_parser
+from lowra_command.recipe_files import find_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -31,7 +32,7 @@ def test_commands_of_the_pages_parse(page, monkeypatch):
     for words in _commands(page):
         args = build_parser().parse_args(words)
         if words[0] == "finetune" and not args.config.isupper():
-            load_recipe(args.config, args.overrides)
+            load_recipe(find_recipe(args.config), args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

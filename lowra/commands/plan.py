@@ -164,12 +164,12 @@ def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
         fields += f" optimizer={option.optimizer}"
     if shape.packed is not None:
         rank = "" if shape.packed.initial_adapter else f"rank={option.rank} "
-        return [f"lowra finetune RECIPE.yaml model={model} {rank}{fields}"]
+        return [f"lowra finetune 8gb-chat train_file=FILE model={model} {rank}{fields}"]
     more = " --embeddings" * option.embeddings + " --head" * option.head
     more += " --calibrate TEXT" if option.bits < 2 else ""
     return [
         f"lowra quantize {model} --bits {option.bits:g} --rank {option.rank}{more} --output packed",
-        f"lowra finetune RECIPE.yaml model=packed {fields}",
+        f"lowra finetune 8gb-chat train_file=FILE model=packed {fields}",
     ]
 
 
