@@ -12,8 +12,9 @@ NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 demo: $(if $(wildcard $(VENV)/.built)$(shell nvidia-smi -L 2>/dev/null),$(VENV)/.built,$(VENV)/.built-for-cpu)
 	$(BIN)/lowra demo --output demo
 
+# A process for each core, with one thread each: the models of the tests are too small for more.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not cuda"
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
