@@ -122,9 +122,10 @@ def text_blocks(
             block = tokens[begin : begin + block_size]
             blocks.append({"input_ids": block, "labels": list(block)})
     if not blocks:
+        where = f" in any {ROWS_PER_CONCATENATION} rows" if len(rows) > ROWS_PER_CONCATENATION else ""
         raise ValueError(
-            f"The text has {longest} tokens per {ROWS_PER_CONCATENATION} rows, less than one block of {block_size}: "
-            "give more text or a smaller block_size."
+            f"The text has {longest} tokens{where}, less than one block of {block_size}: give more text or a smaller "
+            "block_size (--block-size)."
         )
     return blocks
 

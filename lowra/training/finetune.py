@@ -51,6 +51,8 @@ from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, part
 
 logger = logging.getLogger(__name__)
 
+_FEW_STEPS = 10  # below which a run hardly leaves its start
+
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:
     """Runs a recipe from the model to the metrics.
@@ -305,8 +307,29 @@ class _LanguageTrainer(Trainer):
             return super().compute_loss(*args, **kwargs)
 
 
+def _steps(recipe: Recipe, rows: int, processes: int) -> int:
+    """Optimiser steps of a run, as the Trainer counts them."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    batches = math.ceil(rows / (recipe.batch_size * processes))
+    return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.accumulation)))
+
+
 def _trainer(model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
     kind = Seq2SeqTrainer if recipe.task == "summarization" else _LanguageTrainer
+    steps = _steps(recipe, len(data.train), arguments.world_size)
+    if steps == 1:
+        arguments.warmup_steps = 0  # or the only step would have the rate at which a warm-up begins, 0
+    if steps < _FEW_STEPS and recipe.max_steps is None and progress:
+        logger.warning(
+            "Only %d optimiser step(s): %d rows, %d x %d a step, %g epoch(s). For more give epochs= or a smaller "
+            "accumulation=.",
+            steps,
+            len(data.train),
+            recipe.batch_size * arguments.world_size,
+            recipe.accumulation,
+            recipe.epochs,
+        )
     examples: dict[str, Any] = {"train_dataset": data.train, "eval_dataset": data.validation}  # lists serve
     trainer = kind(
         model=model,

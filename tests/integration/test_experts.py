@@ -38,10 +38,13 @@ def test_an_expert_is_its_rows_of_the_whole_matrix(moe, scales):
     assert any(len(set(module.row_bits.tolist())) > 1 for module in experts_of(model).values())
     for module in experts_of(model).values():
         whole = module.dequantize().view(module.experts, -1, module.in_features)
-        x = torch.randn(3, module.in_features)
+        x = torch.randn(3, module.in_features)  # few tokens: a kernel with its own order of sums
+        one_each = torch.eye(module.in_features)  # many: the weights themselves, bit for bit
         for expert in range(module.experts):
-            assert torch.equal(nn.functional.linear(x, module[expert]), nn.functional.linear(x, whole[expert]))
-            assert torch.equal(nn.functional.linear(x, module[torch.tensor(expert)]), x @ whole[expert].T)
+            for index in (expert, torch.tensor(expert)):
+                assert torch.equal(nn.functional.linear(one_each, module[index]), whole[expert].T)
+                product = nn.functional.linear(x, module[index])
+                torch.testing.assert_close(product, x @ whole[expert].T, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_else_can_be_done_with_an_expert(moe):

@@ -145,3 +145,10 @@ def test_divergence_is_written_as_null(recipe):
     text = (pathlib.Path(recipe.output) / "metrics.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert result["tuned"]["perplexity"] is None or math.isfinite(result["tuned"]["perplexity"])
+
+
+@pytest.mark.parametrize("ways", [{"max_steps": 1}, {"max_steps": None, "epochs": 1, "accumulation": 10**6}])
+def test_a_single_step_is_no_step_at_rate_0(recipe, ways, caplog):
+    result = finetune(dataclasses.replace(recipe, warmup_ratio=0.1, **ways), progress=True)
+    assert result["steps"] == 1 and result["tuned"]["loss"] != result["untuned"]["loss"]
+    assert ("Only 1 optimiser step(s)" in caplog.text) == (ways["max_steps"] is None)
