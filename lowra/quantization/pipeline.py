@@ -98,7 +98,7 @@ def quantize_checkpoint(
             for key, tensor in source.load(name).items():
                 check_finite(key, tensor)
     beside = companions(folder, outside=(work.folder, work.place))
-    with work.held():
+    with work.locked():
         if callable(calibration):
             calibration = calibration()
         _check_moments(config, adapter, calibration)

@@ -59,7 +59,7 @@ class WorkFolder:
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keeps other processes out until the block ends.
 
         Where nothing was put into it, the folder goes away again, with those above it that were made for it.

@@ -19,7 +19,7 @@ from ..checkpoints.places import expanded
 from ..config import check_keys
 
 
-def _no_truth(value: object) -> object:
+def _reject_booleans(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a truth value")  # which pydantic would take for 0 or 1
     return value
@@ -29,22 +29,22 @@ def _at_home(path: str) -> str:
     return str(expanded(path)) if path.startswith("~") else path
 
 
-_NO_TRUTH = pydantic.BeforeValidator(_no_truth)
+_NO_BOOLEAN = pydantic.BeforeValidator(_reject_booleans)
 _FINITE = pydantic.Field(allow_inf_nan=False)
 
 _Truth = Annotated[bool, pydantic.Strict()]
 _Place = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_at_home)]
 _MOST = 2**31 - 1  # what Transformers, tokenizers and NumPy count with
-_Count = Annotated[int, pydantic.Field(gt=0, le=_MOST), _NO_TRUTH]
-_Limit = Annotated[int, pydantic.Field(ge=1, le=_MOST), _NO_TRUTH]
-_Few = Annotated[int, pydantic.Field(gt=0, le=1000), _NO_TRUTH]  # more would be a slip of the keyboard, and hours
-_Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_TRUTH]
-_Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_TRUTH]  # what NumPy's generators take
-_Number = Annotated[float, _FINITE, _NO_TRUTH]
-_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_TRUTH]
-_RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_TRUTH]
-_Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_TRUTH]
-_WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_TRUTH]
+_Count = Annotated[int, pydantic.Field(gt=0, le=_MOST), _NO_BOOLEAN]
+_Limit = Annotated[int, pydantic.Field(ge=1, le=_MOST), _NO_BOOLEAN]
+_Few = Annotated[int, pydantic.Field(gt=0, le=1000), _NO_BOOLEAN]  # more would be a slip of the keyboard, and hours
+_Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_BOOLEAN]
+_Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_BOOLEAN]  # what NumPy's generators take
+_Number = Annotated[float, _FINITE, _NO_BOOLEAN]
+_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_BOOLEAN]
+_RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
+_Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_BOOLEAN]
+_WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_BOOLEAN]
 
 
 @dataclasses.dataclass

@@ -71,11 +71,6 @@ class PackedWeight:
         """Everything stored: codes, padding, scales, levels and precisions."""
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    @property
-    def code_bits(self) -> int:
-        """The codes alone."""
-        return int(self.row_bits.sum()) * self.in_features
-
 
 def row_counts(row_bits: torch.Tensor) -> tuple[int, int]:
     """Rows of 4 and of 2 bits, as ops and `layout` take them."""

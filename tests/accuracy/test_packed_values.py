@@ -49,7 +49,7 @@ def test_stored_bits_are_the_bytes(scales):
     row_bits = torch.tensor([4, 2, 1] * 16, dtype=torch.uint8)
     packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
     assert packed.stored_bits == 8 * sum(tensor.nbytes for tensor in packed.tensors().values())
-    assert packed.code_bits == 16 * (4 + 2 + 1) * 176
+    assert int(packed.row_bits.sum()) * packed.in_features == 16 * (4 + 2 + 1) * 176
     assert packed.stored_bits == pytest.approx(16 * sum(channel_bits(48, 176, bits, config) for bits in (4, 2, 1)))
 
 
