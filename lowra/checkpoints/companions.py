@@ -36,6 +36,11 @@ NOT_WANTED = [
 _MANY_BYTES = 1 << 30
 
 
+def with_tokenizer(adapter: pathlib.Path | None) -> pathlib.Path | None:
+    """The adapter's folder where it brings the tokenizer it was trained with, and the chat template in it, or None."""
+    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else None
+
+
 def companions(folder: pathlib.Path, outside: Collection[pathlib.Path] = ()) -> list[pathlib.Path]:
     """Paths, relative to `folder`, of its files that are no weights.
 

@@ -29,17 +29,28 @@ from .places import expanded
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def resolve_folder(model: str) -> pathlib.Path:
-    """A local folder as it is, or the snapshot of a hub name.
+def local_folder(model: str) -> pathlib.Path | None:
+    """A local folder as it is; None for what can only be a name on the hub.
 
     Raises:
-        FileNotFoundError: neither a folder nor a name the hub knows.
+        FileNotFoundError: a path at which there is no folder.
     """
     folder = expanded(model)
     if folder.is_dir():
         return folder
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder with a model in it.")
+    return None
+
+
+def resolve_folder(model: str) -> pathlib.Path:
+    """A local folder as it is, or the snapshot of a hub name.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name the hub knows.
+    """
+    if (folder := local_folder(model)) is not None:
+        return folder
     try:
         return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
     except Exception as error:

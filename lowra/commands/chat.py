@@ -1,12 +1,12 @@
 """`lowra chat`: a conversation with a model that has a chat template."""
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..checkpoints.companions import with_tokenizer
 from ..checkpoints.dense import read_config, resolve_folder
 from ..checkpoints.places import expanded
 from ..corpus import load_tokenizer
@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> dict:
     check_sampling(args)
     folder = resolve_folder(args.model)
     config = read_config(folder, args.trust_remote_code)
-    tokenizer = load_tokenizer(_with_template(args.adapter) or folder, args.trust_remote_code)
+    adapter = None if args.adapter is None else expanded(args.adapter)
+    tokenizer = load_tokenizer(with_tokenizer(adapter) or folder, args.trust_remote_code)
     _check_template(tokenizer, args.model)
     model = load_model(str(folder), args.adapter, args.device, args.force, args.trust_remote_code)
     printer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -42,12 +43,6 @@ def run(args: argparse.Namespace) -> dict:
         messages.append({"role": "assistant", "content": said.reply})
         print(f"({speed(said)})", file=sys.stderr)
     return {"messages": messages}
-
-
-def _with_template(adapter: str | None) -> pathlib.Path | None:
-    """The folder of an adapter that brings the tokenizer it was trained with, or None."""
-    folder = None if adapter is None else expanded(adapter)
-    return folder if folder is not None and (folder / "tokenizer_config.json").is_file() else None
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, model: str) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.atomic import written_beside
-from ..checkpoints.companions import companions, copy_companions
+from ..checkpoints.companions import companions, copy_companions, with_tokenizer
 from ..checkpoints.dense import empty_model, read_config, resolve_folder
 from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
@@ -20,8 +20,6 @@ from ..integrations.adapter_records import record_of
 from ..integrations.missing_start import stored_start
 from ..integrations.peft import merge_into_dense
 from ..quantization.initial_adapter import ADAPTER_FOLDER
-
-TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -36,7 +34,7 @@ def run(args: argparse.Namespace) -> dict:
         merged = _merged(model, base, adapter, args)
         _check_finite(merged)
         merged.save_pretrained(folder)
-        for source in filter(None, (_with_tokenizer(adapter), base)):
+        for source in filter(None, (with_tokenizer(adapter), base)):
             copy_companions(source, companions(source, [folder]), folder)
     parameters = merged.num_parameters()
     print(f"{args.output}: {parameters:,} parameters in {_dtype(merged)}, which need no lowra")
@@ -101,11 +99,6 @@ def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(f"{name} is not finite once merged: the adapter diverged in training.")
-
-
-def _with_tokenizer(adapter: pathlib.Path | None) -> pathlib.Path | None:
-    """The adapter, where it brings the tokenizer that it was trained with, and the chat template in it."""
-    return adapter if adapter is not None and (adapter / TOKENIZER_FILE).is_file() else None
 
 
 def _dtype(model: PreTrainedModel) -> str:

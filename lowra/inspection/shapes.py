@@ -8,8 +8,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..checkpoints.configs import CONFIG_FILE
-from ..checkpoints.dense import empty_model
-from ..checkpoints.places import expanded
+from ..checkpoints.dense import empty_model, local_folder
 from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
 
@@ -63,11 +62,8 @@ def config_folder(model: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: neither a folder nor a name the hub knows.
     """
-    folder = expanded(model)
-    if folder.is_dir():
+    if (folder := local_folder(model)) is not None:
         return folder
-    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise FileNotFoundError(f"{model} is not a folder with a model in it.")
     try:
         return pathlib.Path(hf_hub_download(str(model), CONFIG_FILE)).parent
     except Exception as error:

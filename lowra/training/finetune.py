@@ -8,6 +8,7 @@ metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -41,7 +42,7 @@ from .adapter_card import CARD_FILE, adapter_card
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
-from .head_by_parts import head_by_parts
+from .head_by_parts import HeadByParts, head_by_parts
 from .methods import Base, attach_adapter, load_base, prepare_base
 from .packing import check_packing
 from .recipe import Recipe
@@ -300,9 +301,11 @@ def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
 class _LanguageTrainer(Trainer):
     """The Trainer, with the logits of some tokens at a time where the model allows it."""
 
+    @functools.cached_property
+    def _head(self) -> HeadByParts | None:
+        return head_by_parts(self.accelerator.unwrap_model(self.model))
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "_head"):
-            self._head = head_by_parts(self.accelerator.unwrap_model(self.model))
         with contextlib.nullcontext() if self._head is None else self._head.active():
             return super().compute_loss(*args, **kwargs)
 

@@ -48,10 +48,12 @@ class HeadByParts:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Within, a forward pass gives hidden states in place of logits, and its loss is `self.loss`."""
-        changed: list[tuple[Any, str, Any]] = [(self.head, "forward", self._hand_on)]
-        changed.append((self.model, "_loss_function", self.loss))
-        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in changed]
-        for owner, name, value in changed:
+        places: tuple[tuple[Any, str, Any], ...] = (
+            (self.head, "forward", self._hand_on),
+            (self.model, "_loss_function", self.loss),
+        )
+        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
+        for owner, name, value in places:
             vars(owner)[name] = value
         try:
             yield

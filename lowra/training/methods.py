@@ -22,7 +22,7 @@ from ..config import FILLED_IN, LowRAConfig, check_keys
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
 from ..quantization.pipeline import quantize_checkpoint
 from . import hqq
-from .packed_base import on_packed_base, packed_config
+from .packed_base import adapter_fields, on_packed_base, packed_config
 from .recipe import Recipe
 
 
@@ -114,12 +114,11 @@ def refuse_other_adapters(recipe: Recipe, what: str, remedy: str) -> None:
     Raises:
         ValueError: the recipe asks for an adapter that cannot begin where the fitted one does.
     """
-    for name in ("target_modules", "rslora", "dora"):
-        if getattr(recipe, name):
-            raise ValueError(
-                f"{name} cannot be used with {what}: its adapter begins with what quantisation lost, in all packed "
-                f"layers and in LoRA's plain form. Take {remedy}, or quantise without --rank."
-            )
+    if fields := adapter_fields(recipe):
+        raise ValueError(
+            f"{fields[0]} cannot be used with {what}: its adapter begins with what quantisation lost, in all packed "
+            f"layers and in LoRA's plain form. Take {remedy}, or quantise without --rank."
+        )
 
 
 def quantization_config(recipe: Recipe) -> LowRAConfig | None:
@@ -172,7 +171,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
 
 def is_of_another_kind(recipe: Recipe) -> bool:
     """Whether the recipe asks for an adapter that starts anew, and not from the one beside the packed base."""
-    return bool(recipe.target_modules or recipe.rslora or recipe.dora)
+    return bool(adapter_fields(recipe))
 
 
 def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapter: AdapterRecipe) -> None:

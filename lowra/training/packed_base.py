@@ -20,6 +20,11 @@ _WARNINGS = {
 }
 
 
+def adapter_fields(recipe: Recipe) -> list[str]:
+    """Fields of the recipe that shape an adapter which starts anew, and that a fitted start has no form for."""
+    return [name for name in ("target_modules", "rslora", "dora") if getattr(recipe, name)]
+
+
 def packed_config(source: pathlib.Path, recipe: Recipe) -> dict | None:
     """The `quantization_config` of a checkpoint that lowra packed, or None for a dense one.
 
@@ -54,13 +59,12 @@ def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe
         record = source / ADAPTER_FOLDER / BASE_RECORD
         started = read_json(record, "the record of the initial adapter")["init"] if record.exists() else None
         if started != "lora":
-            for name in ("target_modules", "rslora", "dora"):
-                if getattr(recipe, name):
-                    raise ValueError(
-                        f"{source} begins with an adapter fitted to what quantisation lost, in all packed layers and "
-                        f"in LoRA's plain form: {name} cannot be used with it. Leave it out, or quantise without "
-                        "--rank."
-                    )
+            if fields := adapter_fields(recipe):
+                raise ValueError(
+                    f"{source} begins with an adapter fitted to what quantisation lost, in all packed layers and "
+                    f"in LoRA's plain form: {fields[0]} cannot be used with it. Leave it out, or quantise without "
+                    "--rank."
+                )
     own["method"] = _method(packed, started)
     for name, value in own.items():
         asked = getattr(recipe, name)
