@@ -8,6 +8,7 @@ what a packed checkpoint has of its own, and the traces of training runs and dow
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Collection
 
@@ -33,6 +34,8 @@ NOT_WANTED = [
     "*/*.safetensors",
     "consolidated*",
 ]
+_INDEX = re.compile(r"\.index(\..+)?\.json$")  # the one of a variant has its name in the middle
+_DIGESTS_OF_VARIANT = re.compile(r"lowra_digests\..+\.json")
 _MANY_BYTES = 1 << 30
 
 
@@ -82,8 +85,8 @@ def _is_companion(name: str, on_top: bool) -> bool:
     return not (
         name.startswith(".")
         or pathlib.PurePath(lowered).suffix in _WEIGHTS
-        or lowered.endswith(".index.json")
-        or (on_top and name in _REPLACED)
+        or _INDEX.search(lowered)
+        or (on_top and (name in _REPLACED or _DIGESTS_OF_VARIANT.fullmatch(name)))
     )
 
 

@@ -15,6 +15,8 @@ from .guarded import check_file, open_tensors, read_json
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS_FILE = re.compile(r"model(\.(?P<variant>.+?))?(-\d+-of-\d+)?\.safetensors")
+_INDEX_OF_VARIANT = re.compile(r"model\.safetensors\.index(\.(?P<variant>.+))?\.json")
 # Files that only `lowra quantize` and saved packed models have.
 _TRACES = ("lowra_digests.json", "lowra_report.json")
 
@@ -69,6 +71,30 @@ def packing_described(folder: pathlib.Path) -> LowRAConfig | None:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
+def of_variant(name: str, variant: str | None) -> str:
+    """The name of a checkpoint's file for weights under `variant=`, as Transformers calls it; None for the usual ones.
+
+    "model.safetensors" becomes "model.fp16.safetensors", the index "model.safetensors.index.fp16.json".
+    """
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def variant_of(path: pathlib.Path) -> str | None:
+    """The variant that a file of weights belongs to; None for the usual ones, and for names of another kind."""
+    match = _WEIGHTS_FILE.fullmatch(path.name)
+    return None if match is None else match["variant"]
+
+
+def variants_in(folder: pathlib.Path) -> list[str | None]:
+    """The variants whose weights lie in a folder, the usual ones (None) first."""
+    names = [path.name for path in folder.iterdir()]
+    whole = [_WEIGHTS_FILE.fullmatch(name) for name in names if not re.search(r"-\d+-of-\d+\.", name)]
+    matches = [*whole, *(_INDEX_OF_VARIANT.fullmatch(name) for name in names)]
+    found: set[str | None] = {match["variant"] for match in matches if match is not None}
+    return sorted(found, key=lambda variant: (variant is not None, variant or ""))
+
+
 def is_of_lowra(folder: pathlib.Path) -> bool:
     """Whether a local folder holds, or held, a packed checkpoint; nothing is checked."""
     if not folder.is_dir():
@@ -105,17 +131,21 @@ def shards_of_index(index: pathlib.Path) -> list[str]:
     return list(dict.fromkeys(names.values()))
 
 
-def check_packed_folder(folder: pathlib.Path) -> None:
+def check_packed_folder(folder: pathlib.Path, variant: str | None = None) -> None:
     """Holds the JSON files of a local packed checkpoint, and what its index names, against what a loader expects.
+
+    Args:
+        folder: of the checkpoint.
+        variant: of the weights that are about to be loaded.
 
     Raises:
         OSError, ValueError: one of them is damaged, or names weights that are not there.
     """
     packed = packing_described(folder)
     check_generation_config(folder)
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).exists():
-        files = [folder / SINGLE_FILE]
+    single, index = (folder / of_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
+    if single.exists():
+        files = [single]
     elif index.exists():
         files = [folder / name for name in shards_of_index(index)]
         metadata = read_json(index, "the index of a checkpoint's shards").get("metadata")

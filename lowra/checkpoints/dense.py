@@ -22,7 +22,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from .companions import NOT_WANTED
-from .configs import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_model_config, shards_of_index
+from .configs import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    of_variant,
+    read_model_config,
+    shards_of_index,
+    variants_in,
+)
 from .guarded import check_file, open_tensors
 from .places import expanded
 
@@ -59,14 +67,18 @@ def resolve_folder(model: str) -> pathlib.Path:
         ) from error
 
 
-def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def safetensors_files(folder: pathlib.Path, variant: str | None = None) -> list[pathlib.Path]:
     """The weight files of a checkpoint, those that Transformers would read: a single one, or the shards of the index.
+
+    Args:
+        folder: of the checkpoint.
+        variant: as `save_pretrained(variant=)` was given; None for the usual files.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is not there.
         OSError, ValueError: an index that cannot be read or names other than files beside it, a shard that is no file.
     """
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    single, index = (folder / of_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
     if single.exists() or not index.exists():
         paths = [single]
     else:
@@ -85,6 +97,8 @@ def _what_is_there_instead(folder: pathlib.Path) -> str:
         return f" (pickled files such as {pickled[0].name} are not read: convert them to safetensors)"
     if shards and not (folder / INDEX_FILE).exists():
         return f", and its {shards[0].name} is of no use without model.safetensors.index.json"
+    if variants := [name for name in variants_in(folder) if name is not None]:
+        return f" (its weights are a variant: from_pretrained(…, variant={variants[0]!r}) loads them)"
     return ""
 
 

@@ -3,7 +3,8 @@
     {"algorithm": "xxh3_128", "tensors": {name: digest}, "config": the content of config.json}
 
 The file stands beside the weights and not in their headers, where a program that writes the weights anew would lose
-it. A checkpoint of an earlier version, without it, loads as it always did; its tables are checked all the same.
+it. Weights of `save_pretrained(variant="fp16")` have one of their own, `lowra_digests.fp16.json`. A checkpoint of an
+earlier version, without it, loads as it always did; its tables are checked all the same.
 """
 
 import concurrent.futures
@@ -20,6 +21,7 @@ from bitsandbytes.backends.lowra import layout
 from ..weights.digests import ALGORITHM, canonical_digest, digest_of, packing_of_digests
 from ..weights.packed import TABLES, TENSOR_NAMES, row_counts
 from .atomic import save_json
+from .configs import of_variant
 from .dense import count_and_names
 from .guarded import read_json
 from .reading import StoredTensor, stored_tensors
@@ -85,10 +87,11 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
     )
 
 
-def write_digests(folder: pathlib.Path, found: FoundTensors) -> None:
-    """Writes what was found in a finished checkpoint beside it, with a copy of its config.json."""
+def write_digests(folder: pathlib.Path, found: FoundTensors, variant: str | None = None) -> None:
+    """Writes what was found in a finished checkpoint, or a variant of it, beside it, with a copy of its config.json."""
     config = read_json(folder / "config.json", "the config of the checkpoint")
-    save_json({"algorithm": ALGORITHM, "tensors": found.digests, "config": config}, folder / DIGESTS_FILE)
+    content = {"algorithm": ALGORITHM, "tensors": found.digests, "config": config}
+    save_json(content, folder / of_variant(DIGESTS_FILE, variant))
 
 
 def read_digests(path: pathlib.Path) -> dict | None:
@@ -111,7 +114,13 @@ def read_digests(path: pathlib.Path) -> dict | None:
     return content
 
 
-def check_tensors(found: FoundTensors, recorded: dict | None, packing: dict | None, folder: pathlib.Path) -> None:
+def check_tensors(
+    found: FoundTensors,
+    recorded: dict | None,
+    packing: dict | None,
+    folder: pathlib.Path,
+    variant: str | None = None,
+) -> None:
     """Holds what was found against what was written.
 
     Args:
@@ -119,6 +128,7 @@ def check_tensors(found: FoundTensors, recorded: dict | None, packing: dict | No
         recorded: the content of `lowra_digests.json`, or None.
         packing: what config.json says of the packing; None for checkpoints of an earlier version.
         folder: of the checkpoint.
+        variant: of its weights, if any.
 
     Raises:
         ValueError: a tensor is another one than was written, missing or too many.
@@ -144,7 +154,7 @@ def check_tensors(found: FoundTensors, recorded: dict | None, packing: dict | No
         logger.warning(
             "lowra: %s has lost its %s, so only its packed weights could be checked, not what is dense.",
             folder,
-            DIGESTS_FILE,
+            of_variant(DIGESTS_FILE, variant),
         )
     if recorded is None and packing is None and found.not_ascending:
         logger.warning(

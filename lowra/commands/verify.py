@@ -5,8 +5,9 @@ import pathlib
 
 from ..adapters.labels import bytes_problem
 from ..adapters.storage import PACKED_FILE, read_packed
-from ..checkpoints.dense import resolve_folder, safetensors_files
-from ..checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tensors, find_tensors, read_digests
+from ..checkpoints.configs import CONFIG_FILE, variants_in
+from ..checkpoints.dense import resolve_folder
+from ..checkpoints.integrity import DIGESTS_FILE, changed_settings
 from ..checkpoints.records import ADAPTER_CONFIG, ADAPTER_FILES, check_adapter_folder
 from ..inspection.packed import PackedFolder
 from ..quantization.initial_adapter import ADAPTER_FOLDER
@@ -29,14 +30,16 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _checkpoint(folder: pathlib.Path, trust_remote_code: bool) -> tuple[str, dict]:
-    packing = PackedFolder(str(folder), trust_remote_code).config.packing
-    recorded = read_digests(folder / DIGESTS_FILE)
-    found = find_tensors(safetensors_files(folder))
-    check_tensors(found, recorded, packing, folder)
-    _refuse_changes([] if recorded is None else changed_settings(recorded, folder), folder / "config.json")
-    checked = "all" if recorded is not None else "no digests" if packing is None else "packed weights"
+    checked, tensors, packing = [], 0, None
+    for variant in (variants_in(folder) if (folder / CONFIG_FILE).is_file() else []) or [None]:
+        content = PackedFolder(str(folder), trust_remote_code, variant)
+        recorded, packing = content.recorded, content.found.packing
+        _refuse_changes([] if recorded is None else changed_settings(recorded, folder), folder / CONFIG_FILE)
+        described = content.config.packing
+        checked.append("all" if recorded is not None else "no digests" if described is None else "packed weights")
+        tensors += len(content.found.digests)
     adapter = _adapter(folder / ADAPTER_FOLDER)[0] if (folder / ADAPTER_FOLDER).is_dir() else None
-    return checked, {"tensors": len(found.digests), "packing": found.packing, "initial_adapter": adapter}
+    return max(checked, key=list(_SAID).index), {"tensors": tensors, "packing": packing, "initial_adapter": adapter}
 
 
 def _adapter(folder: pathlib.Path) -> tuple[str, dict]:

@@ -9,7 +9,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..checkpoints.configs import CONFIG_FILE, check_packed_folder, packing_described, read_model_config
+from ..checkpoints.configs import CONFIG_FILE, check_packed_folder, of_variant, packing_described, read_model_config
 from ..checkpoints.dense import check_packed_names, empty_model, resolve_folder, safetensors_files
 from ..checkpoints.guarded import read_json
 from ..checkpoints.integrity import DIGESTS_FILE, check_tensors, find_tensors, read_digests
@@ -70,12 +70,13 @@ class LayerContent:
 class PackedFolder:
     """A packed checkpoint on disk; holds one layer in memory at a time."""
 
-    def __init__(self, model: str, trust_remote_code: bool = False):
+    def __init__(self, model: str, trust_remote_code: bool = False, variant: str | None = None):
         """Reads headers and configs, and every tensor once to hold it against its digest, as loading does.
 
         Args:
             model: folder or hub name.
             trust_remote_code: see `empty_model`.
+            variant: of the weights; None for the usual ones.
 
         Raises:
             FileNotFoundError, ValueError: no checkpoint, or one that is not packed by lowra, is cut short, or has
@@ -84,7 +85,7 @@ class PackedFolder:
         self.folder = resolve_folder(model)
         if not (self.folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
-        check_packed_folder(self.folder)
+        check_packed_folder(self.folder, variant)
         config = packing_described(self.folder)
         if config is None:
             described = read_model_config(self.folder).get("quantization_config") or {}
@@ -97,12 +98,14 @@ class PackedFolder:
         self.targets = find_targets(
             skeleton, self.config.modules_to_not_convert, self.config.quantize_head, self.config.quantize_embeddings
         )
-        paths = safetensors_files(self.folder)
+        paths = safetensors_files(self.folder, variant)
         self.total_bytes = sum(path.stat().st_size for path in paths)
         self._files = PackedFiles(paths, self.targets, self.config.group_size)
         put_stored(skeleton, self.targets, self.config.group_size, self._files)
         check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
-        check_tensors(find_tensors(paths), read_digests(self.folder / DIGESTS_FILE), self.config.packing, self.folder)
+        self.recorded = read_digests(self.folder / of_variant(DIGESTS_FILE, variant))
+        self.found = find_tensors(paths)
+        check_tensors(self.found, self.recorded, self.config.packing, self.folder, variant)
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""

@@ -338,12 +338,21 @@ def write_record(model: PeftModel | PreTrainedModel, folder: pathlib.Path, name:
     """Writes tables and record of one adapter into the folder that it was saved to."""
     base: Any = base_of(model)
     here = record_of_base(base.config.quantization_config)
+    _remove_outdated(folder)
     save_tables_of(base, name, folder)
     record = {**record_of(model, name), **here, **record_of_files(folder)}
     if converted:
         start = record.get("init", "lora")
         record = {"base": here["base"], "fingerprint": here["fingerprint"], "converted_from": start}
     save_json(record, folder / BASE_RECORD)
+
+
+def _remove_outdated(folder: pathlib.Path) -> None:
+    """Removes the factors of an earlier save that PEFT would load instead of those just saved in the other format."""
+    weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if weights.exists() and pickled.exists() and pickled.stat().st_mtime_ns > weights.stat().st_mtime_ns:
+        logger.warning("lowra: %s of an earlier save gives way to %s, which was just saved.", weights, WEIGHTS_NAME)
+        weights.unlink()
 
 
 def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str) -> None:

@@ -54,8 +54,8 @@ def load_folder(load: Callable[[], PreTrainedModel], folder: pathlib.Path, optio
     Raises:
         OSError, ValueError: the folder's files are damaged, or no model can be built by them.
     """
-    if options.get("variant") is None and options.get("state_dict") is None:
-        check_packed_folder(folder)
+    if options.get("state_dict") is None:
+        check_packed_folder(folder, options.get("variant"))
     try:
         return load()
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):

@@ -2,15 +2,18 @@
 
 import concurrent.futures
 import contextlib
+import contextvars
 import logging
 import pathlib
-import re
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..checkpoints.atomic import save_json
+from ..checkpoints.configs import INDEX_FILE, SINGLE_FILE, of_variant, variant_of
 from ..checkpoints.dense import safetensors_files
 from ..checkpoints.guarded import read_json
 from ..checkpoints.integrity import (
@@ -26,6 +29,21 @@ from ..nn.packed_module import PackedModule
 from ..weights.digests import packing_of
 
 logger = logging.getLogger(__name__)
+
+
+_HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+_fetched_with: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("fetched_with", default=None)
+
+
+@contextlib.contextmanager
+def fetched_with(options: dict[str, Any]) -> Iterator[None]:
+    """Within, digests are sought on the hub where `from_pretrained` seeks the weights, and as it does."""
+    given = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    token = _fetched_with.set(given)
+    try:
+        yield
+    finally:
+        _fetched_with.reset(token)
 
 
 class IntegrityCheck:
@@ -45,7 +63,8 @@ class IntegrityCheck:
             ValueError: digests that cannot be read.
         """
         self.folder = files[0].parent
-        self._recorded = read_digests(_digests_file(self.folder, config)) if _are_usual(files) else None
+        self._variant = variant_of(files[0])
+        self._recorded = read_digests(_digests_file(self.folder, of_variant(DIGESTS_FILE, self._variant), config))
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._found = self._reader.submit(find_tensors, files)
 
@@ -57,7 +76,7 @@ class IntegrityCheck:
         """
         found = self._found.result()
         self._reader.shutdown(wait=False)
-        check_tensors(found, self._recorded, config.packing, self.folder)
+        check_tensors(found, self._recorded, config.packing, self.folder, self._variant)
         config.packing = found.packing
         changes = [] if self._recorded is None else changed_settings(self._recorded, self.folder)
         if changes:
@@ -76,39 +95,47 @@ def packing_in_memory(model: nn.Module) -> dict[str, str] | None:
     return packing_of(module.packed_tensors() for module in modules)
 
 
-def write_digests_of_saved(folder: pathlib.Path, config: LowRAConfig) -> None:
+def write_digests_of_saved(folder: pathlib.Path, config: LowRAConfig, variant: str | None) -> None:
     """Writes digests of a packed checkpoint that has just been saved, and in its config.json which packing it is.
 
     Read from the files: what Transformers writes is not always what the model calls it.
     """
+    _remove_outdated(folder, variant)
     try:
-        files = safetensors_files(folder)
+        files = safetensors_files(folder, variant)
     except FileNotFoundError:
-        return  # a variant under a name of its own, or a distributed checkpoint
+        return  # a distributed checkpoint
     found = find_tensors(files)
     if config.packing != found.packing:  # tables were trained, or layers left out
         config.packing = found.packing
         content = read_json(folder / "config.json", "the config that was just saved")
         content["quantization_config"]["packing"] = found.packing
         save_json(content, folder / "config.json")
-    write_digests(folder, found)
+    write_digests(folder, found, variant)
 
 
-def _are_usual(files: list[pathlib.Path]) -> bool:
-    """Whether these are the checkpoint's own files and not a variant beside them, which has no digests."""
-    return all(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name) for path in files)
+def _remove_outdated(folder: pathlib.Path, variant: str | None) -> None:
+    """Removes a single file of an earlier save in the same folder where the model has just been saved in shards.
+
+    Transformers replaces earlier shards and leaves that one, and whoever loads the folder would get it.
+    """
+    single, index = (folder / of_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
+    if single.exists() and index.exists() and index.stat().st_mtime_ns > single.stat().st_mtime_ns:
+        logger.warning("lowra: %s of an earlier save gives way to the shards that were just saved.", single)
+        single.unlink()
 
 
-def _digests_file(folder: pathlib.Path, config: PreTrainedConfig) -> pathlib.Path:
+def _digests_file(folder: pathlib.Path, file_name: str, config: PreTrainedConfig) -> pathlib.Path:
     """Where the digests are: beside the weights, or on the hub where they come from."""
-    local = folder / DIGESTS_FILE
+    local = folder / file_name
     name = config.name_or_path
     if local.exists() or not name or pathlib.Path(name).exists():
         return local
     with contextlib.suppress(OSError):  # a hub that cannot be reached; without digests less is checked
         found = cached_file(
             name,
-            DIGESTS_FILE,
+            file_name,
+            **(_fetched_with.get() or {}),
             _commit_hash=getattr(config, "_commit_hash", None),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -281,10 +281,15 @@ class _Pack(ConversionOps):
 register_quantization_config("lowra")(LowRAConfig)
 
 
-def describe_saved(model: PreTrainedModel, folder: pathlib.Path) -> None:
+def describe_saved(model: PreTrainedModel, folder: pathlib.Path, variant: str | None = None) -> None:
     """Writes digests beside packed weights that were just saved, and a model card unless there is one.
 
     Beside an adapter of `model.add_adapter` it writes its record.
+
+    Args:
+        model: that was saved.
+        folder: where to.
+        variant: under which name, as `save_pretrained` took it.
     """
     config = getattr(model.config, "quantization_config", None)
     modules = {module.weight: module for module in model.modules() if isinstance(module, PackedModule)}.values()
@@ -293,7 +298,7 @@ def describe_saved(model: PreTrainedModel, folder: pathlib.Path) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):  # then the active adapter is all that is saved
         write_record(model, folder, model.active_adapters()[0])
         return
-    write_digests_of_saved(folder, config)
+    write_digests_of_saved(folder, config, variant)
     if (folder / card.CARD_FILE).exists():
         return
     parameters = sum(module.in_features * module.out_features for module in modules)

@@ -22,6 +22,7 @@ from .adapter_records import (
     settle,
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
+from .integrity import fetched_with
 from .parameter_counts import uncounted
 from .stored_start import filled_from_file
 from .transformers import describe_saved, dtype_of_packed
@@ -40,7 +41,8 @@ def load_in_lowra(original: Callable) -> Callable:
             raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
         folder = local_packed_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         if folder is None:
-            return original(cls, *args, **kwargs)
+            with fetched_with(kwargs):
+                return original(cls, *args, **kwargs)
         return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
 
     return from_pretrained
@@ -68,28 +70,31 @@ def built_config(original: Callable) -> Callable:
 
 
 def described(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         config = getattr(getattr(self, "config", None), "quantization_config", None)
+        save = functools.partial(original, self, save_directory, is_main_process, *args, **kwargs)
         if not is_main_process or not isinstance(config, LowRAConfig):
-            result = original(self, save_directory, is_main_process, *args, **kwargs)
-        else:
-            with _described_before_upload(self, pathlib.Path(save_directory)):
-                result = original(self, save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            describe_saved(self, pathlib.Path(save_directory))
+            return save()
+        variant = signature.bind(self, save_directory, is_main_process, *args, **kwargs).arguments.get("variant")
+        describe = functools.partial(describe_saved, self, pathlib.Path(save_directory), variant)
+        with _described_before_upload(self, describe):
+            result = save()
+        describe()
         return result
 
     return save_pretrained
 
 
 @contextlib.contextmanager
-def _described_before_upload(model: Any, folder: pathlib.Path) -> Iterator[None]:
+def _described_before_upload(model: Any, describe: Callable[[], None]) -> Iterator[None]:
     """With push_to_hub=True save_pretrained uploads what it has written before it returns."""
     upload = model._upload_modified_files
 
     def described_upload(*args: Any, **kwargs: Any) -> Any:
-        describe_saved(model, folder)
+        describe()
         return upload(*args, **kwargs)
 
     model.__dict__["_upload_modified_files"] = described_upload

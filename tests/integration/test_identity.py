@@ -268,3 +268,15 @@ def test_adapters_of_transformers_have_records_and_no_card(first, second, tmp_pa
     assert torch.equal(logits_of(PeftModel.from_pretrained(load(first), tmp_path / "adapter").eval()), expected)
     refused(lambda: load(second).load_adapter(str(tmp_path / "adapter")))
     assert VOCABULARY == expected.shape[-1]
+
+
+def test_factors_saved_in_the_other_format_replace_the_earlier_ones(first, trained, tmp_path):
+    """PEFT leaves the safetensors file of an earlier save beside a pickled one, and loads that."""
+    model = PeftModel.from_pretrained(load(first), trained)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load(first), tmp_path)), logits_of(model))
