@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc bitsandbytes lowra lowra_command configs -type f -not -name '*.pyc')
+# What the CUDA library is built for: the card that is here, else each of the steps in which its code differs (`make dist`:
+# every chip). CHIPS: by compute capability, as CMAKE_CUDA_ARCHITECTURES takes them.
+CARDS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | awk '{ gsub(/[.]/, ""); if ($$1 >= 75) print }' | sort -u | paste -sd ';')
+CHIPS ?= $(or $(CARDS),75-real;80-real;90)
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
@@ -82,7 +87,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)
-	$(BIN)/pip install -q . --no-deps --no-build-isolation
+	$(BIN)/pip install -q . --no-deps --no-build-isolation --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$(CHIPS)"
 	touch $@
 
 $(VENV)/.built-for-cpu: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)

@@ -42,6 +42,7 @@ enum lowra_status {
                             // multiple of LOWRA_ROW_ALIGNMENT, or levels on none of 4
   LOWRA_BAD_ROW_ORDER = 8,  // a row number outside the weight, or one that stands twice; only the CPU functions look
   LOWRA_NO_MEMORY = 9,      // no scratch memory on the CPU
+  LOWRA_NO_CODE = 10,       // the CUDA library has no code for this chip; lowra_cuda_error() has the runtime's words
 };
 
 enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
@@ -244,8 +245,12 @@ LOWRA_API int lowra_cuda_lloyd_max(const lowra_lloyd *search, const void *weight
 LOWRA_API int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient, int32_t type,
                                          float *for_levels, float *for_scales, void *stream);
 
-// What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR.
+// What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR or LOWRA_NO_CODE.
 LOWRA_API const char *lowra_cuda_error(void);
+
+// The compute capability that the code running on the current device was compiled for, 75 for 7.5; 0 where there is
+// none (lowra_cuda_error). hopper: 1 where the kernels for Hopper (product_wgmma, product_many) run, else 0.
+LOWRA_API int32_t lowra_cuda_code(int32_t *hopper);
 
 #ifdef __cplusplus
 }

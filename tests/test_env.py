@@ -74,6 +74,28 @@ def test_a_library_that_serves_nothing_says_why(tmp_path, monkeypatch):
     assert "cannot be loaded" in native.left_aside["cpu"]
 
 
+def test_the_cuda_library_is_of_the_line_that_pytorch_and_the_driver_serve():
+    def not_asked():
+        raise AssertionError("the driver was asked for nothing")
+
+    assert native._cuda_line(13, [12, 13], not_asked) == 13
+    assert native._cuda_line(12, [12, 13], not_asked) == 12
+    assert native._cuda_line(12, [], not_asked) == 12
+    assert native._cuda_line(13, [12], lambda: 13) == 12  # drivers serve older lines
+    assert native._cuda_line(12, [13], lambda: 13) == 13
+    assert native._cuda_line(12, [13], lambda: 12) == 12  # which is not there: left aside, with the reason
+
+
+def test_env_says_for_which_card_the_code_was_compiled():
+    hopper = environment._cuda_kernels(90, True, [9, 0])
+    assert hopper == {"in_use": "native, code for compute capability 9.0", "not_in_use": {}}
+    turing = environment._cuda_kernels(75, False, [7, 5])
+    assert turing["in_use"].endswith("7.5")
+    assert "use float16" in turing["not_in_use"]["tensor, for bfloat16"]
+    assert "Hopper" in turing["not_in_use"]["wgmma, many"]
+    assert environment._cuda_kernels(0, False, [7, 0])["in_use"] == "none"
+
+
 def test_the_reference_warns_once_off_the_cpu(monkeypatch, caplog):
     native._warn_of_reference.cache_clear()
     monkeypatch.setattr(native, "left_aside", {"cuda": "libbitsandbytes_lowra_cuda13.so was not built"})

@@ -12,8 +12,9 @@ namespace lowra {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kEach = 8;         // slots of a team
-constexpr int kHeadsAtOnce = 4;  // whose sums of all warps lie in shared memory
+constexpr int kEach = 8;  // slots of a team
+// Heads whose sums of all warps lie in shared memory: wide ones take half of what Turing has.
+__host__ __device__ constexpr int heads_at_once(int lanes, int code) { return lanes == 32 && code < kAmpere ? 2 : 4; }
 
 // A head's query or key in shared memory, float32: normalised if wanted, then rotated. By one warp.
 template <class T>
@@ -66,7 +67,7 @@ __device__ __forceinline__ uint4 chosen(bool first, const uint4 &a, const uint4 
 // LANES: of a team, the power of two from dim / 8 on. HEADS: query heads of a key-value head, rounded up.
 template <class T, int LANES, int HEADS>
 __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ lowra_attention a) {
-  constexpr int kTeams = kThreads / LANES, kSlots = kEach * kTeams;
+  constexpr int kTeams = kThreads / LANES, kSlots = kEach * kTeams, kHeadsAtOnce = heads_at_once(LANES, kCode);
   extern __shared__ float shared[];
   __shared__ float scores[HEADS][kSlots], largest[HEADS], sums[HEADS];
   __shared__ bool is_last;
@@ -234,7 +235,10 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
 template <class T, int LANES, int HEADS>
 int launch(const lowra_attention &a, cudaStream_t stream) {
   constexpr int kSlots = kEach * kThreads / LANES;
-  const int ready = (HEADS + 1) * a.dim, summed = kWarps * kHeadsAtOnce * a.dim;  // queries and key; sums of the warps
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  // Queries and key; sums of the warps.
+  const int ready = (HEADS + 1) * a.dim, summed = kWarps * heads_at_once(LANES, limits.code) * a.dim;
   const size_t bytes = sizeof(float) * (ready > summed ? ready : summed);
   const dim3 grid((a.slots + kSlots - 1) / kSlots, a.kv_heads, a.batch);
   return launch_early(attention_kernel<T, LANES, HEADS>, grid, dim3(kThreads), bytes, 1, stream, a);

@@ -123,11 +123,25 @@ inline bool aligned16(const void *pointer) { return aligned(pointer, 16); }
 int launched();
 int keep_error(cudaError_t error);
 
+// Compute capability that the code at hand is compiled for, 75 for 7.5; 0 in what runs on the host.
+#ifdef __CUDA_ARCH__
+constexpr int kCode = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCode = 0;
+#endif
+constexpr int kAmpere = 80, kHopper = 90;
+
+// What the choice of a kernel goes by is `code`, not the chip: PTX for 7.5 on a Hopper chip has none of the
+// instructions of 9.0, and is how the code for Turing is tested there.
 struct device_limits {
-  int major, processors, l2_bytes, shared_bytes;  // shared_bytes: most that one block can have
+  int code;                                // compute capability that the code which runs here was compiled for
+  bool hopper;                             // whether the kernels in code for sm_90a run
+  bool clusters;                           // whether blocks of a cluster can add up each other's sums
+  int processors, l2_bytes, shared_bytes;  // shared_bytes: most that one block can have
 };
 
-// Of the current device; asked for once, since the queries cost more than a launch.
+// Of the current device; asked for once, since the queries cost more than a launch. LOWRA_NO_CODE where the library has
+// no code for it.
 int limits_of_current_device(device_limits &limits);
 
 // Programmatic dependent launch (Hopper on): a kernel may be put on the chip while the one before it on the stream
@@ -193,7 +207,7 @@ int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t sh
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = limits.major < 9 ? 0 : cluster > 1 ? 2 : 1;
+  config.numAttrs = limits.code < kHopper ? 0 : cluster > 1 ? 2 : 1;
   return keep_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

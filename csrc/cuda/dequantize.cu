@@ -12,11 +12,8 @@ constexpr int kRows = 8;    // rows of a block, a warp each
 constexpr int kChunks = 4;  // chunks of 8 weights of a lane
 constexpr int kSpan = 32 * kChunks;
 constexpr int kResident = 8;  // blocks on one multiprocessor
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMinBlocks = 6;  // sm_86 and sm_89 have room for 1536 threads
-#else
-constexpr int kMinBlocks = kResident;
-#endif
+// sm_86, sm_89 and sm_120 have room for 1536 threads, sm_75 for 1024.
+constexpr int kMinBlocks = kCode == 0 || (kCode >= kHopper && kCode < 120) ? kResident : kCode < kAmpere ? 4 : 6;
 
 // Out: element type of the dense weight; 16-bit types are selected two at a time by byte permutation, float32 one by
 // one.

@@ -172,23 +172,36 @@ __device__ __forceinline__ void decode(const value_table<4> &table, uint32_t wor
   }
 }
 
-// T: float16 or bfloat16.
+// T: float16 or bfloat16. Turing multiplies float16 alone, half as many columns at a time.
 template <class T>
 __device__ __forceinline__ void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1);
 template <>
 __device__ __forceinline__ void mma<bf16>(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  __trap();  // never launched: product_tensor answers LOWRA_UNSUPPORTED
+#endif
 }
 template <>
 __device__ __forceinline__ void mma<fp16>(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a2), "r"(a3), "r"(b1));
+#endif
 }
 
 // A scale as loaded, finished when it is needed: nothing waits for memory in between.
@@ -326,21 +339,33 @@ __device__ __forceinline__ void multiply_tile(const product &q, const lane_rows<
   }
 }
 
+// 16 bytes, zeros if not `inside`. Turing, which has no copies past the registers, makes them at once; the waits below
+// then have nothing to wait for.
 __device__ __forceinline__ void copy_unit(uint4 *shared, const void *global, bool inside) {
+#if __CUDA_ARCH__ >= 800
   const unsigned address = (unsigned)__cvta_generic_to_shared(shared);
   const int bytes = inside ? 16 : 0;  // the rest of the 16 is filled with zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+#else
+  *shared = inside ? *static_cast<const uint4 *>(global) : make_uint4(0, 0, 0, 0);
+#endif
 }
 // 4, 8 or 16 bytes, without registers in between. Fences wait for loads that are under way, but not for these copies.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(uint32_t target, const void *source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(source), "n"(BYTES) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 // PENDING: youngest groups of copies that may still be under way.
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
 }
 
 struct tile_place {

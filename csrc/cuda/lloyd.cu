@@ -238,11 +238,10 @@ int lowra_cuda_lloyd_max(const lowra_lloyd *wanted, const void *weight, int32_t 
   s.initial_levels = wanted->initial_levels, s.initial_thresholds = wanted->initial_thresholds;
   s.iterations = wanted->iterations, s.squared = wanted->squared != 0;
   s.levels = levels, s.thresholds = thresholds, s.errors = errors;
-  int device = 0, limit = 0;
-  if (const int status = keep_error(cudaGetDevice(&device))) return status;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
   const int64_t bytes = ((in_features + 3) / 4 * 4 + s.groups) * (int64_t)sizeof(float);
-  if (bytes + (int64_t)sizeof(shared_state) > limit) return LOWRA_UNSUPPORTED;
+  if (bytes + (int64_t)sizeof(shared_state) > limits.shared_bytes) return LOWRA_UNSUPPORTED;
   if (const int status =
           keep_error(cudaFuncSetAttribute(lloyd_max_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes))) {
     return status;

@@ -12,9 +12,9 @@ constexpr int kFew = 64;  // tokens that need no product_many
 // Up to how many tokens product_small is the quickest (docs/lab/kernels/product_small.md). Rows of 4 bits cost it more
 // than others, and on Hopper product_wgmma is quicker from 5 tokens on unless it needs more than the chip holds at
 // once.
-int tokens_for_small(const lowra_shape &s, int major) {
+int tokens_for_small(const lowra_shape &s, const device_limits &limits) {
   const bool mostly4 = 2 * s.rows4 > row_count(s), large = row_count(s) * s.in_features > 50'000'000;
-  return mostly4 || (major == 9 && !large) ? 4 : 8;
+  return mostly4 || (limits.hopper && !large) ? 4 : 8;
 }
 
 // The kernel that the environment variable LOWRA_PRODUCT names for every product, so that two can be compared at one
@@ -74,7 +74,7 @@ int32_t lowra_cuda_product_is_quicker(int64_t tokens, int64_t rows, int64_t in_f
   if (forced_kernel() != force::none) return forced_kernel() != force::dense;
   if (tokens <= kFew) return true;
   device_limits limits;
-  if (limits_of_current_device(limits) != LOWRA_OK || limits.major != 9) return false;
+  if (limits_of_current_device(limits) != LOWRA_OK || !limits.hopper) return false;
   return product_many_is_quicker(tokens, rows, in_features, limits.l2_bytes);
 }
 
@@ -100,7 +100,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   if (tokens > kFew) return product_many(q, type, on);
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
-  if (tokens <= tokens_for_small(s, limits.major)) {
+  if (tokens <= tokens_for_small(s, limits)) {
     const int status = product_small(q, type, on);
     if (status != LOWRA_UNSUPPORTED) return status;  // x did not fit into shared memory
   }
@@ -132,7 +132,7 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
     const bool alike = s.in_features == weights[0].shape.in_features;
     const bool default_form = weights[i].scale_type == LOWRA_UINT8 && s.group_size == 64 && q.groups % 2 == 0 &&
                               reinterpret_cast<uintptr_t>(weights[i].scales) % 2 == 0;
-    if (!alike || !default_form || row_count(s) == 0 || tokens == 0 || tokens > tokens_for_small(s, limits.major)) {
+    if (!alike || !default_form || row_count(s) == 0 || tokens == 0 || tokens > tokens_for_small(s, limits)) {
       return LOWRA_UNSUPPORTED;
     }
   }

@@ -47,9 +47,15 @@ int product_small(const product &q, int32_t type, cudaStream_t stream);
 int product_small_group(const lowra_packed *weights, const void *const *bias, void *const *out, int count,
                         const lowra_input &input, const product &base, int32_t type, cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
-int product_wgmma(const product &q, int32_t type, cudaStream_t stream);  // LOWRA_UNSUPPORTED on chips without wgmma
-int product_many(const product &q, int32_t type, cudaStream_t stream);   // likewise
+// Both LOWRA_UNSUPPORTED on chips without wgmma, and in a library without code for Hopper.
+int product_wgmma(const product &q, int32_t type, cudaStream_t stream);
+int product_many(const product &q, int32_t type, cudaStream_t stream);
 // Whether product_many is quicker than a dense product of the dequantised weight. On Hopper.
 bool product_many_is_quicker(int64_t tokens, int64_t rows, int64_t in_features, int64_t l2_bytes);
+#ifndef LOWRA_HOPPER  // CMakeLists.txt
+inline int product_wgmma(const product &, int32_t, cudaStream_t) { return LOWRA_UNSUPPORTED; }
+inline int product_many(const product &, int32_t, cudaStream_t) { return LOWRA_UNSUPPORTED; }
+inline bool product_many_is_quicker(int64_t, int64_t, int64_t, int64_t) { return false; }
+#endif
 
 }  // namespace lowra

@@ -139,7 +139,7 @@ int product_many(const product &q, int32_t type, cudaStream_t stream) {
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
   const bool fits = (size_t)q.layout.rows() * q.groups <= UINT32_MAX;  // tile_row
-  if (!fits || limits.major != 9) return LOWRA_UNSUPPORTED;            // sm_90a code runs on no other chip
+  if (!fits || !limits.hopper) return LOWRA_UNSUPPORTED;
   if (q.in_features % kStepColumns || q.group_shift < 6 || q.layout.rows() % 4 ||
       reinterpret_cast<uintptr_t>(q.out) % 8) {
     return LOWRA_UNSUPPORTED;

@@ -358,6 +358,10 @@ size_t shared_bytes(const division &d) {
          (size_t)d.splits * d.most_tiles * S::kCells * 4 + (size_t)d.most_tiles * (kTileRows * 4 + 8);
 }
 
+// That a launch does not ask for: of norm_factors, for either type of x.
+template <class S>
+constexpr size_t kStaticBytes = S::INPUT == LOWRA_NORMED ? 2 * S::TOKENS * kWarps * sizeof(float) : 0;
+
 // The columns of a block: whole units of 1-bit rows.
 void divide_columns(const product &q, int splits, division &d) {
   const int steps = (q.in_features + kUnitBits - 1) / kUnitBits;
@@ -396,7 +400,7 @@ int most_units(const product &q, const tile_counts &counts, int processors, int 
 // Teams of two blocks share the rows out more evenly, teams of one need no exchange of sums, which takes as long as the
 // units below. With more tokens a unit takes longer, and a team of one makes more of x ready for itself alone.
 int splits_of(const product &q, const tile_counts &counts, const device_limits &limits) {
-  if (limits.major < 9) return 1;
+  if (!limits.clusters) return 1;
   if (q.tokens > 4 || (q.tokens > 2 && counts.total() < 4 * limits.processors)) return 2;
   const int exchange = q.tokens <= 2 ? 10 : 5;
   const int more = most_units(q, counts, limits.processors, 1) - most_units(q, counts, limits.processors, 2);
@@ -431,7 +435,7 @@ int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
   const tile_counts counts = tiles_of_all(q, d);
   // A team's sums must fit into shared memory, and clusters of more than two blocks would leave multiprocessors idle.
   constexpr int kMostTiles = 32;
-  const int fewest = (counts.total() + kMostTiles - 1) / kMostTiles, most_splits = limits.major >= 9 ? 2 : 1;
+  const int fewest = (counts.total() + kMostTiles - 1) / kMostTiles, most_splits = limits.clusters ? 2 : 1;
   for (int splits = splits_of(q, counts, limits); splits <= most_splits; ++splits) {
     divide_columns(q, splits, d);
     int teams = limits.processors / d.splits;
@@ -440,7 +444,7 @@ int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
     if (teams > kMaxTeams) return LOWRA_UNSUPPORTED;
     divide_rows(counts, teams, d);
     const size_t bytes = shared_bytes<S>(d);
-    if (bytes > (size_t)limits.shared_bytes) continue;
+    if (bytes + kStaticBytes<S> > (size_t)limits.shared_bytes) continue;
     return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits,
                         stream, q, d, type);
   }

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kBlockRows = kWarps * kTileRows;
-constexpr int kStages = 3;  // tiles of x in shared memory: one in use, two on their way
+// Tiles of x in shared memory: one in use, two on their way. On Turing one, since two of 64 tokens are all its 64 KB.
+__host__ __device__ constexpr int stages_of(int code) { return code < kAmpere ? 2 : 3; }
+constexpr int kStages = stages_of(kCode);
 constexpr int kMaxSplits = 8;
 
 // A warp copies every eighth token, a lane one unit of each. Tokens and columns that do not exist become zeros.
@@ -128,27 +130,27 @@ int launch(product q, cudaStream_t stream) {
   if (const int status = limits_of_current_device(limits)) return status;
   // As many blocks as run at once, two on each multiprocessor, with at least two tiles of columns each.
   int splits = 1;
-  if (limits.major >= 9) {
+  if (limits.clusters) {
     while (splits < kMaxSplits && tiles * (splits + 1) <= 2 * limits.processors && 2 * (splits + 1) <= steps) ++splits;
   }
   const int slice = (steps + splits - 1) / splits * kTileColumns;
-  constexpr int kX = kStages * 8 * NT * kTileUnits * 16, kSums = 8 * NT * (kBlockRows + 1) * 4;
-  constexpr int kBytes = kX > kSums ? kX : kSums;
+  constexpr int kTile = 8 * NT * kTileUnits * 16, kSums = 8 * NT * (kBlockRows + 1) * 4;
+  static_assert(kSums <= 2 * kTile && 2 * kTile <= 64 << 10, "the sums take the place of x; Turing");
+  const int bytes = stages_of(limits.code) * kTile;
   auto *kernel = product_tensor_kernel<NT, T>;
-  if (const int status =
-          keep_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))) {
+  if (const int status = keep_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) {
     return status;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(splits, tiles);
   config.blockDim = dim3(32, kWarps);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = splits, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
-  config.numAttrs = limits.major >= 9 ? 1 : 0;
+  config.numAttrs = limits.clusters ? 1 : 0;
   return keep_error(cudaLaunchKernelEx(&config, kernel, q, slice));
 }
 
@@ -163,6 +165,9 @@ int choose(const product &q, cudaStream_t stream) {
 }  // namespace
 
 int product_tensor(const product &q, int32_t type, cudaStream_t stream) {
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  if (type == LOWRA_BFLOAT16 && limits.code < kAmpere) return LOWRA_UNSUPPORTED;  // see mma
   return type == LOWRA_FLOAT16 ? choose<fp16>(q, stream) : choose<bf16>(q, stream);
 }
 

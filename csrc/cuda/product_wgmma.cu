@@ -334,7 +334,7 @@ int product_wgmma(const product &q, int32_t type, cudaStream_t stream) {
   const bool fits = codes <= UINT32_MAX && (size_t)l.rows() * q.groups <= UINT32_MAX;  // fragment_rows
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
-  if (!fits || limits.major != 9) return LOWRA_UNSUPPORTED;  // sm_90a code runs on no other chip
+  if (!fits || !limits.hopper) return LOWRA_UNSUPPORTED;
   return type == LOWRA_FLOAT16 ? choose<fp16>(q, stream) : choose<bf16>(q, stream);
 }
 

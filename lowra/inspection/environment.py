@@ -32,7 +32,7 @@ _ASKED = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "f16c", "fma"),
 }
-_HOPPER = (9, 0)
+_AMPERE = 80  # as native.cuda_code counts
 
 
 def describe() -> dict[str, Any]:
@@ -97,13 +97,29 @@ def kernels() -> dict[str, Any]:
     """The kernels in use: of the CPU, and of each GPU with what came of trying one."""
     found: dict[str, Any] = {"cpu": _cpu_kernels()}
     for index, card in enumerate(cuda()["gpus"]):
-        hopper = tuple(card["capability"]) >= _HOPPER
+        device = torch.device("cuda", index)
         found[f"cuda:{index}"] = {
-            "in_use": "native" if native.cuda_available() else "PyTorch reference",
-            "tried": _try(torch.device("cuda", index)),
-            "not_in_use": {} if hopper else {"wgmma, many": "they need compute capability 9.0 (Hopper)"},
+            "in_use": "PyTorch reference",
+            "tried": _try(device),
+            "not_in_use": {},
         }
+        if native.cuda_available():
+            found[f"cuda:{index}"] |= _cuda_kernels(*native.cuda_code(device), card["capability"])
     return found
+
+
+def _cuda_kernels(code: int, hopper: bool, capability: list[int]) -> dict[str, Any]:
+    """code, hopper: `native.cuda_code` of the GPU."""
+    if not code:
+        return {"in_use": "none", "not_in_use": {"any": "the library has no code for this GPU"}}
+    reasons = {}
+    if not hopper and capability[0] == 9:
+        reasons["wgmma, many"] = "this build of the library has none of their code"
+    elif not hopper:
+        reasons["wgmma, many"] = "they need compute capability 9.0 (Hopper)"
+    if code < _AMPERE:
+        reasons["tensor, for bfloat16"] = "tensor cores before Ampere multiply float16 alone: use float16"
+    return {"in_use": f"native, code for compute capability {code // 10}.{code % 10}", "not_in_use": reasons}
 
 
 def switched_off() -> list[str]:

@@ -32,8 +32,8 @@ def build(source: pathlib.Path, name: str, arch: str, *options: str, fresh: bool
     """Builds the libraries of the tree `source` for one chip under build/kernels/NAME.
 
     Args:
-        arch: compute capability without the dot, such as "90". Files with instructions of Hopper alone are always
-            built for sm_90a.
+        arch: compute capability without the dot, such as "90", with which the files of Hopper's own instructions
+            are built, for sm_90a.
         options: more arguments of cmake.
         fresh: compile everything again, so that the log is complete.
 

@@ -11,7 +11,8 @@ from bitsandbytes.backends.lowra import native, reference
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU here"
+        not (torch.cuda.is_available() and native.cuda_available() and native.cuda_code(torch.device("cuda", 0))[1]),
+        reason="no Hopper GPU here, or no code for it in the library",
     ),
 ]
 # rows of 4, 2 and 1 bits, in_features, group size: no rows of a precision, runs that end within a warp, more tiles than

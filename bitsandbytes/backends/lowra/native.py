@@ -29,11 +29,13 @@ _STATUS = {
     6: (
         f"LOWRA_PRODUCT={os.environ.get('LOWRA_PRODUCT')} names no kernel that covers it. small takes 1 to 8 tokens, "
         "tensor and wgmma 1 to 64, many any number (K a multiple of 64, N of 4, groups of 64 and more); wgmma and many "
-        "need Hopper; all of them K a multiple of 32 and group sizes 32, 64, 128 or 256. dense takes everything"
+        "need Hopper, tensor Ampere for bfloat16; all of them K a multiple of 32 and group sizes 32, 64, 128 or 256. "
+        "dense takes everything"
     ),
     7: "a tensor begins where the kernels cannot load from it (codes on a GPU: at a multiple of 16): pass its clone()",
     8: "row_order must name every row once",
     9: "there is not enough memory",
+    10: "lowra's CUDA library has no code for this GPU; `lowra env` says for which it was built",
 }
 _INTERFACE_VERSION = 3
 
@@ -87,6 +89,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_product_is_quicker": [_L, _L, _L],
     "lowra_cuda_lloyd_max": [ctypes.POINTER(_Lloyd), _P, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
+    "lowra_cuda_code": [ctypes.POINTER(ctypes.c_int32)],
     # of native_decoding.py
     "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _I, _P],
     "lowra_cuda_add_norm": [_P, _I, _P],
@@ -94,6 +97,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_attention": [_P, _I, _P],
 }
 UNSUPPORTED = 5
+_CUDA_LINES = (12, 13)
 CPU_MOST_TOKENS = 16
 _INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
 
@@ -118,18 +122,14 @@ def _load(path: pathlib.Path, kind: str) -> ctypes.CDLL | None:
         logger.warning("lowra: %s; the PyTorch reference is used in its place", left_aside[kind])
         return None
     versions = [getattr(library, f"lowra_{what}_version", lambda: None)() for what in ("format", "interface")]
-    if versions != [layout.FORMAT_VERSION, _INTERFACE_VERSION]:
+    signatures = _CPU_SIGNATURES if kind == "cpu" else _CUDA_SIGNATURES
+    complete = all(hasattr(library, name) for name in signatures)
+    if versions != [layout.FORMAT_VERSION, _INTERFACE_VERSION] or not complete:
         left_aside[kind] = f"{path.name} was built from another version"
         logger.warning("lowra: %s; rebuild with `make build`", left_aside[kind])
         return None
-    return library
-
-
-def _load_cpu(path: pathlib.Path) -> ctypes.CDLL | None:
-    library = _load(path, "cpu")
-    if library is not None:
-        for name, types in _CPU_SIGNATURES.items():
-            getattr(library, name).argtypes = types
+    for name, types in signatures.items():
+        getattr(library, name).argtypes = types
     return library
 
 
@@ -139,19 +139,38 @@ def _load_cuda() -> ctypes.CDLL | None:
         return None
     # another build than the installed one, of which two can be compared so (docs/lab/kernels)
     named = os.environ.get("LOWRA_CUDA_LIBRARY")
-    installed = _installed(f"bitsandbytes_lowra_cuda{torch.version.cuda.split('.')[0]}")
+    lines = [line for line in _CUDA_LINES if _installed(f"bitsandbytes_lowra_cuda{line}").exists()]
+    line = _cuda_line(int(torch.version.cuda.split(".")[0]), lines, _driver_line)
+    installed = _installed(f"bitsandbytes_lowra_cuda{line}")
     library = _load(pathlib.Path(named) if named else installed, "cuda")
     if named and library is None:
         raise OSError(f"LOWRA_CUDA_LIBRARY={named} is no CUDA library of lowra's format {layout.FORMAT_VERSION}.")
     if library is not None:
         library.lowra_cuda_error.restype = ctypes.c_char_p
-        for name, types in _CUDA_SIGNATURES.items():
-            getattr(library, name).argtypes = types
+    elif lines and line not in lines:
+        left_aside["cuda"] += f", and for that of CUDA {max(lines)} the driver is too old"
     return library
 
 
+def _cuda_line(of_torch: int, installed: list[int], driver_line: Callable[[], int]) -> int:
+    """Which CUDA library to load: each has the runtime of its line of CUDA in it, which older drivers refuse.
+
+    PyTorch's own line comes first: where PyTorch runs, the driver serves it. Else the newest that the driver serves.
+
+    Args:
+        driver_line: asked for the newest line that the driver serves, 0 without one; only where it matters.
+    """
+    if of_torch in installed or not installed:
+        return of_torch
+    return max((line for line in installed if line <= driver_line()), default=of_torch)
+
+
+def _driver_line() -> int:
+    return torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+
+
 # Any: what is called on them is asked for only where they are there.
-_cpu: Any = _load_cpu(_installed("bitsandbytes_lowra_cpu"))
+_cpu: Any = _load(_installed("bitsandbytes_lowra_cpu"), "cpu")
 _cuda: Any = _load_cuda()
 
 
@@ -215,7 +234,7 @@ def check(status: int, what: str, shape: _Shape) -> None:
 def check_status(status: int, what: str) -> None:
     """Raises RuntimeError for a status other than OK."""
     if status != 0:
-        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status == 4 else ""
+        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status in (4, 10) else ""
         raise RuntimeError(f"lowra: {what} failed: {_STATUS.get(status, f'status {status}')}{detail}")
 
 
@@ -350,6 +369,17 @@ def call_cuda(name: str, device: torch.device, *arguments: Any) -> int:
         return getattr(_cuda, name)(*arguments)
     with torch.cuda.device(device):
         return getattr(_cuda, name)(*arguments)
+
+
+@functools.cache
+def cuda_code(device: torch.device) -> tuple[int, bool]:
+    """What runs on this GPU: the compute capability its code was compiled for, and whether Hopper's own kernels do.
+
+    The capability is 75 for 7.5, and 0 where the library has no code for the GPU. It may be below the GPU's own.
+    """
+    hopper = ctypes.c_int32()
+    code = call_cuda("lowra_cuda_code", device, ctypes.byref(hopper))
+    return code, bool(hopper.value)
 
 
 def cuda_quantize(
