@@ -15,11 +15,11 @@ SCRIPT = """
 import torch
 from torch.profiler import ProfilerActivity, profile
 from cases import packed_case
-from bitsandbytes.backends.lowra import reference
+
 import bitsandbytes
 
 case = packed_case(20, 40, 68, 256, scales=torch.uint8)
-weight = reference.dequantize(*case.dequantize_arguments(torch.bfloat16)).cuda().double()
+weight = torch.ops.bitsandbytes.lowra_dequantize(*case.dequantize_arguments(torch.bfloat16)).cuda().double()
 case = case.to("cuda")
 for tokens in (1, 8, 9, 64, 65, 200):
     x = torch.randn(tokens, 256, device="cuda").bfloat16()
