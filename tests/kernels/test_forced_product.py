@@ -15,14 +15,15 @@ SCRIPT = """
 import torch
 from torch.profiler import ProfilerActivity, profile
 from cases import packed_case
-
+from bitsandbytes.backends.lowra import native
 import bitsandbytes
 
+dtype = torch.bfloat16 if native.cuda_code(torch.device("cuda", 0))[0] >= 80 else torch.float16
 case = packed_case(20, 40, 68, 256, scales=torch.uint8)
-weight = torch.ops.bitsandbytes.lowra_dequantize(*case.dequantize_arguments(torch.bfloat16)).cuda().double()
+weight = torch.ops.bitsandbytes.lowra_dequantize(*case.dequantize_arguments(dtype)).cuda().double()
 case = case.to("cuda")
 for tokens in (1, 8, 9, 64, 65, 200):
-    x = torch.randn(tokens, 256, device="cuda").bfloat16()
+    x = torch.randn(tokens, 256, device="cuda").to(dtype)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         try:
             out = torch.ops.bitsandbytes.lowra_linear(*case.linear_arguments(x))
@@ -70,7 +71,7 @@ def test_the_named_kernel_runs_or_the_product_is_refused(kernel, expected):
     "kernel, expected", [("wgmma", ["wgmma"] * 4 + UP_TO_64), ("many", ["many"] * 6)], ids=["wgmma", "many"]
 )
 def test_kernels_of_hopper_are_refused_elsewhere(kernel, expected):
-    hopper = torch.cuda.get_device_capability()[0] == 9
+    _, hopper = native.cuda_code(torch.device("cuda", 0))
     assert run(kernel) == (expected if hopper else ["refused"] * 6)
 
 
