@@ -25,3 +25,8 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     if device.type == "cpu" and device.index:
         raise ValueError(f"There is no {name}: to PyTorch all processors are one. Give cpu instead.")
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 itself: GPUs before Ampere emulate it, many times slower than float16."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -155,7 +155,7 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
         tables=recipe.tables,
         eval_batch=recipe.eval_batch_size,
         large_workspace=card is not None and card.large_workspace,
-        bf16=recipe.bf16,
+        bf16=recipe.bf16 or recipe.fp16,
     )
     if shape.packed is not None:
         return packed_run(run, shape)

@@ -1,17 +1,21 @@
 """Loading a packed or dense model with its adapter."""
 
+import logging
 import pathlib
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.dense import read_config, resolve_folder
 from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
-from ..device import choose_device
+from ..device import choose_device, has_bfloat16
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER_FILES = ("adapter_config.json", PACKED_FILE)
 
@@ -45,12 +49,21 @@ def load_model(
     if force and (adapter is None or not (pathlib.Path(adapter) / PACKED_FILE).exists()):
         raise ValueError("force has no effect without a packed adapter, whose label it overrides: leave it out.")
     source = resolve_folder(folder)
-    read_config(source, trust_remote_code)  # Transformers would ask on the terminal
+    config = read_config(source, trust_remote_code)  # Transformers would ask on the terminal
+    place = choose_device(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        source, device_map={"": choose_device(device)}, trust_remote_code=trust_remote_code
+        source, dtype=_dtype(config, place), device_map={"": place}, trust_remote_code=trust_remote_code
     )
     if adapter is not None and (pathlib.Path(adapter) / PACKED_FILE).exists():
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
+
+
+def _dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:
+    """The checkpoint's own, but float16 for bfloat16 on a GPU that only emulates that."""
+    if config.dtype != torch.bfloat16 or has_bfloat16(device):
+        return "auto"
+    logger.warning("%s has no bfloat16: the model is loaded in float16.", torch.cuda.get_device_name(device))
+    return torch.float16

@@ -22,7 +22,7 @@ def language_model_metrics(
     examples: list[dict],
     collate: Callable,
     batch_size: int,
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> dict:
     """Perplexity = exp(mean loss) over all predicted tokens, and the share of them that the argmax predicts.
@@ -32,7 +32,7 @@ def language_model_metrics(
         examples: `input_ids` and `labels`; labels of -100 are not predicted.
         collate: examples to padded tensors [B, T].
         batch_size: sequences at a time.
-        bf16: run under bfloat16 autocast, as training does; the loss is float32 in any case.
+        dtype: of autocast, as in training; float32 is none. The loss is float32 in any case.
 
     Returns:
         loss, perplexity, accuracy, tokens.
@@ -45,7 +45,7 @@ def language_model_metrics(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.long, device=device)
     tokens = 0
-    with _evaluating(model), autocast(device, bf16):
+    with _evaluating(model), autocast(device, dtype):
         for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False, disable=not progress):
             batch = collate(examples[start : start + batch_size])
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -92,7 +92,7 @@ def summary_metrics(
     max_new_tokens: int,
     *,
     num_beams: int | None = None,
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> dict:
     """ROUGE of generated summaries against their references, in percent.
@@ -104,7 +104,7 @@ def summary_metrics(
     speaker: Any = model  # both kinds have `generate`, which PeftModel takes from its base
     summaries, length = [], 0
     beams = {} if num_beams is None else {"num_beams": num_beams}
-    with _evaluating(model), autocast(device, bf16):
+    with _evaluating(model), autocast(device, dtype):
         for start in tqdm(range(0, len(examples), batch_size), desc="generating", leave=False, disable=not progress):
             batch = collate(examples[start : start + batch_size])
             batch.pop("labels")
@@ -133,9 +133,9 @@ def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
     return {kind: 100 * total / len(predictions) for kind, total in totals.items()}
 
 
-def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    """bfloat16 autocast on the device, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast to a type of 16 bits on the device, or nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def _sentences(text: str) -> str:

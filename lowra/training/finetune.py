@@ -43,7 +43,7 @@ from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
 from .head_by_parts import HeadByParts, head_by_parts
-from .methods import Base, attach_adapter, load_base, prepare_base
+from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
 from .recipe import Recipe
 from .settled import settle, used
@@ -130,7 +130,7 @@ def train(
         bare.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.packing:
         vocabulary = len(data.tokenizer)
-        with autocast(arguments.device, recipe.bf16):
+        with autocast(arguments.device, compute_dtype(recipe)):
             check_packing(model, vocabulary, lambda **inputs: model(**inputs, use_cache=False).logits)
     if untuned is None:
         untuned = measure(model, recipe, data, progress and main)
@@ -223,10 +223,11 @@ def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = T
             recipe.eval_batch_size,
             recipe.target_length,
             num_beams=recipe.num_beams,
-            bf16=recipe.bf16,
+            dtype=compute_dtype(recipe),
             progress=progress,
         )
-    return language_model_metrics(model, data.validation, data.collate, recipe.eval_batch_size, recipe.bf16, progress)
+    dtype = compute_dtype(recipe)
+    return language_model_metrics(model, data.validation, data.collate, recipe.eval_batch_size, dtype, progress)
 
 
 def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArguments:
@@ -254,6 +255,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         optim=recipe.optimizer,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         bf16=recipe.bf16,
+        fp16=recipe.fp16,
         use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU is refused without it
         seed=recipe.seed,
         eval_strategy=evaluation,

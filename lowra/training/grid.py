@@ -58,6 +58,8 @@ class Cell:
     def base_key(self) -> str:
         """Names what the base depends on."""
         content = {name: getattr(self.recipe, name) for name in _BASE_FIELDS}
+        if self.recipe.fp16:  # a younger field: without it the names of bases stay what they were
+            content["fp16"] = True
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.recipe.method}-{self.recipe.bits:g}bit-{digest}"
 

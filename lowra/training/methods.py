@@ -147,7 +147,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
     quantization = quantization_config(recipe)
     if quantization is None:
         safetensors_files(source)
-        dense = 16 if recipe.bf16 else 32
+        dense = 8 * compute_dtype(recipe).itemsize
         if recipe.method == "lora16":
             return Base(source, dense, dense, name=name)
         bits = int(recipe.bits)
@@ -188,11 +188,17 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
             raise ValueError(f"{folder} was made with {name}={was}, the recipe now asks for {asked}: use a new output.")
 
 
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the base and of autocast."""
+    if recipe.fp16:
+        return torch.float16
+    return torch.bfloat16 if recipe.bf16 else torch.float32
+
+
 def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The base model on the device, in the compute type of the recipe."""
-    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
     architecture = type(empty_model(base.folder, recipe.trust_remote_code))
-    model: Any = architecture.from_pretrained(base.folder, dtype=dtype)
+    model: Any = architecture.from_pretrained(base.folder, dtype=compute_dtype(recipe))
     model.to(device)
     if base.hqq_bits is not None:
         hqq.quantize_model(model, base.hqq_bits)

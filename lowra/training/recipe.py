@@ -88,7 +88,9 @@ class Recipe:
         optimizer: a name of Transformers' optimisers.
         group_by_length: batches of similar lengths.
         gradient_checkpointing: recompute activations in backward.
-        bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both.
+        bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both. On a GPU without
+            bfloat16 (before Ampere) fp16 takes its place.
+        fp16: in place of bf16, float16 with loss scaling; on GPUs alone.
         seed, data_seed: of training and of the carved validation rows.
         eval_steps: optimiser steps between evaluations; None does not evaluate on the way.
         save_steps: optimiser steps between checkpoints, from which a run that crashed resumes; None writes none.
@@ -150,6 +152,7 @@ class Recipe:
     group_by_length: _Truth = False
     gradient_checkpointing: _Truth = True
     bf16: _Truth = True
+    fp16: _Truth = False
     seed: _Seed = 0
     data_seed: _Seed = 42
     eval_steps: _Limit | None = None
@@ -165,6 +168,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, checker in _checkers().items():
             setattr(self, name, _checked(name, getattr(self, name), checker))
+        if self.fp16 and self.bf16:
+            if {"bf16", "fp16"} <= self.given:
+                raise ValueError("bf16=true and fp16=true are two types for one computation: give one of them.")
+            self.bf16 = "bf16" in self.given  # what the command line says counts before the file
+            self.fp16 = not self.bf16
         if not self.train_file and not self.dataset:
             raise ValueError("The recipe names no data: give train_file=FILE, or dataset=NAME of the hub.")
         if self.task == "summarization" and not (self.source_column and self.target_column):

@@ -8,7 +8,10 @@ import dataclasses
 import logging
 import typing
 
+import torch
+
 from ..checkpoints.dense import resolve_folder
+from ..device import choose_device, has_bfloat16
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config
 from .recipe import Recipe
@@ -23,15 +26,37 @@ def settle(recipe: Recipe) -> Recipe:
 
     Raises:
         FileNotFoundError, ValueError: no such model, one that another program packed, a method that does not have these
-            options, or an override without effect.
+            options, an override without effect, or a type of number that the device does not compute.
     """
-    recipe = without_idle_fields(recipe)
+    recipe = without_idle_fields(on_device(recipe, choose_device()))
     source = resolve_folder(recipe.model)
     packed = packed_config(source, recipe)
     if packed is None:
         check_method(recipe)
         return recipe
     return without_idle_fields(on_packed_base(recipe, source, packed))
+
+
+def on_device(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with float16 in place of bfloat16 on a GPU that only emulates that.
+
+    Raises:
+        ValueError: an override asks for bfloat16 there, or fp16 is asked for on a CPU.
+    """
+    if recipe.fp16 and device.type == "cpu":
+        raise ValueError(
+            "fp16=true needs a GPU: on a CPU give bf16=true, or bf16=false for float32, and leave fp16 out."
+        )
+    if not recipe.bf16 or has_bfloat16(device):
+        return recipe
+    name = torch.cuda.get_device_name(device)
+    if "bf16" in recipe.given:
+        raise ValueError(
+            f"bf16=true: {name} has no bfloat16 and emulates it, many times slower. Give fp16=true for float16 with "
+            "loss scaling, or bf16=false for float32."
+        )
+    logger.warning("%s has no bfloat16: the run takes float16 with loss scaling (fp16=true).", name)
+    return dataclasses.replace(recipe, bf16=False, fp16=True)
 
 
 def used(recipe: Recipe) -> dict:
