@@ -1,6 +1,7 @@
 // Weighted Lloyd-Max of all precisions for every row. Reference: lloyd.lloyd_max (values agree to float32 rounding).
 //
-// A block keeps one row on chip for all iterations: the weight is read from memory once. The reference sorts the row
+// A block keeps one row on chip for all iterations: the weight is read from memory once, unless shared memory is too
+// small for it (K above 15,000 on Turing, 24,000 on sm_86), where every iteration reads it. The reference sorts the row
 // and takes a cell's sums from prefix sums; here every weight is compared with every threshold and added in double
 // precision to the sums above it, which costs a row of 4096 less than its sort would at 20 iterations, needs no scratch
 // memory and gives the same sums, since both are differences of sums over "greater than the threshold". The order of
@@ -53,19 +54,54 @@ __device__ __forceinline__ double reduce(double value) {
   return value;
 }
 
+__device__ __forceinline__ float load_weight(const search &s, size_t index) {
+  if (s.weight_type == LOWRA_FLOAT32) return __ldg(static_cast<const float *>(s.weight) + index);
+  const uint16_t raw = __ldg(static_cast<const unsigned short *>(s.weight) + index);
+  return s.weight_type == LOWRA_FLOAT16 ? half_bits_to_float(raw) : __uint_as_float((uint32_t)raw << 16);
+}
+
+__device__ __forceinline__ float normalised(float weight, float largest) {
+  return largest > 0.f ? __fdiv_rn(weight, largest) : 0.f;
+}
+
+// The row of a block: its weights over the absmax of their groups.
+template <bool ON_CHIP>
+struct normal_row;
+template <>
+struct normal_row<true> {
+  const float *x, *absmax;  // shared memory; x zeros up to the next multiple of 4
+  __device__ __forceinline__ float4 four(const search &, int number, float) const {
+    return reinterpret_cast<const float4 *>(x)[number];
+  }
+};
+template <>
+struct normal_row<false> {
+  size_t start;  // in the weight
+  const float *absmax;
+  __device__ __forceinline__ float4 four(const search &s, int number, float largest) const {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = 4 * number + i;
+      x[i] = k < s.in_features ? normalised(load_weight(s, start + k), largest) : 0.f;
+    }
+    return make_float4(x[0], x[1], x[2], x[3]);
+  }
+};
+
 // CUTS: thresholds of the precision; the sums are registers. In value[j] and value[16 + j] the sums of weight and
 // weight * x over x above threshold j; in value[15] and value[31] over all x.
-template <int CUTS>
-__device__ __forceinline__ double sum_cells(const search &s, const float *x, const float *absmax, bool squared,
-                                            shared_state &state) {
+template <int CUTS, class ROW>
+__device__ __forceinline__ double sum_cells(const search &s, const ROW &row, bool squared, shared_state &state) {
   float cut[CUTS];
 #pragma unroll
   for (int j = 0; j < CUTS; ++j) cut[j] = state.cuts[j];
   double value[32] = {};
   double second = 0;
   for (int four = threadIdx.x; four < (s.in_features + 3) / 4; four += blockDim.x) {
-    const float4 xs = reinterpret_cast<const float4 *>(x)[four];
-    const double scale = absmax[s.fours_per_group.divide(four)];
+    const float largest = row.absmax[s.fours_per_group.divide(four)];
+    const float4 xs = row.four(s, four, largest);
+    const double scale = largest;
     const double importance = squared ? scale * scale : scale;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -122,9 +158,8 @@ __device__ __forceinline__ double error_of(const cell &c, double level, const sh
 }
 
 // BITS: as CUTS. The first warp decides, all warps sum.
-template <int BITS>
-__device__ __forceinline__ void learn(const search &s, const float *x, const float *absmax, shared_state &state,
-                                      int row) {
+template <int BITS, class ROW>
+__device__ __forceinline__ void learn(const search &s, const ROW &values, shared_state &state, int row) {
   constexpr int kCuts = (1 << BITS) - 1;
   constexpr int kLevelAt = BITS == 4 ? 0 : BITS == 2 ? 16 : 20;
   constexpr int kCutAt = BITS == 4 ? 0 : BITS == 2 ? 15 : 18;
@@ -137,7 +172,7 @@ __device__ __forceinline__ void learn(const search &s, const float *x, const flo
   __syncthreads();
   if (decides && lane < kCuts) state.cuts[lane] = (float)threshold;
   __syncthreads();
-  double sum = sum_cells<kCuts>(s, x, absmax, s.squared, state);
+  double sum = sum_cells<kCuts>(s, values, s.squared, state);
   if (decides) {
     cells = cell_of<kCuts>(sum, lane);
     error = error_of<kCuts>(cells, level, state, lane);
@@ -150,7 +185,7 @@ __device__ __forceinline__ void learn(const search &s, const float *x, const flo
       if (lane < kCuts) state.cuts[lane] = (float)midpoint;
     }
     __syncthreads();
-    sum = sum_cells<kCuts>(s, x, absmax, s.squared, state);
+    sum = sum_cells<kCuts>(s, values, s.squared, state);
     if (decides) {
       const cell found = cell_of<kCuts>(sum, lane);
       const double found_error = error_of<kCuts>(found, candidate, state, lane);
@@ -165,7 +200,7 @@ __device__ __forceinline__ void learn(const search &s, const float *x, const flo
     __syncthreads();
     if (decides && lane < kCuts) state.cuts[lane] = (float)threshold;
     __syncthreads();
-    sum = sum_cells<kCuts>(s, x, absmax, true, state);
+    sum = sum_cells<kCuts>(s, values, true, state);
     if (decides) error = error_of<kCuts>(cell_of<kCuts>(sum, lane), level, state, lane);
   }
   if (decides) {
@@ -175,16 +210,16 @@ __device__ __forceinline__ void learn(const search &s, const float *x, const flo
   }
 }
 
-__device__ __forceinline__ float load_weight(const search &s, size_t index) {
-  if (s.weight_type == LOWRA_FLOAT32) return __ldg(static_cast<const float *>(s.weight) + index);
-  const uint16_t raw = __ldg(static_cast<const unsigned short *>(s.weight) + index);
-  return s.weight_type == LOWRA_FLOAT16 ? half_bits_to_float(raw) : __uint_as_float((uint32_t)raw << 16);
+// Floats of shared memory that x takes.
+__host__ __device__ __forceinline__ int64_t floats_of_row(int64_t in_features, bool on_chip) {
+  return on_chip ? (in_features + 3) / 4 * 4 : 0;
 }
 
+template <bool ON_CHIP>
 __global__ void __launch_bounds__(32 * kMaxWarps) lloyd_max_kernel(const __grid_constant__ search s) {
   extern __shared__ float4 memory[];
   __shared__ shared_state state;
-  float *x = reinterpret_cast<float *>(memory), *absmax = x + (s.in_features + 3) / 4 * 4;
+  float *x = reinterpret_cast<float *>(memory), *absmax = x + floats_of_row(s.in_features, ON_CHIP);
   const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const size_t start = (size_t)row * s.in_features;
   for (int group = warp; group < s.groups; group += blockDim.x / 32) {
@@ -201,15 +236,40 @@ __global__ void __launch_bounds__(32 * kMaxWarps) lloyd_max_kernel(const __grid_
 #pragma unroll
     for (int i = 0; i < LOWRA_MAX_GROUP_SIZE / 32; ++i) {
       const int k = first + 32 * i + lane;
-      if (k < end) x[k] = largest > 0.f ? __fdiv_rn(w[i], largest) : 0.f;
+      if (ON_CHIP && k < end) x[k] = normalised(w[i], largest);
     }
     if (lane == 0) absmax[group] = largest;
   }
-  if (threadIdx.x < (4 - s.in_features % 4) % 4) x[s.in_features + threadIdx.x] = 0.f;
+  if (ON_CHIP && threadIdx.x < (4 - s.in_features % 4) % 4) x[s.in_features + threadIdx.x] = 0.f;
   __syncthreads();
-  learn<4>(s, x, absmax, state, row);
-  learn<2>(s, x, absmax, state, row);
-  learn<1>(s, x, absmax, state, row);
+  normal_row<ON_CHIP> values;
+  values.absmax = absmax;
+  if constexpr (ON_CHIP) {
+    values.x = x;
+  } else {
+    values.start = start;
+  }
+  learn<4>(s, values, state, row);
+  learn<2>(s, values, state, row);
+  learn<1>(s, values, state, row);
+}
+
+template <bool ON_CHIP>
+int launch(const search &s, int64_t rows, cudaStream_t stream) {
+  const int64_t bytes = (floats_of_row(s.in_features, ON_CHIP) + s.groups) * (int64_t)sizeof(float);
+  auto *kernel = lloyd_max_kernel<ON_CHIP>;
+  device_limits limits;
+  if (const int status = limits_of_current_device(limits)) return status;
+  if (bytes + (int64_t)sizeof(shared_state) > limits.shared_bytes) return LOWRA_UNSUPPORTED;
+  if (const int status =
+          keep_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes))) {
+    return status;
+  }
+  // Few warps for each row keep the share of the reductions small; long rows leave room for few blocks, so they get
+  // more.
+  const int warps = s.in_features <= 8192 ? 4 : s.in_features <= 16384 ? 8 : kMaxWarps;
+  kernel<<<(unsigned)rows, 32 * warps, (size_t)bytes, stream>>>(s);
+  return launched();
 }
 
 }  // namespace
@@ -238,17 +298,7 @@ int lowra_cuda_lloyd_max(const lowra_lloyd *wanted, const void *weight, int32_t 
   s.initial_levels = wanted->initial_levels, s.initial_thresholds = wanted->initial_thresholds;
   s.iterations = wanted->iterations, s.squared = wanted->squared != 0;
   s.levels = levels, s.thresholds = thresholds, s.errors = errors;
-  device_limits limits;
-  if (const int status = limits_of_current_device(limits)) return status;
-  const int64_t bytes = ((in_features + 3) / 4 * 4 + s.groups) * (int64_t)sizeof(float);
-  if (bytes + (int64_t)sizeof(shared_state) > limits.shared_bytes) return LOWRA_UNSUPPORTED;
-  if (const int status =
-          keep_error(cudaFuncSetAttribute(lloyd_max_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes))) {
-    return status;
-  }
-  // Few warps for each row keep the share of the reductions small; long rows leave room for few blocks, so they get
-  // more.
-  const int warps = in_features <= 8192 ? 4 : in_features <= 16384 ? 8 : kMaxWarps;
-  lloyd_max_kernel<<<(unsigned)rows, 32 * warps, (size_t)bytes, static_cast<cudaStream_t>(stream)>>>(s);
-  return launched();
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const int status = launch<true>(s, rows, on);
+  return status == LOWRA_UNSUPPORTED ? launch<false>(s, rows, on) : status;
 }
