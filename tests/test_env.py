@@ -110,6 +110,21 @@ def test_the_reference_warns_once_off_the_cpu(monkeypatch, caplog):
     native._warn_of_reference.cache_clear()
 
 
+def test_bfloat16_with_code_for_turing_warns_once(monkeypatch, caplog):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(native, "call_cuda", lambda *arguments: 1)
+    for code, warnings in ((80, 0), (75, 1)):
+        monkeypatch.setattr(native, "cuda_code", lambda device, code=code: (code, False))
+        native.product_is_quicker.cache_clear()
+        assert native.product_is_quicker(device, torch.float16, 1, 64, 64)
+        for tokens in (1, 2):
+            assert native.product_is_quicker(device, torch.bfloat16, tokens, 64, 64)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING] * warnings
+    assert "dtype=torch.float16" in caplog.text and "fp16=True" in caplog.text
+    native.product_is_quicker.cache_clear()
+    native._warn_of_bfloat16.cache_clear()
+
+
 def test_every_reference_kernel_goes_by_the_warning():
     """A reference called in an op without it would be slow in silence."""
     folder = pathlib.Path(native.__file__).parent

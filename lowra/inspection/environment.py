@@ -32,7 +32,6 @@ _ASKED = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "f16c", "fma"),
 }
-_AMPERE = 80  # as native.cuda_code counts
 
 
 def describe() -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _cuda_kernels(code: int, hopper: bool, capability: list[int]) -> dict[str, A
         reasons["wgmma, many"] = "this build of the library has none of their code"
     elif not hopper:
         reasons["wgmma, many"] = "they need compute capability 9.0 (Hopper)"
-    if code < _AMPERE:
+    if code < native.AMPERE:
         reasons["tensor, for bfloat16"] = "tensor cores before Ampere multiply float16 alone: use float16"
     return {"in_use": f"native, code for compute capability {code // 10}.{code % 10}", "not_in_use": reasons}
 

@@ -97,6 +97,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_attention": [_P, _I, _P],
 }
 UNSUPPORTED = 5
+AMPERE = 80  # as `cuda_code` counts
 _CUDA_LINES = (12, 13)
 CPU_MOST_TOKENS = 16
 _INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
@@ -455,9 +456,20 @@ def cuda_dequantize(
     return out
 
 
+@functools.cache
+def _warn_of_bfloat16() -> None:
+    logger.warning(
+        "lowra: a product of bfloat16 with code for Turing, which multiplies float16 alone: beyond 8 tokens the weight "
+        "is made dense, and such a GPU emulates bfloat16, many times slower. Load the model with dtype=torch.float16 "
+        "and train with fp16=True."
+    )
+
+
 @functools.lru_cache(4096)
-def product_is_quicker(device: torch.device, tokens: int, rows: int, in_features: int) -> bool:
+def product_is_quicker(device: torch.device, dtype: torch.dtype, tokens: int, rows: int, in_features: int) -> bool:
     """Whether `cuda_product` is quicker on this GPU than a dense product after `cuda_dequantize`."""
+    if dtype == torch.bfloat16 and 0 < cuda_code(device)[0] < AMPERE:
+        _warn_of_bfloat16()
     return bool(call_cuda("lowra_cuda_product_is_quicker", device, tokens, rows, in_features))
 
 

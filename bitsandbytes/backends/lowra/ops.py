@@ -272,7 +272,7 @@ if native.cuda_available():
         in_order = checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
         tokens = x.shape[:-1].numel()
         fused = tokens > 0 and x.dtype in _FUSED_TYPES and in_order  # products find rows by searching
-        if fused and native.product_is_quicker(x.device, tokens, packed.rows, packed.in_features):
+        if fused and native.product_is_quicker(x.device, x.dtype, tokens, packed.rows, packed.in_features):
             out = native.cuda_product(x, packed, bias)
             if out is not None:
                 return out
