@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import types
 
 import pytest
 import torch
@@ -93,7 +94,20 @@ def test_env_says_for_which_card_the_code_was_compiled():
     assert turing["in_use"].endswith("7.5")
     assert "use float16" in turing["not_in_use"]["tensor, for bfloat16"]
     assert "Hopper" in turing["not_in_use"]["wgmma, many"]
-    assert environment._cuda_kernels(0, False, [7, 0])["in_use"] == "none"
+    volta = environment._cuda_kernels(0, False, [7, 0])
+    assert volta["in_use"] == "PyTorch reference" and "no code for this GPU" in volta["not_in_use"]["native"]
+
+
+def test_a_gpu_without_code_takes_the_reference_and_is_told(monkeypatch):
+    monkeypatch.setattr(native, "left_aside", {})
+    library = types.SimpleNamespace(
+        lowra_cuda_error=lambda: b"no kernel image is available for execution on the device"
+    )
+    monkeypatch.setattr(native, "_cuda", library)
+    assert native.covered(0) and native.covered(4) and not native.covered(5)
+    assert native.left_aside == {}
+    assert not native.covered(10)
+    assert "no code for this GPU (no kernel image" in native.left_aside["cuda"]
 
 
 def test_the_reference_warns_once_off_the_cpu(monkeypatch, caplog):

@@ -95,7 +95,7 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (forced) {
     const int status = run_forced(q, type, on);
-    return status == LOWRA_UNSUPPORTED ? LOWRA_NOT_FORCED : status;
+    return status == LOWRA_UNSUPPORTED || status == LOWRA_NO_CODE ? LOWRA_NOT_FORCED : status;
   }
   if (tokens > kFew) return product_many(q, type, on);
   device_limits limits;

@@ -110,7 +110,7 @@ def kernels() -> dict[str, Any]:
 def _cuda_kernels(code: int, hopper: bool, capability: list[int]) -> dict[str, Any]:
     """code, hopper: `native.cuda_code` of the GPU."""
     if not code:
-        return {"in_use": "none", "not_in_use": {"any": "the library has no code for this GPU"}}
+        return {"in_use": "PyTorch reference", "not_in_use": {"native": "the library has no code for this GPU"}}
     reasons = {}
     if not hopper and capability[0] == 9:
         reasons["wgmma, many"] = "this build of the library has none of their code"

@@ -35,7 +35,6 @@ _STATUS = {
     7: "a tensor begins where the kernels cannot load from it (codes on a GPU: at a multiple of 16): pass its clone()",
     8: "row_order must name every row once",
     9: "there is not enough memory",
-    10: "lowra's CUDA library has no code for this GPU; `lowra env` says for which it was built",
 }
 _INTERFACE_VERSION = 3
 
@@ -97,6 +96,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_attention": [_P, _I, _P],
 }
 UNSUPPORTED = 5
+_NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
 _CUDA_LINES = (12, 13)
 CPU_MOST_TOKENS = 16
@@ -232,10 +232,17 @@ def check(status: int, what: str, shape: _Shape) -> None:
         )
 
 
+def covered(status: int) -> bool:
+    """Whether a CUDA function did something; else the caller takes another way: not this shape, or not this GPU."""
+    if status == _NO_CODE:
+        left_aside["cuda"] = f"lowra's CUDA library has no code for this GPU ({_cuda.lowra_cuda_error().decode()})"
+    return status not in (UNSUPPORTED, _NO_CODE)
+
+
 def check_status(status: int, what: str) -> None:
     """Raises RuntimeError for a status other than OK."""
     if status != 0:
-        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status in (4, 10) else ""
+        detail = f" ({_cuda.lowra_cuda_error().decode()})" if status == 4 else ""
         raise RuntimeError(f"lowra: {what} failed: {_STATUS.get(status, f'status {status}')}{detail}")
 
 
@@ -409,14 +416,14 @@ def cuda_quantize(
         absmax.data_ptr(),
         stream_of(weight),
     )
-    if status == UNSUPPORTED:
+    if not covered(status):
         return None
     check(status, "quantisation", shape)
     return codes, absmax
 
 
-def cuda_encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.encode_scales` on the CUDA library."""
+def cuda_encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`reference.encode_scales` on the CUDA library; None where it has no code for the GPU."""
     absmax = absmax.contiguous()
     count = absmax.numel()
     blocks = (count + layout.SCALE_BLOCK - 1) // layout.SCALE_BLOCK
@@ -431,14 +438,17 @@ def cuda_encode_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         steps.data_ptr(),
         stream_of(absmax),
     )
+    if not covered(status):
+        return None
     check(status, "encoding of scales", shape_of(1, 0, 0, count, 8))
     return scales, steps
 
 
 def cuda_dequantize(
     packed: PackedMatrix, dtype: torch.dtype, part: tuple[int, int, int, int] | None = None
-) -> torch.Tensor:
-    """`reference.dequantize` on the CUDA library, or a part (first row, rows, first column, columns) of it."""
+) -> torch.Tensor | None:
+    """`reference.dequantize` on the CUDA library, or a part (first row, rows, first column, columns) of it; None
+    where it has no code for the GPU."""
     struct = packed_of(packed)
     part = (0, packed.rows, 0, packed.in_features) if part is None else part
     codes = packed.codes
@@ -452,6 +462,8 @@ def cuda_dequantize(
         _TYPES[dtype],
         stream_of(codes),
     )
+    if not covered(status):
+        return None
     check(status, "dequantisation", struct.shape)
     return out
 
@@ -489,7 +501,7 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
         _TYPES[x.dtype],
         stream_of(x),
     )
-    if status == UNSUPPORTED:
+    if not covered(status):
         return None
     check(status, "product", struct.shape)
     return out
@@ -516,7 +528,7 @@ def cuda_lloyd_max(
         *(tensor.data_ptr() for tensor in found),
         stream_of(weight),
     )
-    if status == UNSUPPORTED:
+    if not covered(status):
         return None
     check(status, "the Lloyd-Max search", shape_of(len(weight), len(weight), 0, weight.shape[1], group_size))
     return found
@@ -541,7 +553,7 @@ def cuda_table_gradients(
         for_scales.data_ptr() if with_scales else None,
         stream_of(gradient),
     )
-    if status == UNSUPPORTED:
+    if not covered(status):
         return None
     check(status, "gradients of the tables", struct.shape)
     return for_levels, for_scales

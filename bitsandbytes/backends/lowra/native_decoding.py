@@ -57,7 +57,7 @@ def _finish(status: int, what: str, shape: tuple[int, ...]) -> bool:
     Raises:
         RuntimeError: it was refused or failed.
     """
-    if status == native.UNSUPPORTED:
+    if not native.covered(status):
         return False
     native.check_status(status, f"{what} of {list(shape)}")
     return True

@@ -152,9 +152,12 @@ def _(*arguments: Any) -> Any:
     packed, part, dtype = _part_of(arguments)
     checks.check_packed_once(packed, dtype)
     checks.check_part(packed, part)
+    return torch.ops.bitsandbytes.lowra_dequantize(*packed, dtype)[_slices(part)].clone()
+
+
+def _slices(part: tuple[int, int, int, int]) -> tuple[slice, slice]:
     first_row, rows, first_column, columns = part
-    whole = torch.ops.bitsandbytes.lowra_dequantize(*packed, dtype)
-    return whole[first_row : first_row + rows, first_column : first_column + columns].clone()
+    return slice(first_row, first_row + rows), slice(first_column, first_column + columns)
 
 
 def _operands_of(arguments: Sequence[Any]) -> tuple[torch.Tensor, PackedMatrix, torch.Tensor | None]:
@@ -234,6 +237,10 @@ if native.cpu_available():
 
 if native.cuda_available():
 
+    def _dequantized(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
+        dense = native.cuda_dequantize(packed, dtype)
+        return native.by_reference(reference.dequantize, packed.codes.device, packed, dtype) if dense is None else dense
+
     @torch.library.register_kernel("bitsandbytes::lowra_quantize", "cuda")
     def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
@@ -247,14 +254,14 @@ if native.cuda_available():
     def _(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         checks.check_absmax(absmax)
         checks.check_memory(absmax)
-        return native.cuda_encode_scales(absmax)
+        return native.cuda_encode_scales(absmax) or native.by_reference(reference.encode_scales, absmax.device, absmax)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cuda")
     def _(*arguments: Any) -> Any:
         packed, dtype = _weight_of(arguments)
         checks.check_packed_once(packed, dtype)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
-        return native.cuda_dequantize(packed, dtype)
+        return _dequantized(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cuda")
     def _(*arguments: Any) -> Any:
@@ -262,7 +269,8 @@ if native.cuda_available():
         checks.check_packed_once(packed, dtype)
         checks.check_part(packed, part)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
-        return native.cuda_dequantize(packed, dtype, part)
+        out = native.cuda_dequantize(packed, dtype, part)
+        return _dequantized(packed, dtype)[_slices(part)].clone() if out is None else out
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
     def _(*arguments: Any) -> Any:
@@ -279,7 +287,7 @@ if native.cuda_available():
         rows = _at_once(packed.rows, packed.in_features * x.element_size(), _DENSE_BYTES)
         if rows < packed.rows:
             return product_by_rows(x, packed, bias, rows)
-        return torch.nn.functional.linear(x, native.cuda_dequantize(packed, x.dtype), bias)
+        return torch.nn.functional.linear(x, _dequantized(packed, x.dtype), bias)
 
     @torch.library.register_kernel("bitsandbytes::lowra_lloyd_max", "cuda")
     def _(*arguments: Any) -> Any:
