@@ -12,6 +12,7 @@ from . import backend  # noqa: F401, I001 - first: defines the ops
 from . import integrations
 from .config import LowRAConfig
 from .generation.fast import fast_decoding
+from .integrations.layer_graphs import capture_layers
 from .integrations.peft import merge_into_dense, prepare_for_training
 from .nn.linear import LowRALinear
 from .quantization.calibration import Calibration, calibrate
@@ -25,6 +26,7 @@ __all__ = [
     "LowRAConfig",
     "LowRALinear",
     "calibrate",
+    "capture_layers",
     "fast_decoding",
     "integrations",
     "merge_into_dense",

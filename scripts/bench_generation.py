@@ -18,88 +18,13 @@ import statistics
 import time
 
 import torch
+from random_models import GPU, SHAPES, make_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 import lowra
-from bitsandbytes.backends.lowra import layout
 from lowra.generation.fast import release
-from lowra.weights.packed import PackedWeight
-
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-}
-MIXES = {1.5: (0.0625, 0.3125), 2.0: (0.125, 0.625), 2.5: (0.3125, 0.5625), 4.0: (1.0, 0.0)}  # rows of 4 and of 2 bits
-GPU = "cuda"
-
-
-def random_packed(rows: int, columns: int, bits: float) -> PackedWeight:
-    """A packed weight of about the size that real ones have, rows of each precision at random places."""
-    share4, share2 = MIXES[bits]
-    four, two = round(rows * share4), round(rows * share2)
-    row_bits = torch.tensor([4] * four + [2] * two + [1] * (rows - four - two), dtype=torch.uint8)[torch.randperm(rows)]
-    groups = layout.group_count(columns, 64)
-    size = layout.codes_size(rows, four, two, columns)
-    codes = torch.randint(0, 256, (size,), dtype=torch.uint8, device=GPU)
-    scales = torch.randint(200, 256, (rows, groups), dtype=torch.uint8, device=GPU)
-    steps = torch.full((layout.scale_step_count(rows, columns, 64),), 0.05 / 255**2, device=GPU)
-    levels = [torch.linspace(-1, 1, 2**b).repeat(n) for b, n in ((4, four), (2, two), (1, rows - four - two))]
-    return PackedWeight(codes, row_bits.to(GPU), scales, steps, torch.cat(levels).half().to(GPU), columns, 64)
-
-
-def make_model(shape: str, base: str | float) -> nn.Module:
-    """A model on the GPU: "bf16", "NF4", or packed at so many bits."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    if base == "NF4":
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-    torch.manual_seed(0)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "layers" in name:
-            rows, columns = module.out_features, module.in_features
-            if isinstance(base, float):
-                packed = lowra.LowRALinear.from_packed(random_packed(rows, columns, base))
-                packed.compute_dtype = torch.bfloat16
-                model.set_submodule(name, packed)
-            elif base == "NF4":
-                import bitsandbytes
-
-                weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02
-                module.weight = bitsandbytes.nn.Params4bit(
-                    weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-                ).to(GPU)
-            else:
-                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02)
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            module.weight = nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16, device=GPU) * 0.02)
-        elif type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=GPU))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(GPU)
-    return model.requires_grad_(False).eval()
 
 
 def step_bytes(model: nn.Module, batch: int, context: float) -> float:

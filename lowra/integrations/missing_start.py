@@ -49,7 +49,7 @@ def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAC
     layer = next((module for module in model.modules() if isinstance(module, LowRALinear)), None)
     if start is not None and layer is not None:
         setattr(model, _STORED, StoredStart(start, folder / ADAPTER_FOLDER))
-        _Watch(model, layer, start, folder / ADAPTER_FOLDER)
+        layer.at_first_forward = _Watch(model, start, folder / ADAPTER_FOLDER)
 
 
 def stored_start(model: nn.Module) -> StoredStart | None:
@@ -72,24 +72,22 @@ def _start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:
 
 
 class _Watch:
-    """A hook on one packed layer, which no adapter's forward goes past; it takes itself off. Can be pickled."""
+    """What one packed layer calls before its forward, which no adapter's forward goes past; once. Can be pickled.
 
-    def __init__(self, model: nn.Module, layer: LowRALinear, start: str, adapter: pathlib.Path):
+    No hook: with one, a layer takes PEFT's own forward, and what a checkpointed block makes again must go the way that
+    it went first.
+    """
+
+    def __init__(self, model: nn.Module, start: str, adapter: pathlib.Path):
         self.model, self.start, self.adapter = model, start, adapter
-        self.has_looked = False
-        self.handle = layer.register_forward_pre_hook(self)
 
-    def __call__(self, layer: nn.Module, inputs: object) -> None:
+    def __call__(self, layer: LowRALinear) -> None:
         if torch.compiler.is_compiling():
-            return
-        if self.has_looked:
-            self._leave()
             return
         tuner = next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
         if tuner is not None and tuner.disable_adapters:
             return  # a reference model; what counts is the next forward
-        self.has_looked = True
-        self._leave()
+        layer.at_first_forward = None
         where = str(self.adapter) if self.adapter.is_dir() else f"the {ADAPTER_FOLDER} of the checkpoint"
         what = f"this base was packed together with an initial adapter ({self.start}) that holds a part of its weights"
         active = [] if tuner is None else tuner.active_adapters
@@ -109,10 +107,3 @@ class _Watch:
                 where,
                 where,
             )
-
-    def _leave(self) -> None:
-        """Takes the hook off, unless a checkpointed block may run again: with a hook a layer takes PEFT's own forward,
-        and what is made again must go the way that it went first.
-        """
-        if not torch.is_grad_enabled():
-            self.handle.remove()

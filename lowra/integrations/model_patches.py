@@ -82,7 +82,15 @@ DEVICES = Patch(
     door="one visible GPU, which is chosen before the process starts",
     since="none",
 )
-MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST, VALUES, UNEXPECTED, CONVERSIONS, DEVICES)
+CHECKPOINTING = Patch(
+    target=f"{_MODEL}_set_gradient_checkpointing",
+    why="Enabling gradient checkpointing, as every trainer does, would take captured layers back to launching kernels.",
+    door="a checkpointing function that the model itself is given; Trainer and TRL enable it again with their own",
+    since="none",
+    rests_on=("enable", "gradient_checkpointing_func"),
+    also={"transformers.modeling_layers:GradientCheckpointingLayer": ()},
+)
+MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST, VALUES, UNEXPECTED, CONVERSIONS, DEVICES, CHECKPOINTING)
 
 
 def keep_values(parameters: Iterable[Any]) -> None:

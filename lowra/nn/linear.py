@@ -1,5 +1,6 @@
 """`LowRALinear`, a linear layer whose frozen weight lies in packed bits; to PEFT it is an `nn.Linear`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ class LowRALinear(PackedModule, nn.Linear):
     Attributes:
         adapter_tables: what adapters on this model have in place of `levels` and scales (`AdapterTables`), or None.
         table_name: under which they know this layer.
+        at_first_forward: called with this layer before its forward, until it puts None in its own place; or None.
     """
 
     adapter_tables: Any = None
     table_name = ""
+    at_first_forward: Callable[["LowRALinear"], None] | None = None
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> "LowRALinear":
@@ -43,6 +46,8 @@ class LowRALinear(PackedModule, nn.Linear):
         return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.at_first_forward is not None:
+            self.at_first_forward(self)
         x = as_autocast(x)
         if x.dtype == torch.float64:  # which the kernels do not know
             return nn.functional.linear(x, self.dequantize(x.dtype), self.bias_as(x.dtype))

@@ -4,6 +4,9 @@ The usual composition runs a dozen small operations a layer and pass; at the siz
 longer for them than the GPU. It also keeps two more copies of x, one of them in float32.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +15,72 @@ from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed, linear
 
 from .linear import LowRALinear
+
+
+class Shortcuts:
+    """What `lora_linear` may leave out or do for all layers at once, where one function of many layers is captured.
+
+    Factors: each layer rounds its own A and B to the type of the computation, in forward and in backward, and widens
+    their gradients again: five kernels for each factor and step, of a layer whose products take two. Here stand-ins
+    are rounded all at once, and gradients are asked for of these.
+
+    The last product: a recomputation needs what goes into it, and seldom what comes out, which is only added to.
+
+    Args:
+        parameters: of which some may be factors.
+        dtype: of the computation; None where nothing is rounded.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], dtype: torch.dtype | None):
+        self._given = {id(given): given for given in parameters if dtype is not None and given.dtype != dtype}
+        self._dtype = dtype
+        self._taken: dict[int, torch.Tensor] = {}
+        self.last: LowRALinear | None = None
+        self.unread: LowRALinear | None = None
+        self.in_its_place: float | None = None
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within, they are."""
+        self._taken = {key: torch.empty_like(given, dtype=self._dtype) for key, given in self._given.items()}
+        if self._taken:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._taken.values()), list(self._given.values()))
+        for stand_in in self._taken.values():
+            stand_in.requires_grad_()
+        token = _shortcuts.set(self)
+        try:
+            yield
+        finally:
+            _shortcuts.reset(token)
+            self._taken = {}  # memory of the graph's
+
+    @contextlib.contextmanager
+    def leaving_out(self, layer: "LowRALinear | None", fill: float | None = None) -> Iterator[None]:
+        """Within, what a layer puts out is nothing in particular, or this number everywhere."""
+        self.unread, self.in_its_place = layer, fill
+        try:
+            yield
+        finally:
+            self.unread = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What stands in for a parameter; itself where nothing does."""
+        return self._taken.get(id(parameter), parameter)
+
+    def keep_those_of(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Gives up stand-ins that a forward pass did not take, or beside which it took the parameter too.
+
+        Args:
+            leaves: of the pass.
+        """
+        found = {id(leaf) for leaf in leaves}
+        self._given = {
+            key: given for key, given in self._given.items() if key not in found and id(self._taken[key]) in found
+        }
+
+
+_shortcuts: contextvars.ContextVar[Shortcuts | None] = contextvars.ContextVar("shortcuts", default=None)
 
 
 def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -24,15 +93,21 @@ def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Te
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
     """
+    if base.at_first_forward is not None:
+        base.at_first_forward(base)
     packed, bias = base.matrix(), base.bias_as(x.dtype)
+    unread, fill = False, None
+    if (shortcuts := _shortcuts.get()) is not None:
+        a, b = shortcuts.of(a), shortcuts.of(b)
+        shortcuts.last, unread, fill = base, shortcuts.unread is base, shortcuts.in_its_place
     if is_transformed():
         return PackedLinear.apply(x, packed, bias) + scaling * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
-    return _LoraLinear.apply(x, a, b, scaling, packed, bias)
+    return _LoraLinear.apply(x, a, b, scaling, packed, bias, unread, fill)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - as PyTorch calls it
         ctx: Any,
         x: torch.Tensor,
         a: torch.Tensor,
@@ -40,11 +115,18 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         packed: PackedMatrix,
         bias: torch.Tensor | None,
+        unread: bool,
+        fill: float | None,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = linear(x, packed, bias)  # returned as it is: a view could not be written into afterwards
         inner = rows @ a.to(x.dtype).t()
-        out.view(-1, out.shape[-1]).addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
+        if unread:
+            out = x.new_empty(*x.shape[:-1], packed.rows)
+            if fill is not None:
+                out.fill_(fill)
+        else:
+            out = linear(x, packed, bias)  # returned as it is: a view could not be written into afterwards
+            out.view(-1, out.shape[-1]).addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
         ctx.save_for_backward(x, inner, a, b, *packed.tensors)
         ctx.scaling, ctx.sizes = scaling, packed.sizes
@@ -62,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_inner = ctx.scaling * (grad @ b)
             grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (grad.t() @ (rows @ a.t()))
             grad_x = (gradient_of_input(grad, packed) + grad_inner @ a).view(shape) if needs_x else None
-            return grad_x, grad_a, grad_b, None, None, None
+            return grad_x, grad_a, grad_b, *[None] * 5
         if needs_b:
             grad_b = torch.addmm(b, grad.t(), inner, beta=0, alpha=ctx.scaling)
         if needs_x or needs_a:
@@ -72,4 +154,4 @@ class _LoraLinear(torch.autograd.Function):
         if needs_x:
             grad_x = gradient_of_input(grad, packed)
             grad_x = grad_x.addmm_(grad_inner, a).view(shape)
-        return grad_x, grad_a, grad_b, None, None, None
+        return grad_x, grad_a, grad_b, *[None] * 5

@@ -231,6 +231,7 @@ class TrainedTablesLinear(LowRALinear):
         )
         self.bias = layer.bias
         self.adapter_tables, self.table_name, self.adapter = layer.adapter_tables, layer.table_name, adapter
+        self.at_first_forward = layer.at_first_forward
         self.prepare()
         self.level_change = nn.Parameter(torch.zeros_like(layer.levels, dtype=torch.float32))
         change = nn.Parameter(torch.zeros_like(layer.scales, dtype=torch.float32)) if scales else None
@@ -256,6 +257,8 @@ class TrainedTablesLinear(LowRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.adapter is not None and self.adapter_tables.active() != [self.adapter]:
             return super().forward(x)  # another adapter, or none: as a reference model is asked
+        if self.at_first_forward is not None:
+            self.at_first_forward(self)
         x = as_autocast(x)
         if x.dtype == torch.float64:  # the tables are float32
             return self(x.float()).double()
@@ -292,6 +295,7 @@ class TrainedTablesLinear(LowRALinear):
         layer = LowRALinear(self.in_features, self.out_features, self.group_size, tensors, None, self.compute_dtype)
         layer.bias = self.bias
         layer.adapter_tables, layer.table_name = self.adapter_tables, self.table_name
+        layer.at_first_forward = self.at_first_forward
         layer.prepare()
         return layer
 

@@ -1,0 +1,298 @@
+"""`capture_layers`: the layers of a model that is fine-tuned run as CUDA graphs, below whatever trainer there is.
+
+Transformers calls each checkpointed layer through a function, torch.utils.checkpoint's, that a model may be given. The
+one given here replays graphs (`lowra.nn.captured`), which recompute as checkpointing does, and calls the usual one
+wherever a graph would not compute the same: in a shape that has come once only, in a layer with hooks, without
+gradients. A graph has fixed what the host decided, so before each replay everything that a host decides by is compared
+with what it was: where parameters lie, which adapters are active, what is trained, which codes a packed layer has.
+"""
+
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder
+from ..nn.linear import LowRALinear
+from ..nn.packed_module import PackedModule
+from ..nn.trained_tables import TrainedTablesLinear
+from .model_patches import CHECKPOINTING
+
+logger = logging.getLogger(__name__)
+
+_SHAPES = 4  # captured; each takes seconds, and memory for its graphs
+_CHANGES = 3  # of one layer, after which it is left alone
+_PLAIN = (torch.Tensor, nn.Parameter)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def capture_layers(model: nn.Module) -> None:
+    """Lets the layers of a model run as CUDA graphs while it is trained, with gradient checkpointing.
+
+    From the second batch of a shape on, a layer's kernels are launched at once, forward and backward. Losses are those
+    without it. What cannot be captured runs as before, and one warning says why. Holds until the model is loaded anew;
+    a copy of the model, or one that is pickled, is without it.
+
+    Args:
+        model: a model of Transformers, or a PeftModel on one; its adapters may come later. Gradient checkpointing is
+            turned on if it is not.
+
+    Raises:
+        ValueError: its architecture has no layers that Transformers checkpoints one by one.
+    """
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in bare.modules()):
+        raise ValueError(
+            f"{type(bare).__name__} has no layers that Transformers checkpoints one by one, so there is nothing to "
+            "capture: train it without."
+        )
+    CHECKPOINTING.check()
+    if not any(getattr(module, "gradient_checkpointing", False) for module in bare.modules()):
+        enable = getattr(bare, "activation_checkpointing_enable", bare.gradient_checkpointing_enable)  # its newer name
+        enable({"use_reentrant": False})
+    if not isinstance(vars(bare).get("_set_gradient_checkpointing"), _Again):
+        bare._set_gradient_checkpointing = _Again(bare)
+    _install(bare)
+
+
+def _install(bare: Any) -> None:
+    shared = _Shared()
+    for module in bare.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            usual: Any = module._gradient_checkpointing_func
+            if not isinstance(usual, _Checkpointing):
+                vars(module)["_gradient_checkpointing_func"] = _Checkpointing(module, usual, shared)
+
+
+class _Again:
+    """In the place of a model's `_set_gradient_checkpointing`: what it put in the layers' places is replaced again."""
+
+    def __init__(self, model: Any):
+        self._usual = model._set_gradient_checkpointing
+        functools.update_wrapper(self, self._usual)  # Transformers asks for its parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._usual(*args, **kwargs)
+        _install(self._usual.__self__)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self._usual, memo)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self._usual.__self__, "_set_gradient_checkpointing")
+
+
+class _Checkpointing:
+    """In the place of torch.utils.checkpoint for one layer.
+
+    Args:
+        layer: whose calls come here.
+        usual: the function that was there.
+        shared: by all layers of a model.
+    """
+
+    def __init__(self, layer: nn.Module, usual: Callable[..., Any], shared: "_Shared"):
+        self._layer, self._usual, self._shared = layer, usual, shared
+        self._seen: set[Any] = set()
+        self._captured: dict[Any, tuple[_Decided, CapturedLayer | None]] = {}
+        self._changes = 0
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        """What `usual(run, *args)` gives; `run` is the layer's forward with its keywords bound."""
+        if not torch.is_grad_enabled() or not isinstance(run, functools.partial) or torch.compiler.is_compiling():
+            return self._usual(run, *args)
+        try:
+            call = _Call(run, args)
+            captured = self._of(call)
+        except NotCapturable as reason:
+            self._shared.say(reason)
+            captured = None
+        return self._usual(run, *args) if captured is None else captured(*call.tensors)
+
+    def _of(self, call: "_Call") -> CapturedLayer | None:
+        """The graphs that compute a call; None where they are not to be made yet.
+
+        Raises:
+            NotCapturable: there are none.
+        """
+        key = call.key()
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        before = self._captured.get(key)
+        if before is not None and before[0].is_same():
+            return before[1]
+        if before is not None:
+            del self._captured[key]
+            self._changes += 1
+        if self._changes > _CHANGES:
+            raise NotCapturable("its adapters or parameters change again and again")
+        buffers, recorder = self._shared.place_for(key, call)
+        decided = _Decided(self._layer)
+        self._captured[key] = decided, None  # not tried again if it fails
+        buffers.fill(call.tensors)
+        try:
+            captured = CapturedLayer(self._layer, call.function, buffers, call.tensors[0].requires_grad, recorder)
+        except torch.OutOfMemoryError as error:
+            raise NotCapturable("the GPU has no memory left for its graphs") from error
+        self._captured[key] = decided, captured
+        return captured
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self._usual, memo)
+
+    def __reduce__(self) -> tuple:
+        return _as_it_is, (self._usual,)
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
+class _Call:
+    """One call of a layer, as tensors and everything else.
+
+    Raises:
+        NotCapturable: an argument that a graph cannot get.
+    """
+
+    def __init__(self, run: functools.partial, args: tuple):
+        self._function = functools.partial(run.func, *run.args)
+        self._values, self._spec = tree_flatten((args, run.keywords))
+        self._places = [place for place, value in enumerate(self._values) if isinstance(value, torch.Tensor)]
+        self.tensors: list[torch.Tensor] = [self._values[place] for place in self._places]
+        if not self.tensors or self.tensors[0] is not (args[0] if args else None):
+            raise NotCapturable("its first argument is no tensor")
+        for tensor in self.tensors:
+            if type(tensor) not in _PLAIN or tensor.device != self.tensors[0].device or tensor.is_inference():
+                raise NotCapturable("its arguments are sharded, of several devices or of inference mode")
+        if any(tensor.requires_grad for tensor in self.tensors[1:]):
+            raise NotCapturable("another argument than the hidden states is differentiated")
+
+    def key(self) -> Any:
+        """What two calls must have in common for one graph to serve both.
+
+        Raises:
+            NotCapturable: an argument that is neither a tensor nor a plain value.
+        """
+        plain = [None if isinstance(value, torch.Tensor) else value for value in self._values]
+        if not all(isinstance(value, bool | int | float | str | torch.dtype | None) for value in plain):
+            raise NotCapturable("an argument is neither a tensor nor a plain value")
+        hidden = self.tensors[0]
+        kind = hidden.device.type
+        stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
+        shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self._spec, *plain, *shapes, hidden.device, hidden.requires_grad, autocast, stream
+
+    def function(self, *tensors: torch.Tensor) -> Any:
+        """The layer, of its tensors alone."""
+        values = list(self._values)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            values[place] = tensor
+        args, keywords = tree_unflatten(values, self._spec)
+        return self._function(*args, **keywords)
+
+
+class _Shared:
+    """What the graphs of one model have in common: memory, and how many shapes they are made for."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, Buffers] = {}
+        self._recorder: Recorder | None = None
+        self._said: set[str] = set()
+
+    def place_for(self, key: Any, call: _Call) -> tuple[Buffers, Recorder]:
+        """Where the graphs of a call take their tensors from, and where they are made.
+
+        Raises:
+            NotCapturable: too many shapes, or no GPU.
+        """
+        device = call.tensors[0].device
+        if self._recorder is None:
+            self._recorder = Recorder(device)
+        self._recorder.check()
+        if key not in self._buffers:
+            if len(self._buffers) == _SHAPES:
+                raise NotCapturable(f"{_SHAPES} shapes of batches have graphs already; blocks of one length need one")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what launched layers worked in, the graphs will need in memory of their own
+            self._buffers[key] = Buffers(call.tensors)
+        return self._buffers[key], self._recorder
+
+    def say(self, reason: Exception) -> None:
+        """Warns, once for each reason."""
+        if str(reason) not in self._said:
+            self._said.add(str(reason))
+            logger.warning("A layer is not captured as a CUDA graph, and runs as without: %s.", reason)
+
+
+class _Decided:
+    """Everything but tensors' values that decides what a layer computes, as it was when this was made.
+
+    It is compared at every step of every layer, hence one pass over lists that were made beforehand.
+
+    Raises:
+        NotCapturable: see `is_same`.
+        ValueError: the codes of a packed layer were written into.
+    """
+
+    def __init__(self, layer: nn.Module):
+        modules = list(layer.modules())
+        self._own = [vars(module) for module in modules]
+        self._named = [own[kind] for own in self._own for kind in ("_modules", "_parameters", "_buffers")]
+        self._hooks = [own[kind] for own in self._own for kind in _HOOKS]
+        self._packed = [module for module in modules if isinstance(module, PackedModule)]
+        self._linears = [module for module in modules if isinstance(module, LowRALinear)]
+        self._training_tables = [module for module in modules if isinstance(module, TrainedTablesLinear)]
+        self._adapted: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self._configs = [own["config"] for own in self._own if "config" in own]
+        self._tensors = [*layer.parameters(), *layer.buffers()]
+        if any(map(_is_sharded, self._tensors)):
+            raise NotCapturable("it has sharded parameters")
+        self._was = self._read()
+
+    def is_same(self) -> bool:
+        """Whether it still is as it was.
+
+        Raises:
+            NotCapturable: something waits for a forward of the layer's modules, or has put itself in its place.
+            ValueError: the codes of a packed layer were written into.
+        """
+        return self._read() == self._was
+
+    def _read(self) -> list[Any]:
+        if any(self._hooks):
+            raise NotCapturable("it has hooks, which replaying would not call")
+        forwards = [own["forward"] for own in self._own if "forward" in own]
+        # By a function of the module alone, as Liger does, or by one that does more around it.
+        if any("<locals>" in getattr(forward, "__qualname__", "<locals>") for forward in forwards):
+            raise NotCapturable("the forward of a module in it has been replaced")
+        found: list[Any] = [id(value) for named in self._named for value in named.values()]
+        found += [own["training"] for own in self._own]
+        found += [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
+        found += [module.row_layout() for module in self._packed]
+        for module in self._adapted:
+            found += (module.disable_adapters, *module.active_adapters, *module.merged_adapters)
+            found += getattr(module, "scaling", {}).items()
+        for linear in self._linears:
+            if linear.adapter_tables is not None:
+                found += [table.data_ptr() for table in linear.current_tables().values()]
+        for training in self._training_tables:
+            if training.adapter_tables is not None:
+                found += training.adapter_tables.active()
+        return [*found, *forwards, *(getattr(config, "_attn_implementation", None) for config in self._configs)]
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)

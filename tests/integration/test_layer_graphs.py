@@ -1,0 +1,361 @@
+"""Layers as CUDA graphs: what is trained is what would be without them, and what a graph cannot do is left to PyTorch.
+
+Where there is no GPU, a stand-in for the recorder runs the captured function again, on the buffers that a graph would
+use, so that everything but the graphs themselves is tried.
+"""
+
+import contextlib
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import lowra
+from lowra.integrations import layer_graphs
+from lowra.nn.trained_tables import train_tables
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+class StandIn:
+    """A recorder without graphs: what it returns runs the call again."""
+
+    recorded = 0
+
+    def __init__(self, device):
+        self.generator = torch.default_generator
+
+    def check(self):
+        pass
+
+    def beside(self):
+        return contextlib.nullcontext()
+
+    def without_waiting(self):
+        return contextlib.nullcontext()
+
+    def record(self, call):
+        type(self).recorded += 1
+        autocast = torch.is_autocast_enabled("cpu")  # a graph has it in its kernels
+
+        def replay():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                call()
+
+        return replay
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if request.param == "cpu":
+        StandIn.recorded = 0
+        monkeypatch.setattr(layer_graphs, "Recorder", StandIn)
+    return request.param
+
+
+def adapted(folder, device, dropout=0.0, tables=False, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, **options))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if tables:
+        train_tables(model, scales=True)
+    return model.train()
+
+
+def batches(device, count, shape=(2, 16)):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 90, shape, generator=generator).to(device) for _ in range(count)]
+
+
+def trained(model, ids, accumulation=1, autocast=False):
+    """Losses of a training loop, and the parameters after it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    torch.manual_seed(5)
+    losses = []
+    for step, batch in enumerate(ids):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=batch, labels=batch).loss
+        (loss / accumulation).backward()
+        losses.append(loss.item())
+        if step % accumulation == accumulation - 1:
+            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, [parameter.detach().clone() for parameter in parameters]
+
+
+def assert_as_without(folder, device, make=adapted, steps=12, **options):
+    def run(captured):
+        model = make(folder, device, **{k: v for k, v in options.items() if k in ("dropout", "tables", "use_dora")})
+        if captured:
+            lowra.capture_layers(model)
+        loop = {k: v for k, v in options.items() if k in ("accumulation", "autocast")}
+        return trained(model, batches(device, steps), **loop)
+
+    (losses, parameters), (usual_losses, usual_parameters) = run(True), run(False)
+    if device == "cpu":
+        assert StandIn.recorded, "nothing was captured"
+        assert losses == usual_losses
+        for own, usual in zip(parameters, usual_parameters, strict=True):
+            assert torch.equal(own, usual)
+    else:
+        torch.testing.assert_close(losses, usual_losses, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 50},
+        {"accumulation": 4},
+        {"autocast": True},
+        {"dropout": 0.3},
+        {"dropout": 0.1, "autocast": True, "accumulation": 2, "steps": 50},
+        {"tables": True},
+        {"use_dora": True},
+    ],
+    ids=str,
+)
+def test_steps_are_those_without(packed_llama, device, options, caplog):
+    assert_as_without(packed_llama, device, **options)
+    assert "not captured" not in caplog.text
+
+
+def test_a_trainer_that_enables_checkpointing_again(packed_llama, device, tmp_path):
+    def losses(captured):
+        model = adapted(packed_llama, device)
+        if captured:
+            lowra.capture_layers(model)
+        arguments = TrainingArguments(
+            tmp_path, max_steps=6, logging_steps=1, per_device_train_batch_size=2, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, report_to=[], save_strategy="no",
+            use_cpu=device == "cpu", seed=3,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in batches("cpu", 1, (12, 16))[0]]
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=1e-4, atol=1e-4)
+    if device == "cpu":
+        assert StandIn.recorded == 2 * 2 * 1  # layers, passes, shapes
+
+
+def test_a_shape_that_comes_once_is_not_captured(packed_llama, device):
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    for length in (8, 9, 10):
+        (ids,) = batches(device, 1, (1, length))
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert all(not layer._gradient_checkpointing_func._captured for layer in model.get_base_model().model.layers)
+
+
+def test_more_shapes_than_there_is_memory_for(packed_llama, device, caplog):
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    usual = adapted(packed_llama, device)
+    for _ in range(2):
+        for length in range(8, 15):
+            (ids,) = batches(device, 1, (1, length))
+            for one in (model, usual):
+                one.zero_grad()
+                one(input_ids=ids, labels=ids).loss.backward()
+            for own, other in zip(model.parameters(), usual.parameters(), strict=True):
+                if other.grad is not None:
+                    torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert caplog.text.count("shapes of batches have graphs already") == 1
+
+
+def step(model, ids, **inputs):
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def mask_out(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return {"attention_mask": mask}
+
+
+def scale(model, ids):
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.scaling["default"] *= 3
+    return {}
+
+
+def freeze_some(model, ids):
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and "layers.0" in name:
+            parameter.requires_grad_(False)
+    return {}
+
+
+def write_adapter(model, ids):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-2)
+    return {}
+
+
+def replace_adapter(model, ids):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = -2 * parameter.data
+    return {}
+
+
+def second_adapter(model, ids):
+    torch.manual_seed(9)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    return {}
+
+
+def hook(model, ids):
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    return {}
+
+
+def hook_of_layer(model, ids):
+    model.get_base_model().model.layers[1].register_forward_hook(lambda module, args, output: 2 * output)
+    return {}
+
+
+def own_forward(model, ids):
+    mlp = model.get_base_model().model.layers[1].mlp
+    usual = mlp.forward
+    mlp.forward = lambda x: 3 * usual(x)
+    return {}
+
+
+def positions(model, ids):
+    return {"position_ids": torch.arange(ids.shape[1], device=ids.device).flip(0)[None].expand_as(ids)}
+
+
+CHANGES = [mask_out, scale, freeze_some, write_adapter, replace_adapter, second_adapter, hook, hook_of_layer,
+           own_forward, positions]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_between_steps_counts(packed_llama, device, change):
+    model, usual = adapted(packed_llama, device), adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    (ids,) = batches(device, 1)
+    for _ in range(3):
+        step(model, ids)
+    before = step(model, ids)
+    inputs, usual_inputs = change(model, ids), change(usual, ids)
+    for _ in range(3):
+        (loss, gradients), (usual_loss, usual_gradients) = step(model, ids, **inputs), step(usual, ids, **usual_inputs)
+        assert loss == pytest.approx(usual_loss, rel=1e-5)
+        for own, other in zip(gradients, usual_gradients, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+    assert loss != pytest.approx(before[0], rel=1e-6) or change is freeze_some
+
+
+def test_written_codes_are_refused_as_without(packed_llama, device):
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    (ids,) = batches(device, 1)
+    for _ in range(3):
+        step(model, ids)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.add_(1)
+    with pytest.raises(ValueError, match="written into"):
+        step(model, ids)
+
+
+def test_gradients_of_earlier_batches_stay_what_they_were(packed_llama, device):
+    """They would lie in the memory that the next replay writes into."""
+    model, usual = adapted(packed_llama, device), adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    usual_parameters = [p for p in usual.parameters() if p.requires_grad]
+    kept = []
+    for ids in batches(device, 4):
+        own = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+        kept.append((own, torch.autograd.grad(usual(input_ids=ids, labels=ids).loss, usual_parameters)))
+    for own, other in kept:
+        for ours, theirs in zip(own, other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_two_passes_before_one_backward(packed_llama, device):
+    """As DPO makes them: what is recomputed belongs to its own inputs."""
+    model, usual = adapted(packed_llama, device, dropout=0.2), adapted(packed_llama, device, dropout=0.2)
+    lowra.capture_layers(model)
+    found = []
+    for one in (model, usual):
+        torch.manual_seed(2)
+        for first, second in zip(batches(device, 3), batches(device, 6)[3:], strict=True):
+            one.zero_grad()
+            (one(input_ids=first, labels=first).loss - 2 * one(input_ids=second, labels=second).loss).backward()
+        found.append([p.grad.clone() for p in one.parameters() if p.grad is not None])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+
+
+def test_copies_and_pickles_are_without(packed_llama, device):
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    (ids,) = batches(device, 1)
+    for _ in range(3):
+        before = step(model, ids)[0]
+    twin = copy.deepcopy(model)
+    model.get_base_model().disable_input_require_grads()  # which Transformers does by a closure
+    for found in (twin, pickle.loads(pickle.dumps(model))):
+        functions = [layer._gradient_checkpointing_func for layer in found.get_base_model().model.layers]
+        assert not any(isinstance(function, layer_graphs._Checkpointing) for function in functions)
+        assert step(found, ids)[0] == pytest.approx(before, rel=1e-5)
+    assert step(model, ids)[0] == pytest.approx(before, rel=1e-6)
+
+
+def waiting(mlp, x):
+    return type(mlp).forward(mlp, x) * (1 + 0 * x.sum().item())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("noticed", [True, False], ids=["before", "while it is captured"])
+def test_a_layer_that_waits_for_the_gpu(packed_llama, monkeypatch, caplog, noticed):
+    if not noticed:
+        monkeypatch.setattr(layer_graphs.Recorder, "without_waiting", lambda self: contextlib.nullcontext())
+
+    def make(*args, **kwargs):
+        model = adapted(*args, **kwargs)
+        mlp = model.get_base_model().model.layers[1].mlp
+        mlp.forward = types.MethodType(waiting, mlp)
+        return model
+
+    assert_as_without(packed_llama, "cuda", make, steps=6, dropout=0.2)
+    assert caplog.text.count("it waits for the GPU" if noticed else "PyTorch could not capture it") == 1
+    torch.randn(3, device="cuda")  # the generator is as it should be
+
+
+def test_where_there_is_no_gpu_one_warning_says_so(packed_llama, caplog):
+    model = adapted(packed_llama, "cpu")
+    lowra.capture_layers(model)
+    (ids,) = batches("cpu", 1)
+    for _ in range(3):
+        step(model, ids)
+    assert caplog.text.count("it is on cpu, and graphs are for NVIDIA GPUs") == 1
+
+
+def test_a_model_without_layers_to_capture_is_refused():
+    with pytest.raises(ValueError, match="Linear has no layers that Transformers checkpoints"):
+        lowra.capture_layers(torch.nn.Linear(2, 2))
