@@ -9,6 +9,7 @@ _EXTRAS = {
     "pulp": "paper",
     "highspy": "paper",
     "sklearn": "paper",
+    "liger_kernel": "liger",
 }
 
 

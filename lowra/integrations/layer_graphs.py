@@ -50,7 +50,7 @@ def capture_layers(model: nn.Module) -> None:
         ValueError: its architecture has no layers that Transformers checkpoints one by one.
     """
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in bare.modules()):
+    if not layers_to_capture(bare):
         raise ValueError(
             f"{type(bare).__name__} has no layers that Transformers checkpoints one by one, so there is nothing to "
             "capture: train it without."
@@ -64,13 +64,17 @@ def capture_layers(model: nn.Module) -> None:
     _install(bare)
 
 
+def layers_to_capture(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that Transformers checkpoints one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def _install(bare: Any) -> None:
     shared = _Shared()
-    for module in bare.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            usual: Any = module._gradient_checkpointing_func
-            if not isinstance(usual, _Checkpointing):
-                vars(module)["_gradient_checkpointing_func"] = _Checkpointing(module, usual, shared)
+    for layer in layers_to_capture(bare):
+        usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        if usual is not None and not isinstance(usual, _Checkpointing):
+            vars(layer)["_gradient_checkpointing_func"] = _Checkpointing(layer, usual, shared)
 
 
 class _Again:

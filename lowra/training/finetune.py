@@ -45,6 +45,7 @@ from .evaluation import autocast, language_model_metrics, summary_metrics
 from .head_by_parts import HeadByParts, head_by_parts
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
+from .quick_steps import check_quick_steps, quicken_steps
 from .recipe import Recipe
 from .settled import settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
@@ -137,6 +138,7 @@ def train(
     tables = {}
     if recipe.tables != "frozen":
         tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
+    quicken_steps(model, recipe, arguments)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partial = pathlib.Path(str(arguments.output_dir))
     if main:
@@ -277,6 +279,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
     )
     use_one_gpu(arguments)  # several are for several processes (torchrun)
     _check_names(recipe, arguments)
+    check_quick_steps(recipe, arguments)
     return arguments
 
 

@@ -88,6 +88,9 @@ class Recipe:
         optimizer: a name of Transformers' optimisers.
         group_by_length: batches of similar lengths.
         gradient_checkpointing: recompute activations in backward.
+        layer_graphs: run the layers as CUDA graphs (`lowra.capture_layers`); None does where one process trains on a
+            GPU, with gradient checkpointing.
+        liger: norms, rotary embedding and gated activations by Liger's kernels, on a GPU.
         bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both. On a GPU without
             bfloat16 (before Ampere) fp16 takes its place.
         fp16: in place of bf16, float16 with loss scaling; on GPUs alone.
@@ -151,6 +154,8 @@ class Recipe:
     optimizer: str = "adamw_torch"
     group_by_length: _Truth = False
     gradient_checkpointing: _Truth = True
+    layer_graphs: _Truth | None = None
+    liger: _Truth = False
     bf16: _Truth = True
     fp16: _Truth = False
     seed: _Seed = 0

@@ -1,0 +1,95 @@
+"""What makes steps quicker: where it applies, what refuses it, and that a run learns the same with it."""
+
+import contextlib
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from lowra.integrations import layer_graphs
+from lowra.training import finetune, quick_steps
+from lowra.training.finetune import training_arguments
+from lowra.training.settled import settle
+
+
+class StandIn:
+    """A recorder that runs again what a graph would replay (tests/integration/test_layer_graphs.py)."""
+
+    recorded = 0
+    generator = torch.default_generator
+
+    def __init__(self, device):
+        pass
+
+    def check(self):
+        pass
+
+    def beside(self):
+        return contextlib.nullcontext()
+
+    without_waiting = beside
+
+    def record(self, call):
+        StandIn.recorded += 1
+        return call
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    StandIn.recorded = 0
+    monkeypatch.setattr(layer_graphs, "Recorder", StandIn)
+    module = importlib.import_module("lowra.training.finetune")
+    monkeypatch.setattr(module, "check_quick_steps", lambda recipe, arguments: None)
+
+
+def losses(result):
+    return [entry["loss"] for entry in result["curve"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("tables", ["frozen", "levels_and_scales"])
+def test_a_run_learns_the_same(recipe, stand_in, tables):
+    found = []
+    for captured in (True, False):
+        run = dataclasses.replace(
+            recipe, output=f"{recipe.output}{captured}", gradient_checkpointing=True, layer_graphs=captured,
+            tables=tables, max_steps=5, accumulation=2, dropout=0.1, eval_steps=2,
+        )  # fmt: skip
+        found.append(finetune(run, progress=False))
+        assert bool(StandIn.recorded)  # by the first
+    assert losses(found[0]) == losses(found[1])
+    assert found[0]["tuned"] == found[1]["tuned"]
+
+
+def test_a_summariser_runs_on_without_where_its_layers_take_more(tiny_bart, recipe, stand_in, tmp_path):
+    rows = "".join(f'{{"document": "a b c {number}", "summary": "b {number}"}}\n' for number in range(24))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    file = str(tmp_path / "rows.jsonl")
+    found = []
+    for captured in (True, False):
+        run = dataclasses.replace(
+            recipe, model=str(tiny_bart), output=f"{recipe.output}{captured}", task="summarization", train_file=file,
+            validation_file=file, source_column="document", target_column="summary", gradient_checkpointing=True,
+            layer_graphs=captured, max_steps=4, max_eval_samples=2,
+        )  # fmt: skip
+        found.append(finetune(run, progress=False))
+    assert losses(found[0]) == losses(found[1])
+
+
+def test_on_a_processor_nothing_is_captured_unless_asked(recipe, monkeypatch):
+    monkeypatch.setattr(quick_steps, "capture_layers", lambda model: pytest.fail("captured"))
+    finetune(dataclasses.replace(recipe, gradient_checkpointing=True, max_steps=1), progress=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which it is")
+@pytest.mark.parametrize("field", ["layer_graphs", "liger"])
+def test_what_needs_a_gpu_is_refused_before_any_work(recipe, tmp_path, field):
+    recipe = dataclasses.replace(recipe, gradient_checkpointing=True, **{field: True})
+    with pytest.raises(ValueError, match=f"{field}=true is for NVIDIA GPUs, and this runs on cpu"):
+        training_arguments(recipe, tmp_path / "checkpoints")
+
+
+def test_graphs_need_gradient_checkpointing(recipe):
+    given = frozenset({"layer_graphs"})
+    with pytest.raises(ValueError, match="layer_graphs=True has no effect without gradient_checkpointing"):
+        settle(dataclasses.replace(recipe, layer_graphs=True, given=given))
