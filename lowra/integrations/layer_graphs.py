@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder
+from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, fill
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.trained_tables import TrainedTablesLinear
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SHAPES = 4  # captured; each takes seconds, and memory for its graphs
 _CHANGES = 3  # of one layer, after which it is left alone
 _PLAIN = (torch.Tensor, nn.Parameter)
+_PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -128,6 +129,7 @@ class _Checkpointing:
         Raises:
             NotCapturable: there are none.
         """
+        self._shared.check()
         key = call.key()
         if key not in self._seen:
             self._seen.add(key)
@@ -143,7 +145,7 @@ class _Checkpointing:
         buffers, recorder = self._shared.place_for(key, call)
         decided = _Decided(self._layer)
         self._captured[key] = decided, None  # not tried again if it fails
-        buffers.fill(call.tensors)
+        fill(buffers.inputs, call.tensors)
         try:
             captured = CapturedLayer(self._layer, call.function, buffers, call.tensors[0].requires_grad, recorder)
         except torch.OutOfMemoryError as error:
@@ -188,15 +190,18 @@ class _Call:
         Raises:
             NotCapturable: an argument that is neither a tensor nor a plain value.
         """
-        plain = [None if isinstance(value, torch.Tensor) else value for value in self._values]
-        if not all(isinstance(value, bool | int | float | str | torch.dtype | None) for value in plain):
+        # with its type, since True is equal to 1
+        plain = [(type(value), value) for value in self._values if not isinstance(value, torch.Tensor)]
+        if not all(kind in _PLAIN_VALUES for kind, _ in plain):
             raise NotCapturable("an argument is neither a tensor nor a plain value")
         hidden = self.tensors[0]
         kind = hidden.device.type
         stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
         shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors]
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self._spec, *plain, *shapes, hidden.device, hidden.requires_grad, autocast, stream
+        sums = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+        kinds = hidden.device, hidden.requires_grad, autocast, stream, *sums
+        return self._spec, *self._places, *plain, *shapes, *kinds
 
     def function(self, *tensors: torch.Tensor) -> Any:
         """The layer, of its tensors alone."""
@@ -215,6 +220,14 @@ class _Shared:
         self._recorder: Recorder | None = None
         self._said: set[str] = set()
 
+    def check(self) -> None:
+        """
+        Raises:
+            NotCapturable: a capture has failed.
+        """
+        if self._recorder is not None:
+            self._recorder.check()
+
     def place_for(self, key: Any, call: _Call) -> tuple[Buffers, Recorder]:
         """Where the graphs of a call take their tensors from, and where they are made.
 
@@ -224,7 +237,6 @@ class _Shared:
         device = call.tensors[0].device
         if self._recorder is None:
             self._recorder = Recorder(device)
-        self._recorder.check()
         if key not in self._buffers:
             if len(self._buffers) == _SHAPES:
                 raise NotCapturable(f"{_SHAPES} shapes of batches have graphs already; blocks of one length need one")
@@ -287,7 +299,7 @@ class _Decided:
         found += [module.row_layout() for module in self._packed]
         for module in self._adapted:
             found += (module.disable_adapters, *module.active_adapters, *module.merged_adapters)
-            found += getattr(module, "scaling", {}).items()
+            found += ((k, v if type(v) in _PLAIN_VALUES else id(v)) for k, v in getattr(module, "scaling", {}).items())
         for linear in self._linears:
             if linear.adapter_tables is not None:
                 found += [table.data_ptr() for table in linear.current_tables().values()]

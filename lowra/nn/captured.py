@@ -33,18 +33,15 @@ class Buffers:
     def __init__(self, inputs: Sequence[torch.Tensor]):
         self.inputs = [torch.empty_like(tensor) for tensor in inputs]
         self.of_hidden = self.inputs[0].clone()
-        self.output = self.gradient = self.inputs[0].new_empty(0)
+        self._of_outputs: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self._of_leaves: dict[torch.dtype, torch.Tensor] = {}
 
-    @torch.no_grad()
-    def fill(self, inputs: Sequence[torch.Tensor], gradient: Sequence[torch.Tensor] = ()) -> None:
-        """Puts the inputs of a call in, and the gradient of its output where it is given."""
-        torch._foreach_copy_([*self.inputs, *[self.gradient][: len(gradient)]], [*inputs, *gradient])
-
-    def shape_output(self, output: torch.Tensor) -> None:
-        """Makes room for an output like this one, if there is none yet."""
-        if self.output.shape != output.shape or self.output.dtype != output.dtype:
-            self.output, self.gradient = torch.empty_like(output), torch.empty_like(output)
+    def of_output(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For an output like this one, and for its gradient."""
+        kind = output.shape, output.dtype
+        if kind not in self._of_outputs:
+            self._of_outputs[kind] = torch.empty_like(output), torch.empty_like(output)
+        return self._of_outputs[kind]
 
     def of_leaves(self, leaves: Sequence[torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
         """A row of numbers for the gradients of the leaves of each dtype."""
@@ -69,7 +66,8 @@ class Recorder:
     def __init__(self, device: torch.device):
         if device.type != "cuda":
             raise NotCapturable(f"it is on {device.type}, and graphs are for NVIDIA GPUs")
-        self.generator = torch.cuda.default_generators[device.index or 0]
+        self._default = torch.cuda.default_generators[device.index or 0]
+        self.generator = self._default.graphsafe_get_state()  # with the state that graphs draw from, now and later
         self._device = device
         self._stream = torch.cuda.Stream(device)  # one: cuBLAS keeps memory for each
         self._pool = torch.cuda.graph_pool_handle()
@@ -126,9 +124,9 @@ class Recorder:
             finally:
                 graph.capture_end()
         except RuntimeError as error:
-            # The generator waits for the end of the capture, which has not come. Another state in its place would not
-            # be that of the graphs there are, whose dropout would go its own way: so this was the last one.
-            self.generator.graphsafe_set_state(self.generator.clone_state())
+            # The default generator waits for the end of the capture, which has not come, and so gets another state.
+            # That is not the one of the graphs there are, so this was the last; they may still run backward.
+            self._default.graphsafe_set_state(self._default.clone_state())
             first = error.__context__ or error  # what was forbidden, rather than that the capture has ended of it
             self._fault = f"PyTorch could not capture it: {str(first).splitlines()[0]}"
             raise NotCapturable(self._fault) from error
@@ -179,13 +177,13 @@ class CapturedLayer:
         if not leaves and not self._differentiable:
             raise NotCapturable("nothing in it is trained")
         self._is_random = not torch.equal(self._generator.get_state(), before)
-        self._buffers.shape_output(output)
+        self._output, self._gradient = self._buffers.of_output(output)
         self._of_leaves = self._buffers.of_leaves(leaves)
         return leaves
 
     def _try(self, function: Callable[..., Any], recorder: Recorder) -> None:
         """Runs everything once: for what is made at first use, and to see what can be left out."""
-        kind = self._buffers.output.device.type
+        kind = self._output.device.type
         rounded = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._shortcuts = Shortcuts(self._doubles.parameters, rounded)
         with self._doubles.in_place(), self._shortcuts.taken():
@@ -203,7 +201,7 @@ class CapturedLayer:
         found = []
         for unread, fill in ((None, None), (last, math.nan)):
             state = self._generator.get_state()
-            self._buffers.gradient.fill_(1)
+            self._gradient.fill_(1)
             self._differentiate(function, unread, fill)
             self._generator.set_state(state)
             own = [self._buffers.of_hidden] if self._differentiable else []
@@ -219,15 +217,15 @@ class CapturedLayer:
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the state of the random numbers that it began with, if it used any."""
         state = self._generator.get_state() if self._is_random else None
-        self._buffers.fill(inputs)
+        fill(self._buffers.inputs, inputs)
         self._forward()
-        return self._buffers.output.clone(), state
+        return self._output.clone(), state
 
     def backward(
         self, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients of the first input and of each leaf."""
-        self._buffers.fill(inputs, [gradient])
+        fill([*self._buffers.inputs, self._gradient], [*inputs, gradient])
         if state is None:
             self._backward()
         else:  # the same random numbers as in the forward pass
@@ -245,7 +243,7 @@ class CapturedLayer:
 
     def _run(self, function: Callable[..., Any]) -> None:
         with torch.no_grad(), self._doubles.in_place(), self._shortcuts.taken():
-            self._buffers.output.copy_(function(*self._buffers.inputs))
+            self._output.copy_(function(*self._buffers.inputs))
 
     def _with_graph(self, function: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self._buffers.inputs[0].detach().requires_grad_(self._differentiable)
@@ -265,7 +263,7 @@ class CapturedLayer:
         if self._differentiable:
             wanted.insert(0, hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # as a backward pass runs
-            gradients = list(torch.autograd.grad(output, wanted, self._buffers.gradient))
+            gradients = list(torch.autograd.grad(output, wanted, self._gradient))
         with torch.no_grad():
             if self._differentiable:
                 self._buffers.of_hidden.copy_(gradients.pop(0))
@@ -326,6 +324,12 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_leaves = ctx.layer.backward(ctx.saved_tensors, gradient, ctx.state)
         return None, None, of_hidden, *[None] * ctx.others, *of_leaves
+
+
+@torch.no_grad()
+def fill(buffers: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copies values into buffers, each into its own."""
+    torch._foreach_copy_(list(buffers), list(values))
 
 
 def leaves_of(output: torch.Tensor) -> list[torch.Tensor]:

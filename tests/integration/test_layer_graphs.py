@@ -295,6 +295,27 @@ def test_gradients_of_earlier_batches_stay_what_they_were(packed_llama, device):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def widened(mlp, x):
+    return type(mlp).forward(mlp, x).double()
+
+
+def narrowed(norm, x):
+    return type(norm).forward(norm, x.float())
+
+
+def test_layers_that_put_out_other_types(packed_llama, device):
+    """The second layer's output is wider than the first's, whose input has the same type: each has its own place."""
+
+    def make(*args, **kwargs):
+        model = adapted(*args, **kwargs)
+        body = model.get_base_model().model
+        body.layers[1].mlp.forward = types.MethodType(widened, body.layers[1].mlp)
+        body.norm.forward = types.MethodType(narrowed, body.norm)
+        return model
+
+    assert_as_without(packed_llama, device, make)
+
+
 def test_two_passes_before_one_backward(packed_llama, device):
     """As DPO makes them: what is recomputed belongs to its own inputs."""
     model, usual = adapted(packed_llama, device, dropout=0.2), adapted(packed_llama, device, dropout=0.2)
