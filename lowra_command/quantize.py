@@ -39,6 +39,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "otherwise 0)",
     )
     calibration.add_argument(
+        "--reconstruct",
+        type=int,
+        default=0,
+        metavar="PASSES",
+        help="passes over the text in which each block is trained to put out what the dense one does: codes, levels, "
+        "scales and the adapter's start (default: 0, none)",
+    )
+    calibration.add_argument(
         "--calibration-tokens", type=int, help="tokens of the text to use at most (default: 25000)"
     )
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")

@@ -13,13 +13,13 @@ import statistics
 _SWITCHES = (
     "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
     "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill",
-    "distill_blocks", "rank", "train_steps",
+    "distill_blocks", "rank", "train_steps", "reconstruct", "reconstruct_blocks", "rates",
 )  # fmt: skip
 _DEFAULTS = {
     "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
     "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
     "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0,
-    "distill_blocks": 24, "rank": 8, "train_steps": 120,
+    "distill_blocks": 24, "rank": 8, "train_steps": 120, "reconstruct": 0, "reconstruct_blocks": 24, "rates": {},
 }  # fmt: skip
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq", "feedback": 1}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}

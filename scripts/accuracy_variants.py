@@ -1,14 +1,20 @@
 """One variant of `accuracy_grid.py`: its switches, and every matrix quantised by them with the start of its adapter."""
 
 import dataclasses
+import pathlib
 
 import torch
 
+from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from lowra.config import LowRAConfig
-from lowra.quantization.loftq import initialize
+from lowra.quantization import block_training
+from lowra.quantization.block_stream import BlockStream
+from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
 from lowra.quantization.planning import Planner
 from lowra.training import hqq
+
+RATES = dict(block_training.RATES)
 
 
 @dataclasses.dataclass
@@ -21,6 +27,9 @@ class Variant:
         train: what is trained beside the adapter: "lora" (nothing), "levels", or "both": levels and scales.
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
+        reconstruct: passes of the training of each block towards the dense one.
+        reconstruct_blocks: sequences of training text for it.
+        rates: of that training, in place of `block_training.RATES`.
     """
 
     model: str = ""
@@ -43,6 +52,9 @@ class Variant:
     lr: float = 4e-3
     seed: int = 0
     train_steps: int = 120
+    reconstruct: int = 0
+    reconstruct_blocks: int = 24
+    rates: dict = dataclasses.field(default_factory=dict)
 
 
 DEFAULTS = dataclasses.asdict(Variant())
@@ -101,8 +113,32 @@ def quantise(session, v: Variant):
             planner.see_correction(name, left_over)
     plan = planner.assign()
     fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
+    if v.reconstruct:
+        fitted = reconstructed(session, v, fitted)
     stored = sum(packed.stored_bits for packed, _, _ in fitted.values())
     return fitted, stored / sum(weight.numel() for weight in session.weights.values())
+
+
+def reconstructed(session, v: Variant, fitted):
+    """`fitted` after its blocks were trained on the session's device."""
+
+    def start(name):
+        packed, a, b = fitted[name]
+        there = {key: tensor.to(session.device) for key, tensor in packed.tensors().items()}
+        return dataclasses.replace(packed, **there), LowRank(a.to(session.device), b.to(session.device))
+
+    block_training.RATES.update(RATES | v.rates)
+    folder = pathlib.Path(session.folder)
+    source = DenseCheckpoint(safetensors_files(folder), empty_model(folder))
+    sequences = session.train[: v.reconstruct_blocks]
+    stream = BlockStream(source, session.targets, sequences, block_training.BATCH, session.device)
+    trained = {}
+    for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed):
+        for name, weight in block.weights.items():
+            packed, factors = weight.packed(), weight.factors()
+            there = {key: tensor.cpu() for key, tensor in packed.tensors().items()}
+            trained[name] = dataclasses.replace(packed, **there), factors.lora_A.cpu(), factors.lora_B.cpu()
+    return trained
 
 
 def plain_start(weight, rank):

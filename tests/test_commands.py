@@ -54,6 +54,17 @@ def test_calibration_is_kept_for_the_next_budget(tiny_llama, text, tmp_path):
     assert record["init"] == "cloq"
 
 
+def test_blocks_are_reconstructed_on_the_text_of_the_calibration(tiny_llama, text, tmp_path, capsys):
+    command = ["quantize", str(tiny_llama), "--rank", "4", "--output", str(tmp_path / "out"), "--reconstruct", "1"]
+    assert main([*command, "--calibrate", str(text), "--calibration-tokens", "512", "--json"]) == 0
+    report = last_line(capsys)
+    assert len(report["block_errors"]) == 2 and "reconstruct" in report["seconds"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["reconstruct"] == 1
+    command[-3] = str(tmp_path / "other")
+    assert main([*command, "--calibrate", str(tmp_path / "out" / "calibration.safetensors")]) == 2
+    assert "of which a file of statistics holds none: give the text" in capsys.readouterr().err
+
+
 def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["quantize", str(tiny_llama), "--bits", "1.5", "--output", str(output), "--json"]) == 0
@@ -112,6 +123,8 @@ def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
             "--calibrate has no effect where",
         ),
         ("quantize {model} --refine 1001 --output {out}".split(), "refine must be at most 1000 rounds"),
+        ("quantize {model} --reconstruct 2 --output {out}".split(), "reconstruct trains on the text of a calibration"),
+        ("quantize {model} --reconstruct -1 --output {out}".split(), "reconstruct must not be negative"),
         ("quantize {model} --feedback 1000000000 --output {out}".split(), "feedback must be at most 1000 rounds"),
         (
             "quantize {model} --rank 4 --loftq-steps 1000000000000 --output {out}".split(),

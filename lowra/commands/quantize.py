@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> dict:
         sensitivity=args.sensitivity or ("fisher" if args.calibrate else "layer"),
         refine=(2 if args.calibrate and learned else 0) if args.refine is None else args.refine,
         feedback=int(has_moments and learned) if args.feedback is None else args.feedback,
+        reconstruct=args.reconstruct,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
         quantize_embeddings=args.embeddings,
@@ -106,7 +107,8 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
     """
     fixed, by_layers = args.codebook == "normal_float", args.assigner == "layer_order"
     no_steps = args.init in ("pissa", "lora")
-    reads_calibration = _wants_moments(args) or args.sensitivity in (None, "fisher") and not by_layers
+    by_fisher = args.sensitivity in (None, "fisher") and not by_layers
+    reads_calibration = _wants_moments(args) or args.reconstruct or by_fisher
     refuse_idle(
         args,
         [
@@ -114,7 +116,11 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
             (no_steps, "loftq_steps", f"with --init {args.init}, which takes no steps"),
             (not args.calibrate, "calibration_tokens", "without --calibrate"),
             (stored, "calibration_tokens", "beside stored statistics, whose tokens were read when they were made"),
-            (not reads_calibration, "calibrate", "where sensitivity, feedback and --init do not read it"),
+            (
+                not reads_calibration,
+                "calibrate",
+                "where sensitivity, feedback, --reconstruct and --init do not read it",
+            ),
             (fixed, "iterations block_weight thresholds", "with --codebook normal_float, which learns nothing"),
             (args.iterations == 0, "block_weight thresholds", "with --iterations 0, which learns nothing"),
             (by_layers, "sensitivity", "with --assigner layer_order, which asks for no errors"),

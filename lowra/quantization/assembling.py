@@ -15,7 +15,8 @@ from .initial_adapter import ADAPTER_FOLDER, write_adapter
 from .job import Job
 from .pieces import digests_of_pieces, relative_errors
 from .planning import Plan
-from .work import ADAPTER
+from .reconstruction import block_errors
+from .work import ADAPTER, TRAINED_ADAPTER
 
 SHARD_BYTES = 4 << 30
 
@@ -39,7 +40,8 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     write_digests(final, written)
     copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
-        factors = [job.work.path(ADAPTER, name) for name, target in job.targets.items() if target.adapted]
+        kind = TRAINED_ADAPTER if job.config.reconstruct else ADAPTER
+        factors = [job.work.path(kind, name) for name, target in job.targets.items() if target.adapted]
         write_adapter(factors, final / ADAPTER_FOLDER, job.output, model, job.targets, job.adapter, reached)
     if job.calibration is not None:
         job.calibration.save(final / CALIBRATION_FILE)
@@ -54,6 +56,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
         "error": plan.error,
         "packed_error": packed_error,
         "adapted_error": None if job.adapter is None else adapted_error,
+        "block_errors": block_errors(pieces),
         "assigner": {
             "solver": plan.assignment.solver,
             "error": plan.assignment.error,

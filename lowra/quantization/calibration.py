@@ -29,6 +29,8 @@ from .observers import EmbeddingObserver, ExpertObserver
 
 CALIBRATION_FILE = "calibration.safetensors"
 TOKENS = 25_000
+# Kept for `LowRAConfig.reconstruct`: blocks that are trained on much less learn the text instead of the model.
+RECONSTRUCT_TOKENS = 131_072
 SEQUENCE = 1024
 # Directions of the inputs' second moment in a file, beside its diagonal (docs/lab/accuracy.md).
 MOMENT_RANK = 64
@@ -46,12 +48,15 @@ class Calibration:
             their share of the tokens and relative to the inputs of all; rows of embeddings by how often they occur.
         moments: [K, K], mean x x^T, or empty where it was not asked for.
         factors: [K, r], F with F F^T + a diagonal for mean x x^T; what a file keeps of the moments.
+        sequences: token ids [count, T] of the text, for `LowRAConfig.reconstruct`; in no file, because the text may not
+            be for those who get the checkpoint.
     """
 
     inputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     factors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    sequences: torch.Tensor | None = None
 
     @property
     def has_moments(self) -> bool:
@@ -99,6 +104,10 @@ class Calibration:
         """Names the second moments, of those that are larger than the model by the sums of their rows."""
         return _digest({name: moment.sum(dim=1) for name, moment in self.moments.items()}, self.factors)
 
+    def digest_of_text(self) -> str:
+        """Names the sequences."""
+        return _digest({} if self.sequences is None else {"sequences": self.sequences})
+
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
         `MOMENT_RANK` directions; one copy for layers that see the same inputs.
@@ -135,7 +144,7 @@ class Calibration:
             parts[part][name] = tensor
         for name, owner in parts.pop("shared").items():
             parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
-        return cls(**parts)
+        return cls(parts["inputs"], parts["gradients"], factors=parts["factors"])
 
 
 def _digest(*parts: dict[str, torch.Tensor]) -> str:
@@ -156,6 +165,7 @@ def calibrate(
     moments: bool = False,
     progress: bool = True,
     *,
+    reconstruct_tokens: int = RECONSTRUCT_TOKENS,
     head: bool = False,
     embeddings: bool = False,
     trust_remote_code: bool = False,
@@ -172,6 +182,7 @@ def calibrate(
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
             `LowRAConfig.feedback` need.
+        reconstruct_tokens: of the text to keep at most for `LowRAConfig.reconstruct`, beside the statistics.
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
@@ -179,10 +190,13 @@ def calibrate(
     Raises:
         FileNotFoundError, ValueError: model or text that cannot be used.
     """
+    if reconstruct_tokens < 0:
+        raise ValueError(f"reconstruct_tokens must not be negative; got {reconstruct_tokens}.")
     folder = resolve_folder(model)
     skeleton = empty_model(folder, trust_remote_code)
     targets = find_targets(skeleton, None, head, embeddings)
-    sequences = _sequences(folder, text, tokens, skeleton.config, trust_remote_code)
+    kept = _sequences(folder, text, max(tokens, reconstruct_tokens), tokens, skeleton.config, trust_remote_code)
+    sequences = kept[: tokens // kept.shape[1]]
     device = choose_device(device)
     where: dict[str, Any] = {"dtype": torch.float32}
     if device.type != "cpu":
@@ -203,6 +217,7 @@ def calibrate(
             if not isinstance(dense.get_submodule(place), nn.Embedding):
                 modules[name] = dense.get_submodule(place)
     calibration = collect(dense, modules, sequences, moments, progress)
+    calibration.sequences = kept[: reconstruct_tokens // kept.shape[1]]
     for observer in observers:
         observer.close()
         observer.add_to(calibration, DAMPING)
@@ -228,11 +243,16 @@ def _observers(model: nn.Module, targets: dict[str, Target]) -> list[ExpertObser
 def _sequences(
     folder: pathlib.Path,
     text: str | pathlib.Path | Iterable[str],
+    most: int,
     tokens: int,
     config: PreTrainedConfig,
     trust_remote_code: bool,
 ) -> torch.Tensor:
-    """Token ids [count, length] of the beginning of the text."""
+    """Token ids [count, length] of the beginning of the text, of `most` at most; enough for statistics over `tokens`.
+
+    Raises:
+        ValueError: the text, or what is asked for of it, has not one sequence.
+    """
     if tokens < 1:
         raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
@@ -242,10 +262,10 @@ def _sequences(
     ids: list[int] = []
     for row in text:
         ids += tokenizer(row, verbose=False)["input_ids"]
-        if len(ids) >= tokens:
+        if len(ids) >= most:
             break
-    count = min(len(ids), tokens) // length
-    if count == 0:
+    count = min(len(ids), most) // length
+    if min(len(ids), tokens) < length:
         raise ValueError(
             f"The calibration text has {min(len(ids), tokens)} tokens to use, less than one sequence of {length}: give "
             "more."

@@ -49,31 +49,59 @@ def _write_dense(job: Job, name: str) -> None:
     """What stays as it is, but for tensors that are another one's copies."""
     tied = set(getattr(job.source.model, "all_tied_weights_keys", {}))
     kept = {key: tensor for key, tensor in job.source.load(name).items() if key not in tied}
-    _save(job, name, kept)
+    _save(job, PIECES, name, kept)
 
 
 def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
     """One packed weight, and the initial adapter's factors on it."""
     weight = target.as_matrix(job.source.load(name)[name]).to(job.device)
     packed, factors = _pack(job, plan, name, target, weight)
-    product = None
+    if factors is None and not job.config.refine and not _feedback_rounds(job, name):
+        _save(job, PIECES, name, _named(target, packed), squares=_squares(plan, name, plan.loss(name), plan.loss(name)))
+    else:
+        keep_packed(job, plan, name, weight, packed, factors, (PIECES, ADAPTER))
+
+
+def keep_packed(
+    job: Job,
+    plan: Plan,
+    name: str,
+    weight: torch.Tensor,
+    packed: PackedWeight,
+    factors: LowRank | None,
+    kinds: tuple[str, str],
+    **metadata: str,
+) -> None:
+    """Writes a packed weight, and before it the factors of the adapter on it.
+
+    Args:
+        weight: the dense weight [N, K].
+        kinds: under which they are kept.
+        metadata: further entries of the piece.
+    """
+    target, product = job.targets[name], None
     if factors is not None and job.adapter is not None:
         prefix = f"base_model.model.{target.name}"
         tensors = {f"{prefix}.lora_A.weight": factors.lora_A.cpu(), f"{prefix}.lora_B.weight": factors.lora_B.cpu()}
-        job.work.save(ADAPTER, name, tensors)
+        job.work.save(kinds[1], name, tensors)
         product = factors.lora_B, factors.lora_A, job.adapter.scaling
-    lost = left = plan.loss(name)
-    if product is not None or job.config.refine or _feedback_rounds(job, name):
-        lost, left = _squared_errors(weight, packed, product)
-    # in the piece, so that a resumed run knows the errors of those it does not make again
-    tensors = {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
-    _save(job, name, tensors, squares=json.dumps([plan.energy[name], lost, left]))
+    squares = _squares(plan, name, *_squared_errors(weight, packed, product))
+    _save(job, kinds[0], name, _named(target, packed), squares=squares, **metadata)
 
 
-def _save(job: Job, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+def _squares(plan: Plan, name: str, lost: float, left: float) -> str:
+    """In the piece, so that a resumed run knows the errors of those it does not make again."""
+    return json.dumps([plan.energy[name], lost, left])
+
+
+def _named(target: Target, packed: PackedWeight) -> dict[str, torch.Tensor]:
+    return {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
+
+
+def _save(job: Job, kind: str, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
     """Writes a piece with the digests of what it is to hold."""
     digests = {key: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for key, tensor in tensors.items()}
-    job.work.save(PIECES, name, tensors, {"digests": json.dumps(digests), **metadata})
+    job.work.save(kind, name, tensors, {"digests": json.dumps(digests), **metadata})
 
 
 def digests_of_pieces(pieces: list[pathlib.Path]) -> dict[str, str]:

@@ -29,11 +29,13 @@ from ..device import choose_device
 from ..optional import require
 from ..version import __version__
 from .assembling import assemble
+from .block_stream import block_names
 from .calibration import Calibration
 from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
 from .planning import Planner, learn
+from .reconstruction import open_stream, reconstruct
 from .work import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ def quantize_checkpoint(
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
         check_rank(adapter.rank, targets)
+    if config.reconstruct:
+        block_names(skeleton, targets)
     source = DenseCheckpoint(files, skeleton)
     if source.unplaced:
         logger.warning(
@@ -128,7 +132,7 @@ def quantize_checkpoint(
 
 def _check_rounds(config: LowRAConfig) -> None:
     """Raises ValueError for rounds that would never end."""
-    for name in ("refine", "feedback"):
+    for name in ("refine", "feedback", "reconstruct"):
         if (rounds := getattr(config, name)) > MOST_ROUNDS:
             raise ValueError(f"{name} must be at most {MOST_ROUNDS} rounds, of which a few do; got {rounds}.")
 
@@ -149,6 +153,7 @@ def _stream(job: Job) -> dict:
     """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `job.work.final`."""
     seconds = {}
     clock = time.perf_counter()
+    stream = open_stream(job)  # first, because it may find that the model is none for it
     planner = Planner(job.config, job.work, job.calibration)
     learn(planner, job.source, job.targets, job.device, job.progress)
     seconds["learn"] = time.perf_counter() - clock
@@ -158,6 +163,11 @@ def _stream(job: Job) -> dict:
     clock = time.perf_counter()
     pieces = write_pieces(job, plan)
     seconds["quantise and initialise" if job.adapter else "quantise"] = time.perf_counter() - clock
+
+    if stream is not None:
+        clock = time.perf_counter()
+        pieces = reconstruct(job, plan, stream, pieces)
+        seconds["reconstruct"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
     report = assemble(job, plan, pieces)
@@ -175,4 +185,5 @@ def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
         "config": job.config.to_dict(),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
         "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
+        "text": job.calibration.digest_of_text() if job.calibration and job.config.reconstruct else None,
     }

@@ -4,6 +4,7 @@
     learned/      tables of each matrix
     adapter/      factors of the initial adapter on each matrix
     pieces/       packed and dense tensors of each conversion of the source
+    trained_adapter/, trained_pieces/   the same of matrices whose blocks were trained
     final/        the checkpoint that is being put together
 
 Every piece carries the digest of the recipe it was made by, and is taken for that recipe alone: wherever a run was
@@ -28,9 +29,11 @@ from ..checkpoints.places import WORK_SUFFIX
 logger = logging.getLogger(__name__)
 
 LEARNED, ADAPTER, PIECES = "learned", "adapter", "pieces"
+TRAINED_ADAPTER, TRAINED_PIECES = "trained_adapter", "trained_pieces"
+_KINDS = (LEARNED, ADAPTER, PIECES, TRAINED_ADAPTER, TRAINED_PIECES)
 _RECIPE_FILE = "recipe.json"
 _FINAL = "final"
-_OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, LEARNED, ADAPTER, PIECES, _FINAL}
+_OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, *_KINDS, _FINAL}
 
 
 class WorkFolder:
@@ -88,7 +91,7 @@ class WorkFolder:
         begun = self.folder / _RECIPE_FILE
         if not self._begun_for_this(begun):
             begun.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks like this one's
-            for kind in (LEARNED, ADAPTER, PIECES):
+            for kind in _KINDS:
                 _remove(self.folder / kind)
         save_json(recipe, begun)
         _remove(self.final)

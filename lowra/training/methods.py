@@ -180,6 +180,7 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
     """
     stored = read_json(folder / ADAPTER_FOLDER / "adapter_config.json", "the base's initial adapter")
+    reached = LowRAConfig.from_dict(reached).to_dict()  # an earlier version wrote fewer keys
     pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in FILLED_IN}
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)

@@ -50,7 +50,11 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight [N, K]."""
-        matrix = PackedMatrix(
+        return torch.ops.bitsandbytes.lowra_dequantize(*self.matrix(), dtype)
+
+    def matrix(self) -> PackedMatrix:
+        """The tensors and sizes as the ops take them."""
+        return PackedMatrix(
             self.weight,
             layout.row_order(self.row_bits),
             self.scales,
@@ -60,7 +64,6 @@ class PackedWeight:
             self.in_features,
             self.group_size,
         )
-        return torch.ops.bitsandbytes.lowra_dequantize(*matrix, dtype)
 
     def segments(self) -> list[layout.Segment]:
         """The rows of each precision in packed order, and where their codes and levels lie."""
