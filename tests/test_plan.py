@@ -92,6 +92,14 @@ def test_quantising_holds_what_was_measured(seven):
     assert needed.host == pytest.approx(1.40e9, rel=0.1)
 
 
+def test_reconstruction_holds_a_block_with_its_optimiser(seven):
+    shape = read_shape(seven)
+    block = (4 * 4096 * 4096 + 3 * 4096 * 11008) * 48
+    for on_gpu, place in ((True, "device"), (False, "host")):
+        plain, more = (quantising(shape, on_gpu, rank=64, reconstructing=asked) for asked in (False, True))
+        assert block < getattr(more, place) < block + 9e9 and getattr(more, place) > getattr(plain, place)
+
+
 CONFIGS = {
     "llama": (LlamaConfig(intermediate_size=704, num_key_value_heads=1, **SMALL), "LlamaForCausalLM"),
     "qwen3": (Qwen3Config(intermediate_size=704, num_key_value_heads=1, head_dim=128, **SMALL), "Qwen3ForCausalLM"),

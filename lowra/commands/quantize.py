@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> dict:
             rank=args.rank or 0,
             calibrating=callable(calibration),
             moments=callable(calibration) and has_moments,
+            reconstructing=config.reconstruct > 0,
         )
     report = quantize_checkpoint(
         args.model,

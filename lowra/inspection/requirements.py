@@ -11,6 +11,7 @@ from bitsandbytes.backends.lowra import layout
 
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
+from ..quantization.calibration import RECONSTRUCT_TOKENS
 from ..weights.packed import channel_bits
 from .shapes import ModelShape
 
@@ -31,6 +32,9 @@ _WHOLE_TEMPORARY = ("adamw_torch",)  # PyTorch's AdamW over lists of tensors mak
 # an adapter ("Memory before work").
 _BYTES_QUANTISING = 23.7
 _BYTES_WITHOUT_ADAPTER = 13.5
+# For each weight of a block while that is trained: dense, packed, rounded, its gradients and the optimiser's moments.
+# Measured on a CPU: 47 (docs/lab/log.md, "blocks trained towards the dense ones").
+_BYTES_RECONSTRUCTING = 48.0
 _BYTES_OF_TABLES = 4 * (22 + 19 + 3) + 3 * 8  # a channel's levels, thresholds, errors and the assigner's costs
 
 
@@ -257,6 +261,8 @@ def quantising(
     rank: int = 0,
     calibrating: bool = False,
     moments: bool = False,
+    *,
+    reconstructing: bool = False,
 ) -> Quantising:
     """One matrix is in memory at a time, and the tables of all. A calibration comes before and runs the dense model.
 
@@ -267,11 +273,16 @@ def quantising(
         rank: of the initial adapter; 0 for none.
         calibrating: with a pass over text.
         moments: which collects second moments, [K, K] float32 of every layer.
+        reconstructing: blocks are trained afterwards; their activations are not counted.
     """
     tables = [shape.embedding] * embeddings + [shape.head] * head
     widest = max(linear.size for linear in shape.linears)
     each = _BYTES_QUANTISING if rank else _BYTES_WITHOUT_ADAPTER
     work = max(each * widest, _BYTES_WITHOUT_ADAPTER * max(tables, default=0))
+    if reconstructing:
+        hidden = 3 * RECONSTRUCT_TOKENS * shape.hidden * (2 if on_gpu else _FLOAT)
+        block = sum(linear.size for linear in shape.linears) / shape.layers
+        work = max(work, _BYTES_RECONSTRUCTING * block + hidden + _FLOAT * shape.embedding)
     rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)
     held = PYTHON_BYTES + _FLOAT * sum(linear.in_features**2 for linear in shape.linears) * moments
     host = held + rows * _BYTES_OF_TABLES + 2 * max(widest, shape.embedding) + (0 if on_gpu else work)
