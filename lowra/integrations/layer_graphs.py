@@ -107,7 +107,7 @@ class _Checkpointing:
 
     def __init__(self, layer: nn.Module, usual: Callable[..., Any], shared: "_Shared"):
         self._layer, self._usual, self._shared = layer, usual, shared
-        self._seen: set[Any] = set()
+        self._seen: set[int] = set()  # hashes of keys, which are long
         self._captured: dict[Any, tuple[_Decided, CapturedLayer | None]] = {}
         self._changes = 0
 
@@ -131,8 +131,8 @@ class _Checkpointing:
         """
         self._shared.check()
         key = call.key()
-        if key not in self._seen:
-            self._seen.add(key)
+        if hash(key) not in self._seen:
+            self._seen.add(hash(key))
             return None
         before = self._captured.get(key)
         if before is not None and before[0].is_same():
@@ -263,8 +263,15 @@ class _Decided:
     """
 
     def __init__(self, layer: nn.Module):
-        modules = list(layer.modules())
+        modules = self._modules = list(layer.modules())
         self._own = [vars(module) for module in modules]
+        # Whether it trains, the rate of a dropout, the factor of something that nobody here has heard of.
+        self._numbers = [
+            (own, name)
+            for own in self._own
+            for name, value in own.items()
+            if type(value) in (bool, int, float) and not name.startswith("_")
+        ]
         self._named = [own[kind] for own in self._own for kind in ("_modules", "_parameters", "_buffers")]
         self._hooks = [own[kind] for own in self._own for kind in _HOOKS]
         self._packed = [module for module in modules if isinstance(module, PackedModule)]
@@ -294,7 +301,7 @@ class _Decided:
         if any("<locals>" in getattr(forward, "__qualname__", "<locals>") for forward in forwards):
             raise NotCapturable("the forward of a module in it has been replaced")
         found: list[Any] = [id(value) for named in self._named for value in named.values()]
-        found += [own["training"] for own in self._own]
+        found += [own.get(name) for own, name in self._numbers]
         found += [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
         found += [module.row_layout() for module in self._packed]
         for module in self._adapted:

@@ -243,12 +243,22 @@ def own_forward(model, ids):
     return {}
 
 
+def other_norm(model, ids):
+    model.get_base_model().model.layers[1].input_layernorm.variance_epsilon = 0.5
+    return {}
+
+
+def other_activation(model, ids):
+    model.get_base_model().model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    return {}
+
+
 def positions(model, ids):
     return {"position_ids": torch.arange(ids.shape[1], device=ids.device).flip(0)[None].expand_as(ids)}
 
 
 CHANGES = [mask_out, scale, freeze_some, write_adapter, replace_adapter, second_adapter, hook, hook_of_layer,
-           own_forward, positions]  # fmt: skip
+           own_forward, other_norm, other_activation, positions]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
