@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.targets import Target
 from ..nn.linear import LowRALinear
+from ..nn.packed_module import PackedModule
 from ..weights.packed import TENSOR_NAMES
 from .patching import Patch
 
@@ -125,19 +126,55 @@ def forget_conversions(model: Any) -> None:
 
 def declare_ties(model: PreTrainedModel, targets: dict[str, Target]) -> None:
     """Tells Transformers that tied modules share all packed tensors, for loading and saving."""
-    ties = {
-        f"{name}.{leaf}": f"{target.name}.{leaf}"
-        for target in targets.values()
-        for name in target.tied
-        for leaf in TENSOR_NAMES
-        if model.get_submodule(target.name)._parameters[leaf] is not None
-    }
-    if ties:
+    sources = {name: target.name for target in targets.values() for name in target.tied}
+    if sources:
         TIES.check()
         BIAS.check()
         vars(model)["_adjust_bias"] = _leave_bias
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+        _declare(model, sources)
+        model.register_load_state_dict_post_hook(_TiesKept(sources))
+
+
+def _declare(model: PreTrainedModel, sources: dict[str, str]) -> None:
+    """Names the tensors that modules share now: scales of another storage may have been loaded."""
+    shared = {
+        f"{name}.{leaf}": f"{source}.{leaf}"
+        for name, source in sources.items()
+        for leaf in TENSOR_NAMES
+        if _packed(model, source)._parameters[leaf] is not None
+    }
+    absent = {f"{name}.{leaf}" for name in sources for leaf in TENSOR_NAMES} - shared.keys()
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        former = getattr(model, attribute) or {}
+        declared = {tied: source for tied, source in former.items() if tied not in absent}
+        setattr(model, attribute, {**declared, **shared})
+
+
+def _packed(model: nn.Module, name: str) -> Any:
+    """The packed module of a name, below an adapter's layer if there is one; None where it is dense."""
+    module = model.get_submodule(name)
+    module = getattr(module, "base_layer", module)
+    return module if isinstance(module, PackedModule) else None
+
+
+class _TiesKept:
+    """After `load_state_dict`: what is tied stays tied, which `assign=True` undoes, and is declared anew."""
+
+    def __init__(self, sources: dict[str, str]):
+        """Args: sources: names of tied modules, and of those that they are tied to."""
+        self.sources = sources
+
+    def __call__(self, model: PreTrainedModel, incompatible: Any) -> None:
+        if not all(_packed(model, name) for names in self.sources.items() for name in names):
+            return
+        for name, source_name in self.sources.items():
+            module, source = _packed(model, name), _packed(model, source_name)
+            if module.weight is not source.weight:
+                missing = any(key.endswith((f"{name}.weight", f"{name}.base_layer.weight")) for key in incompatible[0])
+                same = not source.weight.is_meta and module.weight.data_ptr() == source.weight.data_ptr()
+                if missing or same:
+                    module.share(source)
+        _declare(model, self.sources)
 
 
 def _leave_bias(output_embeddings: nn.Module, input_embeddings: nn.Module | torch.Tensor) -> None:
@@ -148,6 +185,9 @@ def forget_ties(model: PreTrainedModel) -> None:
     """Takes back what `declare_ties` and `refuse_resizing` did, for a model that is dense again."""
     for name in ("_tied_weights_keys", "_adjust_bias", "resize_token_embeddings"):
         model.__dict__.pop(name, None)
+    hooks = model._load_state_dict_post_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, _TiesKept)]:
+        del hooks[number]
     packed = tuple(f".{leaf}" for leaf in TENSOR_NAMES if leaf != "weight")
     ties = model.all_tied_weights_keys.items()
     model.all_tied_weights_keys = {tied: source for tied, source in ties if not tied.endswith(packed)}

@@ -87,6 +87,8 @@ def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: 
             module = _packed_layer(model.get_submodule(name), *sizes)
         replace_module(model, name, module)
         modules.append(module)
+    for module in modules:
+        module.tied = tuple(other for other in modules if other is not module)
     return modules
 
 
@@ -121,5 +123,4 @@ def share_tied(model: PreTrainedModel, target: Target) -> None:
     source: Any = model.get_submodule(target.name)
     for name in target.tied:
         module: Any = model.get_submodule(name)
-        module._parameters.update(source.packed_tensors())
-        module.prepare()
+        module.share(source)

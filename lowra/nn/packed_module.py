@@ -29,6 +29,7 @@ class PackedModule(nn.Module):
         bias: [N] or None.
         compute_dtype: of the dense layer in whose place this one stands, and of what a merge writes; follows
             `model.to(dtype)`.
+        tied: other modules that hold the same tensors, such as the head of tied embeddings.
     """
 
     weight: torch.Tensor
@@ -37,6 +38,7 @@ class PackedModule(nn.Module):
     scale_steps: nn.Parameter | None
     levels: nn.Parameter
     bias: Any  # a parameter, or None
+    tied: "tuple[PackedModule, ...]" = ()
     _parameters: dict[str, Any]  # None for a tensor that this packing lacks
 
     def __init__(
@@ -74,6 +76,11 @@ class PackedModule(nn.Module):
     def packed_tensors(self) -> dict[str, nn.Parameter]:
         """The packed tensors that this module has, by name."""
         return {name: self._parameters[name] for name in TENSOR_NAMES if self._parameters[name] is not None}
+
+    def share(self, source: "PackedModule") -> None:
+        """Holds the tensors of a module that this one is tied to."""
+        self._parameters.update({name: source._parameters[name] for name in TENSOR_NAMES})
+        self.prepare()
 
     @property
     def packed(self) -> PackedWeight:
@@ -296,14 +303,17 @@ class PackedModule(nn.Module):
 
     def _make_room(self, given: dict[str, torch.Tensor]) -> None:
         """Memory of the sizes and types of other tensors, in the same parameters: tied modules share them."""
+        sharing = [module for module in (self, *self.tied) if module.weight is self.weight]
         with torch.inference_mode(False):
             for name in TENSOR_NAMES:
                 own, tensor = self._parameters[name], given.get(name)
-                if tensor is None:
-                    self._parameters[name] = None
-                elif own is None:
-                    empty = torch.empty_like(tensor, device=self.weight.device)
-                    self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                if tensor is None or own is None:  # steps, which other storages of scales lack
+                    made = None
+                    if tensor is not None:
+                        empty = torch.empty_like(tensor, device=self.weight.device)
+                        made = nn.Parameter(empty, requires_grad=False)
+                    for module in sharing:
+                        module._parameters[name] = made
                 elif own.shape != tensor.shape or (own.dtype != tensor.dtype and name == "scales"):
                     dtype = tensor.dtype if name == "scales" else own.dtype
                     own.data = torch.empty(tensor.shape, dtype=dtype, device=own.device)

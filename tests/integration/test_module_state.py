@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import re
 from multiprocessing.reduction import ForkingPickler
 
 import accelerate
@@ -431,3 +432,46 @@ def test_memory_of_nothing_yet_is_filled_by_loading(packing):
     for name, buffer in other.named_buffers():
         empty.get_buffer(name).copy_(buffer)  # not in the state dict
     assert torch.equal(logits_of(empty), logits_of(other))
+
+
+def of_tied(model):
+    """The packed tensors of input embeddings, and of all that holds the same."""
+    table = model.get_input_embeddings()
+    return [module._parameters for module in (table, *table.tied)]
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("before", ["double_quant", "float16"])
+@pytest.mark.parametrize("after", ["double_quant", "float16"])
+@pytest.mark.parametrize("kind", ["tied", "t5"])
+def test_what_is_tied_stays_so_with_scales_of_another_storage(packing, kind, before, after, assign, tmp_path):
+    model, other = packing(kind, scales=before), packing(kind, seed=1, scales=after)
+    wanted, size = logits_of(other), sum(p.nbytes for p in other.parameters())
+    model.load_state_dict(other.state_dict(), assign=assign)
+    model.tie_weights()  # as Trainer and PEFT do
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float32)):
+        first, *others = of_tied(twin)
+        assert others and all(
+            tensor is first[name] for each in others for name, tensor in each.items() if name in first
+        )
+        assert sum(p.nbytes for p in twin.parameters()) == size  # counted once
+        assert twin.num_parameters() == other.num_parameters()
+        assert torch.equal(logits_of(twin), wanted)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(again), wanted)
+    assert len({id(each["weight"]) for each in of_tied(again)}) == 1
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_state_that_names_the_table_alone_is_that_of_the_head_too(packing, assign):
+    """As safetensors files do, and Transformers for models whose embeddings are tied."""
+    model, other = packing("tied", scales="float16"), packing("tied", seed=1)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=True)).eval()
+    state = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith("lm_head")}
+    model.get_base_model().load_state_dict(
+        {re.sub(r"_proj\.", "_proj.base_layer.", name): tensor for name, tensor in state.items()},
+        strict=False,
+        assign=assign,
+    )
+    assert torch.equal(logits_of(model), logits_of(other))
