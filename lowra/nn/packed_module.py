@@ -16,6 +16,10 @@ from .row_layout import RowLayout, Seen, is_readable
 
 _CPU = torch.device("cpu")
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
+_IN_COMPILED = (
+    "is another one than it was compiled for, put in or written into past load_state_dict: call its prepare() where "
+    "that was meant; averages over all parameters (EMA, SWA) leave out what requires no gradient."
+)
 _WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
 
 
@@ -141,9 +145,18 @@ class PackedModule(nn.Module):
         if rows is None:
             rows = self._look(accept=True)
             rows.on(self.weight.device)
-        elif not torch.compiler.is_compiling() and not self._is_as_seen():
+        elif torch.compiler.is_compiling():
+            self._assert_as_seen()
+        elif not self._is_as_seen():
             rows = self._look(accept=False)
         return rows
+
+    def _assert_as_seen(self) -> None:
+        """In compiled code, which has no host to look with: on a CPU the contents are compared at every run."""
+        for name, seen in self._seen.items():
+            tensor = self._parameters[name]
+            if tensor.is_cpu:
+                torch._assert_async(seen.holds(tensor), f"{name} of a packed layer {_IN_COMPILED}")
 
     def row_order(self) -> torch.Tensor:
         """int32 [N]: the row of W that stands at each packed place, on the device of the weight."""

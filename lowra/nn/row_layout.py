@@ -78,6 +78,10 @@ class Seen:
             return torch.equal(self._probed(tensor), self._probe)
         return self._storage is None or tensor.untyped_storage()._cdata == self._storage._cdata
 
+    def holds(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Whether a tensor has the content of this one at the places compared, as a tensor, for compiled code."""
+        return (self._probed(tensor) == self._probe).all()
+
     def was_written_into(self, tensor: torch.Tensor) -> bool:
         """Whether it is the same tensor with another content; waits for a GPU."""
         return tensor is self._tensor() and not torch.equal(self._probed(tensor).cpu(), self._probe.cpu())

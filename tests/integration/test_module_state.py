@@ -153,6 +153,34 @@ def test_a_compiled_layer_follows_too(packing):
     assert torch.equal(compiled(x), twin(x))
 
 
+def in_place(layer, name):
+    with torch.no_grad():
+        layer.get_parameter(name).copy_(layer.get_parameter(name).flip(0))
+
+
+def in_data(layer, name):
+    layer.get_parameter(name).data = layer.get_parameter(name).flip(0)
+
+
+def anew(layer, name):
+    layer._parameters[name] = torch.nn.Parameter(layer.get_parameter(name).flip(0), requires_grad=False)
+
+
+@pytest.mark.parametrize("how", [in_place, in_data, anew])
+@pytest.mark.parametrize("name", ["row_bits", "weight"])
+def test_a_compiled_layer_refuses_what_came_past_load_state_dict(packing, name, how):
+    """Of the same sizes, which no guard of the compiler notices."""
+    layer = packing("linear").model.layers[0].mlp.up_proj
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(compiled(x), layer(x))
+    how(layer, name)
+    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
+        compiled(x)
+    layer.prepare()  # it was meant
+    assert torch.equal(compiled(x), layer(x))
+
+
 def changed(state, suffix, change):
     return {name: change(tensor) if name.endswith(suffix) else tensor for name, tensor in state.items()}
 
