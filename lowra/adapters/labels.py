@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoints.records import differences, record_of_base
 from ..config import LowRAConfig
+from ..integrations.integrity import describe_again
 from .storage import PackedAdapter
 
 LABEL_FORMAT = 1
@@ -108,6 +109,7 @@ class BaseIdentity(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> "BaseIdentity":
         config = getattr(getattr(model, "config", None), "quantization_config", None)
+        describe_again(model)
         record = record_of_base(config) if isinstance(config, LowRAConfig) else {}
         return cls(base_fingerprint(model), base_quantization(model), record.get("packing"), record.get("recipe"))
 

@@ -24,6 +24,7 @@ from ..checkpoints.places import expanded
 from ..checkpoints.records import TABLES_FILE
 from ..integrations.adapter_keys import own_keys
 from ..integrations.adapter_records import Arriving, settle
+from ..integrations.stored_start import filled_from_file
 from ..nn.trained_tables import check_tables
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
@@ -51,7 +52,8 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
     else:
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         model = wrapper(model, config, adapter_name=name, low_cpu_mem_usage=True)
-    result: Any = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
+    with filled_from_file():
+        result: Any = set_peft_model_state_dict(model, packed.dequantize(), adapter_name=name, low_cpu_mem_usage=True)
     absent = [key for key in result.missing_keys if "lora_" in key and f".{name}." in f"{key}."]
     if result.unexpected_keys or absent:
         model.delete_adapter(name)

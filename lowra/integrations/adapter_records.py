@@ -37,6 +37,7 @@ from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
 from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
 from .adapter_configs import check_adapter_config
 from .adapter_keys import check_keys, is_saved_module, watch_keys
+from .integrity import describe_again
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +229,7 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
     """
     if is_packed_base(model):
         check_settings(adapter, options)
+        describe_again(base_of(model))
     path = file_of(adapter, BASE_RECORD, options)
     record = {} if path is None else read_record(path)
     if not any_base:
@@ -337,6 +339,7 @@ def write_records(model: PeftModel, folder: pathlib.Path, names: list[str], conv
 def write_record(model: PeftModel | PreTrainedModel, folder: pathlib.Path, name: str, converted: bool = False) -> None:
     """Writes tables and record of one adapter into the folder that it was saved to."""
     base: Any = base_of(model)
+    describe_again(base)
     here = record_of_base(base.config.quantization_config)
     _remove_outdated(folder)
     save_tables_of(base, name, folder)

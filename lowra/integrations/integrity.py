@@ -27,6 +27,7 @@ from ..checkpoints.integrity import (
 from ..config import LowRAConfig
 from ..nn.packed_module import PackedModule
 from ..weights.digests import packing_of
+from ..weights.packed import STORAGES
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,33 @@ def packing_in_memory(model: nn.Module) -> dict[str, str] | None:
     if any(module.weight.is_meta for module in modules):
         return None
     return packing_of(module.packed_tensors() for module in modules)
+
+
+def describe_again(model: nn.Module) -> None:
+    """Brings the config of a packed model up to date where other packed tensors were put in: by `load_state_dict`, by
+    tables that were trained into the base.
+
+    Whose adapters belong to it is decided by that, and what is saved says it.
+    """
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    modules = {id(module.weight): module for module in model.modules() if isinstance(module, PackedModule)}.values()
+    if not isinstance(config, LowRAConfig) or not any(module.is_replaced for module in modules):
+        return
+    found = packing_in_memory(model)
+    if found is None:
+        return
+    if found != config.packing:
+        config.packing = found
+        weights = [module.packed for module in modules]
+        size = sum(weight.row_bits.numel() * weight.in_features for weight in weights)
+        codes = sum(int(weight.row_bits.sum()) * weight.in_features for weight in weights)
+        config.nominal_bits = round(codes / size, 6)
+        config.true_bits = round(sum(weight.stored_bits for weight in weights) / size, 6)
+        storages = {STORAGES[weight.scales.dtype] for weight in weights}
+        if len(storages) == 1:
+            (config.scales,) = storages
+    for module in modules:
+        module.is_replaced = False
 
 
 def write_digests_of_saved(folder: pathlib.Path, config: LowRAConfig, variant: str | None) -> None:

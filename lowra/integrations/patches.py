@@ -164,6 +164,17 @@ TABLE = (
         rests_on=("model_id",),
         wrap=of_peft.remembered,
     ),
+    *(
+        Patch(
+            target=f"{module}:load_peft_weights",
+            why="Factors that are read with it and put in with set_peft_model_state_dict go past every door.",
+            door="a hook on loading adapters",
+            since="none",
+            rests_on=("model_id",),
+            wrap=of_peft.remembered,
+        )
+        for module in ("peft", "peft.utils", "peft.utils.save_and_load")
+    ),
     Patch(
         target="peft.utils.hotswap:hotswap_adapter",
         why="Factors of another base would be put in an adapter's place, which would keep its record and tables.",

@@ -3,13 +3,10 @@
 Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
 """
 
-import contextlib
 import functools
 import inspect
 import pathlib
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
@@ -34,6 +31,7 @@ from .adapter_records import (
     write_records,
 )
 from .folders import load_adapter_folder
+from .loose_factors import already_checked, read_from, remember_reading
 from .parameter_counts import uncounted
 from .peft import LowRALoraLinear
 from .peft_limits import (
@@ -192,55 +190,21 @@ def checked_swap(original: Callable) -> Callable:
         inner = getattr(model, "_orig_mod", model)  # of a compiled model
         arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
         check_saved(model_name_or_path, kwargs, arriving.record)
-        with tables_set_aside(inner, adapter_name), _swap_checked():  # or the swap below would refuse to lose them
+        with tables_set_aside(inner, adapter_name), already_checked():  # or the swap below would refuse to lose them
             original(model, model_name_or_path, adapter_name, *args, **kwargs)
         settle(inner, adapter_name, arriving)
 
     return hotswap_adapter
 
 
-class _Reading(threading.local):
-    """What a thread's hotswap has read: for one whose function was imported by name before lowra was.
-
-    Attributes:
-        source: folder or name of the adapter, and options; None where the swap has been checked.
-        tensor: a weak reference to one of its tensors.
-    """
-
-    source: tuple[Any, dict[str, Any]] | None = None
-    tensor: Any = None
-    checked = False
-
-
-_reading = _Reading()
-
-
-@contextlib.contextmanager
-def _swap_checked() -> Iterator[None]:
-    _reading.checked = True
-    try:
-        yield
-    finally:
-        _reading.checked = False
-
-
 def remembered(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = original(model_id, *args, **kwargs)
-        if not _reading.checked and tensors:
-            _reading.source, _reading.tensor = (model_id, kwargs), weakref.ref(next(iter(tensors.values())))
+        remember_reading(model_id, kwargs, tensors)
         return tensors
 
     return load_peft_weights
-
-
-def _read_from(state_dict: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The adapter that these tensors were just read from, if nobody has checked it."""
-    source, tensor = _reading.source, _reading.tensor and _reading.tensor()
-    _reading.source = _reading.tensor = None
-    same = tensor is not None and any(given is tensor for given in state_dict.values())
-    return source if same and not _reading.checked else None
 
 
 def swap_without_record(original: Callable) -> Callable:
@@ -249,7 +213,7 @@ def swap_without_record(original: Callable) -> Callable:
         model: Any, state_dict: Any, adapter_name: Any, *args: Any, **kwargs: Any
     ) -> Any:
         inner = getattr(model, "_orig_mod", model)
-        source = _read_from(state_dict)
+        source = read_from(state_dict)
         if source is not None:
             arriving = check_adapter(inner, *source, any_base=False)
             check_saved(*source, arriving.record)

@@ -37,6 +37,11 @@ def filled_from_file() -> Iterator[None]:
         _from_file.reset(token)
 
 
+def is_filled_from_file() -> bool:
+    """Whether the adapters at hand come from a file that has been, or will be, held against its record."""
+    return _from_file.get()
+
+
 def choose_layers(model: nn.Module, config: LoraConfig) -> None:
     """Gives an adapter that names no layers those of the stored start, before it is made, if that can be its own."""
     start = _start_for_new(model)

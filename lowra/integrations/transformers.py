@@ -31,6 +31,7 @@ from ..weights.packed import TENSOR_NAMES, channel_bits
 from .adapter_records import write_record
 from .direct_loading import DirectLoading, large_dense_tensors
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
+from .loose_factors import watch_factors
 from .missing_start import watch_for_start
 from .model_patches import (
     declare_ties,
@@ -181,6 +182,7 @@ class LowRAHfQuantizer(HfQuantizer):
             self._check.finish(self.quantization_config)
             watch_for_start(model, self._check.folder, self.quantization_config)
             self._check = None
+        watch_factors(model)
         for target in self._targets.values():
             module: Any = model.get_submodule(target.name)
             for parameter in module.packed_tensors().values():

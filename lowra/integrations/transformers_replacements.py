@@ -22,7 +22,7 @@ from .adapter_records import (
     settle,
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
-from .integrity import fetched_with
+from .integrity import describe_again, fetched_with
 from .parameter_counts import uncounted
 from .stored_start import filled_from_file
 from .transformers import describe_saved, dtype_of_packed
@@ -78,6 +78,7 @@ def described(original: Callable) -> Callable:
         save = functools.partial(original, self, save_directory, is_main_process, *args, **kwargs)
         if not is_main_process or not isinstance(config, LowRAConfig):
             return save()
+        describe_again(self)
         variant = signature.bind(self, save_directory, is_main_process, *args, **kwargs).arguments.get("variant")
         describe = functools.partial(describe_saved, self, pathlib.Path(save_directory), variant)
         with _described_before_upload(self, describe):

@@ -156,6 +156,7 @@ def release_adapter_tables(model: nn.Module, keep: Sequence[str] | None = None) 
         module.adapter_tables = None
         if own:
             module.set_tensors({part: tensor.clone() for part, tensor in own.items()})
+            module.is_replaced = True
             module.prepare()
 
 

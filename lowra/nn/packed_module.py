@@ -34,6 +34,7 @@ class PackedModule(nn.Module):
         compute_dtype: of the dense layer in whose place this one stands, and of what a merge writes; follows
             `model.to(dtype)`.
         tied: other modules that hold the same tensors, such as the head of tied embeddings.
+        is_replaced: other tensors were put in than the model's config describes.
     """
 
     weight: torch.Tensor
@@ -43,6 +44,7 @@ class PackedModule(nn.Module):
     levels: nn.Parameter
     bias: Any  # a parameter, or None
     tied: "tuple[PackedModule, ...]" = ()
+    is_replaced = False
     _parameters: dict[str, Any]  # None for a tensor that this packing lacks
 
     def __init__(
@@ -180,6 +182,7 @@ class PackedModule(nn.Module):
         """
         bits = self.row_bits.detach().cpu()  # the only step that waits for a GPU
         rows = self._layout
+        self.is_replaced |= rows is not None
         if rows is None or not torch.equal(bits, rows.bits):
             rows = self.layout_of(bits)
         elif not accept:

@@ -27,12 +27,11 @@ from ..checkpoints.places import expanded
 from ..checkpoints.records import TABLES_FILE, renew_record
 from ..checkpoints.targets import replace_module
 from ..weights.fingerprint import weight_digest
-from ..weights.packed import TABLES, store_scales
+from ..weights.packed import STORAGES, TABLES, store_scales
 from .adapter_tables import AdapterTables, adapter_tables, base_name, hold_adapter_tables, packed_linears
 from .linear import LowRALinear, as_autocast
 from .row_layout import is_readable
 
-_STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}
 _EXPECTED = "the trained tables of an adapter"
 
 
@@ -232,6 +231,7 @@ class TrainedTablesLinear(LowRALinear):
         self.bias = layer.bias
         self.adapter_tables, self.table_name, self.adapter = layer.adapter_tables, layer.table_name, adapter
         self.at_first_forward = layer.at_first_forward
+        self.is_replaced = layer.is_replaced
         self.prepare()
         self.level_change = nn.Parameter(torch.zeros_like(layer.levels, dtype=torch.float32))
         change = nn.Parameter(torch.zeros_like(layer.scales, dtype=torch.float32)) if scales else None
@@ -278,14 +278,16 @@ class TrainedTablesLinear(LowRALinear):
         levels, scales = self.tables()
         current["levels"] = levels.half()
         if self.scale_change is not None:
-            current["scales"], steps = store_scales(scales, _STORAGES[self.scales.dtype])
+            current["scales"], steps = store_scales(scales, STORAGES[self.scales.dtype])
             if steps is not None:
                 current["scale_steps"] = steps
         return current
 
     def baked(self) -> LowRALinear:
         """The plain packed layer with these tables; on the same codes."""
-        return self._plain({**self.packed.tensors(), **self.baked_tables()})
+        layer = self._plain({**self.packed.tensors(), **self.baked_tables()})
+        layer.is_replaced = True
+        return layer
 
     def untrained(self) -> LowRALinear:
         """The plain packed layer with the base's tables."""
@@ -296,6 +298,7 @@ class TrainedTablesLinear(LowRALinear):
         layer.bias = self.bias
         layer.adapter_tables, layer.table_name = self.adapter_tables, self.table_name
         layer.at_first_forward = self.at_first_forward
+        layer.is_replaced = self.is_replaced
         layer.prepare()
         return layer
 

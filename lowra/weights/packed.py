@@ -18,6 +18,7 @@ TENSOR_DTYPES = {
     "levels": (torch.float16, torch.float32),
 }
 TENSOR_NAMES = tuple(TENSOR_DTYPES)
+STORAGES = {torch.uint8: "double_quant", torch.float16: "float16", torch.float32: "float32"}  # of scales
 TABLES = ("levels", "scales", "scale_steps")  # what codes stand for, and what is trained where they are
 
 

@@ -1,0 +1,112 @@
+"""Factors of an adapter that come as a state dict, past every door that asks whose base they belong to.
+
+`peft.set_peft_model_state_dict`, `model.load_state_dict` and what engines resume with all end in the loading of the
+packed model, so a hook looks there: what was just read by PEFT's `load_peft_weights` is held against the record beside
+it, as a whole adapter would be; what came from elsewhere has no record, and that is told.
+"""
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..config import LowRAConfig
+from ..nn.adapter_tables import adapter_tables
+from .adapter_records import UNKNOWN, Arriving, check_adapter, check_saved, has_arrived, keep_record, settle
+from .stored_start import is_filled_from_file
+
+logger = logging.getLogger(__name__)
+
+_TOLD = "_lowra_told"  # attribute of a PeftConfig, which writes only its fields
+
+
+class _Reading(threading.local):
+    """What a thread has read with `load_peft_weights`.
+
+    Attributes:
+        source: folder or name of the adapter, and options.
+        tensor: a weak reference to one of its tensors.
+        checked: whoever reads has asked whose base it belongs to.
+    """
+
+    source: tuple[Any, dict[str, Any]] | None = None
+    tensor: Any = None
+    checked = False
+
+
+_reading = _Reading()
+
+
+@contextlib.contextmanager
+def already_checked() -> Iterator[None]:
+    """Within, what is read has been held against its record."""
+    _reading.checked = True
+    try:
+        yield
+    finally:
+        _reading.checked = False
+
+
+def remember_reading(adapter: Any, options: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Remembers where tensors were read from, unless they have been checked."""
+    if not _reading.checked and tensors:
+        _reading.source, _reading.tensor = (adapter, options), weakref.ref(next(iter(tensors.values())))
+
+
+def read_from(state_dict: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The adapter that these tensors were just read from, and the options; None where that is not known or checked."""
+    source, tensor = _reading.source, _reading.tensor and _reading.tensor()
+    same = tensor is not None and any(given is tensor for given in state_dict.values())
+    if same:
+        _reading.source = _reading.tensor = None
+    return source if same and not _reading.checked else None
+
+
+def watch_factors(model: nn.Module) -> None:
+    """Has a packed model ask, or tell, when factors of its adapters come as a state dict."""
+    model.register_load_state_dict_pre_hook(_ask_whose_they_are)
+
+
+def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) -> None:
+    """
+    Raises:
+        ValueError: they were read from the folder of an adapter of another packing.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if is_filled_from_file() or not isinstance(config, LowRAConfig):
+        return
+    names = _adapters_in(state_dict, model)
+    source = read_from(state_dict) if len(names) == 1 else None
+    for name in names:
+        if source is not None:
+            arriving = check_adapter(model, *source, any_base=False)
+            check_saved(*source, arriving.record)
+            settle(model, name, arriving)
+            continue
+        settings, held = model.peft_config[name], adapter_tables(model)
+        if config.initial_adapter is not None and not has_arrived(model, name):
+            keep_record(settings, Arriving(UNKNOWN))
+        if not hasattr(settings, _TOLD):  # averages and the like come at every step
+            setattr(settings, _TOLD, True)
+            logger.warning(
+                "lowra: factors of adapter %r come as a state dict, without the record of the base and packing that "
+                "they were trained on%s. On another one the outputs are far off; PeftModel.from_pretrained and "
+                "load_adapter ask.",
+                name,
+                "; its levels and scales stay" if held is not None and name in held.adapters else "",
+            )
+
+
+def _adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:
+    """The adapters of a model that a state dict has factors for, unless it brings the packed base with them."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or any(key.endswith(".row_bits") for key in state_dict):
+        return []
+    kinds = {kind for layer in layers for kind in layer.adapter_layer_names}
+    parts = {part for key in state_dict for part in zip(key.split("."), key.split(".")[1:], strict=False)}
+    return [name for name in model.peft_config if any((kind, name) in parts for kind in kinds)]

@@ -1,0 +1,109 @@
+"""Factors and packings that come as state dicts: whose they are is asked, or told, as by every other door."""
+
+import logging
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from small_models import logits_of
+from transformers import AutoModelForCausalLM
+
+import lowra
+from lowra.adapters.labels import BaseIdentity
+from lowra.integrations.adapter_records import record_of
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if "come as a state dict" in record.getMessage()]
+
+
+@pytest.fixture(scope="module")
+def packings(dense_llama, tmp_path_factory):
+    """Two packings of one base of the same bits, with their starts."""
+    folder = tmp_path_factory.mktemp("loose")
+    for name, options in (("first", {}), ("second", {"refine": 2})):
+        config = lowra.LowRAConfig(bits=2.0, **options)
+        lowra.quantize_checkpoint(str(dense_llama), folder / name, config, lowra.AdapterRecipe(rank=4), progress=False)
+    return folder
+
+
+def started(packings, name="first"):
+    return PeftModel.from_pretrained(load(packings / name), packings / name / "initial_adapter")
+
+
+@pytest.mark.parametrize("put", [set_peft_model_state_dict, None])
+def test_factors_read_from_an_adapter_of_another_packing_are_refused(packings, put):
+    """Without set_peft_model_state_dict the keys are the model's own."""
+    model, own = started(packings), started(packings)
+    factors = peft.load_peft_weights(str(packings / "second" / "initial_adapter"), device="cpu")
+
+    def load_factors(model, factors):
+        if put is not None:
+            return put(model, factors)
+        named = {key.replace(".weight", ".default.weight"): value for key, value in factors.items()}
+        return model.load_state_dict(named, strict=False)
+
+    with pytest.raises(ValueError, match=r"another packing .*refine=2 vs 0"):
+        load_factors(model, factors)
+    assert torch.equal(logits_of(model), logits_of(own))  # nothing was put in
+    load_factors(model, peft.load_peft_weights(str(packings / "first" / "initial_adapter"), device="cpu"))
+    assert torch.equal(logits_of(model), logits_of(own)) and record_of(model, "default")["init"] == "loftq"
+
+
+def test_factors_from_elsewhere_are_told_once(packings, caplog):
+    model = started(packings)
+    factors = load_file(packings / "second" / "initial_adapter" / "adapter_model.safetensors")
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        set_peft_model_state_dict(model, factors)
+        set_peft_model_state_dict(model, factors)
+    assert len(told(caplog)) == 1 and "'default'" in told(caplog)[0]
+
+
+def test_a_new_adapter_filled_by_hand_claims_no_start(packings, caplog, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    model = get_peft_model(load(packings / "first"), config)
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(started(packings)))
+    assert told(caplog) and record_of(model, "default")["init"] == "unknown"
+
+
+def test_the_doors_themselves_say_nothing(packings, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        model = started(packings)
+        model.load_adapter(packings / "first" / "initial_adapter", "second")
+        model.save_pretrained(tmp_path)
+        copied = started(packings)
+        copied.load_state_dict({k: v for k, v in model.state_dict().items() if ".second." not in k})
+    assert not told(caplog)  # the last one brings its base
+
+
+def test_the_identity_of_a_model_is_that_of_the_weights_put_into_it(packings, tmp_path):
+    model, other = load(packings / "first"), load(packings / "second")
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="another packing"):
+        PeftModel.from_pretrained(model, packings / "first" / "initial_adapter")
+    assert BaseIdentity.of(model).packing == BaseIdentity.of(other).packing
+    adapted = PeftModel.from_pretrained(model, packings / "second" / "initial_adapter")
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits_of(PeftModel.from_pretrained(load(packings / "second"), tmp_path)), logits_of(adapted)
+    )
+
+
+def test_what_is_saved_after_another_packing_was_put_in_describes_that(dense_llama, packings, tmp_path):
+    config = lowra.LowRAConfig(bits=1.25, scales="float32")
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "other", config, progress=False)
+    model, other = load(packings / "first"), load(tmp_path / "other")
+    model.load_state_dict(other.state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    saved, wanted = (one.config.quantization_config for one in (load(tmp_path / "saved"), other))
+    for name in ("packing", "scales"):
+        assert getattr(saved, name) == getattr(wanted, name)
+    for name in ("nominal_bits", "true_bits"):
+        assert getattr(saved, name) == pytest.approx(getattr(wanted, name), abs=1e-5)
