@@ -90,6 +90,23 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: pathlib.Path, metadata:
         temporary.chmod(0o666 & ~_umask())
 
 
+def set_metadata(path: pathlib.Path, name: str, value: str) -> None:
+    """Writes an entry of a safetensors file's metadata, and leaves its tensors as they are, byte for byte.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "rb") as file, _replaced(path) as temporary:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"] = {**(header.get("__metadata__") or {}), name: value}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the tensors begin aligned
+        with open(temporary, "wb") as written:
+            written.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, written, 1 << 20)
+        shutil.copymode(path, temporary)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

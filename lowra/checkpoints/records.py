@@ -9,17 +9,23 @@ below `fingerprint`, and what they lack is not checked.
     start       digest of the adapter that training began with; for `merge_into_dense(initial=)`
     files       digests of the tensors in each file beside it
     settings    what adapter_config.json says of the numbers, where it is not PEFT's default
+
+The header of the adapter's weights repeats it, where programs that know nothing of it leave it alone: an adapter of
+which only PEFT's own two files were copied says what it lacks.
 """
 
+import contextlib
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
 
 from ..config import FILLED_IN, LowRAConfig
 from ..weights.digests import digest_of, joined
-from .atomic import save_json
+from .atomic import save_json, set_metadata
 from .dense import count_and_names
 from .guarded import read_json
 from .reading import stored_tensors
@@ -34,6 +40,7 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, TABLES_FILE)
 _OF_TRAINING = ("inference_mode", "lora_dropout", "init_lora_weights", "total_step")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _REMEDY = ": it is damaged, or files of two adapters are mixed. Copy it again, or save it again where it is whole."
+_IN_HEADER = "lowra_base"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "base": str,
     "nominal_bits": (int, float),
@@ -56,11 +63,15 @@ def read_record(path: pathlib.Path) -> dict:
     """
     what = "the record of an adapter's base"
     record = read_json(path, what)
-    for name, kinds in _KINDS.items():
-        value = record.get(name)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise ValueError(f"{path} is damaged ({name} is {value!r}); expected {what}. Copy it again.")
+    for name in _KINDS:
+        if not _is_of_its_kind(record, name):
+            raise ValueError(f"{path} is damaged ({name} is {record[name]!r}); expected {what}. Copy it again.")
     return record
+
+
+def _is_of_its_kind(record: dict, name: str) -> bool:
+    value = record.get(name)
+    return value is None or (isinstance(value, _KINDS[name]) and not isinstance(value, bool))
 
 
 def record_of_base(config: LowRAConfig) -> dict:
@@ -86,7 +97,40 @@ def renew_record(folder: pathlib.Path) -> None:
     """Brings the record of a folder, if it has one, up to date with what has been written beside it since."""
     path = folder / BASE_RECORD
     if path.is_file():
-        save_json({**read_record(path), **record_of_files(folder)}, path)
+        save_record({**read_record(path), **record_of_files(folder)}, folder)
+
+
+def save_record(record: dict, folder: pathlib.Path) -> None:
+    """Writes a record beside an adapter, and into the header of its weights.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_json(record, folder / BASE_RECORD)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        set_metadata(folder / ADAPTER_WEIGHTS, _IN_HEADER, json.dumps(record))
+
+
+def record_in_weights(path: pathlib.Path | None) -> dict:
+    """What the weights of an adapter repeat of its record; empty where they say nothing that can be read."""
+    if path is None or not path.is_file():
+        return {}
+    with contextlib.suppress(ValueError, OSError, SafetensorError):
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get(_IN_HEADER, "{}"))
+        if isinstance(record, dict) and all(_is_of_its_kind(record, name) for name in _KINDS):
+            return record
+    return {}
+
+
+def record_of_folder(folder: pathlib.Path) -> dict:
+    """The record of a local adapter, from its file or, where that was lost, its weights; empty where it has none.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or no record.
+    """
+    path = folder / BASE_RECORD
+    return read_record(path) if path.exists() else record_in_weights(folder / ADAPTER_WEIGHTS)
 
 
 def digests_of_file(path: pathlib.Path) -> dict[str, str]:
@@ -158,7 +202,7 @@ def check_adapter_folder(folder: pathlib.Path) -> tuple[bool, list[str]]:
     Raises:
         OSError, ValueError: see `check_files`; a record that is none.
     """
-    record = read_record(folder / BASE_RECORD) if (folder / BASE_RECORD).exists() else {}
+    record = record_of_folder(folder)
     paths = {name: folder / name if (folder / name).exists() else None for name in ADAPTER_FILES}
     check_files(record, paths, str(folder))
     changes = changed_settings(record, read_json(folder / ADAPTER_CONFIG, "an adapter's settings"))

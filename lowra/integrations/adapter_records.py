@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..checkpoints.atomic import save_json
 from ..checkpoints.guarded import read_json
 from ..checkpoints.reading import stored_tensors
 from ..checkpoints.records import (
@@ -29,8 +28,10 @@ from ..checkpoints.records import (
     check_files,
     differences,
     read_record,
+    record_in_weights,
     record_of_base,
     record_of_files,
+    save_record,
 )
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
@@ -231,9 +232,15 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
         check_settings(adapter, options)
         describe_again(base_of(model))
     path = file_of(adapter, BASE_RECORD, options)
-    record = {} if path is None else read_record(path)
+    record = _record_that_was_lost(model, adapter, options, any_base) if path is None else read_record(path)
+    if path is None and TABLES_FILE in (record.get("files") or {}) and file_of(adapter, TABLES_FILE, options) is None:
+        raise ValueError(
+            f"The adapter {adapter} was saved with {TABLES_FILE}, the levels and scales that were trained with it, and "
+            f"with {BASE_RECORD}; both are missing, and without them its outputs are others. Copy the whole folder."
+        )
     if not any_base:
-        _check_base(record, base_of(model), adapter)
+        if path is not None:
+            _check_base(record, base_of(model), adapter)
         if not record and packing(base_of(model), "initial_adapter") is not None:
             logger.warning(
                 "lowra: the adapter %s has no %s, so nothing tells whether it was trained on this packing of its base, "
@@ -253,6 +260,27 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
     if is_training_tables(model):  # a trainer that resumes; it puts the changes back by itself
         return Arriving(record, in_training=True)
     return Arriving(record, read_tables(model, tables))
+
+
+def _record_that_was_lost(model: nn.Module, adapter: str | pathlib.Path, options: dict, any_base: bool) -> dict:
+    """What an adapter's weights repeat of the record that is not beside them; that it was lost is told.
+
+    It is no error: adapters are known to be passed on without it.
+    """
+    is_packed = is_packed_base(model)
+    if not is_packed and not pathlib.Path(adapter).is_dir():
+        return {}  # nothing is downloaded for dense models that PEFT would not
+    record = record_in_weights(file_of(adapter, SAFETENSORS_WEIGHTS_NAME, options))
+    if not record:
+        return {}
+    try:
+        if not any_base:
+            _check_base(record, base_of(model), adapter)
+    except ValueError as error:
+        logger.warning("lowra: the adapter %s has no %s, and its weights tell: %s", adapter, BASE_RECORD, error)
+    else:
+        logger.warning("lowra: %s lacks its %s; what its weights repeat of it is used.", adapter, BASE_RECORD)
+    return record
 
 
 def check_saved(adapter: str | pathlib.Path, options: dict, record: dict) -> None:
@@ -347,7 +375,7 @@ def write_record(model: PeftModel | PreTrainedModel, folder: pathlib.Path, name:
     if converted:
         start = record.get("init", "lora")
         record = {"base": here["base"], "fingerprint": here["fingerprint"], "converted_from": start}
-    save_json(record, folder / BASE_RECORD)
+    save_record(record, folder)
 
 
 def _remove_outdated(folder: pathlib.Path) -> None:

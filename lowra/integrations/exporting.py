@@ -19,7 +19,8 @@ from ..checkpoints.records import (
     TABLES_FILE,
     check_adapter_folder,
     digest_of_adapter,
-    read_record,
+    record_of_folder,
+    save_record,
 )
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 
@@ -69,7 +70,7 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
         save_tensors(tensors, folder / ADAPTER_WEIGHTS)
         save_json(exported, folder / ADAPTER_CONFIG)
         kept = {"base": record.get("base"), "fingerprint": record["fingerprint"], "converted_from": start}
-        save_json(kept, folder / BASE_RECORD)
+        save_record(kept, folder)
         copy_companions(adapter, companions(adapter, [folder]), folder)
     return {"output": str(output), "base": record.get("base"), "rank": rank, "start": start}
 
@@ -88,10 +89,10 @@ def _read(adapter: pathlib.Path) -> tuple[dict, dict]:
             f"{adapter} has {special[0] if special else 'biases'}, which a difference of factors cannot hold: use "
             "`lowra merge --original`."
         )
-    path = adapter / BASE_RECORD
-    if not path.is_file():
+    record = record_of_folder(adapter)
+    if not record:
         raise ValueError(f"{adapter} has no {BASE_RECORD}: it was not trained on a packed base.")
-    return settings, read_record(path)
+    return settings, record
 
 
 def _less_start(tensors: dict, settings: dict, initial: pathlib.Path, record: dict) -> dict:

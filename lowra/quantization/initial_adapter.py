@@ -15,10 +15,10 @@ from ..checkpoints.guarded import read_tensors
 from ..checkpoints.records import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    BASE_RECORD,
     digest_of_adapter,
     record_of_base,
     record_of_files,
+    save_record,
 )
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
@@ -139,4 +139,4 @@ def write_adapter(
         folder / ADAPTER_CONFIG,
     )
     start = {"init": recipe.method, "start": digest_of_adapter(folder / ADAPTER_WEIGHTS)}
-    save_json({**record_of_base(config), **start, **record_of_files(folder)}, folder / BASE_RECORD)
+    save_record({**record_of_base(config), **start, **record_of_files(folder)}, folder)

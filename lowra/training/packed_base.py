@@ -6,8 +6,9 @@ import pathlib
 
 from ..checkpoints.dense import read_config
 from ..checkpoints.guarded import read_json
+from ..checkpoints.records import BASE_RECORD
 from ..config import LowRAConfig
-from ..quantization.initial_adapter import ADAPTER_FOLDER, BASE_RECORD
+from ..quantization.initial_adapter import ADAPTER_FOLDER
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)

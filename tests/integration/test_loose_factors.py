@@ -91,9 +91,7 @@ def test_the_identity_of_a_model_is_that_of_the_weights_put_into_it(packings, tm
     assert BaseIdentity.of(model).packing == BaseIdentity.of(other).packing
     adapted = PeftModel.from_pretrained(model, packings / "second" / "initial_adapter")
     adapted.save_pretrained(tmp_path)
-    assert torch.equal(
-        logits_of(PeftModel.from_pretrained(load(packings / "second"), tmp_path)), logits_of(adapted)
-    )
+    assert torch.equal(logits_of(PeftModel.from_pretrained(load(packings / "second"), tmp_path)), logits_of(adapted))
 
 
 def test_what_is_saved_after_another_packing_was_put_in_describes_that(dense_llama, packings, tmp_path):
