@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of an adapter, of PEFT or packed")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or JSON lines with a field `text`")
-    parser.add_argument("--block-size", type=int, default=1024, help="tokens of a block (default 1024)")
+    parser.add_argument("--block-size", type=int, help="tokens of a block (default 1024, or what the model has)")
     parser.add_argument("--batch-size", type=int, default=4, help="blocks at a time (default 4)")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     add_trust(parser)

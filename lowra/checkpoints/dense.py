@@ -1,5 +1,6 @@
 """Dense checkpoints read tensor by tensor, under the names the model will know them by. Only safetensors are read."""
 
+import contextlib
 import copy
 import dataclasses
 import pathlib
@@ -9,7 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import get_session
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -47,7 +56,8 @@ def local_folder(model: str) -> pathlib.Path | None:
     if folder.is_dir():
         return folder
     if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise FileNotFoundError(f"{model} is not a folder with a model in it.")
+        hint = f": it is a file; give its folder, {folder.parent}" if folder.is_file() else ""
+        raise FileNotFoundError(f"{model} is not a folder with a model in it{hint}.")
     return None
 
 
@@ -63,8 +73,42 @@ def resolve_folder(model: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
     except Exception as error:
         raise FileNotFoundError(
-            f"{model} is neither a local folder nor could it be had from the hub: {error}"
+            f"{model} is neither a local folder nor could it be had from the hub: {reason_of_hub(error)}."
         ) from error
+
+
+@contextlib.contextmanager
+def offline_without_connection() -> Iterator[None]:
+    """Within, the hub is not asked where it does not answer: what has been downloaded counts."""
+    former = constants.HF_HUB_OFFLINE
+    try:
+        if not former:
+            try:
+                get_session().head(constants.ENDPOINT, timeout=5)
+            except Exception:  # of whichever HTTP library it uses
+                constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = former
+
+
+def reason_of_hub(error: Exception) -> str:
+    """Why something could not be had from the hub, in a few words."""
+    for kinds, reason in (
+        (GatedRepoError, "its owner has to grant access first, and you have to log in (hf auth login)"),
+        (RepositoryNotFoundError, "it has no model of this name, or none that you may see (hf auth login)"),
+        (HFValidationError, "this is no name that it could have; they are OWNER/MODEL"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it has not been downloaded yet"),
+        (
+            LocalEntryNotFoundError,
+            "HF_HUB_OFFLINE is set, and it has not been downloaded yet"
+            if constants.HF_HUB_OFFLINE
+            else "there is no connection to it, and it has not been downloaded yet",
+        ),
+    ):
+        if isinstance(error, kinds):
+            return reason
+    return one_line(error).rstrip(".")
 
 
 def safetensors_files(folder: pathlib.Path, variant: str | None = None) -> list[pathlib.Path]:

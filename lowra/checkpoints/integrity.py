@@ -12,6 +12,8 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ DIGESTS_FILE = "lowra_digests.json"
 
 _THREADS = min(4, os.cpu_count() or 1)
 _REMEDY = "Copy or download the checkpoint again, or write it again with `lowra quantize`."
+_LONG = 80  # characters of a value in a message
 _OF_PROGRAMS = ("transformers_version",)  # in config.json
 
 
@@ -165,7 +168,8 @@ def check_tensors(
 
 
 def changed_settings(recorded: dict, folder: pathlib.Path) -> list[str]:
-    """How config.json differs from when the weights were written, such as "rms_norm_eps is 1e-05 and was 1e-06".
+    """How config.json differs from when the weights were written, such as "rms_norm_eps is 1e-05 and was 1e-06"; of
+    what is nested the fields that differ.
 
     Such changes may be meant (a longer context), so they are told and not refused.
     """
@@ -173,8 +177,24 @@ def changed_settings(recorded: dict, folder: pathlib.Path) -> list[str]:
     if not path.is_file():
         return []
     now, then = read_json(path, "the config of the checkpoint"), recorded["config"]
-    names = [name for name in {**then, **now} if name not in _OF_PROGRAMS and now.get(name) != then.get(name)]
-    return [f"{name} is {now.get(name)!r} and was {then.get(name)!r}" for name in names]
+    return [f"{name} is {_short(is_)} and was {_short(was)}" for name, is_, was in _differing(now, then)]
+
+
+def _differing(now: dict, then: dict, above: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Names of fields, dotted where they are nested, and both values."""
+    for name in {**then, **now}:
+        is_, was = now.get(name), then.get(name)
+        if is_ == was or name in _OF_PROGRAMS:
+            continue
+        if isinstance(is_, dict) and isinstance(was, dict):
+            yield from _differing(is_, was, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", is_, was
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 @dataclasses.dataclass

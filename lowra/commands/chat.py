@@ -10,7 +10,7 @@ from ..checkpoints.companions import with_tokenizer
 from ..checkpoints.dense import read_config, resolve_folder
 from ..checkpoints.places import expanded
 from ..corpus import load_tokenizer
-from ..generation.loading import load_model
+from ..generation.loading import check_adapter_folder, load_model
 from ..generation.text import continue_text
 from .generate import check_sampling, room, speed
 
@@ -18,6 +18,7 @@ from .generate import check_sampling, room, speed
 def run(args: argparse.Namespace) -> dict:
     """Answers one line after the other; returns the conversation."""
     check_sampling(args)
+    check_adapter_folder(args.adapter)
     folder = resolve_folder(args.model)
     config = read_config(folder, args.trust_remote_code)
     adapter = None if args.adapter is None else expanded(args.adapter)

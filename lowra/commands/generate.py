@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
 from ..checkpoints.dense import read_config, resolve_folder
 from ..corpus import check_characters, check_token_ids, load_tokenizer
-from ..generation.loading import load_model
+from ..generation.loading import check_adapter_folder, load_model
 from ..generation.text import Continuation, continue_text
 from .ranges import MOST_SEEDS, check_range, refuse_idle
 
@@ -15,6 +15,7 @@ from .ranges import MOST_SEEDS, check_range, refuse_idle
 def run(args: argparse.Namespace) -> dict:
     """Prints the prompt with its continuation, token by token, and how fast that went."""
     check_sampling(args)
+    check_adapter_folder(args.adapter)
     folder = resolve_folder(args.model)
     config = read_config(folder, args.trust_remote_code)
     tokenizer = load_tokenizer(folder, args.trust_remote_code)
@@ -44,7 +45,7 @@ def check_sampling(args: argparse.Namespace) -> None:
         ValueError: numbers of these options that say nothing.
     """
     check_range(args, "tokens", 1)
-    check_range(args, "temperature", 0)
+    check_range(args, "temperature", 0, 100)  # beyond, every token is as likely as any
     check_range(args, "seed", 0, MOST_SEEDS)
     refuse_idle(args, [(args.temperature == 0, "seed", "without --temperature: nothing is drawn")])
 

@@ -2,9 +2,15 @@
 
 import argparse
 import dataclasses
+import difflib
 
+from transformers.training_args import OptimizerNames
+
+from ..checkpoints.configs import CONFIG_FILE
+from ..checkpoints.places import expanded
 from ..inspection.requirements import CONTEXT_BYTES, ROOM_BETWEEN, Requirement, Run, finetuning, quantising
 from ..inspection.shapes import ModelShape, read_shape
+from ..quantization.initial_adapter import MOST_RANK
 from .memory import Card, card_of, gib, named_card, packed_run
 from .ranges import check_range
 
@@ -12,6 +18,7 @@ _BITS = (4.0, 3.0, 2.0, 1.5, 1.25)
 _USUAL_CARDS = (8, 12, 16, 24, 48, 80)
 _RANK, _LENGTH = 16, 1024
 _STEP, _LONGEST = 256, 2**20
+_MOST_SEQUENCES = 2**16
 _SEQUENCES = 16  # of an optimiser step
 
 
@@ -23,8 +30,15 @@ def run(args: argparse.Namespace) -> dict:
             make no sense.
     """
     check_range(args, "bits", 1, 4)
-    for name in ("rank", "length", "batch"):
+    for name, most in (("rank", MOST_RANK), ("length", _LONGEST), ("batch", _MOST_SEQUENCES)):
         check_range(args, name, 1)
+        check_range(args, name, 2 if name == "length" else 1, most)
+    if args.optimizer not in list(OptimizerNames):
+        nearest = difflib.get_close_matches(args.optimizer, [name.value for name in OptimizerNames], n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ", such as adamw_torch."
+        raise ValueError(f"--optimizer must be a name of Transformers' optimisers; got {args.optimizer!r}{hint}")
+    if (path := expanded(args.model)).is_file() and path.name == CONFIG_FILE:
+        args.model = str(path.parent)
     card = card_of() if args.gpu is None else named_card(args.gpu)
     shape = read_shape(args.model, args.trust_remote_code)
     asked = _asked(args, shape, card)
@@ -81,6 +95,11 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         raise ValueError(f"--length is {args.length}, but {args.model} has {shape.positions} positions.")
     if args.bits is not None and shape.packed is not None:
         raise ValueError(f"{args.model} is packed already: --bits has no effect on it. Leave it out.")
+    own = (shape.packed.initial_adapter or {}) if shape.packed is not None else {}
+    if args.rank is not None and own.get("rank") not in (None, args.rank):
+        raise ValueError(
+            f"{args.model} begins with an adapter of rank {own['rank']}: --rank has no effect on it. Leave it out."
+        )
     run = Run(
         rank=args.rank or _RANK,
         batch=args.batch,
@@ -91,8 +110,7 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         optimizer=args.optimizer,
         large_workspace=card is not None and card.large_workspace,
     )
-    own = packed_run(run, shape)
-    return own if args.rank is None else dataclasses.replace(own, rank=args.rank)
+    return packed_run(run, shape) if args.rank is None else dataclasses.replace(packed_run(run, shape), rank=args.rank)
 
 
 def _options(asked: Run, shape: ModelShape, bits: float | None) -> list[Run]:

@@ -41,9 +41,8 @@ def load_model(
         ValueError: an adapter of another base, or one whose label forbids it; code that may not be run; `force` without
             a packed adapter.
     """
+    check_adapter_folder(adapter)
     adapter = None if adapter is None else str(expanded(adapter))
-    if adapter is not None and not any((pathlib.Path(adapter) / file).is_file() for file in _ADAPTER_FILES):
-        raise FileNotFoundError(f"{adapter} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
     if adapter is not None and (path := pathlib.Path(adapter) / _ADAPTER_FILES[0]).exists():
         read_json(path, "the configuration of an adapter")
     if force and (adapter is None or not (pathlib.Path(adapter) / PACKED_FILE).exists()):
@@ -59,6 +58,17 @@ def load_model(
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
+
+
+def check_adapter_folder(adapter: str | pathlib.Path | None) -> None:
+    """Raises FileNotFoundError where an adapter is given and is no folder of one."""
+    if adapter is None:
+        return
+    folder = expanded(adapter)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no adapter: there is no such folder.")
+    if not any((folder / file).is_file() for file in _ADAPTER_FILES):
+        raise FileNotFoundError(f"{folder} is no adapter: it has neither {' nor '.join(_ADAPTER_FILES)}.")
 
 
 def _dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:

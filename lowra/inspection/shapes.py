@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..checkpoints.configs import CONFIG_FILE
-from ..checkpoints.dense import empty_model, local_folder
+from ..checkpoints.dense import empty_model, local_folder, offline_without_connection, reason_of_hub
 from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
 
@@ -65,10 +65,11 @@ def config_folder(model: str) -> pathlib.Path:
     if (folder := local_folder(model)) is not None:
         return folder
     try:
-        return pathlib.Path(hf_hub_download(str(model), CONFIG_FILE)).parent
+        with offline_without_connection():  # or it would ask six times over half a minute
+            return pathlib.Path(hf_hub_download(str(model), CONFIG_FILE)).parent
     except Exception as error:
         raise FileNotFoundError(
-            f"{model} is neither a local folder nor could its config.json be had from the hub: {error}"
+            f"{model} is neither a local folder nor could its config.json be had from the hub: {reason_of_hub(error)}."
         ) from error
 
 

@@ -27,6 +27,8 @@ from .loftq import METHODS, STEPS
 ADAPTER_FOLDER = "initial_adapter"
 
 
+MOST_RANK = 2**16  # more than any layer is wide
+LEAST_ALPHA, MOST_ALPHA = 1e-6, 1e6  # beyond, one of the factors leaves what the types hold
 MOST_ROUNDS = 1000  # of whatever converges in a few: more would be a slip of the keyboard, and hours
 
 
@@ -49,6 +51,7 @@ class AdapterRecipe:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        is_given = self.alpha is not None
         self.alpha = float(self.rank if self.alpha is None else self.alpha)
         if self.method not in METHODS:
             raise ValueError(f"The initialisation must be one of {', '.join(METHODS)}; got {self.method!r}.")
@@ -59,6 +62,8 @@ class AdapterRecipe:
             raise ValueError(f"A number of steps is at most {MOST_ROUNDS}, of which a few do; got {self.steps}.")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite; got {self.alpha:g}.")
+        if is_given and not LEAST_ALPHA <= self.alpha <= MOST_ALPHA:
+            raise ValueError(f"alpha must be from {LEAST_ALPHA:g} to {MOST_ALPHA:g}; got {self.alpha:g}.")
 
     @property
     def scaling(self) -> float:

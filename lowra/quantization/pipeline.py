@@ -132,7 +132,7 @@ def quantize_checkpoint(
 
 def _check_rounds(config: LowRAConfig) -> None:
     """Raises ValueError for rounds that would never end."""
-    for name in ("refine", "feedback", "reconstruct"):
+    for name in ("iterations", "refine", "feedback", "reconstruct"):
         if (rounds := getattr(config, name)) > MOST_ROUNDS:
             raise ValueError(f"{name} must be at most {MOST_ROUNDS} rounds, of which a few do; got {rounds}.")
 

@@ -17,6 +17,7 @@ import yaml
 from ..checkpoints.guarded import read_text
 from ..checkpoints.places import expanded
 from ..config import check_keys
+from ..quantization.initial_adapter import LEAST_ALPHA, MOST_ALPHA, MOST_RANK
 
 
 def _reject_booleans(value: object) -> object:
@@ -41,7 +42,10 @@ _Few = Annotated[int, pydantic.Field(gt=0, le=1000), _NO_BOOLEAN]  # more would 
 _Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_BOOLEAN]
 _Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_BOOLEAN]  # what NumPy's generators take
 _Number = Annotated[float, _FINITE, _NO_BOOLEAN]
-_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_BOOLEAN]
+_Rank = Annotated[int, pydantic.Field(gt=0, le=MOST_RANK), _NO_BOOLEAN]
+_Alpha = Annotated[float, _FINITE, pydantic.Field(ge=LEAST_ALPHA, le=MOST_ALPHA), _NO_BOOLEAN]
+_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0, le=100), _NO_BOOLEAN]  # some optimisers are given 1
+_Passes = Annotated[float, _FINITE, pydantic.Field(gt=0, le=1e6), _NO_BOOLEAN]
 _RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
 _Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_BOOLEAN]
 _WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_BOOLEAN]
@@ -112,8 +116,8 @@ class Recipe:
     output: _Place = "runs/finetune"
     method: str = "lowra"
     bits: _Number = 2.0
-    rank: _Count = 64
-    alpha: _Rate | None = None
+    rank: _Rank = 64
+    alpha: _Alpha | None = None
     dropout: _Share = 0.0
     target_modules: list[str] | None = None
     rslora: _Truth = False
@@ -141,7 +145,7 @@ class Recipe:
     target_length: _Count = 128
     num_beams: _Few | None = None
     max_steps: _Limit | None = None
-    epochs: _Rate = 1.0
+    epochs: _Passes = 1.0
     batch_size: _Count = 16
     accumulation: _Count = 4
     eval_batch_size: _Count = 4
@@ -305,7 +309,7 @@ def _checked(name: str, value: typing.Any, checker: pydantic.TypeAdapter) -> typ
     if kind == "literal_error":
         expected = f"one of {', '.join(schema['enum'])}"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        expected = _range(schema) + (", or left out" if optional else "")
+        expected = _range(schema, "greater" in kind) + (", or left out" if optional else "")
     elif kind == "finite_number":
         expected = "a finite number"
     elif kind == "string_too_short":
@@ -321,10 +325,12 @@ _PYTHON_NAMES = {"integer": "int", "number": "float", "boolean": "bool", "string
 _PYTHON_NAMES |= {"object": "dict", "array": "list"}
 
 
-def _range(schema: dict) -> str:
-    """The range of a number in words."""
+def _range(schema: dict, is_too_low: bool) -> str:
+    """The range of a number in words, of a positive one only the limit that was passed."""
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if above == 0 and high is not None:
+        return "positive" if is_too_low else f"positive and at most {high:g}"
     if below is not None or schema["type"] == "number" and high is not None:
         return f"in [{low}, {high}]" if below is None else f"in [{low}, {below})"
     least = "positive" if above == 0 else "positive or 0" if low == 0 else f"at least {low}"

@@ -200,6 +200,18 @@ def test_changed_settings_are_said(copied, caplog, capsys):
     assert "rms_norm_eps is 0.5 and was 1e-06" in capsys.readouterr().err
 
 
+def test_of_nested_settings_those_that_differ_are_said(copied, capsys):
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["error"] = 0.25
+    config["rope_parameters"] = {**(config.get("rope_parameters") or {}), "rope_theta": 5.0}
+    config["chunk_names"] = ["x" * 1000]
+    (copied / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(copied)]) == 2
+    said = capsys.readouterr().err
+    assert "quantization_config.error is 0.25 and was" in said and "rope_parameters.rope_theta is 5.0" in said
+    assert "menu" not in said and len(said) < 800
+
+
 def test_saving_writes_digests_of_what_is_saved(packed, tmp_path, caplog):
     model = load(packed)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
