@@ -5,7 +5,7 @@ import os
 
 from lowra_command.recipe_files import find_recipe
 
-from ..training.finetune import finetune
+from ..training.finetune import check_start, finetune
 from ..training.recipe import Recipe, load_recipe
 from .memory import announce_finetuning
 
@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used.
     """
     recipe = load_recipe(find_recipe(args.config), args.overrides)
+    check_start(recipe)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
     announce_finetuning(recipe, not args.no_memory_check, first)
     if first and recipe.save_steps:

@@ -34,7 +34,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.atomic import save_json, save_text
+from ..checkpoints.dense import local_folder
 from ..checkpoints.places import expanded, usable_folder
+from ..device import choose_device
 from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
@@ -46,8 +48,8 @@ from .head_by_parts import HeadByParts, head_by_parts
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
 from .quick_steps import check_quick_steps, quicken_steps
-from .recipe import Recipe
-from .settled import settle, used
+from .recipe import Problems, Recipe
+from .settled import check_idle_overrides, on_device, settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, partial_folder, put_in_place
 
@@ -65,9 +67,8 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
     """
+    check_start(recipe)
     recipe = settle(recipe)
-    if recipe.task == "summarization":
-        require("task=summarization", "rouge_score")
     # Of several processes the first decides: to one that starts later the folder is already the run's own.
     first = os.environ.get("RANK", "0") == "0"
     output = usable_folder(recipe.output) if first else expanded(recipe.output)
@@ -87,10 +88,39 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     return result
 
 
+def check_start(recipe: Recipe) -> None:
+    """Holds a recipe against the machine, before anything is read, downloaded or written.
+
+    Raises:
+        FileNotFoundError, ValueError: everything that is missing or cannot be used, in one line.
+    """
+    problems = Problems("The run")
+    with problems.noted():
+        check_idle_overrides(recipe)
+    with problems.noted():
+        local_folder(recipe.model)
+    for name in ("train_file", "validation_file", "chat_template"):
+        place = getattr(recipe, name)
+        with problems.noted():
+            if place is not None and not expanded(place).exists():
+                raise FileNotFoundError(f"There is no {place} ({name}).")
+    first = os.environ.get("RANK", "0") == "0"
+    with problems.noted():
+        if first:
+            usable_folder(recipe.output)
+    if "WORLD_SIZE" not in os.environ:  # of several processes each would wait for the others
+        with problems.noted():
+            training_arguments(on_device(recipe, choose_device()), pathlib.Path(recipe.output) / "checkpoints")
+    with problems.noted():
+        if recipe.task == "summarization":
+            require("task=summarization", "rouge_score")
+    problems.report()
+
+
 def write_adapter(
     model: PeftModel, recipe: Recipe, base: Base, data: TaskData, steps: int, folder: pathlib.Path
 ) -> None:
-    """The adapter, its card and tables, at once; for conversations also the tokenizer, whose template it learned."""
+    """The adapter, its card, tables and tokenizer at once: PEFT's users load both from one folder."""
     # it belongs to the packed base: with the dense one it would add the error it makes up for
     adapter: Any = model.peft_config["default"]
     adapter.base_model_name_or_path = base.name
@@ -101,8 +131,7 @@ def write_adapter(
     save_text(card, partial / folder.name / CARD_FILE)  # in place of PEFT's, which is a form to fill in
     if recipe.tables != "frozen":
         save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
-    if recipe.task == "chat":
-        data.tokenizer.save_pretrained(str(partial / folder.name))
+    data.tokenizer.save_pretrained(str(partial / folder.name))
     put_in_place(partial / folder.name, folder)
     shutil.rmtree(partial)
 

@@ -4,6 +4,7 @@ Kinds and ranges are pydantic's to check, field by field, because its error for 
 the command line promises one sentence.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -43,7 +44,7 @@ _Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_BOOLEAN]
 _Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_BOOLEAN]  # what NumPy's generators take
 _Number = Annotated[float, _FINITE, _NO_BOOLEAN]
 _Rank = Annotated[int, pydantic.Field(gt=0, le=MOST_RANK), _NO_BOOLEAN]
-_Alpha = Annotated[float, _FINITE, pydantic.Field(ge=LEAST_ALPHA, le=MOST_ALPHA), _NO_BOOLEAN]
+_Alpha = Annotated[float, _FINITE, pydantic.Field(gt=0, le=MOST_ALPHA), _NO_BOOLEAN]
 _Rate = Annotated[float, _FINITE, pydantic.Field(gt=0, le=100), _NO_BOOLEAN]  # some optimisers are given 1
 _Passes = Annotated[float, _FINITE, pydantic.Field(gt=0, le=1e6), _NO_BOOLEAN]
 _RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
@@ -175,23 +176,40 @@ class Recipe:
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        problems = Problems("The recipe")
         for name, checker in _checkers().items():
-            setattr(self, name, _checked(name, getattr(self, name), checker))
+            with problems.noted():
+                setattr(self, name, _checked(name, getattr(self, name), checker))
+        problems.report()
+        for check in (self._check_types, self._check_data, self._check_layers, self._check_quantization):
+            with problems.noted():
+                check()
+        problems.report()
+
+    def _check_types(self) -> None:
+        if self.alpha is not None and self.alpha < LEAST_ALPHA:
+            raise ValueError(f"alpha must be at least {LEAST_ALPHA:g}, or left out; got {self.alpha:g}.")
         if self.fp16 and self.bf16:
             if {"bf16", "fp16"} <= self.given:
                 raise ValueError("bf16=true and fp16=true are two types for one computation: give one of them.")
             self.bf16 = "bf16" in self.given  # what the command line says counts before the file
             self.fp16 = not self.bf16
+
+    def _check_data(self) -> None:
         if not self.train_file and not self.dataset:
             raise ValueError("The recipe names no data: give train_file=FILE, or dataset=NAME of the hub.")
         if self.task == "summarization" and not (self.source_column and self.target_column):
             raise ValueError("summarization needs source_column and target_column, such as document and summary.")
+
+    def _check_layers(self) -> None:
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 "target_modules names no layer: leave it out for all, or name some, such as [q_proj, v_proj]."
             )
         if self.task in ("language_modeling", "chat") and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, or there is nothing to predict; got {self.block_size}.")
+
+    def _check_quantization(self) -> None:
         try:
             json.dumps(self.quantization)
         except (TypeError, ValueError, RecursionError) as error:
@@ -204,9 +222,17 @@ class Recipe:
         Raises:
             ValueError: an unknown key (with the nearest known one), a value of the wrong kind or out of range.
         """
-        check_keys(content, [name for name in _checkers() if name != "given"], "The recipe")
-        if not content.get("model"):
-            raise ValueError("The recipe names no model: give model=PATH.")
+        problems, known = Problems("The recipe"), [name for name in _checkers() if name != "given"]
+        for key in content:
+            with problems.noted():
+                check_keys([key], known, "The recipe")
+        with problems.noted():
+            if not content.get("model"):
+                raise ValueError("The recipe names no model: give model=PATH.")
+        if problems.found:  # and what else is wrong
+            with problems.noted():
+                cls(**{"model": "none", **{key: content[key] for key in known if content.get(key) is not None}})
+        problems.report()
         return cls(**content, given=frozenset(given))
 
     def changed(self, overrides: typing.Sequence[str]) -> "Recipe":
@@ -219,6 +245,47 @@ class Recipe:
         content = dataclasses.asdict(self)
         del content["given"]
         return content
+
+
+class Problems:
+    """Collects what is wrong, to say it all at once, in one line.
+
+    Attributes:
+        found: one sentence each.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self.found: list[str] = []
+        self._kind: type[Exception] = ValueError
+
+    @contextlib.contextmanager
+    def noted(self) -> typing.Iterator[None]:
+        """Goes on after a ValueError or OSError of the block."""
+        try:
+            yield
+        except _Several as error:
+            self.found += error.found
+        except (ValueError, OSError) as error:
+            self._kind = type(error) if not self.found else ValueError
+            self.found.append(str(error))
+
+    def report(self) -> None:
+        """
+        Raises:
+            ValueError, OSError: something was found.
+        """
+        if len(self.found) == 1:
+            raise self._kind(self.found[0])
+        if self.found:
+            raise _Several(self.what, self.found)
+
+
+class _Several(ValueError):
+    def __init__(self, what: str, found: list[str]):
+        numbered = " ".join(f"({number}) {sentence}" for number, sentence in enumerate(found, 1))
+        super().__init__(f"{what} has {len(found)} problems: {numbered}")
+        self.found = found
 
 
 def load_recipe(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -14,10 +14,17 @@ from ..checkpoints.dense import resolve_folder
 from ..device import choose_device, has_bfloat16
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config
-from .recipe import Recipe
+from .recipe import Problems, Recipe
 
 logger = logging.getLogger(__name__)
 
+# What an override is meant to take the place of goes without a word.
+_REPLACED_BY = {
+    "train_file": ("dataset", "dataset_config", "train_split", "validation_split"),
+    "validation_file": ("validation_split", "carve_validation", "data_seed"),
+    "max_steps": ("epochs",),
+    "task": ("source_column", "target_column", "source_length", "target_length", "text_column", "block_size"),
+}
 _SOURCE_AND_TARGET = ("source_column", "target_column", "source_length", "target_length")
 
 
@@ -74,12 +81,15 @@ def without_idle_fields(recipe: Recipe) -> Recipe:
         ValueError: one of them was set by an override.
     """
     idle = idle_fields(recipe)
-    for name in sorted(recipe.given & idle.keys()):
-        if getattr(recipe, name) is not None:
-            raise ValueError(f"{name}={getattr(recipe, name)} has no effect {idle[name]}: leave it out.")
+    check_idle_overrides(recipe)
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     changes: dict[str, typing.Any] = {name: defaults[name] for name in idle}
-    asked = [name for name, default in changes.items() if getattr(recipe, name) not in (None, default)]
+    replaced = {name for given in recipe.given & _REPLACED_BY.keys() for name in _REPLACED_BY[given]}
+    asked = [
+        name
+        for name, default in changes.items()
+        if getattr(recipe, name) not in (None, default) and name not in replaced
+    ]
     if asked:
         words = "; ".join(f"{name}={getattr(recipe, name)} {idle[name]}" for name in asked)
         logger.warning("These of the recipe have no effect: %s.", words)
@@ -90,6 +100,19 @@ def without_idle_fields(recipe: Recipe) -> Recipe:
             )
         changes["bits"] = 16.0
     return dataclasses.replace(recipe, **changes)
+
+
+def check_idle_overrides(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: a field without effect was set by an override.
+    """
+    idle, problems = idle_fields(recipe), Problems("The command")
+    for name in sorted(recipe.given & idle.keys()):
+        with problems.noted():
+            if getattr(recipe, name) is not None:
+                raise ValueError(f"{name}={getattr(recipe, name)} has no effect {idle[name]}: leave it out.")
+    problems.report()
 
 
 def idle_fields(recipe: Recipe) -> dict[str, str]:

@@ -1,0 +1,61 @@
+"""What is wrong with a run is said all at once, before anything is read, fetched or written."""
+
+import json
+
+import pytest
+
+from lowra.commands import main
+from lowra.training.recipe import Recipe
+
+ALL = {
+    "learning_rat=3": "no key 'learning_rat'. Did you mean 'learning_rate'?",
+    "rank=0": "rank must be positive",
+    "alpha=1e30": "alpha must be positive and at most 1e+06",
+    "batch_size=many": "batch_size must be of type int",
+    "task=talk": "task must be one of",
+    "model=": "names no model",
+}
+STARTING = {
+    "model=./nowhere": "./nowhere is not a folder",
+    "train_file=no.jsonl": "There is no no.jsonl (train_file)",
+    "chat_template=no.jinja": "There is no no.jinja (chat_template)",
+    "optimizer=adam_fo": "adam_fo",
+    "num_beams=3": "num_beams=3 has no effect",
+    "output=taken": "taken exists and is a file",
+}
+
+
+@pytest.mark.parametrize("mistakes", [ALL, STARTING], ids=["recipe", "start"])
+def test_all_problems_come_at_once(tmp_path, monkeypatch, capsys, mistakes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    assert main(["finetune", "8gb-chat", *mistakes]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"has {len(mistakes)} problems: (1) " in said[0]
+    for problem in mistakes.values():
+        assert problem in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("mistake", ALL)
+def test_one_problem_is_said_as_it_is(mistake):
+    content = {"model": "some/model", "train_file": "x"} | dict([mistake.split("=")])
+    with pytest.raises(ValueError, match="^(?!.*problems)"):
+        Recipe.from_dict({key: value or None for key, value in content.items()})
+
+
+def test_several_contradictions_come_at_once():
+    with pytest.raises(ValueError, match=r"has 2 problems: \(1\) The recipe names no data.*\(2\) target_modules"):
+        Recipe(model="some/model", target_modules=[])
+
+
+def test_what_an_override_takes_the_place_of_goes_without_a_word(tmp_path, caplog, tiny_llama):
+    from lowra.training.recipe import load_recipe
+    from lowra.training.settled import without_idle_fields
+    from lowra_command.recipe_files import find_recipe
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "words"}))
+    recipe = load_recipe(find_recipe("8gb-chat"), [f"train_file={rows}", f"model={tiny_llama}", "max_steps=1"])
+    without_idle_fields(recipe)
+    assert "no effect" not in caplog.text
