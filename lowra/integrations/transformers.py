@@ -313,6 +313,24 @@ def describe_saved(model: PreTrainedModel, folder: pathlib.Path, variant: str | 
     save_text(card.model_card(config, type(model).__name__, parameters, packed_bytes), folder / card.CARD_FILE)
 
 
+def refuse_layers_of_adapters(model: PreTrainedModel) -> None:
+    """Before a packed model is saved.
+
+    Raises:
+        ValueError: adapters' layers are around its own, under whose names nobody would find them again.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return  # then the adapter is all that is saved
+    names = [name for name, module in model.named_modules() if isinstance(module, PackedModule)]
+    wrapped = [name for name in names if name.endswith(".base_layer")]
+    if wrapped:
+        raise ValueError(
+            f"{len(wrapped)} of {len(names)} packed layers are inside layers of an adapter (first: {wrapped[0]}), and "
+            "a checkpoint saved like this could not be loaded: PeftModel.save_pretrained saves the adapter, and "
+            "PeftModel.unload() gives the base without it, which can be saved."
+        )
+
+
 def dtype_of_packed(model: PreTrainedModel) -> torch.dtype | None:
     """The dtype of a model whose first floating parameters are those of a packed module; None for other models."""
     first = next((module for module in model.modules() if _has_floats(module)), None)

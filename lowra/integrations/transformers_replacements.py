@@ -25,7 +25,7 @@ from .folders import build_config, describes_packing, load_folder, local_packed_
 from .integrity import describe_again, fetched_with
 from .parameter_counts import uncounted
 from .stored_start import filled_from_file
-from .transformers import describe_saved, dtype_of_packed
+from .transformers import describe_saved, dtype_of_packed, refuse_layers_of_adapters
 
 
 def load_in_lowra(original: Callable) -> Callable:
@@ -78,6 +78,7 @@ def described(original: Callable) -> Callable:
         save = functools.partial(original, self, save_directory, is_main_process, *args, **kwargs)
         if not is_main_process or not isinstance(config, LowRAConfig):
             return save()
+        refuse_layers_of_adapters(self)
         describe_again(self)
         variant = signature.bind(self, save_directory, is_main_process, *args, **kwargs).arguments.get("variant")
         describe = functools.partial(describe_saved, self, pathlib.Path(save_directory), variant)

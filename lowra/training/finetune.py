@@ -103,7 +103,8 @@ def check_start(recipe: Recipe) -> None:
         place = getattr(recipe, name)
         with problems.noted():
             if place is not None and not expanded(place).exists():
-                raise FileNotFoundError(f"There is no {place} ({name}).")
+                kind = "chat template" if name == "chat_template" else "data file"
+                raise FileNotFoundError(f"There is no {kind} {place} ({name}).")
     first = os.environ.get("RANK", "0") == "0"
     with problems.noted():
         if first:

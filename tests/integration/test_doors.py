@@ -113,3 +113,19 @@ def test_auto_classes_name_a_damaged_configuration(packings, tmp_path, text):
     with pytest.raises((ValueError, OSError), match="adapter_config.json") as raised:
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["base of a PeftModel", "adapter deleted"])
+def test_a_base_inside_an_adapters_layers_is_not_saved_as_it_is(packings, tmp_path, how, transformers_loads_adapters):
+    model = LlamaForCausalLM.from_pretrained(packings[0] / "base")
+    if how == "adapter deleted":
+        model.load_adapter(str(packings[0] / "adapter"), "one")
+        model.delete_adapter("one")
+    else:
+        adapted = PeftModel.from_pretrained(model, packings[0] / "adapter")
+    with pytest.raises(ValueError, match=r"inside layers of an adapter .*q_proj.base_layer"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    if how == "base of a PeftModel":
+        adapted.unload().save_pretrained(tmp_path / "saved")
+        LlamaForCausalLM.from_pretrained(tmp_path / "saved")

@@ -17,8 +17,8 @@ ALL = {
 }
 STARTING = {
     "model=./nowhere": "./nowhere is not a folder",
-    "train_file=no.jsonl": "There is no no.jsonl (train_file)",
-    "chat_template=no.jinja": "There is no no.jinja (chat_template)",
+    "train_file=no.jsonl": "There is no data file no.jsonl (train_file)",
+    "chat_template=no.jinja": "There is no chat template no.jinja (chat_template)",
     "optimizer=adam_fo": "adam_fo",
     "num_beams=3": "num_beams=3 has no effect",
     "output=taken": "taken exists and is a file",
