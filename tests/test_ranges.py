@@ -47,7 +47,6 @@ REFUSED = {
     "export missing --output new": "missing is no adapter",
     "finetune wikitext2 model=base train_file=text.txt alpha=1e30": "alpha must be positive and at most 1e+06",
     "finetune wikitext2 model=base train_file=text.txt alpha=1e-30": "alpha must be at least 1e-06",
-    "finetune wikitext2 model=base train_file=text.txt learning_rate=1e30": "positive and at most 100",
     "finetune wikitext2 model=base train_file=text.txt epochs=1e30": "positive and at most 1e+06",
     "finetune wikitext2 model=base train_file=text.txt rank=1000000": "rank must be positive and at most 65536",
 }

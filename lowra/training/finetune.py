@@ -1,6 +1,7 @@
 """One fine-tuning run: base -> initial adapter -> Transformers' Trainer -> adapter, loss curve and metrics.
 
 OUTPUT/base         packed base with its initial adapter; absent for dense bases and for models packed already
+OUTPUT/recipe.json  what makes a run that goes on the same
 OUTPUT/checkpoints  of the Trainer, each whole or not there, from which a run resumes
 OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables were trained
 OUTPUT/curve.json, curve.png, metrics.json
@@ -41,6 +42,7 @@ from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
+from .continued import check_continued, keep_recipe
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
@@ -74,10 +76,13 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     output = usable_folder(recipe.output) if first else expanded(recipe.output)
     if first and output.exists() and any(output.iterdir()) and not recipe.resume:
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
+    check_continued(recipe, output)
     data = load_data(recipe, progress)
     arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
+    if first:
+        keep_recipe(recipe, output)
     result, model = train(recipe, base, data, arguments, progress=progress)
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:

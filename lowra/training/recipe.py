@@ -45,7 +45,7 @@ _Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_BOOLEAN]  # what NumP
 _Number = Annotated[float, _FINITE, _NO_BOOLEAN]
 _Rank = Annotated[int, pydantic.Field(gt=0, le=MOST_RANK), _NO_BOOLEAN]
 _Alpha = Annotated[float, _FINITE, pydantic.Field(gt=0, le=MOST_ALPHA), _NO_BOOLEAN]
-_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0, le=100), _NO_BOOLEAN]  # some optimisers are given 1
+_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_BOOLEAN]  # a run that diverges says so
 _Passes = Annotated[float, _FINITE, pydantic.Field(gt=0, le=1e6), _NO_BOOLEAN]
 _RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
 _Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_BOOLEAN]
