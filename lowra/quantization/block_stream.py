@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoints.dense import DenseCheckpoint, count_and_names
 from ..checkpoints.targets import Target
+from ..device import has_bfloat16
 
 
 def block_names(model: nn.Module, targets: dict[str, Target]) -> list[str]:
@@ -117,9 +118,10 @@ class BlockStream:
         self._batch = batch
 
     def inputs(self) -> torch.Tensor:
-        """Hidden states [count, T, H] before the first block; in bfloat16 on a GPU."""
+        """Hidden states [count, T, H] before the first block; in bfloat16 on a GPU that has it."""
         found: list[torch.Tensor] = []
-        kept = torch.float32 if self._device.type == "cpu" else torch.bfloat16
+        halved = self._device.type != "cpu" and has_bfloat16(self._device)
+        kept = torch.bfloat16 if halved else torch.float32
 
         def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             found.append(_hidden_of(args, kwargs)[0].to(kept))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..device import has_bfloat16
 from ..weights.packed import PackedWeight
 from .block_stream import Block, BlockStream
 from .loftq import LowRank
@@ -179,9 +180,11 @@ def _factor(step: int, steps: int) -> float:
 
 @contextlib.contextmanager
 def computing(device: torch.device) -> Iterator[None]:
-    """On a GPU bfloat16 products, and attention whose backward sums in one order, so that every run learns the same."""
+    """On a GPU bfloat16 products, where it has them, and attention whose backward sums in one order, so that every run
+    learns the same.
+    """
     if device.type == "cpu":
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.autocast(device.type, torch.bfloat16, has_bfloat16(device)), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, calibrate, quantize_checkpoint
-from lowra.quantization import block_training, reconstruction
+from lowra.quantization import block_stream, block_training, reconstruction
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 from lowra.quantization.learner import learn_codebook
@@ -181,3 +181,23 @@ def test_an_adapter_that_starts_from_nothing_keeps_its_start():
         packed, factors = initialize(weight, lambda part: quantize_matrix(part, book, row_bits, config), 2, 2.0, method)
         trained[method] = len(list(block_training._groups({"": TrainedWeight(weight, packed, factors, 1.0)})))
     assert trained == {"lora": 3, "loftq": 5}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "a card without it"])
+def test_two_runs_on_a_gpu_learn_the_same(tiny_llama, calibration, reconstructed, tmp_path, monkeypatch, bfloat16):
+    for module in (block_stream, block_training):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: bfloat16)
+    reports = [
+        quantize_checkpoint(
+            str(tiny_llama), tmp_path / run, CONFIG, ADAPTER, device="cuda", progress=False, calibration=calibration
+        )
+        for run in ("one", "two")
+    ]
+    assert reports[0]["block_errors"] == reports[1]["block_errors"]
+    for (_, end), (_, on_cpu) in zip(reports[0]["block_errors"], reconstructed[1]["block_errors"], strict=True):
+        assert end == pytest.approx(on_cpu, rel=0.1)
+    for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
+        one, other = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        assert all(torch.equal(one[key], other[key]) for key in one), file
