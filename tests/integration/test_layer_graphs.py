@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from layer_recorder import StandIn, stand_in
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -22,41 +23,12 @@ from lowra.nn.trained_tables import train_tables
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
-class StandIn:
-    """A recorder without graphs: what it returns runs the call again."""
-
-    recorded = 0
-
-    def __init__(self, device):
-        self.generator = torch.default_generator
-
-    def check(self):
-        pass
-
-    def beside(self):
-        return contextlib.nullcontext()
-
-    def without_waiting(self):
-        return contextlib.nullcontext()
-
-    def record(self, call):
-        type(self).recorded += 1
-        autocast = torch.is_autocast_enabled("cpu")  # a graph has it in its kernels
-
-        def replay():
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                call()
-
-        return replay
-
-
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     if request.param == "cpu":
-        StandIn.recorded = 0
-        monkeypatch.setattr(layer_graphs, "Recorder", StandIn)
+        stand_in(monkeypatch.setattr)
     return request.param
 
 

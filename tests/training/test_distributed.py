@@ -16,10 +16,11 @@ from lowra.training import finetune
 WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
 
 
-def test_two_processes_have_the_loss_of_one(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, bits=1.5, batch_size=2, accumulation=2)
+@pytest.mark.parametrize("captured", [None, True], ids=["launched", "captured"])
+def test_two_processes_have_the_loss_of_one(recipe, tmp_path, captured):
+    recipe = dataclasses.replace(recipe, bits=1.5, batch_size=2, accumulation=2, gradient_checkpointing=bool(captured))
     alone = finetune(recipe, progress=False)
-    pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"))
+    pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"), layer_graphs=captured)
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pair.to_dict()))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

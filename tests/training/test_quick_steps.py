@@ -1,44 +1,20 @@
 """What makes steps quicker: where it applies, what refuses it, and that a run learns the same with it."""
 
-import contextlib
 import dataclasses
 import importlib
 
 import pytest
 import torch
+from layer_recorder import StandIn, stand_in
 
-from lowra.integrations import layer_graphs
 from lowra.training import finetune, quick_steps
 from lowra.training.finetune import training_arguments
 from lowra.training.settled import settle
 
 
-class StandIn:
-    """A recorder that runs again what a graph would replay (tests/integration/test_layer_graphs.py)."""
-
-    recorded = 0
-    generator = torch.default_generator
-
-    def __init__(self, device):
-        pass
-
-    def check(self):
-        pass
-
-    def beside(self):
-        return contextlib.nullcontext()
-
-    without_waiting = beside
-
-    def record(self, call):
-        StandIn.recorded += 1
-        return call
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
-    StandIn.recorded = 0
-    monkeypatch.setattr(layer_graphs, "Recorder", StandIn)
+def without_gpu(monkeypatch):
+    stand_in(monkeypatch.setattr)
     module = importlib.import_module("lowra.training.finetune")
     monkeypatch.setattr(module, "check_quick_steps", lambda recipe, arguments: None)
 
@@ -48,7 +24,7 @@ def losses(result):
 
 
 @pytest.mark.parametrize("tables", ["frozen", "levels_and_scales"])
-def test_a_run_learns_the_same(recipe, stand_in, tables):
+def test_a_run_learns_the_same(recipe, without_gpu, tables):
     found = []
     for captured in (True, False):
         run = dataclasses.replace(
@@ -61,7 +37,7 @@ def test_a_run_learns_the_same(recipe, stand_in, tables):
     assert found[0]["tuned"] == found[1]["tuned"]
 
 
-def test_a_summariser_runs_on_without_where_its_layers_take_more(tiny_bart, recipe, stand_in, tmp_path):
+def test_a_summariser_runs_on_without_where_its_layers_take_more(tiny_bart, recipe, without_gpu, tmp_path):
     rows = "".join(f'{{"document": "a b c {number}", "summary": "b {number}"}}\n' for number in range(24))
     (tmp_path / "rows.jsonl").write_text(rows)
     file = str(tmp_path / "rows.jsonl")
