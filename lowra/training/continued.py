@@ -1,4 +1,4 @@
-"""A run that goes on goes on with its own recipe, which is kept as OUTPUT/recipe.json.
+"""A run that goes on goes on with its own recipe, which each checkpoint keeps as recipe.json.
 
 Otherwise the checkpoint's optimiser and schedule would go on with the learning rate of before while metrics.json names
 the new one, the base of one model would be trained on the tokens of another, and the steps would count batches that
@@ -9,11 +9,14 @@ import json
 import pathlib
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from ..checkpoints.atomic import save_json
 from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
 from .recipe import Recipe
 from .settled import used
+from .whole_checkpoints import newest_whole
 
 RECIPE_FILE = "recipe.json"
 
@@ -30,21 +33,30 @@ _OF_THE_RUN = (
 )
 
 
-def keep_recipe(recipe: Recipe, output: pathlib.Path) -> None:
-    """Writes a settled recipe into the folder of its run."""
-    save_json(_of_the_run(recipe), output / RECIPE_FILE)
+class RecipeCheckpoints(TrainerCallback):
+    """Writes the recipe into each checkpoint. Comes before `WholeCheckpoints`."""
+
+    def __init__(self, recipe: Recipe):
+        """Args: recipe: settled."""
+        self._content = of_the_run(recipe)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_json(
+                self._content, pathlib.Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / RECIPE_FILE
+            )
 
 
 def check_continued(recipe: Recipe, output: pathlib.Path) -> None:
-    """Holds the settled recipe of a run that goes on against the one it began with; runs of before have none.
+    """Holds the settled recipe of a run that goes on against the one it began with; checkpoints of before have none.
 
     Raises:
         OSError, ValueError: it is another one.
     """
-    path = output / RECIPE_FILE
-    if not recipe.resume or not path.exists():
+    checkpoint = newest_whole(output / "checkpoints", warn=False) if recipe.resume else None
+    if checkpoint is None or not (checkpoint / RECIPE_FILE).exists():
         return
-    then, now = read_json(path, "the recipe of a run"), _of_the_run(recipe)
+    then, now = read_json(checkpoint / RECIPE_FILE, "the recipe of a run"), of_the_run(recipe)
     changed = [name for name in _OF_THE_RUN if then.get(name) != now.get(name)]
     if changed:
         words = ", ".join(f"{name}={_word(now.get(name))} (was {_word(then.get(name))})" for name in changed)
@@ -54,7 +66,8 @@ def check_continued(recipe: Recipe, output: pathlib.Path) -> None:
         )
 
 
-def _of_the_run(recipe: Recipe) -> dict[str, Any]:
+def of_the_run(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a settled recipe that make a run the one that it is."""
     content = {name: value for name, value in used(recipe).items() if name in _OF_THE_RUN}
     for name in _PLACES:
         if content.get(name) and (place := expanded(content[name])).exists():

@@ -1,7 +1,6 @@
 """One fine-tuning run: base -> initial adapter -> Transformers' Trainer -> adapter, loss curve and metrics.
 
 OUTPUT/base         packed base with its initial adapter; absent for dense bases and for models packed already
-OUTPUT/recipe.json  what makes a run that goes on the same
 OUTPUT/checkpoints  of the Trainer, each whole or not there, from which a run resumes
 OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables were trained
 OUTPUT/curve.json, curve.png, metrics.json
@@ -42,7 +41,7 @@ from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
-from .continued import check_continued, keep_recipe
+from .continued import RecipeCheckpoints, check_continued
 from .curve import LossBar, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
@@ -81,8 +80,6 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
-    if first:
-        keep_recipe(recipe, output)
     result, model = train(recipe, base, data, arguments, progress=progress)
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:
@@ -188,6 +185,7 @@ def train(
         trainer.add_callback(checkpoints)
         if checkpoint is not None:
             checkpoints.restore(checkpoint)
+    trainer.add_callback(RecipeCheckpoints(recipe))
     trainer.add_callback(WholeCheckpoints())
     started = time.perf_counter()
     done = None if checkpoint is None else _finished_state(recipe, checkpoint)

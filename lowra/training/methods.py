@@ -164,7 +164,7 @@ def prepare_base(recipe: Recipe, folder: pathlib.Path, device: torch.device, pro
             trust_remote_code=recipe.trust_remote_code,
         )
     reached = read_json(folder / "config.json", "the configuration of the packed base")["quantization_config"]
-    _check_same(folder, reached, quantization, adapter)
+    _check_same(folder, reached, quantization, adapter, recipe.model)
     initial = None if is_of_another_kind(recipe) else folder / ADAPTER_FOLDER
     return Base(folder, reached["nominal_bits"], reached["true_bits"], initial)
 
@@ -174,7 +174,7 @@ def is_of_another_kind(recipe: Recipe) -> bool:
     return bool(adapter_fields(recipe))
 
 
-def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapter: AdapterRecipe) -> None:
+def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapter: AdapterRecipe, model: str) -> None:
     """
     Raises:
         ValueError: the base in `folder`, from an earlier run, was made by another recipe.
@@ -182,6 +182,9 @@ def _check_same(folder: pathlib.Path, reached: dict, wanted: LowRAConfig, adapte
     stored = read_json(folder / ADAPTER_FOLDER / "adapter_config.json", "the base's initial adapter")
     reached = LowRAConfig.from_dict(reached).to_dict()  # an earlier version wrote fewer keys
     pairs = {name: (reached[name], value) for name, value in wanted.to_dict().items() if name not in FILLED_IN}
+    was, now = (expanded(name) for name in (reached.get("base") or model, model))
+    if not was.is_absolute() or was.exists():  # or it has been moved, and nothing tells
+        pairs["model"] = str(was.resolve()), str(now.resolve())
     pairs["rank"] = (stored["r"], adapter.rank)
     pairs["alpha"] = (stored["lora_alpha"], adapter.alpha)
     for name, (was, asked) in pairs.items():

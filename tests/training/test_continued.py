@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from lowra.training.continued import check_continued, keep_recipe
+from lowra.training import continued
+from lowra.training.continued import check_continued, of_the_run
 from lowra.training.recipe import Recipe
 from lowra.training.settled import settle
 
@@ -32,8 +33,11 @@ def recipe(tiny_llama, tmp_path):
 
 
 @pytest.fixture
-def begun(recipe, tmp_path):
-    keep_recipe(settle(recipe), tmp_path / "run")
+def begun(recipe, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "recipe.json").write_text(json.dumps(of_the_run(settle(recipe))))
+    monkeypatch.setattr(continued, "newest_whole", lambda *args, **kwargs: checkpoint)
     return dataclasses.replace(recipe, resume=True)
 
 
@@ -90,7 +94,15 @@ def test_the_same_by_another_path_goes_on(begun, tmp_path, monkeypatch):
 
 def test_a_whole_run_refuses_before_any_work(recipe, tmp_path, monkeypatch):
     runs.finetune(recipe, progress=False)
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["rank"] == 4
+    kept = tmp_path / "run" / "checkpoints" / "checkpoint-1" / "recipe.json"
+    assert json.loads(kept.read_text())["rank"] == 4
     monkeypatch.setattr(runs, "prepare_base", lambda *args, **kwargs: pytest.fail("the base was touched"))
     with pytest.raises(ValueError, match=r"learning_rate=1e-05 \(was 0.0003\)"):
         runs.finetune(dataclasses.replace(recipe, resume=True, max_steps=2, learning_rate=1e-5), progress=False)
+
+
+def test_a_base_that_was_packed_from_another_model_is_not_taken(recipe, packed_another, tmp_path):
+    """Killed before its first checkpoint, a run leaves its base alone."""
+    runs.finetune(dataclasses.replace(recipe, save_steps=None), progress=False)
+    with pytest.raises(ValueError, match="was made with model=.*another"):
+        runs.finetune(dataclasses.replace(recipe, resume=True, model=str(packed_another)), progress=False)
