@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowra
@@ -134,3 +134,28 @@ def test_an_adapter_that_diverged_is_refused(packed, tmp_path, capsys):
     model.save_pretrained(tmp_path / "adapter")
     assert main(["merge", str(packed), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]) == 2
     assert "is not finite once merged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_factors_of_unknown_start_are_not_taken_for_those_of_the_base(dense, packed, tmp_path, capsys):
+    """As hotswap_adapter_from_state_dict leaves them: taking a start off that they never had would go unnoticed."""
+    model = get_peft_model(load(packed), LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    model.save_pretrained(tmp_path / "loose")
+    assert json.loads((tmp_path / "loose" / "lowra_base.json").read_text())["init"] == "unknown"
+    for command in (
+        ["export", tmp_path / "loose"],
+        ["merge", packed, "--adapter", tmp_path / "loose", "--original", dense],
+    ):
+        assert main([*map(str, command), "--output", str(tmp_path / "out")]) == 2
+        assert "Nothing tells what" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_start_for_an_adapter_without_one_is_refused(dense, packed, tmp_path, capsys):
+    lowra.quantize_checkpoint(str(dense), tmp_path / "whole", lowra.LowRAConfig(bits=2), progress=False)
+    model = get_peft_model(load(tmp_path / "whole"), LoraConfig(r=4, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "anew")
+    command = ["export", str(tmp_path / "anew"), "--output", str(tmp_path / "out")]
+    assert main([*command, "--initial", str(packed / "initial_adapter")]) == 2
+    assert "leave --initial out" in capsys.readouterr().err
+    assert main(command) == 0

@@ -82,6 +82,12 @@ def _merged(model: Any, base: pathlib.Path, adapter: pathlib.Path | None, args: 
     if adapter is not None:
         adapted: Any = PeftModel.from_pretrained(model, adapter)
         began = record_of(adapted, "default").get("init")
+        if args.original is not None and began == "unknown":
+            raise ValueError(
+                f"Nothing tells what {adapter} began with, since its factors came without a folder, and what makes up "
+                "for the quantisation does not belong on the original: leave --original out, or in Python give "
+                "lowra.merge_into_dense(initial=)."
+            )
         initial = base / ADAPTER_FOLDER if args.original is not None and began not in (None, "lora") else None
         return merge_into_dense(adapted, args.original, initial, trust_remote_code=args.trust_remote_code)
     if args.original is not None:

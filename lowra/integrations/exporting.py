@@ -51,7 +51,14 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
         raise ValueError(f"{adapter} was not trained on a packed base, or was converted already: use it as it is.")
     tensors, _ = read_tensors(adapter / ADAPTER_WEIGHTS, "the factors of an adapter")
     start, rank = record.get("init", "lora"), settings["r"]
+    if start == "lora" and initial is not None:
+        raise ValueError(f"{adapter} started anew, so that nothing is taken off: leave --initial out.")
     if start != "lora":
+        if start == "unknown" and initial is None:
+            raise ValueError(
+                f"Nothing tells what {adapter} began with (its factors came without a folder): give --initial PATH "
+                "if it began with an adapter that makes up for the quantisation."
+            )
         if initial is None:
             initial = pathlib.Path(str(settings.get("base_model_name_or_path"))) / ADAPTER_FOLDER
         if not (initial / ADAPTER_CONFIG).is_file():
