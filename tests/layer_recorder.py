@@ -1,10 +1,36 @@
-"""A recorder without graphs, for machines without a GPU: what it returns runs again what a graph would replay."""
+"""A recorder without CUDA graphs, for machines without a GPU: it replays the operations it saw, on the same tensors.
+
+As a graph does it knows nothing of Python: what the host decided when it was recorded stays decided.
+"""
 
 import contextlib
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowra.integrations import layer_graphs
+
+
+def tensors_of(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class Log(TorchDispatchMode):
+    """Every operation with its arguments, what it gave, and which of that is a view of an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operation(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_of((args, kwargs))}
+        outs = [tensor.detach() for tensor in tensors_of(out)]
+        views = [tensor.untyped_storage()._cdata in given for tensor in outs]
+        self.operations.append((operation, args, kwargs, outs, views))
+        return out
 
 
 class StandIn:
@@ -22,15 +48,22 @@ class StandIn:
     def beside(self):
         return contextlib.nullcontext()
 
-    without_waiting = beside
+    without_waiting = without_chance = beside
 
     def record(self, call):
         StandIn.recorded += 1
-        autocast = torch.is_autocast_enabled("cpu")  # a graph has it in its kernels
+        with Log() as log:
+            call()
 
         def replay():
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                call()
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch._C._AutoDispatchBelowAutograd():
+                for operation, args, kwargs, outs, views in log.operations:
+                    if outs and all(views) and not operation._schema.is_mutable:
+                        continue  # a view needs no second look
+                    found = tensors_of(operation(*args, **kwargs))
+                    for place, value, view in zip(outs, found, views, strict=True):
+                        if not view and place.numel():
+                            place.copy_(value)
 
         return replay
 

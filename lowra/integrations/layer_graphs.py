@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ _CHANGES = 3  # of one layer, after which it is left alone
 _PLAIN = (torch.Tensor, nn.Parameter)
 _PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_OF_ALL = [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
+_CONTAINERS = (dict, list, tuple, set)
+# What every module has for itself, and what a packed one makes of its tensors, which `row_layout` looks after.
+_OF_TORCH = {*vars(nn.Module()), "_layout", "_seen"} - {"training"}
 
 
 def capture_layers(model: nn.Module) -> None:
@@ -148,8 +152,8 @@ class _Checkpointing:
         fill(buffers.inputs, call.tensors)
         try:
             captured = CapturedLayer(self._layer, call.function, buffers, call.tensors[0].requires_grad, recorder)
-        except torch.OutOfMemoryError as error:
-            raise NotCapturable("the GPU has no memory left for its graphs") from error
+        except RuntimeError as error:  # without graphs it may well run
+            raise NotCapturable(f"a trial of it failed ({str(error).splitlines()[0]})") from error
         self._captured[key] = decided, captured
         return captured
 
@@ -263,25 +267,24 @@ class _Decided:
     """
 
     def __init__(self, layer: nn.Module):
-        modules = self._modules = list(layer.modules())
-        self._own = [vars(module) for module in modules]
-        # Whether it trains, the rate of a dropout, the factor of something that nobody here has heard of.
-        self._numbers = [
-            (own, name)
-            for own in self._own
-            for name, value in own.items()
-            if type(value) in (bool, int, float) and not name.startswith("_")
-        ]
+        self._modules = list(layer.modules())
+        self._own = [vars(module) for module in self._modules]
         self._named = [own[kind] for own in self._own for kind in ("_modules", "_parameters", "_buffers")]
-        self._hooks = [own[kind] for own in self._own for kind in _HOOKS]
-        self._packed = [module for module in modules if isinstance(module, PackedModule)]
-        self._linears = [module for module in modules if isinstance(module, LowRALinear)]
-        self._training_tables = [module for module in modules if isinstance(module, TrainedTablesLinear)]
-        self._adapted: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self._hooks = [own[kind] for own in self._own for kind in _HOOKS] + _HOOKS_OF_ALL
+        # Rates, factors, names of adapters, functions: also those of which nobody here has heard.
+        places = [(own, name) for own in self._own for name in own if name not in _OF_TORCH]
+        self._values = [(own, name) for own, name in places if not isinstance(own[name], _CONTAINERS)]
+        self._containers = [own[name] for own, name in places if isinstance(own[name], _CONTAINERS)]
+        self._packed = [module for module in self._modules if isinstance(module, PackedModule)]
+        self._linears = [module for module in self._modules if isinstance(module, LowRALinear)]
+        self._training_tables = [module for module in self._modules if isinstance(module, TrainedTablesLinear)]
+        self._adapted: list[Any] = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         self._configs = [own["config"] for own in self._own if "config" in own]
         self._tensors = [*layer.parameters(), *layer.buffers()]
         if any(map(_is_sharded, self._tensors)):
             raise NotCapturable("it has sharded parameters")
+        # kept, because an identity is one only while its object lives
+        self._kept = [own[name] for own, name in self._values] + [list(_entries(held)) for held in self._containers]
         self._was = self._read()
 
     def is_same(self) -> bool:
@@ -301,12 +304,15 @@ class _Decided:
         if any("<locals>" in getattr(forward, "__qualname__", "<locals>") for forward in forwards):
             raise NotCapturable("the forward of a module in it has been replaced")
         found: list[Any] = [id(value) for named in self._named for value in named.values()]
-        found += [own.get(name) for own, name in self._numbers]
-        found += [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
+        found += [module.__class__ for module in self._modules]
+        found += [len(own) for own in self._own]
+        found += [_mark(own.get(name)) for own, name in self._values]
+        for held in self._containers:
+            found += (len(held), *map(_mark, _entries(held)))
+        found += [(t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in self._tensors]
         found += [module.row_layout() for module in self._packed]
         for module in self._adapted:
             found += (module.disable_adapters, *module.active_adapters, *module.merged_adapters)
-            found += ((k, v if type(v) in _PLAIN_VALUES else id(v)) for k, v in getattr(module, "scaling", {}).items())
         for linear in self._linears:
             if linear.adapter_tables is not None:
                 found += [table.data_ptr() for table in linear.current_tables().values()]
@@ -314,6 +320,15 @@ class _Decided:
             if training.adapter_tables is not None:
                 found += training.adapter_tables.active()
         return [*found, *forwards, *(getattr(config, "_attn_implementation", None) for config in self._configs)]
+
+
+def _entries(held: Any) -> Iterable[Any]:
+    return (*held.keys(), *held.values()) if isinstance(held, dict) else held
+
+
+def _mark(value: Any) -> Any:
+    """What stands for a value in a comparison: tensors and the like would not answer with yes or no."""
+    return value if type(value) in _PLAIN_VALUES else id(value)
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:

@@ -12,10 +12,12 @@ the same memory, one after the other.
 import contextlib
 import gc
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -109,6 +111,25 @@ class Recorder:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
+    @contextlib.contextmanager
+    def without_chance(self) -> Iterator[None]:
+        """Within, no numbers may be drawn on the host: a graph would keep to what they decided.
+
+        Raises:
+            NotCapturable: some were.
+        """
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            now = torch.get_rng_state(), random.getstate(), np.random.get_state()
+            torch.set_rng_state(before[0])
+            random.setstate(before[1])
+            np.random.set_state(before[2])
+            of_numpy = all(np.array_equal(one, other) for one, other in zip(now[2], before[2], strict=True))
+            if not (torch.equal(now[0], before[0]) and now[1] == before[1] and of_numpy):
+                raise NotCapturable("it draws random numbers on the host")
+
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
         """The kernels of a call, run by none yet, and by each call of what this returns.
 
@@ -161,9 +182,10 @@ class CapturedLayer:
         before = self._generator.get_state()
         try:
             with recorder.beside(), _autocast_as_now(buffers.inputs[0].device.type):
-                self._leaves = self._trained_by(function)
-                self._doubles = Doubles(layer, self._leaves)
-                self._try(function, recorder)
+                with recorder.without_chance():
+                    self._leaves = self._trained_by(function)
+                    self._doubles = Doubles(layer, self._leaves)
+                    self._try(function, recorder)
                 with _no_garbage_collection():
                     self._forward = recorder.record(lambda: self._run(function))
                     self._backward = recorder.record(lambda: self._differentiate(function, self._unread))

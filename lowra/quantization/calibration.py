@@ -266,10 +266,8 @@ def _sequences(
             break
     count = min(len(ids), most) // length
     if min(len(ids), tokens) < length:
-        raise ValueError(
-            f"The calibration text has {min(len(ids), tokens)} tokens to use, less than one sequence of {length}: give "
-            "more."
-        )
+        few = f"has {len(ids)} tokens" if len(ids) < length else f"may be used up to {tokens} tokens"
+        raise ValueError(f"The calibration text {few}, which is less than one sequence of {length}: give more.")
     check_token_ids(set(ids), config, tokenizer, "the calibration text")
     return torch.tensor(ids[: count * length]).view(count, length)
 

@@ -38,9 +38,10 @@ def open_stream(job: Job) -> BlockStream | None:
         return None
     sequences = None if job.calibration is None else job.calibration.sequences
     if sequences is None or not len(sequences):
+        given = "and there is none" if job.calibration is None else "of which a file of statistics holds none"
         raise ValueError(
-            "reconstruct trains on the text of a calibration, of which a file of statistics holds none: give the text "
-            "(--calibrate FILE), or use reconstruct=0."
+            f"reconstruct trains on the text of a calibration, {given}: give the text (--calibrate FILE), or use "
+            "reconstruct=0."
         )
     if sequences.numel() < FEW_TOKENS:
         logger.warning(

@@ -1,14 +1,16 @@
 """Layers as CUDA graphs: what is trained is what would be without them, and what a graph cannot do is left to PyTorch.
 
-Where there is no GPU, a stand-in for the recorder runs the captured function again, on the buffers that a graph would
-use, so that everything but the graphs themselves is tried.
+Where there is no GPU, a stand-in for the recorder replays the operations that it saw (layer_recorder.py), so that
+everything but the graphs themselves is tried.
 """
 
 import contextlib
 import copy
 import pickle
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from layer_recorder import StandIn, stand_in
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lowra
 from lowra.integrations import layer_graphs
+from lowra.nn.captured import NotCapturable, Recorder
 from lowra.nn.trained_tables import train_tables
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -225,17 +228,58 @@ def other_activation(model, ids):
     return {}
 
 
+def private_number(model, ids):
+    model.get_base_model().model.layers[1].mlp._gain = 4.0
+    return {}
+
+
+def entry_of_a_dictionary(model, ids):
+    model.get_base_model().model.layers[1].mlp.gains["own"] = 3.0
+    return {}
+
+
+def plain_tensor(model, ids):
+    model.get_base_model().model.layers[1].mlp.shift = torch.full((), 0.5, device=ids.device)
+    return {}
+
+
+def other_class(model, ids):
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
+    return {}
+
+
+def smaller_factors(model, ids):
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a.data, b.data = a.data[:2], b.data[:, :2]
+    return {}
+
+
 def positions(model, ids):
     return {"position_ids": torch.arange(ids.shape[1], device=ids.device).flip(0)[None].expand_as(ids)}
 
 
 CHANGES = [mask_out, scale, freeze_some, write_adapter, replace_adapter, second_adapter, hook, hook_of_layer,
-           own_forward, other_norm, other_activation, positions]  # fmt: skip
+           own_forward, other_norm, other_activation, private_number,
+           entry_of_a_dictionary, plain_tensor, other_class, smaller_factors, positions]  # fmt: skip
+
+
+def gained(mlp, x):
+    return mlp._gain * mlp.gains["own"] * (type(mlp).forward(mlp, x) + (0 if mlp.shift is None else mlp.shift))
+
+
+def with_a_gain(folder, device):
+    """Its second MLP has a number of its own, a dictionary of such, and may have a tensor that is no buffer."""
+    model = adapted(folder, device)
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp._gain, mlp.gains, mlp.shift, mlp.forward = 1.0, {"own": 1.0}, None, types.MethodType(gained, mlp)
+    return model
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_changes_between_steps_counts(packed_llama, device, change):
-    model, usual = adapted(packed_llama, device), adapted(packed_llama, device)
+    model, usual = with_a_gain(packed_llama, device), with_a_gain(packed_llama, device)
     lowra.capture_layers(model)
     (ids,) = batches(device, 1)
     for _ in range(3):
@@ -247,7 +291,33 @@ def test_what_changes_between_steps_counts(packed_llama, device, change):
         assert loss == pytest.approx(usual_loss, rel=1e-5)
         for own, other in zip(gradients, usual_gradients, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
-    assert loss != pytest.approx(before[0], rel=1e-6) or change is freeze_some
+    assert loss != pytest.approx(before[0], rel=1e-6) or change in (freeze_some, smaller_factors)
+
+
+def test_a_hook_of_all_modules_is_called(packed_llama, device):
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    (ids,) = batches(device, 1)
+    for _ in range(3):
+        step(model, ids)
+    called = set()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: called.add(type(module)))
+    step(model, ids)
+    handle.remove()
+    assert any("MLP" in kind.__name__ for kind in called)
+
+
+def test_numbers_drawn_on_the_host_are_noticed():
+    recorder = Recorder.__new__(Recorder)
+    for draw in (lambda: torch.rand(1), random.random, np.random.rand):
+        torch.manual_seed(1)
+        expected = torch.rand(1)
+        torch.manual_seed(1)
+        with pytest.raises(NotCapturable, match="random numbers on the host"), recorder.without_chance():
+            draw()
+        assert torch.equal(torch.rand(1), expected)
+    with recorder.without_chance():
+        pass
 
 
 def test_written_codes_are_refused_as_without(packed_llama, device):
