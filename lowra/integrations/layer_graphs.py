@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _SHAPES = 4  # captured; each takes seconds, and memory for its graphs
 _CHANGES = 3  # of one layer, after which it is left alone
 _PLAIN = (torch.Tensor, nn.Parameter)
-_PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN_VALUES = frozenset((bool, int, float, str, type(None), torch.dtype))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_ALL = [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
 _CONTAINERS = (dict, list, tuple, set)
@@ -303,13 +303,18 @@ class _Decided:
         # By a function of the module alone, as Liger does, or by one that does more around it.
         if any("<locals>" in getattr(forward, "__qualname__", "<locals>") for forward in forwards):
             raise NotCapturable("the forward of a module in it has been replaced")
+        # Identities stand for tensors and the like, whose comparison would not answer with yes or no.
         found: list[Any] = [id(value) for named in self._named for value in named.values()]
         found += [module.__class__ for module in self._modules]
         found += [len(own) for own in self._own]
-        found += [_mark(own.get(name)) for own, name in self._values]
+        found += map(len, self._containers)
+        values = [own.get(name) for own, name in self._values]
         for held in self._containers:
-            found += (len(held), *map(_mark, _entries(held)))
-        found += [(t.data_ptr(), t.requires_grad, t.dtype, t.shape, t.stride()) for t in self._tensors]
+            if held:
+                values += _entries(held)
+        found += [value if type(value) in _PLAIN_VALUES else id(value) for value in values]
+        for tensor in self._tensors:
+            found += (tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride())
         found += [module.row_layout() for module in self._packed]
         for module in self._adapted:
             found += (module.disable_adapters, *module.active_adapters, *module.merged_adapters)
@@ -324,11 +329,6 @@ class _Decided:
 
 def _entries(held: Any) -> Iterable[Any]:
     return (*held.keys(), *held.values()) if isinstance(held, dict) else held
-
-
-def _mark(value: Any) -> Any:
-    """What stands for a value in a comparison: tensors and the like would not answer with yes or no."""
-    return value if type(value) in _PLAIN_VALUES else id(value)
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
