@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, fill
+from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, copy_into
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.trained_tables import TrainedTablesLinear
@@ -149,7 +148,7 @@ class _Checkpointing:
         buffers, recorder = self._shared.place_for(key, call)
         decided = _Decided(self._layer)
         self._captured[key] = decided, None  # not tried again if it fails
-        fill(buffers.inputs, call.tensors)
+        copy_into(buffers.inputs, call.tensors)
         try:
             captured = CapturedLayer(self._layer, call.function, buffers, call.tensors[0].requires_grad, recorder)
         except RuntimeError as error:  # without graphs it may well run
@@ -278,7 +277,6 @@ class _Decided:
         self._packed = [module for module in self._modules if isinstance(module, PackedModule)]
         self._linears = [module for module in self._modules if isinstance(module, LowRALinear)]
         self._training_tables = [module for module in self._modules if isinstance(module, TrainedTablesLinear)]
-        self._adapted: list[Any] = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         self._configs = [own["config"] for own in self._own if "config" in own]
         self._tensors = [*layer.parameters(), *layer.buffers()]
         if any(map(_is_sharded, self._tensors)):
@@ -316,8 +314,6 @@ class _Decided:
         for tensor in self._tensors:
             found += (tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride())
         found += [module.row_layout() for module in self._packed]
-        for module in self._adapted:
-            found += (module.disable_adapters, *module.active_adapters, *module.merged_adapters)
         for linear in self._linears:
             if linear.adapter_tables is not None:
                 found += [table.data_ptr() for table in linear.current_tables().values()]

@@ -34,7 +34,7 @@ class Buffers:
 
     def __init__(self, inputs: Sequence[torch.Tensor]):
         self.inputs = [torch.empty_like(tensor) for tensor in inputs]
-        self.of_hidden = self.inputs[0].clone()
+        self.of_hidden = torch.empty_like(inputs[0])
         self._of_outputs: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self._of_leaves: dict[torch.dtype, torch.Tensor] = {}
 
@@ -239,7 +239,7 @@ class CapturedLayer:
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the state of the random numbers that it began with, if it used any."""
         state = self._generator.get_state() if self._is_random else None
-        fill(self._buffers.inputs, inputs)
+        copy_into(self._buffers.inputs, inputs)
         self._forward()
         return self._output.clone(), state
 
@@ -247,7 +247,7 @@ class CapturedLayer:
         self, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients of the first input and of each leaf."""
-        fill([*self._buffers.inputs, self._gradient], [*inputs, gradient])
+        copy_into([*self._buffers.inputs, self._gradient], [*inputs, gradient])
         if state is None:
             self._backward()
         else:  # the same random numbers as in the forward pass
@@ -349,7 +349,7 @@ class _Replayed(torch.autograd.Function):
 
 
 @torch.no_grad()
-def fill(buffers: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def copy_into(buffers: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Copies values into buffers, each into its own."""
     torch._foreach_copy_(list(buffers), list(values))
 

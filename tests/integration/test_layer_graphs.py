@@ -159,6 +159,15 @@ def step(model, ids, **inputs):
     return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def captured(model, device):
+    """The model with its layers captured, and the batch that they were captured with."""
+    lowra.capture_layers(model)
+    (ids,) = batches(device, 1)
+    for _ in range(3):
+        step(model, ids)
+    return model, ids
+
+
 def mask_out(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -280,10 +289,7 @@ def with_a_gain(folder, device):
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_changes_between_steps_counts(packed_llama, device, change):
     model, usual = with_a_gain(packed_llama, device), with_a_gain(packed_llama, device)
-    lowra.capture_layers(model)
-    (ids,) = batches(device, 1)
-    for _ in range(3):
-        step(model, ids)
+    model, ids = captured(model, device)
     before = step(model, ids)
     inputs, usual_inputs = change(model, ids), change(usual, ids)
     for _ in range(3):
@@ -295,11 +301,7 @@ def test_what_changes_between_steps_counts(packed_llama, device, change):
 
 
 def test_a_hook_of_all_modules_is_called(packed_llama, device):
-    model = adapted(packed_llama, device)
-    lowra.capture_layers(model)
-    (ids,) = batches(device, 1)
-    for _ in range(3):
-        step(model, ids)
+    model, ids = captured(adapted(packed_llama, device), device)
     called = set()
     handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: called.add(type(module)))
     step(model, ids)
@@ -321,11 +323,7 @@ def test_numbers_drawn_on_the_host_are_noticed():
 
 
 def test_written_codes_are_refused_as_without(packed_llama, device):
-    model = adapted(packed_llama, device)
-    lowra.capture_layers(model)
-    (ids,) = batches(device, 1)
-    for _ in range(3):
-        step(model, ids)
+    model, ids = captured(adapted(packed_llama, device), device)
     with torch.no_grad():
         model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.add_(1)
     with pytest.raises(ValueError, match="written into"):
