@@ -7,8 +7,6 @@ OUTPUT/curve.json, curve.png, metrics.json
 metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
-import contextlib
-import functools
 import logging
 import math
 import os
@@ -19,44 +17,30 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-    set_seed,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.atomic import save_json, save_text
 from ..checkpoints.dense import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
-from ..integrations.model_patches import use_one_gpu
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
 from .continued import RecipeCheckpoints, check_continued
-from .curve import LossBar, finite, mean_loss, save_curve
+from .curve import finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
-from .head_by_parts import HeadByParts, head_by_parts
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
-from .quick_steps import check_quick_steps, quicken_steps
+from .quick_steps import quicken_steps
 from .recipe import Problems, Recipe
 from .settled import check_idle_overrides, on_device, settle, used
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
-from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, partial_folder, put_in_place
+from .trainer import make_trainer, training_arguments
+from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
 
 logger = logging.getLogger(__name__)
-
-_FEW_STEPS = 10  # below which a run hardly leaves its start
 
 
 def finetune(recipe: Recipe, progress: bool = True) -> dict:
@@ -175,7 +159,7 @@ def train(
     partial = pathlib.Path(str(arguments.output_dir))
     if main:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run was writing
-    trainer = _trainer(model, recipe, data, arguments, progress and main)
+    trainer = make_trainer(model, recipe, data, arguments, progress and main)
     checkpoint = newest_whole(partial.parent, main) if recipe.resume else None
     if recipe.resume and main:
         logger.warning("Going on from %s.", checkpoint or "the start: there is no whole checkpoint")
@@ -263,123 +247,3 @@ def measure(model: PeftModel, recipe: Recipe, data: TaskData, progress: bool = T
         )
     dtype = compute_dtype(recipe)
     return language_model_metrics(model, data.validation, data.collate, recipe.eval_batch_size, dtype, progress)
-
-
-def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArguments:
-    """The recipe in Transformers' terms.
-
-    Raises:
-        ValueError: a schedule, an optimiser or a tracker that is not there or needs more than a recipe can say; the
-            Trainer itself would find out after the base has been quantised.
-    """
-    kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
-    evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
-    arguments = kind(
-        output_dir=str(partial_folder(checkpoints)),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        per_device_eval_batch_size=recipe.eval_batch_size,
-        max_steps=recipe.max_steps or -1,
-        num_train_epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.scheduler,
-        warmup_steps=min(recipe.warmup_ratio, math.nextafter(1, 0)),  # from 1 on it would be a number of steps
-        weight_decay=recipe.weight_decay,
-        adam_beta2=recipe.beta2,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=recipe.optimizer,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
-        bf16=recipe.bf16,
-        fp16=recipe.fp16,
-        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU is refused without it
-        seed=recipe.seed,
-        eval_strategy=evaluation,
-        eval_steps=recipe.eval_steps,
-        prediction_loss_only=True,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,  # a run that diverges has to show it
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[name.strip() for name in recipe.report_to.split(",")],
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        ddp_timeout=4 * 3600,  # the other processes wait while the first one quantises
-    )
-    use_one_gpu(arguments)  # several are for several processes (torchrun)
-    _check_names(recipe, arguments)
-    check_quick_steps(recipe, arguments)
-    return arguments
-
-
-def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
-    layer: Any = torch.nn.Linear(1, 1)  # in the place of the model
-
-    def make_trackers() -> None:
-        for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()
-
-    makers = {
-        "scheduler": lambda: get_scheduler(recipe.scheduler, torch.optim.SGD(layer.parameters()), 1, 2),
-        "optimizer": lambda: Trainer.get_optimizer_cls_and_kwargs(arguments, layer),
-        "report_to": make_trackers,
-    }
-    for name, make in makers.items():
-        try:
-            make()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name}={getattr(recipe, name)} cannot be used here: {reason}") from error
-
-
-class _LanguageTrainer(Trainer):
-    """The Trainer, with the logits of some tokens at a time where the model allows it."""
-
-    @functools.cached_property
-    def _head(self) -> HeadByParts | None:
-        return head_by_parts(self.accelerator.unwrap_model(self.model))
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if self._head is None else self._head.active():
-            return super().compute_loss(*args, **kwargs)
-
-
-def _steps(recipe: Recipe, rows: int, processes: int) -> int:
-    """Optimiser steps of a run, as the Trainer counts them."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    batches = math.ceil(rows / (recipe.batch_size * processes))
-    return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.accumulation)))
-
-
-def _trainer(model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool) -> Trainer:
-    kind = Seq2SeqTrainer if recipe.task == "summarization" else _LanguageTrainer
-    steps = _steps(recipe, len(data.train), arguments.world_size)
-    if steps == 1:
-        arguments.warmup_steps = 0  # or the only step would have the rate at which a warm-up begins, 0
-    if steps < _FEW_STEPS and recipe.max_steps is None and progress:
-        logger.warning(
-            "Only %d optimiser step(s): %d rows, %d x %d a step, %g epoch(s). For more give epochs= or a smaller "
-            "accumulation=.",
-            steps,
-            len(data.train),
-            recipe.batch_size * arguments.world_size,
-            recipe.accumulation,
-            recipe.epochs,
-        )
-    examples: dict[str, Any] = {"train_dataset": data.train, "eval_dataset": data.validation}  # lists serve
-    trainer = kind(
-        model=model,
-        args=arguments,
-        **examples,
-        data_collator=data.collate,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    if progress:
-        trainer.add_callback(LossBar())
-    return trainer

@@ -20,11 +20,12 @@ import torch
 from ..checkpoints.atomic import save_json, save_text
 from ..checkpoints.guarded import read_json
 from .data import load_data
-from .finetune import train, training_arguments, write_adapter
+from .finetune import train, write_adapter
 from .methods import METHODS, check_method, prepare_base, supports
 from .recipe import Recipe
 from .report import draw, markdown, summarize
 from .settled import settle, without_idle_fields
+from .trainer import training_arguments
 
 _BASE_FIELDS = ("model", "method", "bits", "rank", "alpha", "dropout", "init_steps", "quantization", "bf16")
 # the model, what it is read with and the data, which are read once

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 from lowra.training import finetune, load_recipe
+from lowra.training.trainer import training_arguments
 
 if __name__ == "__main__":
     recipe = load_recipe(sys.argv[1])
@@ -12,5 +13,5 @@ if __name__ == "__main__":
         from layer_recorder import stand_in
 
         stand_in(setattr)
-        finetune.__globals__["check_quick_steps"] = lambda recipe, arguments: None
+        training_arguments.__globals__["check_quick_steps"] = lambda recipe, arguments: None
     finetune(recipe, progress=False)

@@ -8,14 +8,14 @@ import torch
 from layer_recorder import StandIn, stand_in
 
 from lowra.training import finetune, quick_steps
-from lowra.training.finetune import training_arguments
 from lowra.training.settled import settle
+from lowra.training.trainer import training_arguments
 
 
 @pytest.fixture
 def without_gpu(monkeypatch):
     stand_in(monkeypatch.setattr)
-    module = importlib.import_module("lowra.training.finetune")
+    module = importlib.import_module("lowra.training.trainer")
     monkeypatch.setattr(module, "check_quick_steps", lambda recipe, arguments: None)
 
 
