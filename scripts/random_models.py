@@ -1,4 +1,4 @@
-"""LLaMA-shaped models of random weights on a GPU, in 16 bits, as NF4 or packed: what the benchmarks run."""
+"""LLaMA-shaped models of random weights, in 16 bits, as NF4 or packed: what the benchmarks run."""
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from bitsandbytes.backends.lowra import layout
 from lowra.weights.packed import PackedWeight
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 512),  # to try a script on a CPU
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "7b": (4096, 11008, 32, 32, 32, 32000),
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -22,39 +23,46 @@ MIXES = {
     1.5: (0.0625, 0.3125),
     2.0: (0.125, 0.625),
     2.5: (0.3125, 0.5625),
+    3.0: (0.5, 0.5),
     4.0: (1.0, 0.0),
 }  # rows of 4 and of 2 bits
 GPU = "cuda"
 
 
-def random_packed(rows: int, columns: int, bits: float) -> PackedWeight:
+def random_packed(rows: int, columns: int, bits: float, device: str = GPU) -> PackedWeight:
     """A packed weight of about the size that real ones have, rows of each precision at random places."""
     share4, share2 = MIXES[bits]
     four, two = round(rows * share4), round(rows * share2)
     row_bits = torch.tensor([4] * four + [2] * two + [1] * (rows - four - two), dtype=torch.uint8)[torch.randperm(rows)]
     groups = layout.group_count(columns, 64)
     size = layout.codes_size(rows, four, two, columns)
-    codes = torch.randint(0, 256, (size,), dtype=torch.uint8, device=GPU)
-    scales = torch.randint(200, 256, (rows, groups), dtype=torch.uint8, device=GPU)
-    steps = torch.full((layout.scale_step_count(rows, columns, 64),), 0.05 / 255**2, device=GPU)
+    codes = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    scales = torch.randint(200, 256, (rows, groups), dtype=torch.uint8, device=device)
+    steps = torch.full((layout.scale_step_count(rows, columns, 64),), 0.05 / 255**2, device=device)
     levels = [torch.linspace(-1, 1, 2**b).repeat(n) for b, n in ((4, four), (2, two), (1, rows - four - two))]
-    return PackedWeight(codes, row_bits.to(GPU), scales, steps, torch.cat(levels).half().to(GPU), columns, 64)
+    return PackedWeight(codes, row_bits.to(device), scales, steps, torch.cat(levels).half().to(device), columns, 64)
 
 
-def make_model(shape: str, base: str | float) -> nn.Module:
-    """A model on the GPU: "bf16", "NF4", or packed at so many bits."""
+def model_config(shape: str, positions: int = 4096) -> LlamaConfig:
+    """The config.json of a shape."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        max_position_embeddings=4096,
+        max_position_embeddings=positions,
         eos_token_id=None,
         pad_token_id=0,
     )
+
+
+def make_model(shape: str, base: str | float, positions: int = 4096, device: str = GPU) -> nn.Module:
+    """A model on the device: "bf16", "NF4", or packed at so many bits."""
+    config = model_config(shape, positions)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     if base == "NF4":
@@ -72,21 +80,23 @@ def make_model(shape: str, base: str | float) -> nn.Module:
         if isinstance(module, nn.Linear) and "layers" in name:
             rows, columns = module.out_features, module.in_features
             if isinstance(base, float):
-                packed = lowra.LowRALinear.from_packed(random_packed(rows, columns, base))
+                packed = lowra.LowRALinear.from_packed(random_packed(rows, columns, base, device))
                 packed.compute_dtype = torch.bfloat16
                 model.set_submodule(name, packed)
             elif base == "NF4":
                 import bitsandbytes
 
-                weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02
+                weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=device).mul_(0.02)
                 module.weight = bitsandbytes.nn.Params4bit(
                     weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-                ).to(GPU)
+                ).to(device)
             else:
-                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device=GPU) * 0.02)
+                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device=device).mul_(0.02))
         elif isinstance(module, nn.Linear | nn.Embedding):
-            module.weight = nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16, device=GPU) * 0.02)
+            module.weight = nn.Parameter(
+                torch.randn(module.weight.shape, dtype=torch.bfloat16, device=device).mul_(0.02)
+            )
         elif type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=GPU))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(GPU)
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     return model.requires_grad_(False).eval()
