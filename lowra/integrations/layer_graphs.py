@@ -24,6 +24,7 @@ from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, copy_
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.trained_tables import TrainedTablesLinear
+from .graph_memory import bytes_of_graphs, check_room
 from .model_patches import CHECKPOINTING
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def layers_to_capture(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def _install(bare: Any) -> None:
-    shared = _Shared()
+    shared = _Shared(bare)
     for layer in layers_to_capture(bare):
         usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
         if usual is not None and not isinstance(usual, _Checkpointing):
@@ -132,8 +133,8 @@ class _Checkpointing:
         Raises:
             NotCapturable: there are none.
         """
-        self._shared.check()
         key = call.key()
+        self._shared.check(key)
         if hash(key) not in self._seen:
             self._seen.add(hash(key))
             return None
@@ -145,8 +146,8 @@ class _Checkpointing:
             self._changes += 1
         if self._changes > _CHANGES:
             raise NotCapturable("its adapters or parameters change again and again")
-        buffers, recorder = self._shared.place_for(key, call)
         decided = _Decided(self._layer)
+        buffers, recorder = self._shared.place_for(key, call, self._layer)
         self._captured[key] = decided, None  # not tried again if it fails
         copy_into(buffers.inputs, call.tensors)
         try:
@@ -218,24 +219,28 @@ class _Call:
 class _Shared:
     """What the graphs of one model have in common: memory, and how many shapes they are made for."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._buffers: dict[Any, Buffers] = {}
+        self._without_room: dict[Any, NotCapturable] = {}
         self._recorder: Recorder | None = None
         self._said: set[str] = set()
 
-    def check(self) -> None:
+    def check(self, key: Any) -> None:
         """
         Raises:
-            NotCapturable: a capture has failed.
+            NotCapturable: a capture has failed, or there was no room for one of such calls.
         """
         if self._recorder is not None:
             self._recorder.check()
+        if key in self._without_room:
+            raise self._without_room[key]
 
-    def place_for(self, key: Any, call: _Call) -> tuple[Buffers, Recorder]:
+    def place_for(self, key: Any, call: _Call, layer: nn.Module) -> tuple[Buffers, Recorder]:
         """Where the graphs of a call take their tensors from, and where they are made.
 
         Raises:
-            NotCapturable: too many shapes, or no GPU.
+            NotCapturable: too many shapes, no GPU, or no room on it.
         """
         device = call.tensors[0].device
         if self._recorder is None:
@@ -245,8 +250,23 @@ class _Shared:
                 raise NotCapturable(f"{_SHAPES} shapes of batches have graphs already; blocks of one length need one")
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # what launched layers worked in, the graphs will need in memory of their own
+                self._look_for_room(key, call, layer, self._recorder)
             self._buffers[key] = Buffers(call.tensors)
         return self._buffers[key], self._recorder
+
+    def _look_for_room(self, key: Any, call: _Call, layer: nn.Module, recorder: Recorder) -> None:
+        """
+        Raises:
+            NotCapturable: there is none, now and later.
+        """
+        with recorder.without_chance():
+            needed = bytes_of_graphs(call.function, call.tensors, layer.modules())
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        try:
+            check_room(needed, trained, call.tensors[0].device)
+        except NotCapturable as reason:
+            self._without_room[key] = reason
+            raise
 
     def say(self, reason: Exception) -> None:
         """Warns, once for each reason."""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lowra
 from lowra.integrations import layer_graphs
+from lowra.integrations.graph_memory import check_room
 from lowra.nn.captured import NotCapturable, Recorder
 from lowra.nn.trained_tables import train_tables
 
@@ -416,6 +417,42 @@ def test_a_layer_that_waits_for_the_gpu(packed_llama, monkeypatch, caplog, notic
     assert_as_without(packed_llama, "cuda", make, steps=6, dropout=0.2)
     assert caplog.text.count("it waits for the GPU" if noticed else "PyTorch could not capture it") == 1
     torch.randn(3, device="cuda")  # the generator is as it should be
+
+
+@pytest.mark.parametrize(
+    ("limit", "free", "fits"), [(1.0, 60, True), (0.5, 60, True), (0.3, 60, False), (1.0, 8, False), (0.35, 60, True)]
+)
+def test_graphs_are_left_out_where_a_step_with_them_would_not_fit(monkeypatch, limit, free, fits):
+    """Of 100 MB: 20 allocated and 25 reserved now, 30 at the peak of a step; graphs take 2, AdamW and gradients 1.2."""
+    figures = {
+        "memory_allocated": 20e6, "memory_reserved": 25e6, "max_memory_allocated": 30e6,
+        "mem_get_info": (free * 1e6, 100e6), "get_per_process_memory_fraction": limit,
+    }  # fmt: skip
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    trained = [torch.empty(100, 500), torch.empty(50_000)]
+    with contextlib.nullcontext() if fits else pytest.raises(NotCapturable, match="no room for graphs beside a step"):
+        check_room(2e6, trained, torch.device("cuda", 0))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_run_on_a_full_gpu_goes_on_without_graphs(packed_llama, caplog):
+    run = lambda model: trained(model, batches("cuda", 6))[0]  # noqa: E731
+    without = run(adapted(packed_llama, "cuda"))
+    model = adapted(packed_llama, "cuda")
+    lowra.capture_layers(model)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.reset_peak_memory_stats()
+    hog = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")  # once at the peak, and it may come back
+    del hog
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 30)) / total)
+        assert run(model) == without
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [record.message for record in caplog.records if "no room for graphs" in record.message]
 
 
 def test_where_there_is_no_gpu_one_warning_says_so(packed_llama, caplog):
