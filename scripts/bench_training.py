@@ -130,7 +130,9 @@ def main() -> None:
     args.shapes = [tuple(int(number) for number in shape.split("x")) for shape in args.shapes]
     print(torch.cuda.get_device_name(), torch.__version__, f"at most {args.cap} GiB" if args.cap else "")
     rows = []
-    for base, way in [*itertools.product(args.bits, args.ways), *itertools.product(args.peers, args.peer_ways)]:
+    pairs = [*itertools.product(args.bits, args.ways), *itertools.product(args.peers, args.peer_ways)]
+    # Liger replaces classes of Transformers for the rest of the process
+    for base, way in sorted(pairs, key=lambda pair: "liger" in pair[1]):
         rows += measure(args, base, way)
         gc.collect()
         torch.cuda.empty_cache()

@@ -68,8 +68,7 @@ class Recorder:
     def __init__(self, device: torch.device):
         if device.type != "cuda":
             raise NotCapturable(f"it is on {device.type}, and graphs are for NVIDIA GPUs")
-        self._default = torch.cuda.default_generators[device.index or 0]
-        self.generator = self._default.graphsafe_get_state()  # with the state that graphs draw from, now and later
+        self.generator = torch.cuda.default_generators[device.index or 0]
         self._device = device
         self._stream = torch.cuda.Stream(device)  # one: cuBLAS keeps memory for each
         self._pool = torch.cuda.graph_pool_handle()
@@ -145,13 +144,22 @@ class Recorder:
             finally:
                 graph.capture_end()
         except RuntimeError as error:
-            # The default generator waits for the end of the capture, which has not come, and so gets another state.
-            # That is not the one of the graphs there are, so this was the last; they may still run backward.
-            self._default.graphsafe_set_state(self._default.clone_state())
+            self._end_for_generators()
             first = error.__context__ or error  # what was forbidden, rather than that the capture has ended of it
             self._fault = f"PyTorch could not capture it: {str(first).splitlines()[0]}"
             raise NotCapturable(self._fault) from error
         return graph.replay
+
+    def _end_for_generators(self) -> None:
+        """After a capture that failed: random numbers wait for its end, and graphs that draw some cannot be replayed.
+
+        The end of another capture, of nothing, is one to them.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph is empty
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_end()
 
 
 class CapturedLayer:
