@@ -112,7 +112,7 @@ def train_block(
     """
     before = output_error(block, current(weights), inputs, wanted)
     steps = steps_of(len(inputs), passes)
-    optimiser = torch.optim.Adam(list(_groups(weights)), betas=(0.9, 0.95))
+    optimiser = torch.optim.Adam(list(_groups(weights)), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, steps))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
