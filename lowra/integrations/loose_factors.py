@@ -2,11 +2,14 @@
 
 `peft.set_peft_model_state_dict`, `model.load_state_dict` and what engines resume with all end in the loading of the
 packed model, so a hook looks there: what was just read by PEFT's `load_peft_weights` is held against the record beside
-it, as a whole adapter would be; what came from elsewhere has no record, and that is told.
+it, as a whole adapter would be. What came from elsewhere has no record. On a base that is less than the model by its
+start it is refused, unless it can be what this process has read out of that base's adapters: the best of a training
+run, an average of several, an engine's own checkpoint. Otherwise it is told.
 """
 
 import contextlib
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ from torch import nn
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables
 from .adapter_records import UNKNOWN, Arriving, check_adapter, check_saved, has_arrived, keep_record, settle
+from .integrity import describe_again
+from .missing_start import stored_start
 from .stored_start import is_filled_from_file
 
 logger = logging.getLogger(__name__)
@@ -32,14 +37,17 @@ class _Reading(threading.local):
         source: folder or name of the adapter, and options.
         tensor: a weak reference to one of its tensors.
         checked: whoever reads has asked whose base it belongs to.
+        putting_in: PEFT makes a state dict of the model to find names for the factors it puts in.
     """
 
     source: tuple[Any, dict[str, Any]] | None = None
     tensor: Any = None
     checked = False
+    putting_in = False
 
 
 _reading = _Reading()
+_read_out: set[str] = set()  # packings whose adapters have been made a state dict
 
 
 @contextlib.contextmanager
@@ -50,6 +58,16 @@ def already_checked() -> Iterator[None]:
         yield
     finally:
         _reading.checked = False
+
+
+@contextlib.contextmanager
+def putting_in() -> Iterator[None]:
+    """Within, a state dict of the model is for names alone."""
+    _reading.putting_in = True
+    try:
+        yield
+    finally:
+        _reading.putting_in = False
 
 
 def remember_reading(adapter: Any, options: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -68,14 +86,50 @@ def read_from(state_dict: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
 
 
 def watch_factors(model: nn.Module) -> None:
-    """Has a packed model ask, or tell, when factors of its adapters come as a state dict."""
+    """Has a packed model ask, refuse or tell when factors of its adapters come as a state dict."""
     model.register_load_state_dict_pre_hook(_ask_whose_they_are)
+    model.register_state_dict_pre_hook(_remember_reading_out)
+
+
+def _remember_reading_out(model: Any, *others: Any) -> None:
+    if _reading.putting_in or is_filled_from_file():
+        return
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if adapted and isinstance(getattr(model.config, "quantization_config", None), LowRAConfig):
+        _read_out.add(_identity(model))
+
+
+def _identity(model: Any) -> str:
+    """Of the packed weights in memory."""
+    describe_again(model)
+    config = model.config.quantization_config
+    return f"{config.fingerprint} {config.packing}"
+
+
+def refuse_unknown_origin(model: Any, name: str) -> None:
+    """
+    Args:
+        model: a packed one of Transformers.
+        name: of the adapter that factors are about to be put in, from wherever.
+
+    Raises:
+        ValueError: the base needs its start, or an adapter trained from it, and they could be any.
+    """
+    start = stored_start(model)
+    if start is not None and _identity(model) not in _read_out and not _is_sharded(model):
+        raise ValueError(
+            f"These factors of adapter {name!r} come as a state dict, and nothing tells which base and packing they "
+            f"were trained on. This base was packed together with an initial adapter ({start.what}), and without "
+            "that, or one trained from it, its outputs are far off. Load the adapter's folder, with the record in it: "
+            "PeftModel.from_pretrained, or model.load_adapter(FOLDER, any_base=True) where there is no record."
+        )
 
 
 def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) -> None:
     """
     Raises:
-        ValueError: they were read from the folder of an adapter of another packing.
+        ValueError: they were read from the folder of an adapter of another packing, or could be of any, and the base
+            needs those of its own.
     """
     config = getattr(model.config, "quantization_config", None)
     if is_filled_from_file() or not isinstance(config, LowRAConfig):
@@ -88,6 +142,7 @@ def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) ->
             check_saved(*source, arriving.record)
             settle(model, name, arriving)
             continue
+        refuse_unknown_origin(model, name)
         settings, held = model.peft_config[name], adapter_tables(model)
         if config.initial_adapter is not None and not has_arrived(model, name):
             keep_record(settings, Arriving(UNKNOWN))
@@ -100,6 +155,12 @@ def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) ->
                 name,
                 "; its levels and scales stay" if held is not None and name in held.adapters else "",
             )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether an engine has split the model over processes, whose own checkpoints come as state dicts."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in model.parameters())
 
 
 def _adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:

@@ -176,6 +176,14 @@ TABLE = (
         for module in ("peft", "peft.utils", "peft.utils.save_and_load")
     ),
     Patch(
+        target=f"{_TUNER}_remap_adapter_state_dict_for_load",
+        why="It makes a state dict of the model to find names, and factors that nobody read out would seem to be.",
+        door="none",
+        since="none",
+        wrap=of_peft.names_alone,
+        optional=True,  # before PEFT did that
+    ),
+    Patch(
         target="peft.utils.hotswap:hotswap_adapter",
         why="Factors of another base would be put in an adapter's place, which would keep its record and tables.",
         door="a hook on loading adapters",

@@ -19,6 +19,7 @@ from ..nn.packed_module import PackedModule
 from .adapter_records import (
     UNKNOWN,
     Arriving,
+    base_of,
     check_adapter,
     check_saved,
     check_settings,
@@ -31,7 +32,7 @@ from .adapter_records import (
     write_records,
 )
 from .folders import load_adapter_folder
-from .loose_factors import already_checked, read_from, remember_reading
+from .loose_factors import already_checked, putting_in, read_from, refuse_unknown_origin, remember_reading
 from .parameter_counts import uncounted
 from .peft import LowRALoraLinear
 from .peft_limits import (
@@ -207,6 +208,15 @@ def remembered(original: Callable) -> Callable:
     return load_peft_weights
 
 
+def names_alone(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _remap_adapter_state_dict_for_load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with putting_in():
+            return original(self, *args, **kwargs)
+
+    return _remap_adapter_state_dict_for_load
+
+
 def swap_without_record(original: Callable) -> Callable:
     @functools.wraps(original)
     def hotswap_adapter_from_state_dict(
@@ -222,8 +232,10 @@ def swap_without_record(original: Callable) -> Callable:
             settle(inner, adapter_name, arriving)
             return
         if is_packed_base(inner):
+            refuse_unknown_origin(base_of(inner), adapter_name)
             refuse_losing_tables(inner, [adapter_name], "factors from a state dict")
-        original(model, state_dict, adapter_name, *args, **kwargs)
+        with putting_in():
+            original(model, state_dict, adapter_name, *args, **kwargs)
         settle(inner, adapter_name, Arriving(UNKNOWN))
 
     return hotswap_adapter_from_state_dict

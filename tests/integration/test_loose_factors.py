@@ -6,12 +6,14 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from safetensors.torch import load_file
 from small_models import logits_of
 from transformers import AutoModelForCausalLM
 
 import lowra
 from lowra.adapters.labels import BaseIdentity
+from lowra.integrations import loose_factors
 from lowra.integrations.adapter_records import record_of
 
 
@@ -56,9 +58,75 @@ def test_factors_read_from_an_adapter_of_another_packing_are_refused(packings, p
     assert torch.equal(logits_of(model), logits_of(own)) and record_of(model, "default")["init"] == "loftq"
 
 
+@pytest.fixture(autouse=True)
+def nothing_read_out(monkeypatch):
+    monkeypatch.setattr(loose_factors, "_read_out", set())
+
+
+def from_file(packings):
+    return load_file(packings / "second" / "initial_adapter" / "adapter_model.safetensors")
+
+
+def by_peft(model, factors):
+    set_peft_model_state_dict(model, factors)
+
+
+def by_hand(model, factors):
+    model.load_state_dict({k.replace(".weight", ".default.weight"): v for k, v in factors.items()}, strict=False)
+
+
+def into_the_base(model, factors):
+    inner = {k.removeprefix("base_model.model.").replace(".weight", ".default.weight"): v for k, v in factors.items()}
+    model.get_base_model().load_state_dict(inner, strict=False)
+
+
+def by_swapping(model, factors):
+    hotswap_adapter_from_state_dict(model, factors, "default", LoraConfig(r=4, lora_alpha=4))
+
+
+@pytest.mark.parametrize("put", [by_peft, by_hand, into_the_base, by_swapping])
+@pytest.mark.parametrize("kind", ["tensors of a file", "copies of another packing's", "pickled", "a new adapter"])
+def test_factors_of_unknown_origin_are_refused_where_the_base_needs_its_own(packings, put, kind, tmp_path):
+    model = get_peft_model(load(packings / "first"), LoraConfig(r=4)) if "new" in kind else started(packings)
+    before = logits_of(model)
+    factors = from_file(packings)
+    if "copies" in kind:
+        factors = {k: v.clone() for k, v in get_peft_model_state_dict(started(packings, "second")).items()}
+    if "pickled" in kind:
+        torch.save(factors, tmp_path / "factors.bin")
+        factors = torch.load(tmp_path / "factors.bin")
+    with pytest.raises(ValueError, match=r"'default' come as a state dict.*loftq, rank 4.*load_adapter"):
+        put(model, factors)
+    assert torch.equal(logits_of(model), before)  # nothing was put in
+
+
+def test_what_training_has_read_out_of_its_own_adapter_comes_back(packings, caplog):
+    """The best of a run, or an average of several clients, which nothing ties to the tensors that were read."""
+    model = started(packings)
+    best = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    before = logits_of(model)
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data += 1
+    set_peft_model_state_dict(model, {key: (value + value) / 2 for key, value in best.items()})
+    assert torch.equal(logits_of(model), before)
+
+
+def test_a_base_without_a_start_takes_any_and_tells(dense_llama, packings, caplog, tmp_path):
+    lowra.quantize_checkpoint(str(dense_llama), tmp_path / "whole", lowra.LowRAConfig(bits=2.0), progress=False)
+    model = get_peft_model(load(tmp_path / "whole"), LoraConfig(r=4, target_modules="all-linear"))
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        set_peft_model_state_dict(model, from_file(packings))
+    assert len(told(caplog)) == 1
+
+
+def test_dense_models_are_left_to_peft(dense_llama, packings):
+    model = get_peft_model(load(dense_llama), LoraConfig(r=4, target_modules="all-linear"))
+    assert not set_peft_model_state_dict(model, from_file(packings)).unexpected_keys
+
+
 def test_factors_from_elsewhere_are_told_once(packings, caplog):
     model = started(packings)
-    factors = load_file(packings / "second" / "initial_adapter" / "adapter_model.safetensors")
+    get_peft_model_state_dict(model)
+    factors = from_file(packings)
     with caplog.at_level(logging.WARNING, logger="lowra"):
         set_peft_model_state_dict(model, factors)
         set_peft_model_state_dict(model, factors)
