@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from ..weights.groups import widen
@@ -26,7 +27,7 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
             submodule.
     """
 
-    _layout: Any  # a _TableLayout, once it is made
+    _layout: Any  # a TableLayout, once it is made
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         self.round_scale = round_scale
         self.dense_form: list[nn.Embedding] = []
 
-    def layout_of(self, row_bits: torch.Tensor) -> "_TableLayout":
-        return _TableLayout(row_bits, self.in_features)
+    def layout_of(self, row_bits: torch.Tensor) -> "TableLayout":
+        return TableLayout(row_bits, self.in_features)
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense rows [T, K] of a flat list of indices [T]; equal to `dequantize(dtype)[indices]`.
@@ -67,21 +68,10 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
             IndexError, RuntimeError: as `nn.Embedding`, for indices outside the table (on a GPU its assertion) and for
                 others than int64 and int32.
         """
-        count = max(1, _SLICE_WEIGHTS // self.in_features)
-        with torch.autocast(indices.device.type, enabled=False):  # that of CPUs refuses to join float16
-            return torch.cat([self._decode(part, dtype) for part in indices.split(count)])
-
-    def _decode(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         packed = self.matrix()
         _, places = self._layout.on(self.weight.device)
-        # the lookup of nn.Embedding, which checks the indices; all others begin at what comes out
-        place, code_start, level_start, bits = torch.embedding(places, indices).split(1, dim=1)
-        bits = bits.int()
-        first_bit = torch.arange(self.in_features, dtype=torch.int32, device=indices.device) * bits
-        codes = packed.codes[code_start + (first_bit >> 3)].int() >> (first_bit & 7) & ((1 << bits) - 1)
-        scale = decode_scales(packed.scales, packed.scale_steps, place[:, 0])
-        wide = widen(scale, self.group_size, self.in_features)
-        return (packed.levels[level_start + codes].float() * wide).to(dtype)
+        with torch.autocast(indices.device.type, enabled=False):  # that of CPUs refuses to join float16
+            return rows_of_table(packed, places, indices, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype
@@ -95,7 +85,26 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, packed{rows}"
 
 
-class _TableLayout(RowLayout):
+def rows_of_table(
+    packed: PackedMatrix, places: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Dense rows [T, K] of a packed table, for indices [T] and the places of a `TableLayout`."""
+    count = max(1, _SLICE_WEIGHTS // packed.in_features)
+    return torch.cat([_decode(packed, places, part, dtype) for part in indices.split(count)])
+
+
+def _decode(packed: PackedMatrix, places: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # the lookup of nn.Embedding, which checks the indices; all others begin at what comes out
+    place, code_start, level_start, bits = torch.embedding(places, indices).split(1, dim=1)
+    bits = bits.int()
+    first_bit = torch.arange(packed.in_features, dtype=torch.int32, device=indices.device) * bits
+    codes = packed.codes[code_start + (first_bit >> 3)].int() >> (first_bit & 7) & ((1 << bits) - 1)
+    scale = decode_scales(packed.scales, packed.scale_steps, place[:, 0])
+    wide = widen(scale, packed.group_size, packed.in_features)
+    return (packed.levels[level_start + codes].float() * wide).to(dtype)
+
+
+class TableLayout(RowLayout):
     """Beside the row order int64 [V, 4]: place among the packed rows, first byte, first level and bits of each row."""
 
     def __init__(self, bits: torch.Tensor, in_features: int):
