@@ -104,3 +104,26 @@ def _describes_packing(result: Any) -> bool:
     content = result[0] if isinstance(result, tuple) and result else None
     described = content.get("quantization_config") if isinstance(content, dict) else None
     return isinstance(described, dict) and described.get("quant_method") == "lowra"
+
+
+def register_with_vllm() -> None:
+    """The format in vLLM, which calls this in each of its processes (entry-point group `vllm.general_plugins`).
+
+    What is registered imports lowra once a checkpoint says `quant_method: lowra`. Never raises: vLLM would not start.
+    """
+    try:
+        quantization = importlib.import_module("vllm.model_executor.layers.quantization")
+        quantization.register_quantization_config("lowra")(_vllm_door(quantization.QuantizationConfig))
+    except Exception as error:
+        _keep(f"failed: vLLM's door: {type(error).__name__}: {error}")
+
+
+def _vllm_door(base: Any) -> type:
+    """A configuration for vLLM's table that makes lowra's own."""
+
+    class LowRA(base):
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            return importlib.import_module("lowra.integrations.vllm").packed_config(config)
+
+    return LowRA

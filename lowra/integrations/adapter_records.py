@@ -129,12 +129,20 @@ def check_fingerprint(found: str | None, base: nn.Module, what: str, remedy: str
         )
 
 
-def _check_base(record: dict, base: nn.Module, adapter: str | pathlib.Path) -> None:
+_ANY_BASE = "Load its own base; in Python any_base=True loads it on this one all the same."
+
+
+def check_base(record: dict, base: Any, adapter: str | pathlib.Path, remedy: str = _ANY_BASE) -> None:
     """
+    Args:
+        record: of the adapter.
+        base: a model, or what has a `config` like one.
+        adapter: its folder or name, for messages.
+        remedy: what to do, the end of a message.
+
     Raises:
         ValueError: the adapter belongs to another base, to one of other bits, or to a packed one where this is dense.
     """
-    remedy = "Load its own base; in Python any_base=True loads it on this one all the same."
     check_fingerprint(record.get("fingerprint"), base, f"The adapter {adapter}", remedy)
     bits, here, packed = record.get("nominal_bits"), packing(base, "nominal_bits"), is_packed_base(base)
     if packed and record.get("converted_from", "lora") != "lora":
@@ -226,7 +234,7 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
         any_base: do not ask whose base the adapter belongs to.
 
     Raises:
-        ValueError: see `_check_base`; a record that is not JSON, trained tables that do not fit the model.
+        ValueError: see `check_base`; a record that is not JSON, trained tables that do not fit the model.
     """
     if is_packed_base(model):
         check_settings(adapter, options)
@@ -240,14 +248,9 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
         )
     if not any_base:
         if path is not None:
-            _check_base(record, base_of(model), adapter)
+            check_base(record, base_of(model), adapter)
         if not record and packing(base_of(model), "initial_adapter") is not None:
-            logger.warning(
-                "lowra: the adapter %s has no %s, so nothing tells whether it was trained on this packing of its base, "
-                "and from the start that holds a part of the weights. If it was not, the outputs are far off.",
-                adapter,
-                BASE_RECORD,
-            )
+            warn_of_unknown_start(adapter)
     tables = file_of(adapter, TABLES_FILE, options)
     if tables is None or not (record or is_packed_base(model)):
         return Arriving(record)
@@ -260,6 +263,16 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
     if is_training_tables(model):  # a trainer that resumes; it puts the changes back by itself
         return Arriving(record, in_training=True)
     return Arriving(record, read_tables(model, tables))
+
+
+def warn_of_unknown_start(adapter: str | pathlib.Path) -> None:
+    """Of an adapter without a record that is loaded on a base which was packed together with an initial adapter."""
+    logger.warning(
+        "lowra: the adapter %s has no %s, so nothing tells whether it was trained on this packing of its base, "
+        "and from the start that holds a part of the weights. If it was not, the outputs are far off.",
+        adapter,
+        BASE_RECORD,
+    )
 
 
 def _record_that_was_lost(model: nn.Module, adapter: str | pathlib.Path, options: dict, any_base: bool) -> dict:
@@ -275,7 +288,7 @@ def _record_that_was_lost(model: nn.Module, adapter: str | pathlib.Path, options
         return {}
     try:
         if not any_base:
-            _check_base(record, base_of(model), adapter)
+            check_base(record, base_of(model), adapter)
     except ValueError as error:
         logger.warning("lowra: the adapter %s has no %s, and its weights tell: %s", adapter, BASE_RECORD, error)
     else:

@@ -45,7 +45,7 @@ def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAC
         folder: of the checkpoint.
         config: of the packing.
     """
-    start = _start_of(folder, config)
+    start = start_of(folder, config)
     layer = next((module for module in model.modules() if isinstance(module, LowRALinear)), None)
     if start is not None and layer is not None:
         setattr(model, _STORED, StoredStart(start, folder / ADAPTER_FOLDER))
@@ -57,8 +57,8 @@ def stored_start(model: nn.Module) -> StoredStart | None:
     return getattr(model, _STORED, None)
 
 
-def _start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:
-    """Such as "loftq, rank 8"; None where the packed weights are all of the base."""
+def start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:
+    """The initial adapter that holds a part of a base's weights, such as "loftq, rank 8"; None where none does."""
     if config.initial_adapter is not None:
         method, rank = config.initial_adapter.get("method"), config.initial_adapter.get("rank")
         return None if method == "lora" else f"{method}, rank {rank}"
