@@ -15,10 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from ..checkpoints.guarded import read_json
-from ..checkpoints.reading import stored_tensors
 from ..checkpoints.records import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -36,13 +34,12 @@ from ..checkpoints.records import (
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
 from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
-from .adapter_configs import check_adapter_config
 from .adapter_keys import check_keys, is_saved_module, watch_keys
+from .adapter_places import check_settings, check_weights, file_of, reached
 from .integrity import describe_again
 
 logger = logging.getLogger(__name__)
 
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 _KEPT = "_lowra_record"  # attribute of a PeftConfig, which writes only its fields
 UNKNOWN = {"init": "unknown"}  # all that is known of factors that came without a folder
 
@@ -173,40 +170,6 @@ def check_base(record: dict, base: Any, adapter: str | pathlib.Path, remedy: str
         )
 
 
-def _check_presence(adapter: str | pathlib.Path, subfolder: str | None) -> None:
-    """
-    Raises:
-        FileNotFoundError: a local folder with an adapter's configuration and no weights.
-        ValueError: weights that are cut short.
-    """
-    folder = pathlib.Path(adapter) / (subfolder or "")
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return  # on the hub, or PEFT says what is missing
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if weights.is_file():
-        stored_tensors(weights)
-    elif not (folder / WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"{folder} has an {ADAPTER_CONFIG} and no {SAFETENSORS_WEIGHTS_NAME}.")
-
-
-def file_of(adapter: str | pathlib.Path, name: str, options: dict) -> pathlib.Path | None:
-    """A file of a local or hub adapter, or None. See `check_adapter` for the arguments."""
-    folder = pathlib.Path(adapter) / (options.get("subfolder") or "")
-    if folder.is_dir():
-        return folder / name if (folder / name).exists() else None
-    path = None
-    with contextlib.suppress(OSError):  # a hub that cannot be reached; PEFT says so better
-        path = cached_file(
-            str(adapter),
-            name,
-            subfolder=options.get("subfolder") or "",
-            **{option: options[option] for option in _HUB_OPTIONS if options.get(option) is not None},
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    return None if path is None else pathlib.Path(path)
-
-
 def base_of(model: nn.Module) -> nn.Module:
     """The model below PEFT's wrappers, whatever adapters are loaded and active; a model without them is its own."""
     inner: Any = getattr(model, "base_model", model) if isinstance(model, (PeftModel, PeftMixedModel)) else model
@@ -215,13 +178,6 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def is_packed_base(model: nn.Module) -> bool:
     return isinstance(getattr(getattr(base_of(model), "config", None), "quantization_config", None), LowRAConfig)
-
-
-def check_settings(adapter: str | pathlib.Path, options: dict) -> None:
-    """Raises OSError or ValueError where an adapter's adapter_config.json is none that PEFT can use."""
-    path = file_of(adapter, ADAPTER_CONFIG, options)
-    if path is not None:
-        check_adapter_config(path)
 
 
 def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, any_base: bool) -> Arriving:
@@ -323,28 +279,38 @@ def load_checked(
     Raises:
         FileNotFoundError, ValueError: an adapter of another base, without weights or with damaged ones.
     """
-    arriving = check_adapter(model, adapter, options, any_base)
     if not is_packed_base(model):
+        check_adapter(model, adapter, options, any_base)
         return load()
-    _check_presence(adapter, options.get("subfolder"))
-    with watch_keys(model) as seen:
-        try:
-            loaded = load()
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            first = " ".join(line.strip() for line in str(error).splitlines()[:4])
-            raise ValueError(f"The adapter {adapter} does not fit this model: {first}") from error
-        except KeyError as error:  # PEFT looks the tensors of modules_to_save up
-            if not is_saved_module(model, error.args[0]):
-                raise
-            raise ValueError(f"The adapter {adapter} lacks {error.args[0]}. It is damaged.") from error
+    with reached(adapter, options, name not in model.peft_config):
+        arriving = check_adapter(model, adapter, options, any_base)
+        check_weights(adapter, options.get("subfolder"))
+        with watch_keys(model) as seen:
+            loaded = _load_fitting(model, adapter, load)
     if model.peft_config[name].peft_type == PeftType.LORA:  # others share tensors, or keep them elsewhere
         for missing, unexpected in seen:
             check_keys(model, name, missing, unexpected, str(adapter))
     check_saved(adapter, options, arriving.record)
     settle(model, name, arriving)
     return loaded
+
+
+def _load_fitting(model: PeftModel, adapter: str | pathlib.Path, load: Callable) -> Any:
+    """
+    Raises:
+        ValueError: tensors that do not fit the model, or are not there.
+    """
+    try:
+        return load()
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = " ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise ValueError(f"The adapter {adapter} does not fit this model: {first}") from error
+    except KeyError as error:  # PEFT looks the tensors of modules_to_save up
+        if not is_saved_module(model, error.args[0]):
+            raise
+        raise ValueError(f"The adapter {adapter} lacks {error.args[0]}. It is damaged.") from error
 
 
 def check_loaded_by_transformers(model: Any, name: str, loading: Any, what: str) -> None:

@@ -23,7 +23,8 @@ from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
 from ..weights.fingerprint import fingerprint_of, weight_digest
-from .adapter_records import check_fingerprint, file_of, packing, record_of, refuse_losing_tables
+from .adapter_places import file_of
+from .adapter_records import check_fingerprint, packing, record_of, refuse_losing_tables
 from .modules import dense_linear, make_embedding_dense
 from .peft_limits import check_start
 

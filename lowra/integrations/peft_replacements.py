@@ -3,6 +3,7 @@
 Each takes the original and hands dense models to it: arguments, results, exceptions and state are the original's own.
 """
 
+import contextlib
 import functools
 import inspect
 import pathlib
@@ -16,13 +17,13 @@ from ..nn.adapter_tables import release_adapter_tables
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
+from .adapter_places import check_settings, reached
 from .adapter_records import (
     UNKNOWN,
     Arriving,
     base_of,
     check_adapter,
     check_saved,
-    check_settings,
     forget_tables,
     is_packed_base,
     load_checked,
@@ -133,9 +134,10 @@ def checked_folder(original: Callable) -> Callable:
         load = functools.partial(original, cls, model, model_id, *args, **kwargs)
         if not is_packed(model):
             return load()
-        if kwargs.get("config") is None:
-            check_settings(model_id, kwargs)
-        with filled_from_file():
+        needs_config = kwargs.get("config") is None and args[2:3] in ((), (None,))
+        with reached(model_id, kwargs, needs_config), filled_from_file():
+            if needs_config:
+                check_settings(model_id, kwargs)
             return load_adapter_folder(load, model_id)
 
     return from_pretrained
@@ -189,10 +191,12 @@ def checked_swap(original: Callable) -> Callable:
         model: Any, model_name_or_path: Any, adapter_name: Any, *args: Any, any_base: bool = False, **kwargs: Any
     ) -> Any:
         inner = getattr(model, "_orig_mod", model)  # of a compiled model
-        arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
-        check_saved(model_name_or_path, kwargs, arriving.record)
-        with tables_set_aside(inner, adapter_name), already_checked():  # or the swap below would refuse to lose them
-            original(model, model_name_or_path, adapter_name, *args, **kwargs)
+        packed = is_packed_base(inner)
+        with reached(model_name_or_path, kwargs, True) if packed else contextlib.nullcontext():
+            arriving = check_adapter(inner, model_name_or_path, kwargs, any_base)
+            check_saved(model_name_or_path, kwargs, arriving.record)
+            with tables_set_aside(inner, adapter_name), already_checked():  # or the swap would refuse to lose them
+                original(model, model_name_or_path, adapter_name, *args, **kwargs)
         settle(inner, adapter_name, arriving)
 
     return hotswap_adapter

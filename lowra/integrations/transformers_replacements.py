@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.configs import packing_described
 from ..config import LowRAConfig
+from .adapter_places import reached
 from .adapter_records import (
     UNKNOWN,
     Arriving,
@@ -127,10 +128,12 @@ def checked_adapter_of_transformers(original: Callable) -> Callable:
         path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
         arriving = Arriving(UNKNOWN)
         options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-        if path is not None:
-            arriving = check_adapter(self, path, options, any_base)
-        with filled_from_file():
-            result = original(self, *args, **kwargs)
+        asked = path is not None and is_packed_base(self)
+        with reached(path, options, given.get("peft_config") is None) if asked else contextlib.nullcontext():
+            if path is not None:
+                arriving = check_adapter(self, path, options, any_base)
+            with filled_from_file():
+                result = original(self, *args, **kwargs)
         if is_packed_base(self):
             check_loaded_by_transformers(self, name, result, str(path))
             check_saved(str(path), options, arriving.record)
