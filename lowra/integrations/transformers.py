@@ -5,8 +5,12 @@ precisions of all matrices, one tensor in memory at a time) and then packs each 
 checkpoint loads by copying its tensors.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from ..checkpoints.atomic import save_text
 from ..checkpoints.dense import DenseCheckpoint, check_packed_names
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.targets import Target, find_targets
-from ..config import PRECISIONS, LowRAConfig
+from ..config import FILLED_IN, PRECISIONS, LowRAConfig
 from ..device import choose_device
 from ..nn.packed_module import PackedModule
 from ..quantization import card
@@ -44,6 +48,41 @@ from .model_patches import (
 from .modules import make_dense, put_packed, put_stored, share_tied
 from .patching import require_patches
 
+OPTIONS = tuple(field.name for field in dataclasses.fields(LowRAConfig) if field.name not in FILLED_IN)
+_asked: contextvars.ContextVar[tuple[Any, tuple[str, ...]]] = contextvars.ContextVar("asked", default=(None, ()))
+
+
+@contextlib.contextmanager
+def asked_for(config: Any, options: tuple[str, ...]) -> Iterator[None]:
+    """Within, a packed checkpoint that is loaded has to be what was asked for.
+
+    Args:
+        config: a LowRAConfig, or something else that is left to Transformers.
+        options: those that were given.
+    """
+    token = _asked.set((config, options))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _check_asked(config: LowRAConfig) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint is packed otherwise.
+    """
+    asked, options = _asked.get()
+    if not isinstance(asked, LowRAConfig):
+        return
+    for name in options:
+        wanted, found = getattr(asked, name), getattr(config, name)
+        if wanted != found:
+            raise ValueError(
+                f"This checkpoint is packed already, with {name}={found}: {name}={wanted} has no effect on it. Leave "
+                "quantization_config out, or load the dense model that it was packed from."
+            )
+
 
 @register_quantizer("lowra")
 class LowRAHfQuantizer(HfQuantizer):
@@ -63,6 +102,8 @@ class LowRAHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: dict | str | None = None, **kwargs: Any) -> None:
         require_patches()
+        if self.pre_quantized:
+            _check_asked(self.quantization_config)
         self._device_map = device_map  # called again once "auto" and the like have been resolved
         if (
             os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")

@@ -26,7 +26,7 @@ from .folders import build_config, describes_packing, load_folder, local_packed_
 from .integrity import describe_again, fetched_with
 from .parameter_counts import uncounted
 from .stored_start import filled_from_file
-from .transformers import describe_saved, dtype_of_packed, refuse_layers_of_adapters
+from .transformers import OPTIONS, asked_for, describe_saved, dtype_of_packed, refuse_layers_of_adapters
 
 
 def load_in_lowra(original: Callable) -> Callable:
@@ -40,11 +40,13 @@ def load_in_lowra(original: Callable) -> Callable:
             kwargs["quantization_config"] = LowRAConfig() if lowra_bits is None else LowRAConfig(bits=lowra_bits)
         elif lowra_bits is not None:
             raise ValueError("lowra_bits has no effect without load_in_lowra=True.")
+        asked = None if load_in_lowra and lowra_bits is None else kwargs.get("quantization_config")
         folder = local_packed_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
-        if folder is None:
-            with fetched_with(kwargs):
-                return original(cls, *args, **kwargs)
-        return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
+        with asked_for(asked, ("bits",) if load_in_lowra else OPTIONS):
+            if folder is None:
+                with fetched_with(kwargs):
+                    return original(cls, *args, **kwargs)
+            return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
 
     return from_pretrained
 
@@ -128,8 +130,9 @@ def checked_adapter_of_transformers(original: Callable) -> Callable:
         path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
         arriving = Arriving(UNKNOWN)
         options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-        asked = path is not None and is_packed_base(self)
-        with reached(path, options, given.get("peft_config") is None) if asked else contextlib.nullcontext():
+        needs_config = given.get("peft_config") is None
+        found = None if path is None or not is_packed_base(self) else reached(path, options, needs_config)
+        with found or contextlib.nullcontext():
             if path is not None:
                 arriving = check_adapter(self, path, options, any_base)
             with filled_from_file():

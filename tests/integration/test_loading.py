@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_models import logits_of, make_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import lowra
 from lowra.checkpoints import reading
@@ -286,3 +286,45 @@ def test_a_tied_head_is_not_packed(tmp_path):
         lowra.quantize_checkpoint(str(tmp_path / "dense"), tmp_path / "packed", config, progress=False)
     with pytest.raises(ValueError, match="lm_head of this LlamaForCausalLM is tied"):
         load(tmp_path / "dense", quantization_config=config)
+
+
+@pytest.fixture(scope="module")
+def one_and_a_half(dense_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "folder"
+    config = lowra.LowRAConfig(bits=1.5, scales="float16", refine=1)
+    lowra.quantize_checkpoint(str(dense_llama), folder, config, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization_config": lowra.LowRAConfig()}, "with bits=1.5: bits=2.0 has no effect"),
+        ({"quantization_config": lowra.LowRAConfig(bits=1.5)}, "with scales=float16: scales=double_quant has no"),
+        (
+            {"quantization_config": lowra.LowRAConfig(bits=1.5, scales="float16")},
+            "with refine=1: refine=0 has no effect",
+        ),
+        ({"quantization_config": lowra.LowRAConfig(bits=1.5, scales="float16", refine=1, menu=(1, 2))}, "with menu="),
+        ({"load_in_lowra": True, "lowra_bits": 2}, "with bits=1.5: bits=2 has no effect"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "BitsAndBytesConfig"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You passed")
+def test_a_packing_that_is_asked_for_in_vain_is_refused(one_and_a_half, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(one_and_a_half, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization_config": lowra.LowRAConfig(bits=1.5, scales="float16", refine=1)},
+        {"load_in_lowra": True, "lowra_bits": 1.5},
+        {"load_in_lowra": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You passed")
+def test_a_packing_that_is_there_may_be_asked_for(one_and_a_half, options):
+    assert torch.equal(logits_of(load(one_and_a_half, **options)), logits_of(load(one_and_a_half)))
