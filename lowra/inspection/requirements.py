@@ -33,8 +33,8 @@ _WHOLE_TEMPORARY = ("adamw_torch",)  # PyTorch's AdamW over lists of tensors mak
 _BYTES_QUANTISING = 23.7
 _BYTES_WITHOUT_ADAPTER = 13.5
 # For each weight of a block while that is trained: dense, packed, rounded, its gradients and the optimiser's moments.
-# Measured on a CPU: 47 (docs/lab/log.md, "blocks trained towards the dense ones").
-_BYTES_RECONSTRUCTING = 48.0
+# Measured on a CPU: 50 to 52 (docs/lab/log.md, "What makes codes a better base").
+_BYTES_RECONSTRUCTING = 52.0
 _BYTES_OF_TABLES = 4 * (22 + 19 + 3) + 3 * 8  # a channel's levels, thresholds, errors and the assigner's costs
 
 

@@ -22,7 +22,7 @@ from .loftq import LowRank
 # How far inside its code's cell a weight begins, in units of its group's scale: rounding must not move it at once.
 _MARGIN = 1e-3
 # Numbers of the one-hot form of codes that are in memory at a time.
-_ONE_HOT = 2**25
+_ONE_HOT = 2**22
 
 
 class TrainedWeight(nn.Module):
@@ -168,7 +168,7 @@ def _codes(
 ) -> torch.Tensor:
     """uint8 [N, K], packed row order: what `nearest_codes` finds, in fewer kernels, for which small layers wait."""
     wide = widen(scales, group_size, dense.shape[1])
-    normal = torch.where(wide > 0, dense / wide, -torch.inf)  # a group of scale 0 has code 0
+    normal = (dense / wide).masked_fill_(wide <= 0, -torch.inf)  # a group of scale 0 has code 0
     codes = torch.empty(dense.shape, dtype=torch.uint8, device=dense.device)
     for s in segments:
         own = levels[s.levels_of(s.first, s.end)].view(-1, 2**s.bits)
