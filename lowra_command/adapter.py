@@ -1,9 +1,8 @@
 """`lowra adapter`: quantise trained LoRA adapters and read the labels of packed ones."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_trust, place
 
 METHODS = ("loraquant", "bin", "rtn", "gptq", "pbllm", "billm", "jd-diagonal")
 SPLITS = ("svd", "norm", "random")
@@ -15,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = adapter.add_subparsers(dest="action", required=True)
     _add_quantize(actions)
     inspect = actions.add_parser("inspect", help="show the label of a packed adapter and whether it still holds")
-    inspect.add_argument("adapter", type=pathlib.Path, help="folder written by `lowra adapter quantize`")
+    inspect.add_argument("adapter", type=place, help="folder written by `lowra adapter quantize`")
     inspect.set_defaults(run=Later("lowra.commands.adapter:run_inspect"))
 
 
@@ -25,21 +24,13 @@ def _add_quantize(actions: argparse._SubParsersAction) -> None:
         help="quantise a trained PEFT LoRA adapter and pack it",
         description="Quantise a trained PEFT LoRA adapter by LoraQuant or one of its baselines, and write it packed.",
     )
-    parser.add_argument(
-        "adapters", metavar="ADAPTER", type=pathlib.Path, nargs="+", help="PEFT folder (jd-diagonal: several)"
-    )
-    parser.add_argument(
-        "--output", type=pathlib.Path, required=True, metavar="DIR", help="new folder for the packed adapter"
-    )
+    parser.add_argument("adapters", metavar="ADAPTER", type=place, nargs="+", help="PEFT folder (jd-diagonal: several)")
+    parser.add_argument("--output", type=place, required=True, metavar="DIR", help="new folder for the packed adapter")
     # Checked by hand, so that an unknown method gets the same kind of message as any other bad input.
     parser.add_argument("--method", default="loraquant", help=f"one of {', '.join(METHODS)} (default loraquant)")
     parser.add_argument("--bits", type=int, help="bits of round-to-nearest codes (loraquant, rtn, gptq; default 2)")
-    parser.add_argument(
-        "--base", type=pathlib.Path, help="base model; default: the one the adapter names, if it is a folder"
-    )
-    parser.add_argument(
-        "--calibration", type=pathlib.Path, metavar="FILE", help="text or JSON lines for the Hessians of gptq"
-    )
+    parser.add_argument("--base", type=place, help="base model; default: the one the adapter names, if it is a folder")
+    parser.add_argument("--calibration", type=place, metavar="FILE", help="text or JSON lines for the Hessians of gptq")
     add_trust(parser)
 
     own = parser.add_argument_group("loraquant")

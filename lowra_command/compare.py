@@ -1,9 +1,8 @@
 """`lowra compare`: a grid of fine-tuning runs, in one table and one picture."""
 
 import argparse
-import pathlib
 
-from .parser import Later
+from .parser import Later, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,5 +26,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--bits", default="2", help="comma-separated nominal bits (default 2)")
     parser.add_argument("--seeds", default="0", help="comma-separated seeds (default 0)")
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="folder of the grid")
+    parser.add_argument("--output", type=place, required=True, metavar="DIR", help="folder of the grid")
     parser.set_defaults(run=Later("lowra.commands.compare:run"))

@@ -1,9 +1,8 @@
 """`lowra demo`: the main job on the model that comes with lowra, or on any model given."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "text docstrings of Python's standard library: a minute or two on two processor cores, no download. With "
         "--model, --train and --validation the same comparison runs on any checkpoint and text.",
     )
-    parser.add_argument("--output", type=pathlib.Path, default="demo", help="folder of everything the demo writes")
+    parser.add_argument("--output", type=place, default="demo", help="folder of everything the demo writes")
     parser.add_argument("--model", help="checkpoint to use in place of the small one, local or on the hub")
     add_trust(parser)
     parser.add_argument("--train", help="text to fine-tune on, a paragraph a line (default: docstrings)")

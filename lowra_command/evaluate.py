@@ -1,9 +1,8 @@
 """`lowra evaluate`: perplexity and next-token accuracy of a model on a text file."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog="example: lowra evaluate runs/first/base --adapter runs/first/adapter --data validation.txt",
     )
     parser.add_argument("model", metavar="DIR", help="folder or hub name of a packed or dense model")
-    parser.add_argument("--adapter", type=pathlib.Path, metavar="PATH", help="folder of an adapter, of PEFT or packed")
+    parser.add_argument("--adapter", type=place, metavar="PATH", help="folder of an adapter, of PEFT or packed")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
     parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text, or JSON lines with a field `text`")
     parser.add_argument("--block-size", type=int, help="tokens of a block (default 1024, or what the model has)")

@@ -1,9 +1,8 @@
 """`lowra export`: an adapter for the original of its packed base."""
 
 import argparse
-import pathlib
 
-from .parser import Later
+from .parser import Later, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,9 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a LoRA adapter that was trained on a packed base")
     parser.add_argument(
         "--initial",
-        type=pathlib.Path,
+        type=place,
         metavar="PATH",
         help="the initial adapter that it began with (default: initial_adapter of its packed base)",
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
+    parser.add_argument("--output", required=True, type=place, help="folder to create")
     parser.set_defaults(run=Later("lowra.commands.export:run"))

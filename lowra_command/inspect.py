@@ -1,9 +1,8 @@
 """`lowra inspect`: where the bits of a packed checkpoint went, and what they cost."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--original", metavar="MODEL", help="the checkpoint it was made from, for errors and pictures")
     parser.add_argument(
         "--plot",
-        type=pathlib.Path,
+        type=place,
         metavar="PLACE",
         help="folder, .pdf, or an image name such as small.png (small-bits.png …)",
     )

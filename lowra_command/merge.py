@@ -1,9 +1,8 @@
 """`lowra merge`: a packed base and its adapter to a plain dense checkpoint."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_trust
+from .parser import Later, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="DIR", help="folder of an adapter, or folder or hub name of a packed base")
     parser.add_argument("--adapter", metavar="PATH", help="adapter of the packed base, where DIR is one")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
+    parser.add_argument("--output", required=True, type=place, help="folder to create")
     parser.add_argument("--original", metavar="MODEL", help="the dense checkpoint that the base was packed from")
     parser.add_argument("--device", default="cpu", help="where the model is merged: cpu, cuda, cuda:1 …")
     add_trust(parser)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ class HelpWithDefaults(argparse.HelpFormatter):
         text = action.help or ""
         unsaid = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
         return f"{text} (default: %(default)s)" if action.option_strings and unsaid else text
+
+
+def place(text: str) -> pathlib.Path:
+    """The type of options that name a file or a folder.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing, of which pathlib would make the folder that one is in.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as an unset variable of the shell is; give a path")
+    return pathlib.Path(text)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

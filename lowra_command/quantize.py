@@ -1,9 +1,8 @@
 """`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
 
 import argparse
-import pathlib
 
-from .parser import Later, add_memory_check, add_trust
+from .parser import Later, add_memory_check, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "(train it with `lowra finetune`). A run that was killed goes on when started again with the same arguments.",
     )
     parser.add_argument("model", help="local folder or hub name of a checkpoint in safetensors, 16 or 32 bits")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to create")
+    parser.add_argument("--output", required=True, type=place, help="folder to create")
     parser.add_argument("--bits", type=float, default=2.0, help="budget in bits per quantised weight, from 1 to 4")
     parser.add_argument("--rank", type=int, help="rank of the adapter; without it no adapter is written")
     parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the rank)")

@@ -17,6 +17,7 @@ def place(tiny_llama, tmp_path_factory):
     recipe = lowra.AdapterRecipe(rank=4)
     lowra.quantize_checkpoint(str(tiny_llama), folder / "base", config, recipe, progress=False)
     (folder / "text.txt").write_text("some words of text\n" * 100)
+    (folder / "run.yaml").write_text("model: dense\ntrain_file: text.txt\nvalidation_file: text.txt\nblock_size: 16\n")
     return folder
 
 
@@ -51,6 +52,39 @@ REFUSED = {
     "finetune wikitext2 model=base train_file=text.txt rank=1000000": "rank must be positive and at most 65536",
 }
 
+ADAPTER = {
+    "--static-h 1000000000": "--static-h is 1000000000, and the adapter has 4 components in a layer at most",
+    "--static-h 5 --split norm": "--static-h is 5",
+    "--retire 2020-01-01": "Retirement date 2020-01-01 is past: nobody could load the adapter",
+    "--retire 0001-01-01": "is past",
+    "--retire 2099-02-30": "is no date",
+    "--evaluation a=1 --evaluation b=2 --evaluation a=2": "--evaluation gives a twice",
+    "--method gptq --calibration missing.txt": "missing.txt is not there",
+    "--method gptq --calibration base": "base is not there; expected a UTF-8 text file",
+    "--ratio inf": "ratio is inf",
+    "--bits 1000000000000": "expected 1 to 8",
+    "--base text.txt": "has no config.json",
+}
+COMPARE = {
+    "lowra --bits 2,nan": "No method has a form at nan bits",
+    "lowra --bits 2,1e300": "No method has a form at 1e+300 bits",
+    "lowra,loftq --bits 2,4,2": "The number of bits 2.0 is given twice",
+    "lowra,loftq,lowra": "The method lowra is given twice",
+    "lowra --seeds 0,1,0": "The seed 0 is given twice",
+    "lowra --seeds -1": "seed must be",
+    "lowra:output=elsewhere": "output has no effect in 'lowra:output=elsewhere'",
+    "lowra,loftq:resume=true": "resume has no effect",
+    "lowra:save_steps=5": "save_steps has no effect",
+    "lowra:seed=3": "seed is given twice",
+    # the last of several, and what only Transformers knows: before data are read and the first cell runs
+    "lowra,loftq:scheduler=none": "none is not a valid SchedulerType",
+    "lowra,lora16:optimizer=adam": "adam is not a valid OptimizerNames",
+    "lowra,lora16:report_to=nobody": "report_to=nobody cannot be used here",
+    "lowra:chat_template=x": "chat_template=x has no effect",
+}
+REFUSED |= {f"adapter quantize base/initial_adapter --output new {line}": said for line, said in ADAPTER.items()}
+REFUSED |= {f"compare run.yaml --output new --methods {line}": said for line, said in COMPARE.items()}
+
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_makes_no_sense_is_refused_at_once(place, monkeypatch, capsys, line):
@@ -59,6 +93,29 @@ def test_what_makes_no_sense_is_refused_at_once(place, monkeypatch, capsys, line
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and REFUSED[line] in said[0]
     assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare run.yaml --methods lowra --output=",
+        "quantize dense --output=",
+        "merge base --output=",
+        "export base/initial_adapter --output=",
+        "demo --output=",
+        "evaluate base --data text.txt --adapter=",
+        "inspect base --plot=",
+        "adapter quantize base/initial_adapter --output=",
+        "adapter quantize base/initial_adapter --output new --base=",
+    ],
+)
+def test_a_path_of_nothing_is_not_the_folder_that_one_is_in(place, monkeypatch, capsys, line):
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    assert end.value.code == 2 and "it is empty" in capsys.readouterr().err
+    assert sorted(place.iterdir()) == before
 
 
 def test_a_plan_takes_the_config_itself(place, monkeypatch, capsys):

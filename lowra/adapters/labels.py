@@ -122,6 +122,16 @@ def parse_retirement(date: str) -> str:
         raise ValueError(f"Retirement date {date!r} is no date; expected YYYY-MM-DD, such as 2027-12-31.") from error
 
 
+def check_retirement(date: str) -> None:
+    """Raises ValueError for what is no date of retirement, and for one that is past: nobody could load the adapter."""
+    if datetime.date.fromisoformat(parse_retirement(date)) < _today():
+        raise ValueError(f"Retirement date {date} is past: nobody could load the adapter. Give a later one, or none.")
+
+
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.timezone.utc).date()
+
+
 def make_label(
     packed: PackedAdapter,
     *,
@@ -168,7 +178,7 @@ def retirement_problem(label: dict, today: datetime.date | None = None) -> str |
     retire = label.get("retire")
     if retire is None:
         return None
-    today = today or datetime.datetime.now(datetime.timezone.utc).date()
+    today = today or _today()
     if today <= datetime.date.fromisoformat(parse_retirement(retire)):
         return None
     return f"it was retired on {retire} and today is {today}"

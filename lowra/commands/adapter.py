@@ -17,7 +17,7 @@ from lowra_command.adapter import METHODS
 from ..adapters.binary_baselines import quantize_billm, quantize_pbllm
 from ..adapters.gptq import calibration_blocks, input_hessians, quantize_gptq
 from ..adapters.joint import check_alike, quantize_joint
-from ..adapters.labels import bytes_problem, make_label, parse_retirement, retirement_problem
+from ..adapters.labels import bytes_problem, check_retirement, make_label, retirement_problem
 from ..adapters.loraquant import LoraQuantSettings, check_bits, quantize_bin, quantize_loraquant, quantize_rtn
 from ..adapters.source import LoraAdapter, read_adapter
 from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_bytes, write_packed, write_shared
@@ -40,12 +40,17 @@ def run_quantize(args: argparse.Namespace) -> dict:
     settings = _check_options(args)
     evaluation = _parse_evaluation(args.evaluation)
     if args.retire is not None:
-        parse_retirement(args.retire)
+        check_retirement(args.retire)
     args.output = expanded(args.output)
     new_folder(args.output)
     args.adapters = [expanded(folder) for folder in args.adapters]
     args.base = None if args.base is None else expanded(args.base)
+    if args.calibration is not None and not expanded(args.calibration).is_file():
+        raise FileNotFoundError(f"Calibration file {args.calibration} is not there; expected a UTF-8 text file.")
     adapters = [read_adapter(folder) for folder in args.adapters]
+    most = max(len(layer.a) for layer in adapters[0].layers)
+    if args.static_h is not None and args.static_h > most:
+        raise ValueError(f"--static-h is {args.static_h}, and the adapter has {most} components in a layer at most.")
     beside = [companions(folder, outside=(args.output,)) for folder in args.adapters]
     if args.method == "jd-diagonal":
         check_alike(adapters)
@@ -136,6 +141,8 @@ def _parse_evaluation(pairs: list[str]) -> dict[str, str]:
         name, equals, result = pair.partition("=")
         if not (name and equals and result):
             raise ValueError(f"--evaluation got {pair!r}; expected NAME=RESULT, such as perplexity=23.4.")
+        if name in results:
+            raise ValueError(f"--evaluation gives {name} twice; which of them is meant?")
         results[name] = result
     return results
 

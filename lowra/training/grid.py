@@ -28,6 +28,7 @@ from .settled import settle, without_idle_fields
 from .trainer import training_arguments
 
 _BASE_FIELDS = ("model", "method", "bits", "rank", "alpha", "dropout", "init_steps", "quantization", "bf16")
+_GRID_FIELDS = ("method", "bits", "seed", "output", "resume", "save_steps")  # a cell that was killed starts anew
 # the model, what it is read with and the data, which are read once
 _SHARED_FIELDS = (
     "model", "trust_remote_code", "task", "dataset", "dataset_config", "train_file", "validation_file", "train_split",
@@ -75,9 +76,16 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
     Raises:
         ValueError: an unknown method or key, an override without effect, or no cell at all.
     """
-    for name in ("method", "bits", "seed", "output", "resume"):
+    for name in _GRID_FIELDS:
         if name in recipe.given:
             raise ValueError(f"{name} has no effect in a grid, which has its own: leave {name}= out.")
+    for name, values in (("method", methods), ("number of bits", bits), ("seed", seeds)):
+        if again := [value for number, value in enumerate(values) if value in values[:number]]:
+            raise ValueError(f"The {name} {again[0]} is given twice: a grid has each once.")
+    packs = any(label.partition(":")[0] != "lora16" for label in methods)
+    for budget in bits:
+        if packs and not any(supports(method, budget) for method in METHODS if method != "lora16"):
+            raise ValueError(f"No method has a form at {budget:g} bits: give from 1 to 4.")
     # an override that has an effect with one of the methods may have none with another
     without_idle_fields(dataclasses.replace(recipe, given=recipe.given - {"init_steps"}))
     here = pathlib.Path(recipe.model).is_dir()  # what is finished can be shown where the model is not
@@ -87,6 +95,8 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
         names = {entry.partition("=")[0] for entry in overrides}
         if shared := names & set(_SHARED_FIELDS):
             raise ValueError(f"{min(shared)} is the same for all of a grid: give it for the whole, not in {label!r}.")
+        if own := names & {"output", "resume", "save_steps"}:  # of the others `changed` says that they come twice
+            raise ValueError(f"{min(own)} has no effect in {label!r}: a grid has its own. Leave it out.")
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}; the methods are {', '.join(METHODS)}.")
         for budget in [16.0] if method == "lora16" else bits:
@@ -162,12 +172,16 @@ def run_cells(
     missing = [cell for cell in cells if cell.name not in results]
     if not missing:
         return [results[cell.name] for cell in cells]
+    settled_cells = {cell.name: dataclasses.replace(settle(cell.recipe), save_steps=None) for cell in missing}
+    with tempfile.TemporaryDirectory() as scratch:  # of all, before the first one works
+        for settled in settled_cells.values():
+            training_arguments(settled, pathlib.Path(scratch) / "checkpoints")
     data = load_data(recipe, progress)
     untuned = {cell.base_key: results[cell.name]["untuned"] for cell in cells if cell.name in results}
     start_of_all = time.perf_counter()
     for number, cell in enumerate(missing, start=1):
         started = time.perf_counter()
-        settled = dataclasses.replace(settle(cell.recipe), save_steps=None)  # a cell that was killed starts anew
+        settled = settled_cells[cell.name]
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(settled, pathlib.Path(scratch) / "checkpoints")
             device = torch.device(quantize_on or arguments.device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapter_models import make_base, save_adapter
 from safetensors.torch import load_file, save_file
+from test_adapter_labels import edit_label
 
 from lowra.adapters import load_packed, read_packed
 from lowra_command.adapter import add_parser
@@ -44,7 +45,8 @@ def test_quantize_and_inspect(adapter_folder, base, tokens, tmp_path, capsys):
 
 
 def test_inspect_shows_what_forbids_loading(adapter_folder, tmp_path, capsys):
-    call("quantize", adapter_folder, "--method", "bin", "--output", tmp_path / "out", "--retire", "2020-01-01")
+    call("quantize", adapter_folder, "--method", "bin", "--output", tmp_path / "out", "--retire", "2999-12-31")
+    edit_label(tmp_path / "out", retire="2020-01-01")
     path = tmp_path / "out" / "lowra_adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     seen = call("inspect", tmp_path / "out")
