@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 import warnings
 
@@ -51,6 +52,10 @@ _COMMANDS = (
     env,
 )
 
+# Memory of a GPU in segments that grow, instead of blocks of fixed sizes with gaps between them: of a card that a
+# fine-tuning nearly fills the gaps took 0.5 to 1.3 GB (docs/lab/cards.md). Under its old name and the one from 2.9 on.
+ALLOCATOR = dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True")
+
 _DESCRIPTION = """LoRA fine-tuning of large language models on base weights of 1 to 2 bits.
 
 The usual way, from a checkpoint that is too large for your GPU to an adapter trained on it:
@@ -69,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    if sys.platform == "linux" and not ALLOCATOR.keys() & os.environ.keys():
+        os.environ.update(ALLOCATOR)  # PyTorch reads it when it first takes memory
     try:
         result = args.run(args)
     except (ValueError, OSError, SafetensorError) as error:  # the last where the Trainer or PEFT cannot write

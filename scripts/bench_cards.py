@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from lowra.training.finetune import measure
 from lowra.training.quick_steps import quicken_steps
 from lowra.training.recipe import Recipe
 from lowra.training.trainer import make_trainer, training_arguments
+from lowra_command import ALLOCATOR
 
 README_ROWS = (
     "8:8b:2:5000", "8:13b:2:3000", "12:8b:3:12000", "12:33b:1.5:1500", "16:13b:4:4096",
@@ -166,7 +168,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> list[dict]:
                 out = pathlib.Path(scratch) / f"{row}-{graphs}.json"
                 command = [sys.executable, __file__, "--row", str(row), "--graphs", graphs, "--out", str(out)]
                 command += ["--steps", str(args.steps), "--device", args.device]
-                running.append((subprocess.Popen(command), row, graphs, out))
+                running.append((subprocess.Popen(command, env=ALLOCATOR | os.environ), row, graphs, out))
                 continue
             time.sleep(0.2)
             for one in [one for one in running if one[0].poll() is not None]:

@@ -6,7 +6,7 @@ Weights are random, packed ones of a fixed mix of precisions; times do not depen
 by Transformers' loop as it comes ("eager"), by one decoding step of Transformers captured as a CUDA graph over its
 static cache ("graph"), and packed ones by `custom_generate=lowra.fast_decoding` ("fast"), through `model.generate`.
 Seconds of a call are medians of the repeats after one that prepares; tokens a second leave the first token out. The
-floor is what a step has to read: packed or dense weights, the head, and the keys and values.
+floor is what a step has to read: packed or dense weights, adapters, the head, and the keys and values.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import time
 
 import torch
+from peft import LoraConfig, get_peft_model
 from random_models import GPU, SHAPES, make_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -105,17 +106,28 @@ def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> d
     return row
 
 
+def with_adapter(model: nn.Module, rank: int) -> nn.Module:
+    """A model with an unmerged LoRA on all linear layers of its blocks, of the size that trained ones have."""
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.nn.init.normal_(parameter.data, std=0.01).to(model.dtype)
+    return model
+
+
 def measure(base: str | float, args, bandwidth: float) -> list[dict]:
     """All rows of one base."""
     model = make_model(args.shape, base)
     rows = []
-    for batch, prompt in itertools.product(args.batch, args.prompt):
-        ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
-        for way in args.ways:
+    for rank in args.ranks:
+        if rank:
+            model = with_adapter(model, rank)
+        for batch, prompt, way in itertools.product(args.batch, args.prompt, args.ways):
             if way == "fast" and not isinstance(base, float):
                 continue
+            ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
             torch.cuda.reset_peak_memory_stats()
-            row = {"shape": args.shape, "base": base, "batch": batch, "prompt": prompt, "new": args.new, "way": way}
+            row = {"shape": args.shape, "base": base, "rank": rank, "batch": batch, "prompt": prompt, "way": way}
             if way == "graph":
                 row["step_ms"] = 1e3 * bare_graph(model, batch, prompt + args.new)
             else:
@@ -125,7 +137,7 @@ def measure(base: str | float, args, bandwidth: float) -> list[dict]:
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             rows.append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-        release(model)
+            release(model)
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -145,6 +157,7 @@ def main():
     parser.add_argument("--peers", nargs="*", default=["bf16", "NF4"])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="*", default=[100, 512, 2048])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[0], help="of unmerged adapters, 0 for none")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--ways", nargs="*", default=["eager", "graph", "fast"])
     parser.add_argument("--repeats", type=int, default=3)

@@ -45,6 +45,22 @@ int run_forced(const product &q, int32_t type, cudaStream_t stream) {
   }
 }
 
+constexpr int kMostRanks = 4096;  // of all adapters of a group: their A x lies in shared memory
+
+int check_adapters(const lowra_adapters &adapters, int count) {
+  if (const int status = first_of(check_memory(adapters.cells, 8), check_memory(adapters.launches, 4))) return status;
+  int64_t ranks = 0;
+  for (int i = 0; i < LOWRA_MOST_GROUPED; ++i) {
+    const lowra_adapter &own = adapters.of[i];
+    if (own.rank < 0 || (i >= count && own.rank > 0)) return LOWRA_BAD_SHAPE;
+    if (own.rank == 0) continue;
+    if (const int status = first_of(check_memory(own.a, 2), check_memory(own.b, 2))) return status;
+    if (own.rank % 4 != 0 || !aligned(own.a, 8) || !aligned(own.b, 8)) return LOWRA_UNSUPPORTED;
+    ranks += own.rank;
+  }
+  return ranks > kMostRanks ? LOWRA_UNSUPPORTED : LOWRA_OK;
+}
+
 // Checks the arguments of a product with one weight and fills in what follows from them.
 int prepare(const lowra_packed &packed, const void *x, int64_t tokens, int32_t type, product &q) {
   const lowra_shape &s = packed.shape;
@@ -109,7 +125,8 @@ int lowra_cuda_product(const lowra_packed *packed, const void *x, int64_t tokens
 }
 
 int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input, int64_t tokens,
-                             const void *const *bias, void *const *out, int32_t type, void *stream) {
+                             const void *const *bias, const lowra_adapters *adapters, void *const *out, int32_t type,
+                             void *stream) {
   using namespace lowra;
   if (!weights || !input || !bias || !out) return LOWRA_NULL_POINTER;
   if (count < 1 || count > LOWRA_MOST_GROUPED || input->kind < LOWRA_PLAIN || input->kind > LOWRA_GATED) {
@@ -120,6 +137,9 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
   if ((normed && (!input->weight || !input->sum)) || (is_gated && !input->second)) return LOWRA_NULL_POINTER;
   if (!aligned16(input->second) || !aligned16(input->weight) || !aligned16(input->sum)) return LOWRA_UNSUPPORTED;
   if (is_gated && input->activation != LOWRA_SILU && input->activation != LOWRA_GELU_TANH) return LOWRA_UNSUPPORTED;
+  if (adapters) {
+    if (const int status = check_adapters(*adapters, count)) return status;
+  }
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
   product q = {};
@@ -136,5 +156,5 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
       return LOWRA_UNSUPPORTED;
     }
   }
-  return product_small_group(weights, bias, out, count, *input, q, type, static_cast<cudaStream_t>(stream));
+  return product_small_group(weights, bias, out, count, *input, adapters, q, type, static_cast<cudaStream_t>(stream));
 }

@@ -45,7 +45,8 @@ __device__ __forceinline__ void load_codes(const uint8_t *at, uint32_t (&words)[
 int product_small(const product &q, int32_t type, cudaStream_t stream);
 // Of the weights of a group in one launch (few_tokens.cuh). base: what they share.
 int product_small_group(const lowra_packed *weights, const void *const *bias, void *const *out, int count,
-                        const lowra_input &input, const product &base, int32_t type, cudaStream_t stream);
+                        const lowra_input &input, const lowra_adapters *adapters, const product &base, int32_t type,
+                        cudaStream_t stream);
 int product_tensor(const product &q, int32_t type, cudaStream_t stream);
 // Both LOWRA_UNSUPPORTED on chips without wgmma, and in a library without code for Hopper.
 int product_wgmma(const product &q, int32_t type, cudaStream_t stream);

@@ -1,8 +1,8 @@
 """A decoder-only model as the few calls that a token needs: what is read off its modules, its prompt and its step.
 
-Transformers' own forward launches some 40 kernels a layer; this one launches eight, four of them packed products. It
-covers decoders of the LLaMA family (`FAMILIES`) with plain LoRA adapters on them, and says by `Unsupported` what it
-does not cover.
+Transformers' own forward launches some 40 kernels a layer; this one launches five, four of them packed products
+with norms, gates and LoRA adapters in them. It covers decoders of the LLaMA family (`FAMILIES`), and says by
+`Unsupported` what it does not cover.
 """
 
 import dataclasses
@@ -10,108 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
-from ..nn.linear import LowRALinear
+from .projections import Projections, Unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Rotary embeddings that are the same however long the text is.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-
-
-class Unsupported(Exception):
-    """A model that Transformers has to run by itself; the message says why."""
-
-
-@dataclasses.dataclass
-class Adapter:
-    """One LoRA on one weight: y += scaling * B A x.
-
-    Attributes:
-        source: the parameters A [r, K] and B [N, r].
-        scaling: alpha / r, or what the adapter has in its place.
-        factors: A and B in the type of x once `refresh` was called; the parameters themselves where they have it.
-    """
-
-    source: tuple[torch.Tensor, torch.Tensor]
-    scaling: float
-
-    def __post_init__(self) -> None:
-        self.factors = self.source
-
-
-class Projections:
-    """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
-
-    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype):
-        """
-        Args:
-            parent, names: the module that has the layers, and their names in it.
-            dtype: of x.
-
-        Raises:
-            Unsupported: an adapter method or a layer that this path does not know.
-        """
-        self._read_from = parent, names, dtype
-        modules = [getattr(parent, name) for name in names]
-        self._bases = [_base_of(module) for module in modules]
-        self._adapters = [list(_adapters_of(module)) for module in modules]
-        self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
-        if len(self._packed) < len(self._bases):
-            self._packed = []
-
-    def after_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Outputs for the normalised sum of both, and the sum: see `decoding.normed_linear_group`."""
-        if self._packed and not any(self._adapters):
-            return decoding.normed_linear_group(residual, delta, norm, self._packed, delta_norm)
-        return self(decoding.add_norm(residual, delta, norm, delta_norm)), residual
-
-    def after_gate(self, opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        """Output of the one layer for activation(opened) * up."""
-        if self._packed and not any(self._adapters):
-            return decoding.gated_linear(opened, up, activation, *self._packed[0])
-        return self(decoding.gate(opened, up, activation))[0]
-
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """x [tokens, K] to an output [tokens, N] of each layer."""
-        outs = decoding.linear_group(x, self._packed) if self._packed else [base(x) for base in self._bases]
-        for out, adapters in zip(outs, self._adapters, strict=True):
-            for adapter in adapters:
-                a, b = adapter.factors
-                out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
-        return outs
-
-    def is_current(self) -> bool:
-        """Whether the modules still hold what was read from them, at the same places.
-
-        Raises:
-            Unsupported: see there.
-        """
-        return tuple(Projections(*self._read_from).state()) == tuple(self.state())
-
-    def adapters(self) -> Iterator[Adapter]:
-        for adapters in self._adapters:
-            yield from adapters
-
-    def state(self) -> Iterator[int | float | None]:
-        """Addresses and numbers that a captured call has fixed."""
-        for matrix, bias in self._packed:
-            yield from (part.data_ptr() if isinstance(part, torch.Tensor) else part for part in (*matrix, bias))
-        if not self._packed:
-            yield from (parameter.data_ptr() for base in self._bases for parameter in base.parameters())
-            tables = (base.current_tables() for base in self._bases if type(base) is LowRALinear)
-            yield from (table.data_ptr() for own in tables for table in own.values())
-        for adapter in self.adapters():
-            yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
 
 
 @dataclasses.dataclass
@@ -164,6 +74,10 @@ class Decoder:
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
         self._places = self._ends()
+        self._adapted = [group for group in self._projections() if group.cells()]
+        most = max((group.cells() for group in self._adapted), default=0)
+        self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
+        self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """Runs a prompt and fills the caches.
@@ -215,6 +129,8 @@ class Decoder:
 
     def _run(self, residual: torch.Tensor, attend: Callable[..., torch.Tensor], batch: int) -> torch.Tensor:
         """The blocks and the head. residual: [tokens, hidden]; the last token of each sequence comes out."""
+        if self._adapted:
+            self._launches += len(self._adapted)
         delta: torch.Tensor | None = None
         delta_norm: Norm | None = None
         for index, layer in enumerate(self.layers):
@@ -275,6 +191,8 @@ class Decoder:
                 given.extend(adapter.source)
         if kept:
             torch._foreach_copy_(kept, given)
+        for number, group in enumerate(self._adapted, start=1):
+            group.into_products(self._cells, self._launches, number)
 
     def _rotary(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         rotary = self._body.rotary_emb
@@ -361,28 +279,3 @@ def _norm(module: Any) -> Norm:
         raise Unsupported(f"it normalises by {name}")
     epsilon = getattr(module, "variance_epsilon", None)
     return Norm(module.weight, module.eps if epsilon is None else epsilon, one_plus=name.startswith("Gemma"))
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
-    if type(base) is LowRALinear and base.levels.dtype == torch.float16:
-        return base
-    if type(base) is nn.Linear:
-        return base
-    raise Unsupported(f"it has layers of the kind {type(base).__name__}")
-
-
-def _adapters_of(module: nn.Module) -> Iterator[Adapter]:
-    if not isinstance(module, BaseTunerLayer):
-        return
-    if not isinstance(module, LoraLayer):
-        raise Unsupported(f"{type(module).__name__} is no LoRA")
-    if module.disable_adapters or module.merged:
-        return
-    for name in module.active_adapters:
-        if name not in module.lora_A:
-            continue
-        a, b = module.lora_A[name], module.lora_B[name]
-        if name in module.lora_variant or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
-            raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
-        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name])

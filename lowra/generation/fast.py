@@ -13,6 +13,7 @@ import weakref
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -29,7 +30,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
-from .decoder import Decoder, Unsupported
+from .decoder import Decoder
+from .projections import Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +100,9 @@ def fast_decoding(
     return session.run(input_ids, first, generation_config.max_length, StoppingCriteriaList(others), streamer)
 
 
-def release(model: PreTrainedModel) -> None:
+def release(model: PreTrainedModel | PeftModel) -> None:
     """Frees the cache and the graph that `fast_decoding` keeps with a model."""
-    _sessions.pop(model, None)
+    _sessions.pop(model.get_base_model() if isinstance(model, PeftModel) else model, None)
 
 
 @dataclasses.dataclass

@@ -222,7 +222,7 @@ class _Shared:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers: dict[Any, Buffers] = {}
-        self._without_room: dict[Any, NotCapturable] = {}
+        self._without_room: dict[Any, str] = {}  # no exceptions, whose frames would keep the tensors of a step
         self._recorder: Recorder | None = None
         self._said: set[str] = set()
 
@@ -234,7 +234,7 @@ class _Shared:
         if self._recorder is not None:
             self._recorder.check()
         if key in self._without_room:
-            raise self._without_room[key]
+            raise NotCapturable(self._without_room[key])
 
     def place_for(self, key: Any, call: _Call, layer: nn.Module) -> tuple[Buffers, Recorder]:
         """Where the graphs of a call take their tensors from, and where they are made.
@@ -265,7 +265,7 @@ class _Shared:
         try:
             check_room(needed, trained, call.tensors[0].device)
         except NotCapturable as reason:
-            self._without_room[key] = reason
+            self._without_room[key] = str(reason)
             raise
 
     def say(self, reason: Exception) -> None:

@@ -9,6 +9,7 @@ import copy
 import pickle
 import random
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -435,6 +436,27 @@ def test_graphs_are_left_out_where_a_step_with_them_would_not_fit(monkeypatch, l
         check_room(2e6, trained, torch.device("cuda", 0))
 
 
+def test_a_step_that_finds_no_room_leaves_none_of_its_tensors_behind(monkeypatch):
+    def refuse(*_):
+        raise NotCapturable("there is no room")
+
+    monkeypatch.setattr(layer_graphs, "bytes_of_graphs", lambda *_: 0.0)
+    monkeypatch.setattr(layer_graphs, "check_room", refuse)
+    shared = layer_graphs._Shared(torch.nn.Linear(2, 2))
+    recorder = types.SimpleNamespace(without_chance=contextlib.nullcontext)
+
+    def attempt():
+        call = types.SimpleNamespace(tensors=[torch.ones(2)], function=None)
+        try:
+            shared._look_for_room("key", call, torch.nn.Linear(2, 2), recorder)
+        except NotCapturable:
+            return weakref.ref(call.tensors[0])
+
+    assert attempt()() is None
+    with pytest.raises(NotCapturable, match="there is no room"):
+        shared.check("key")
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_run_on_a_full_gpu_goes_on_without_graphs(packed_llama, caplog):
@@ -448,7 +470,7 @@ def test_a_run_on_a_full_gpu_goes_on_without_graphs(packed_llama, caplog):
     del hog
     torch.cuda.empty_cache()
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 30)) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 29)) / total)
         assert run(model) == without
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

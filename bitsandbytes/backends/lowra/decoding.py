@@ -213,13 +213,60 @@ def weighted_values(
 Weights = Sequence[tuple[PackedMatrix, torch.Tensor | None]]  # packed weights of as many columns, each with its bias
 
 
-def linear_group(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
-    """Products of x [tokens, K] with several packed weights, in one launch where a kernel covers them."""
-    if len(weights) > 1 and native.cuda_available() and x.is_cuda:
-        outs = native_decoding.linear_group(x, weights)
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """One LoRA on a weight: scaling * B A x is added to the product.
+
+    Attributes:
+        a: [rank, K].
+        b: [N, rank].
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What is added to the products of a group.
+
+    Attributes:
+        terms: of each weight, or None.
+        cells: int64, zeros at first, as many as `cells_of` says: memory of the kernel. Those of calls that may run at
+            the same time must be others.
+        launches: int32 [1], on the device; with `launch` added it must be another number at each call.
+        launch: of this group among those that share the memory.
+    """
+
+    terms: Sequence[LowRank | None]
+    cells: torch.Tensor
+    launches: torch.Tensor
+    launch: int
+
+
+def cells_of(in_features: int, ranks: int) -> int:
+    """Cells that a group needs whose adapters have so many ranks together."""
+    return native_decoding.cells_of(in_features, ranks)
+
+
+def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = None) -> list[torch.Tensor]:
+    """Products of x [tokens, K] with several packed weights, in one launch where a kernel covers them.
+
+    Adapters' terms: the kernel keeps A x and the sum with the product in float32 and rounds once; elsewhere each is
+    rounded to the type of x.
+    """
+    if (len(weights) > 1 or adapters is not None) and native.cuda_available() and x.is_cuda:
+        outs = native_decoding.linear_group(x, weights, adapters)
         if outs is not None:
             return outs
-    return [_product(x, packed, bias) for packed, bias in weights]
+    if adapters is None:
+        return [_product(x, packed, bias) for packed, bias in weights]
+    outs = linear_group(x, weights)
+    for out, term in zip(outs, adapters.terms, strict=True):
+        if term is not None:
+            out.addmm_(x @ term.a.T, term.b.T, alpha=term.scaling)
+    return outs
 
 
 def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
@@ -232,7 +279,12 @@ def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -
 
 
 def normed_linear_group(
-    residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, weights: Weights, delta_norm: Norm | None = None
+    residual: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: Norm,
+    weights: Weights,
+    delta_norm: Norm | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`linear_group` of what `add_norm` gives, in one launch with it where a kernel covers them.
 
@@ -240,18 +292,23 @@ def normed_linear_group(
         the products, and the residual stream with delta added: `residual` itself, changed, or another tensor.
     """
     if delta_norm is None and native.cuda_available() and residual.is_cuda:
-        found = native_decoding.normed_linear_group(residual, delta, norm, weights)
+        found = native_decoding.normed_linear_group(residual, delta, norm, weights, adapters)
         if found is not None:
             return found
-    return linear_group(add_norm(residual, delta, norm, delta_norm), weights), residual
+    return linear_group(add_norm(residual, delta, norm, delta_norm), weights, adapters), residual
 
 
 def gated_linear(
-    opened: torch.Tensor, up: torch.Tensor, activation: str, packed: PackedMatrix, bias: torch.Tensor | None
+    opened: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    packed: PackedMatrix,
+    bias: torch.Tensor | None,
+    adapters: Adapters | None = None,
 ) -> torch.Tensor:
     """The product of what `gate` gives with a packed weight, in one launch with it where a kernel covers them."""
     if native.cuda_available() and opened.is_cuda:
-        out = native_decoding.gated_linear(opened, up, activation, packed, bias)
+        out = native_decoding.gated_linear(opened, up, activation, packed, bias, adapters)
         if out is not None:
             return out
-    return _product(gate(opened, up, activation), packed, bias)
+    return linear_group(gate(opened, up, activation), [(packed, bias)], adapters)[0]

@@ -90,7 +90,7 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
     "lowra_cuda_code": [ctypes.POINTER(ctypes.c_int32)],
     # of native_decoding.py
-    "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _I, _P],
+    "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _P, _I, _P],
     "lowra_cuda_add_norm": [_P, _I, _P],
     "lowra_cuda_gate": [_P, _P, _P, _L, _I, _I, _P],
     "lowra_cuda_attention": [_P, _I, _P],

@@ -9,7 +9,7 @@ from . import checks, native
 from .layout import PackedMatrix
 
 if TYPE_CHECKING:
-    from .decoding import Attention, Cache, Norm, Weights
+    from .decoding import Adapters, Attention, Cache, Norm, Weights
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _TYPES = {torch.float16: 1, torch.bfloat16: 2}
@@ -18,6 +18,7 @@ _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _PLAIN, _NORMED, _GATED = 0, 1, 2
 _MOST_GROUPED = 3
 _MOST_TOKENS = 4
+_CELL_COLUMNS = 512
 
 
 class _Input(ctypes.Structure):
@@ -26,6 +27,14 @@ class _Input(ctypes.Structure):
         ("epsilon", _F),
         *((name, _I) for name in ("one_plus", "activation", "kind")),
     ]
+
+
+class _Adapter(ctypes.Structure):
+    _fields_ = [("a", _P), ("b", _P), ("rank", _I), ("scaling", _F)]
+
+
+class _Adapters(ctypes.Structure):
+    _fields_ = [("of", _Adapter * _MOST_GROUPED), ("cells", _P), ("launches", _P), ("launch", _I)]
 
 
 class _Norm(ctypes.Structure):
@@ -154,14 +163,18 @@ def attend(
     return out if _finish(status, "attention over a cache", (batch, kv_heads, slots, dim)) else None
 
 
-def linear_group(x: torch.Tensor, weights: "Weights") -> list[torch.Tensor] | None:
+def linear_group(x: torch.Tensor, weights: "Weights", adapters: "Adapters | None" = None) -> list[torch.Tensor] | None:
     """`decoding.linear_group` on the CUDA library; None where no kernel covers these weights together."""
     x = x.contiguous()
-    return _group(x, _Input(x.data_ptr(), kind=_PLAIN), weights)
+    return _group(x, _Input(x.data_ptr(), kind=_PLAIN), weights, adapters)
 
 
 def normed_linear_group(
-    residual: torch.Tensor, delta: torch.Tensor | None, norm: "Norm", weights: "Weights"
+    residual: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: "Norm",
+    weights: "Weights",
+    adapters: "Adapters | None" = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor] | None:
     """`decoding.normed_linear_group` on the CUDA library; None where no kernel covers these weights together."""
     if len(residual) > _MOST_TOKENS or not residual.is_contiguous():
@@ -169,23 +182,66 @@ def normed_linear_group(
     total = torch.empty_like(residual)
     delta = None if delta is None else delta.contiguous()
     addresses = residual.data_ptr(), _address(delta), norm.weight.data_ptr(), total.data_ptr()
-    outs = _group(residual, _Input(*addresses, norm.epsilon, norm.one_plus, kind=_NORMED), weights)
+    outs = _group(residual, _Input(*addresses, norm.epsilon, norm.one_plus, kind=_NORMED), weights, adapters)
     return None if outs is None else (outs, total)
 
 
 def gated_linear(
-    opened: torch.Tensor, up: torch.Tensor, activation: str, packed: PackedMatrix, bias: torch.Tensor | None
+    opened: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    packed: PackedMatrix,
+    bias: torch.Tensor | None,
+    adapters: "Adapters | None" = None,
 ) -> torch.Tensor | None:
     """`decoding.gated_linear` on the CUDA library; None where no kernel covers the weight."""
     if len(opened) > _MOST_TOKENS:
         return None
     opened, up = opened.contiguous(), up.contiguous()
     asked = _Input(opened.data_ptr(), up.data_ptr(), activation=_ACTIVATIONS[activation], kind=_GATED)
-    outs = _group(opened, asked, [(packed, bias)])
+    outs = _group(opened, asked, [(packed, bias)], adapters)
     return None if outs is None else outs[0]
 
 
-def _group(x: torch.Tensor, asked: _Input, weights: "Weights") -> list[torch.Tensor] | None:
+def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapters | None:
+    """The adapters of a group as the library takes them; None where it does not.
+
+    Raises:
+        ValueError: a factor or the memory is not of the size that these weights need.
+    """
+    tokens, in_features = x.shape
+    asked = _Adapters(cells=adapters.cells.data_ptr(), launches=adapters.launches.data_ptr(), launch=adapters.launch)
+    ranks = 0
+    for i, (term, (packed, _)) in enumerate(zip(adapters.terms, weights, strict=True)):
+        if term is None:
+            continue
+        rank = len(term.a)
+        if term.a.shape != (rank, in_features) or term.b.shape != (packed.rows, rank):
+            raise ValueError(
+                f"An adapter of [{packed.rows}, rank] times [rank, {in_features}] was expected; it is "
+                f"{list(term.b.shape)} times {list(term.a.shape)}."
+            )
+        for factor in (term.a, term.b):
+            if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
+                return None
+        ranks += rank
+        asked.of[i] = _Adapter(term.a.data_ptr(), term.b.data_ptr(), rank, term.scaling)
+    if adapters.cells.numel() < cells_of(in_features, ranks, tokens):
+        raise ValueError(
+            f"{ranks} rows of adapters and {tokens} tokens need {cells_of(in_features, ranks, tokens)} cells; there "
+            f"are {adapters.cells.numel()}."
+        )
+    return asked
+
+
+def cells_of(in_features: int, ranks: int, tokens: int = _MOST_TOKENS) -> int:
+    """Words of 8 bytes that a group needs whose adapters have so many ranks together (csrc/lowra.h)."""
+    return -(-in_features // _CELL_COLUMNS) * ranks * tokens
+
+
+def _group(
+    x: torch.Tensor, asked: _Input, weights: "Weights", adapters: "Adapters | None"
+) -> list[torch.Tensor] | None:
     """Products in one launch. x: [tokens, K], of which `asked` says what is made."""
     tokens, in_features = x.shape
     if x.dtype not in _TYPES or not 0 < tokens <= _MOST_TOKENS or len(weights) > _MOST_GROUPED:
@@ -196,6 +252,9 @@ def _group(x: torch.Tensor, asked: _Input, weights: "Weights") -> list[torch.Ten
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
         checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
+    terms = None if adapters is None else _terms(adapters, x, weights)
+    if adapters is not None and terms is None:
+        return None
     count = len(weights)
     structs = [native.packed_of(packed) for packed, _ in weights]
     outs = [x.new_empty(tokens, packed.rows) for packed, _ in weights]
@@ -208,6 +267,7 @@ def _group(x: torch.Tensor, asked: _Input, weights: "Weights") -> list[torch.Ten
         ctypes.byref(asked),
         tokens,
         ctypes.byref((_P * count)(*(_address(bias) for bias in biases))),
+        None if terms is None else ctypes.byref(terms),
         ctypes.byref((_P * count)(*(out.data_ptr() for out in outs))),
         _TYPES[x.dtype],
         native.stream_of(x),

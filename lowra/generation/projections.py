@@ -1,0 +1,147 @@
+"""The linear layers of a block as decoding calls them: those of one x together, with the LoRA adapters on them."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from bitsandbytes.backends.lowra import decoding
+from bitsandbytes.backends.lowra.decoding import Norm
+
+from ..nn.linear import LowRALinear
+
+
+class Unsupported(Exception):
+    """A model that Transformers has to run by itself; the message says why."""
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One LoRA on one weight: y += scaling * B A x.
+
+    Attributes:
+        source: the parameters A [r, K] and B [N, r].
+        scaling: alpha / r, or what the adapter has in its place.
+        factors: A and B in the type of x once `refresh` was called; the parameters themselves where they have it.
+    """
+
+    source: tuple[torch.Tensor, torch.Tensor]
+    scaling: float
+
+    def __post_init__(self) -> None:
+        self.factors = self.source
+
+
+class Projections:
+    """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
+
+    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype):
+        """
+        Args:
+            parent, names: the module that has the layers, and their names in it.
+            dtype: of x.
+
+        Raises:
+            Unsupported: an adapter method or a layer that this path does not know.
+        """
+        self._read_from = parent, names, dtype
+        modules = [getattr(parent, name) for name in names]
+        self._bases = [_base_of(module) for module in modules]
+        self._adapters = [list(_adapters_of(module)) for module in modules]
+        self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
+        if len(self._packed) < len(self._bases):
+            self._packed = []
+        # One adapter a weight goes into the product; None where there is none, or another way has to be taken.
+        self._in_product: decoding.Adapters | None = None
+
+    def after_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Outputs for the normalised sum of both, and the sum: see `decoding.normed_linear_group`."""
+        if self._in_one():
+            return decoding.normed_linear_group(residual, delta, norm, self._packed, delta_norm, self._in_product)
+        return self(decoding.add_norm(residual, delta, norm, delta_norm)), residual
+
+    def after_gate(self, opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        """Output of the one layer for activation(opened) * up."""
+        if self._in_one():
+            return decoding.gated_linear(opened, up, activation, *self._packed[0], self._in_product)
+        return self(decoding.gate(opened, up, activation))[0]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x [tokens, K] to an output [tokens, N] of each layer."""
+        if self._in_one():
+            return decoding.linear_group(x, self._packed, self._in_product)
+        outs = decoding.linear_group(x, self._packed) if self._packed else [base(x) for base in self._bases]
+        for out, adapters in zip(outs, self._adapters, strict=True):
+            for adapter in adapters:
+                a, b = adapter.factors
+                out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
+        return outs
+
+    def _in_one(self) -> bool:
+        return bool(self._packed) and (self._in_product is not None or not any(self._adapters))
+
+    def cells(self) -> int:
+        """Cells that the adapters need to go into the products; 0 where they do not."""
+        if not self._packed or not any(self._adapters) or any(len(own) > 1 for own in self._adapters):
+            return 0
+        matrix, _ = self._packed[0]
+        return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
+
+    def into_products(self, cells: torch.Tensor, launches: torch.Tensor, launch: int) -> None:
+        """Adapters go into the products from now on, by their present factors; see `decoding.Adapters`."""
+        terms = [decoding.LowRank(*own[0].factors, own[0].scaling) if own else None for own in self._adapters]
+        self._in_product = decoding.Adapters(terms, cells, launches, launch)
+
+    def is_current(self) -> bool:
+        """Whether the modules still hold what was read from them, at the same places.
+
+        Raises:
+            Unsupported: see there.
+        """
+        return tuple(Projections(*self._read_from).state()) == tuple(self.state())
+
+    def adapters(self) -> Iterator[Adapter]:
+        for adapters in self._adapters:
+            yield from adapters
+
+    def state(self) -> Iterator[int | float | None]:
+        """Addresses and numbers that a captured call has fixed."""
+        for matrix, bias in self._packed:
+            yield from (part.data_ptr() if isinstance(part, torch.Tensor) else part for part in (*matrix, bias))
+        if not self._packed:
+            yield from (parameter.data_ptr() for base in self._bases for parameter in base.parameters())
+            tables = (base.current_tables() for base in self._bases if type(base) is LowRALinear)
+            yield from (table.data_ptr() for own in tables for table in own.values())
+        for adapter in self.adapters():
+            yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    if type(base) is LowRALinear and base.levels.dtype == torch.float16:
+        return base
+    if type(base) is nn.Linear:
+        return base
+    raise Unsupported(f"it has layers of the kind {type(base).__name__}")
+
+
+def _adapters_of(module: nn.Module) -> Iterator[Adapter]:
+    if not isinstance(module, BaseTunerLayer):
+        return
+    if not isinstance(module, LoraLayer):
+        raise Unsupported(f"{type(module).__name__} is no LoRA")
+    if module.disable_adapters or module.merged:
+        return
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b = module.lora_A[name], module.lora_B[name]
+        if name in module.lora_variant or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+            raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
+        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name])
