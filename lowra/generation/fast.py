@@ -102,7 +102,8 @@ def fast_decoding(
 
 def release(model: PreTrainedModel | PeftModel) -> None:
     """Frees the cache and the graph that `fast_decoding` keeps with a model."""
-    _sessions.pop(model.get_base_model() if isinstance(model, PeftModel) else model, None)
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    _sessions.pop(bare, None)
 
 
 @dataclasses.dataclass
