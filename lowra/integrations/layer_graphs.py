@@ -37,7 +37,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOKS_OF_ALL = [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
 _CONTAINERS = (dict, list, tuple, set)
 # What every module has for itself, and what a packed one makes of its tensors, which `row_layout` looks after.
-_OF_TORCH = {*vars(nn.Module()), "_layout", "_seen"} - {"training"}
+_OF_TORCH = {*vars(nn.Module()), "_layout", "_seen", "_watched"} - {"training"}
 
 
 def capture_layers(model: nn.Module) -> None:

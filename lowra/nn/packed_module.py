@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ _IN_COMPILED = (
     "is another one than it was compiled for, put in or written into past load_state_dict: call its prepare() where "
     "that was meant; averages over all parameters (EMA, SWA) leave out what requires no gradient."
 )
+_ASKED_BY_OPS = ("cuda",)
 _WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
 
 
@@ -66,6 +68,7 @@ class PackedModule(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._layout: RowLayout | None = None
         self._seen: dict[str, Seen] = {}
+        self._watched: torch.Tensor | None = None  # the row order for compiled code
 
     def set_tensors(self, tensors: dict[str, torch.Tensor | None], rows: RowLayout | None = None) -> None:
         """Puts packed tensors in their places, frozen.
@@ -109,6 +112,8 @@ class PackedModule(nn.Module):
         # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
         levels = levels if levels.dtype == torch.float16 else levels.to(torch.float16)
         order, sizes = rows.on(device)[0], (*rows.counts, self.in_features, self.group_size)
+        if torch.compiler.is_compiling() and self._watched is not None and self._watched.device == device:
+            order = self._watched
         return PackedMatrix(tensors["weight"], order, tensors["scales"], tensors.get("scale_steps"), levels, *sizes)
 
     @property
@@ -154,10 +159,14 @@ class PackedModule(nn.Module):
         return rows
 
     def _assert_as_seen(self) -> None:
-        """In compiled code, which has no host to look with: on a CPU the contents are compared at every run."""
+        """In compiled code, which has no host to look with: on a CPU the contents are compared at every run.
+
+        An assertion that fails on a GPU takes its context with it: there the op asks, which is called from the host
+        (`_watched`).
+        """
         for name, seen in self._seen.items():
             tensor = self._parameters[name]
-            if tensor.is_cpu:
+            if tensor.is_cpu and tensor.device.type not in _ASKED_BY_OPS:
                 torch._assert_async(seen.holds(tensor), f"{name} of a packed layer {_IN_COMPILED}")
 
     def row_order(self) -> torch.Tensor:
@@ -202,7 +211,7 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: they do not belong together.
         """
-        self._layout, self._seen = rows, {}
+        self._layout, self._seen, self._watched = rows, {}, None
         if not is_readable(self.row_bits):
             return rows
         with torch.inference_mode(False):
@@ -221,6 +230,10 @@ class PackedModule(nn.Module):
         with torch.inference_mode(False):
             self._seen = {name: Seen(self._parameters[name]) for name in codes}
             self._seen["row_bits"] = Seen(self.row_bits, whole=True)
+            if self.weight.device.type in _ASKED_BY_OPS:
+                watched: Any = rows.on(self.weight.device)[0].detach()
+                watched.lowra_still = _Still(self)
+                self._watched = watched
         return rows
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedModule":
@@ -246,7 +259,7 @@ class PackedModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_layout": None, "_seen": {}}
+        return {**self.__dict__, "_layout": None, "_seen": {}, "_watched": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -255,7 +268,7 @@ class PackedModule(nn.Module):
             # of torch.save have no values yet
             with contextlib.suppress(ValueError):
                 self.prepare()
-            self._seen = {}
+            self._seen, self._watched = {}, None
 
     def __deepcopy__(self, memo: dict) -> "PackedModule":
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -337,3 +350,21 @@ class PackedModule(nn.Module):
     def _row_counts(self, rows: RowLayout) -> str:
         four, two = rows.counts
         return f"{four}/{two}/{self.out_features - four - two}"
+
+
+class _Still:
+    """What an op asks that compiled code called: are the tensors of a packed layer those it was compiled for?
+
+    Raises:
+        RuntimeError: they are not.
+    """
+
+    def __init__(self, module: PackedModule):
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> None:
+        module = self._module()
+        if module is None or module._is_as_seen():
+            return
+        changed = [name for name, seen in module._seen.items() if not seen.is_same(module._parameters[name])]
+        raise RuntimeError(f"{' and '.join(changed)} of a packed layer {_IN_COMPILED}")

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import lowra
+from lowra.nn import packed_module
 from lowra.nn.trained_tables import train_tables
 
 # architecture, and what is packed beside its linear layers
@@ -179,6 +180,43 @@ def test_a_compiled_layer_refuses_what_came_past_load_state_dict(packing, name, 
         compiled(x)
     layer.prepare()  # it was meant
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [in_place, anew])
+@pytest.mark.parametrize("name", ["row_bits", "weight"])
+def test_compiled_code_for_a_gpu_has_its_ops_ask(packing, monkeypatch, name, how, backend):
+    """There contents are not compared, which would make it wait: so without what goes past the counter of changes."""
+    monkeypatch.setattr(packed_module, "_ASKED_BY_OPS", ("cpu",))
+    layer = packing("linear").model.layers[0].mlp.up_proj
+    layer._accept(layer.row_layout())
+    factor = torch.nn.Parameter(torch.ones(()))
+    compiled = torch.compile(lambda x: layer(x * factor), fullgraph=True, backend=backend)
+    x = torch.randn(3, layer.in_features)
+    compiled(x).sum().backward()
+    assert torch.equal(compiled(x), layer(x))
+    how(layer, name)
+    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
+        compiled(x)
+    layer.prepare()  # it was meant
+    assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("how", [in_place, anew])
+@pytest.mark.parametrize("name", ["row_bits", "weight"])
+def test_compiled_code_on_a_gpu_asks(packing, name, how, backend):
+    layer = packing("linear").model.layers[0].mlp.up_proj.cuda()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(3, layer.in_features, device="cuda")
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    how(layer, name)
+    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
+        compiled(x)
+    layer.prepare()
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
 
 
 def changed(state, suffix, change):

@@ -244,6 +244,18 @@ def check_gradient(gradient: torch.Tensor, codes: torch.Tensor, row_order: torch
 _known_orders: dict[int, tuple] = {}
 
 
+def check_watched(row_order: torch.Tensor) -> None:
+    """Asks for compiled code, which cannot, whether a packed layer's tensors are those it was compiled for: the row
+    order it was given may carry a function that says so.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    still = getattr(row_order, "lowra_still", None)
+    if still is not None:
+        still()
+
+
 def ascends(row_order: torch.Tensor, rows_4bit: int, rows_2bit: int) -> bool:
     """Whether the rows of each precision stand in the order of W, as packing leaves them.
 

@@ -188,6 +188,7 @@ def _(*arguments: Any) -> Any:
 @torch.library.register_kernel("bitsandbytes::lowra_linear", None)
 def _(*arguments: Any) -> Any:
     x, packed, bias = _operands_of(arguments)
+    checks.check_watched(packed.row_order)
     checks.check_operands_once(x, packed, bias)
     checks.check_memory(x, bias)
     return torch.nn.functional.linear(x, torch.ops.bitsandbytes.lowra_dequantize(*packed, x.dtype), bias)
@@ -220,6 +221,7 @@ if native.cpu_available():
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cpu")
     def _(*arguments: Any) -> Any:
         x, packed, bias = _operands_of(arguments)
+        checks.check_watched(packed.row_order)
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
         checks.check_memory(x, bias, *packed.tensors)
@@ -275,6 +277,7 @@ if native.cuda_available():
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cuda")
     def _(*arguments: Any) -> Any:
         x, packed, bias = _operands_of(arguments)
+        checks.check_watched(packed.row_order)
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
         in_order = checks.ascends(packed.row_order, packed.rows_4bit, packed.rows_2bit)
