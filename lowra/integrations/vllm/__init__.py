@@ -2,7 +2,8 @@
 
 vLLM finds the plugin by its entry point (lowra/autoload.py), and the packed format by `quant_method` in config.json.
 `config` says which of its layers are packed, `layers` loads and multiplies them, `adapters` holds LoRA adapters against
-the packing that is served. What a rank has of a packed weight stands in `sharing`, which knows nothing of vLLM.
+the packing that is served, and `patches` is where vLLM has no door. What a rank has of a packed weight stands in
+`sharing`, which knows nothing of vLLM.
 """
 
 from typing import Any

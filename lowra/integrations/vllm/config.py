@@ -19,8 +19,8 @@ from ...checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tenso
 from ...config import LowRAConfig
 from ..missing_start import start_of
 from . import TESTED
-from .adapters import PATCH
 from .layers import PackedEmbeddingMethod, PackedLinearMethod
+from .patches import PATCHES
 
 logger = logging.getLogger(__name__)
 
@@ -164,4 +164,5 @@ class PackedConfig(QuantizationConfig):
         return []  # config.json says all
 
 
-PATCH.install()  # here, since a worker that unpickles a configuration imports this and nothing else
+for patch in PATCHES:  # here, since a worker that unpickles a configuration imports this and nothing else
+    patch.install()
