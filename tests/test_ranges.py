@@ -1,5 +1,8 @@
 """Options of every command with values that make no sense: one sentence at once, with status 2."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -143,3 +146,15 @@ def test_a_model_that_cannot_be_had_is_said_in_a_line(place, monkeypatch, capsys
     assert time.monotonic() - start < 15
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "could it be had from the hub" in said[0].replace("its config.json", "it")
+
+
+def test_data_that_cannot_be_had_are_said_in_a_line(place, monkeypatch, capsys):
+    """In a process of its own, since what the hub's libraries ask is settled when they are imported."""
+    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(place / "hub"))
+    start = time.monotonic()
+    command = [sys.executable, "-m", "lowra", "finetune", "wikitext2", "model=dense", "rank=4", "bf16=false"]
+    run = subprocess.run([*command, "block_size=16"], cwd=place, env=env, capture_output=True, text=True)
+    said = [line for line in run.stderr.splitlines() if line.startswith("lowra: ")]
+    assert run.returncode == 2 and time.monotonic() - start < 60
+    assert len(said) == 1 and "could not be had from the hub" in said[0] and ". Give train_file=" in said[0]
+    assert "Retry" not in run.stderr

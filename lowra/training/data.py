@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.dense import offline_without_connection, one_line, read_config, resolve_folder
 from ..corpus import check_row, check_token_ids, holds_rows, load_tokenizer, read_json_lines, read_rows, read_text
 from ..optional import require
 from . import conversations
@@ -245,11 +245,13 @@ def _hub_rows(recipe: Recipe, split: str) -> list:
     import datasets  # slow to import, and of no use to runs on local files
 
     try:
-        rows = datasets.load_dataset(recipe.dataset, recipe.dataset_config, split=split)
+        with offline_without_connection():  # or it would ask six times over half a minute
+            rows = datasets.load_dataset(recipe.dataset, recipe.dataset_config, split=split)
     except Exception as error:
         raise FileNotFoundError(
-            f"The data set {recipe.dataset} ({recipe.dataset_config}, {split}) could not be had from the hub: {error} "
-            "Give train_file=FILE and validation_file=FILE to use local files in its place."
+            f"The data set {recipe.dataset} ({recipe.dataset_config}, {split}) could not be had from the hub: "
+            f"{one_line(error).rstrip('.')}. Give train_file=FILE and validation_file=FILE to use local files in its "
+            "place."
         ) from error
     columns = _columns(recipe)
     if not len(rows):
