@@ -319,7 +319,18 @@ class PackedModule(nn.Module):
                 )
         if group_size != self.group_size:
             return f"it was packed in groups of {group_size}, and this model in groups of {self.group_size}."
-        if not (_WHOLE <= given.keys() and all(is_readable(tensor) for tensor in given.values())):
+        if not all(is_readable(tensor) for tensor in given.values()):
+            return None
+        for name, other in (("weight", "row_bits"), ("row_bits", "weight")):
+            own = self._parameters[name]
+            if (
+                name in given
+                and other not in given
+                and is_readable(own)
+                and not torch.equal(given[name].cpu(), own.cpu())
+            ):
+                return f"{name} is another packing's and {other} is missing: they are loaded together."
+        if not _WHOLE <= given.keys():
             return None
         if given["row_bits"].shape != (self.out_features,):
             return f"row_bits is {list(given['row_bits'].shape)}, expected [{self.out_features}]."

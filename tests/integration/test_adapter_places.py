@@ -107,3 +107,11 @@ def test_settings_that_are_given_need_no_file(place, tmp_path):
     for given in ({"config": config}, {"adapter_name": "default", "is_trainable": False, "config": config}):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "base"), adapter, **given)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "base"), adapter, "default", False, config)
+
+
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_a_name_that_pytorch_refuses_is_not_taken_for_damage(place, name):
+    with pytest.raises(KeyError, match="module name can't"):
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(place / "base"), place / "base" / "initial_adapter", name
+        )

@@ -541,3 +541,15 @@ def test_a_state_that_names_the_table_alone_is_that_of_the_head_too(packing, ass
         assign=assign,
     )
     assert torch.equal(logits_of(model), logits_of(other))
+
+
+@pytest.mark.parametrize("ending", [".weight", ".row_bits"])
+def test_half_of_another_packing_is_refused(packing, ending):
+    model, other = packing("linear"), packing("linear", seed=1)
+    before = logits_of(model)
+    half = {name: tensor for name, tensor in other.state_dict().items() if name.endswith(ending) and "layers" in name}
+    with pytest.raises(RuntimeError, match="another packing's and .* is missing: they are loaded together"):
+        model.load_state_dict(half, strict=False)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(ending)}
+    model.load_state_dict(own, strict=False)
+    assert torch.equal(logits_of(model), before)
