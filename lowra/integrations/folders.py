@@ -82,7 +82,7 @@ def load_adapter_folder(load: Callable[[], PeftModel], adapter: object) -> PeftM
     try:
         return load()
     except (TypeError, AttributeError, KeyError) as error:  # of whatever line meets a value that it cannot use
-        if "module name can't" in str(error):  # the name that was given to the adapter
+        if "module name can" in str(error):  # the name that was given to the adapter
             raise
         raise ValueError(
             f"PEFT cannot load the adapter {adapter} ({one_line(error)}): {ADAPTER_CONFIG} is damaged, or "

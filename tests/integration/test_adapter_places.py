@@ -111,7 +111,7 @@ def test_settings_that_are_given_need_no_file(place, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.b", ""])
 def test_a_name_that_pytorch_refuses_is_not_taken_for_damage(place, name):
-    with pytest.raises(KeyError, match="module name can't"):
+    with pytest.raises(KeyError, match="module name can"):
         PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(place / "base"), place / "base" / "initial_adapter", name
         )
