@@ -239,7 +239,10 @@ def _decoded(path: pathlib.Path) -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: it is not there, or it is not a text file.")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:  # of a disk, which says no name
+        raise OSError(f"{path} cannot be read: {error.strerror or error}.") from error
     for magic, name in _MAGIC_NUMBERS.items():
         if content.startswith(magic):
             raise ValueError(f"{path} is a {name} file: unpack it, expected UTF-8 text or JSON lines.")

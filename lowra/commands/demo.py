@@ -6,7 +6,8 @@ import sys
 import time
 
 from ..checkpoints.atomic import save_text
-from ..checkpoints.dense import safetensors_files
+from ..checkpoints.configs import packing_described
+from ..checkpoints.dense import local_folder, safetensors_files
 from ..checkpoints.places import expanded, usable_folder
 from ..corpus import load_tokenizer
 from ..demo import BASE, comparison_table, demo_cells, order_problems, write_texts
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> dict:
     check_range(args, "steps", 1)
     check_range(args, "learning_rate", sys.float_info.min)
     check_range(args, "seed", 0, MOST_SEEDS)
+    folder = None if args.model is None else local_folder(args.model)
+    if folder is not None and packing_described(folder) is not None:
+        raise ValueError(f"{args.model} is packed already, and the demo packs: give a checkpoint in 16 or 32 bits.")
     output = usable_folder(args.output)
     start = time.perf_counter()
     recipe = _recipe(args, output)

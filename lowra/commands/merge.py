@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.atomic import written_beside
 from ..checkpoints.companions import companions, copy_companions, with_tokenizer
-from ..checkpoints.dense import empty_model, read_config, resolve_folder
+from ..checkpoints.dense import empty_model, local_folder, read_config, resolve_folder
 from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
 from ..checkpoints.records import ADAPTER_CONFIG
 from ..device import choose_device
 from ..integrations.adapter_records import record_of
 from ..integrations.missing_start import stored_start
-from ..integrations.peft import merge_into_dense
+from ..integrations.peft import merge_into_dense, refuse_packed_original
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> dict:
             a part of it, weights that are not finite.
     """
     base, adapter = _places(args)
+    _check_original(args.original, adapter)
     with written_beside(args.output) as folder:
         model = _load(base, choose_device(args.device), args.trust_remote_code)
         merged = _merged(model, base, adapter, args)
@@ -67,6 +68,17 @@ def _places(args: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Path | None
     return resolve_folder(args.model), adapter
 
 
+def _check_original(original: str | None, adapter: pathlib.Path | None) -> None:
+    """Raises FileNotFoundError or ValueError where there is nothing to merge into what --original names."""
+    if original is None:
+        return
+    if adapter is None:
+        raise ValueError("Without an adapter there is nothing to put onto the original: give --adapter.")
+    folder = local_folder(original)
+    if folder is not None:
+        refuse_packed_original(folder)
+
+
 def _load(base: pathlib.Path, device: torch.device, trust_remote_code: bool) -> Any:
     described = getattr(read_config(base, trust_remote_code), "quantization_config", None)
     method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
@@ -90,8 +102,6 @@ def _merged(model: Any, base: pathlib.Path, adapter: pathlib.Path | None, args: 
             )
         initial = base / ADAPTER_FOLDER if args.original is not None and began not in (None, "lora") else None
         return merge_into_dense(adapted, args.original, initial, trust_remote_code=args.trust_remote_code)
-    if args.original is not None:
-        raise ValueError("Without an adapter there is nothing to put onto the original: give --adapter.")
     start = stored_start(model)
     if start is not None:
         raise ValueError(

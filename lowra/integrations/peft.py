@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.configs import packing_described
 from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
 from ..checkpoints.records import ADAPTER_WEIGHTS, digest_of_adapter, digests_of_file
 from ..checkpoints.targets import find_targets, replace_module
@@ -231,6 +232,12 @@ def _check_start(model: PeftModel, initial: str | pathlib.Path) -> None:
             )
 
 
+def refuse_packed_original(folder: pathlib.Path) -> None:
+    """Raises ValueError where what should be an original is packed."""
+    if packing_described(folder) is not None:
+        raise ValueError(f"{folder} is packed itself; the original is the checkpoint in 16 or 32 bits.")
+
+
 def _put_original_below(
     model: PeftModel,
     original: str | pathlib.Path,
@@ -239,6 +246,7 @@ def _put_original_below(
 ) -> None:
     """Replaces every packed layer by a dense one of the original, less what the initial adapter adds to it."""
     base, folder = model.get_base_model(), resolve_folder(str(original))
+    refuse_packed_original(folder)
     skeleton = empty_model(folder, trust_remote_code)
     which = ("modules_to_not_convert", "quantize_head", "quantize_embeddings")
     targets = find_targets(skeleton, *(packing(base, name) for name in which))
