@@ -26,6 +26,7 @@ from ..checkpoints.integrity import (
 )
 from ..config import LowRAConfig
 from ..nn.packed_module import PackedModule
+from ..nn.row_layout import is_readable
 from ..weights.digests import packing_of
 from ..weights.packed import STORAGES
 
@@ -89,9 +90,9 @@ class IntegrityCheck:
 
 
 def packing_in_memory(model: nn.Module) -> dict[str, str] | None:
-    """The packing of a model's packed weights; None where some are offloaded and not to be had."""
+    """The packing of a model's packed weights; None where some are offloaded or sharded, and so not to be had."""
     modules = {id(module.weight): module for module in model.modules() if isinstance(module, PackedModule)}.values()
-    if any(module.weight.is_meta for module in modules):
+    if not all(is_readable(module.weight) for module in modules):
         return None
     return packing_of(module.packed_tensors() for module in modules)
 

@@ -1,9 +1,10 @@
 """What PEFT cannot do with packed layers, said before PyTorch says something about shapes of bytes."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -109,3 +110,21 @@ def refuse_training(wrapper: str) -> None:
         f"{wrapper} would train a packed weight (modules_to_save, trainable_token_indices): leave it out there, or "
         "keep it dense when quantising (modules_to_not_convert, or no quantize_head and quantize_embeddings)."
     )
+
+
+def refuse_saving_nothing(model: PeftModel, names: Iterable[str], state_dict: dict[str, Any] | None) -> None:
+    """
+    Args:
+        names: of adapters that are to be saved.
+        state_dict: they come from; None for that of the model.
+
+    Raises:
+        ValueError: PEFT would find none of its tensors, and write a file without any.
+    """
+    for name in names:
+        if not get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=False):
+            raise ValueError(
+                f"Adapter {name!r} would be saved without a tensor, since its layers are called otherwise than when it "
+                "was made. FSDP's own activation_checkpointing does that: leave it out and set "
+                "gradient_checkpointing=True in the Trainer's arguments."
+            )

@@ -43,6 +43,7 @@ from .peft_limits import (
     is_packed,
     packed_experts,
     refuse_embeddings,
+    refuse_saving_nothing,
     refuse_training,
 )
 from .prompt_learning import table_in_sight
@@ -120,6 +121,8 @@ def with_records(original: Callable) -> Callable:
         converted = given.arguments["path_initial_model_for_weight_conversion"] is not None
         if converted:
             refuse_losing_tables(self, names, "the original weights, for which it is converted,")
+        if given.arguments["is_main_process"]:
+            refuse_saving_nothing(self, names, given.arguments["kwargs"].get("state_dict"))
         result = original(self, *args, **kwargs)
         if given.arguments["is_main_process"]:
             write_records(self, pathlib.Path(given.arguments["save_directory"]), names, converted)

@@ -36,6 +36,7 @@ from .packing import check_packing
 from .quick_steps import quicken_steps
 from .recipe import Problems, Recipe
 from .settled import check_idle_overrides, on_device, settle, used
+from .sharding import check_sharded_run, gathered
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
 from .trainer import make_trainer, training_arguments
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
@@ -65,10 +66,11 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
     result, model = train(recipe, base, data, arguments, progress=progress)
+    trained = gathered(model)
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:
         (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
-        write_adapter(model, recipe, base, data, result["steps"], output / "adapter")
+        write_adapter(model, recipe, base, data, result["steps"], output / "adapter", trained)
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:.3g} bits")
         save_json(result, output / "metrics.json")
     return result
@@ -99,21 +101,33 @@ def check_start(recipe: Recipe) -> None:
         with problems.noted():
             training_arguments(on_device(recipe, choose_device()), pathlib.Path(recipe.output) / "checkpoints")
     with problems.noted():
+        check_sharded_run(recipe)
+    with problems.noted():
         if recipe.task == "summarization":
             require("task=summarization", "rouge_score")
     problems.report()
 
 
 def write_adapter(
-    model: PeftModel, recipe: Recipe, base: Base, data: TaskData, steps: int, folder: pathlib.Path
+    model: PeftModel,
+    recipe: Recipe,
+    base: Base,
+    data: TaskData,
+    steps: int,
+    folder: pathlib.Path,
+    trained: dict | None = None,
 ) -> None:
-    """The adapter, its card, tables and tokenizer at once: PEFT's users load both from one folder."""
+    """The adapter, its card, tables and tokenizer at once: PEFT's users load both from one folder.
+
+    Args:
+        trained: the adapter's parameters where the model's own are sharded.
+    """
     # it belongs to the packed base: with the dense one it would add the error it makes up for
     adapter: Any = model.peft_config["default"]
     adapter.base_model_name_or_path = base.name
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial / folder.name))
+    model.save_pretrained(str(partial / folder.name), state_dict=trained)
     card = adapter_card(recipe, base, adapter.r, adapter.lora_alpha, steps, adapter.task_type)
     save_text(card, partial / folder.name / CARD_FILE)  # in place of PEFT's, which is a form to fill in
     if recipe.tables != "frozen":

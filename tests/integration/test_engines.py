@@ -1,13 +1,20 @@
 """Packed models under the engines people train and generate with: Trainer, torch.compile, static cache, FSDP2."""
 
+import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import fsdp_on_cpu
 import pytest
+import sharded_training
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import lowra
@@ -117,10 +124,61 @@ def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
     assert all("checked" in output for output in outputs)
 
 
-def test_fsdp1_is_refused(packed_llama, monkeypatch):
+def test_the_trainer_of_a_sharded_model_saves_and_resumes(packed_llama, tmp_path):
+    worker = pathlib.Path(__file__).with_name("sharded_training.py")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **here, **fsdp_on_cpu.environment()}
+    (tmp_path / "pair").mkdir()
+    alone = sharded_training.train(packed_llama, tmp_path / "alone", 1)
+    for again in ([], ["resume"]):
+        arguments = [str(worker), str(packed_llama), str(tmp_path / "pair"), *again]
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-6000:]
+        losses = json.loads((tmp_path / "pair" / "losses.json").read_text())
+        assert losses == pytest.approx(alone, rel=1e-5)
+        found, expected = (
+            load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("pair", "alone")
+        )
+        assert found.keys() == expected.keys()
+        assert all((found[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
+        record = json.loads((tmp_path / "pair" / "adapter" / "lowra_base.json").read_text())
+        assert record["packing"] == json.loads((tmp_path / "alone/adapter/lowra_base.json").read_text())["packing"]
+        shutil.rmtree(tmp_path / "pair" / "checkpoints" / "checkpoint-6")  # goes on from the third step
+
+
+def test_an_adapter_is_not_saved_without_its_tensors(packed_llama, tmp_path):
+    """FSDP's own activation checkpointing wraps the layers, and PEFT then finds none of the state's names."""
+    model = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
+    whole = model.state_dict()
+    layers = model.get_base_model().model.layers
+    layers[0], layers[1] = (checkpoint_wrapper.checkpoint_wrapper(layer) for layer in layers)
+    with pytest.raises(ValueError, match="saved without a tensor.*gradient_checkpointing=True"):
+        model.save_pretrained(tmp_path, state_dict=whole)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "use FSDP2"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing=True in the Trainer"),
+    ],
+)
+def test_ways_of_fsdp_that_packed_weights_cannot_take_are_refused(packed_llama, monkeypatch, options, message):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ValueError, match="use FSDP2"):
+    for name, value in options.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        load(packed_llama)
+
+
+def test_fsdp2_of_a_pytorch_that_cannot_shard_integers_is_refused(packed_llama, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    load(packed_llama)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0+cu130"))
+    with pytest.raises(ValueError, match="from PyTorch 2.13 on, and this is 2.11.0"):
         load(packed_llama)
 
 

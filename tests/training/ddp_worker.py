@@ -1,5 +1,6 @@
 """One process of a two-process run: python -m torch.distributed.run --nproc-per-node 2 ddp_worker.py RECIPE.yaml"""
 
+import os
 import pathlib
 import sys
 
@@ -8,8 +9,12 @@ from lowra.training.trainer import training_arguments
 
 if __name__ == "__main__":
     recipe = load_recipe(sys.argv[1])
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        import fsdp_on_cpu
+
+        fsdp_on_cpu.allow()
     if recipe.layer_graphs:
-        sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
         from layer_recorder import stand_in
 
         stand_in(setattr)

@@ -1,0 +1,67 @@
+"""Fine-tuning with the model sharded over processes: FSDP2, as `accelerate launch` asks for it.
+
+Accelerate tells a process by its environment, so what cannot be is refused before any work. An adapter is gathered
+once, after training; what evaluates passes whole batches through the model's own forward, since FSDP gathers a module
+when that is called and not when its parts are.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import strtobool
+
+from .recipe import Recipe
+
+
+def is_sharded_run() -> bool:
+    """Whether Accelerate has been told to shard the model by FSDP."""
+    return bool(strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def check_sharded_run(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: the recipe asks for what cannot be sharded, or Accelerate for what loses the adapter.
+    """
+    if not is_sharded_run():
+        return
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind != "FULL_STATE_DICT":
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind}, with which checkpoints have no adapter: set it to FULL_STATE_DICT, as "
+            "configs/accelerate/fsdp2.yaml does."
+        )
+    if recipe.tables != "frozen":
+        raise ValueError(
+            f"tables={recipe.tables} cannot be trained with a sharded model: leave it out, or train with one copy on "
+            "each GPU (torchrun, without FSDP)."
+        )
+    if recipe.task == "summarization":
+        raise ValueError(
+            "task=summarization generates while it evaluates, which a sharded model cannot: train with one copy on "
+            "each GPU (torchrun, without FSDP)."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of a model lie on other processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> dict[str, Any] | None:
+    """What is trained of a sharded model, whole and on the CPU; empty but on the first process, and None for others.
+
+    All processes call it together.
+    """
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)

@@ -1,0 +1,82 @@
+"""`lowra finetune` with the model sharded over two processes (FSDP2 of Accelerate, gloo): as one process trains."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import fsdp_on_cpu
+import pytest
+import yaml
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+import lowra
+from lowra.training import finetune
+
+SUMMARIES = {"source_column": "document", "target_column": "summary"}
+WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
+
+
+def run(recipe, folder, **options):
+    """A recipe by two processes. options: of FSDP."""
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **here, "CUDA_VISIBLE_DEVICES": "", **fsdp_on_cpu.environment(**options)}
+    return subprocess.run([*command, WORKER, config], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def asked_by(name):
+    """What `accelerate launch` sets for one of our files."""
+    file = pathlib.Path(__file__).parents[2] / "configs" / "accelerate" / name
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    arguments, _, _ = launch._validate_launch_command(arguments)
+    return prepare_multi_gpu_env(arguments)
+
+
+def test_the_files_for_accelerate_ask_for_what_is_tested():
+    found = asked_by("fsdp2.yaml")
+    for name, value in fsdp_on_cpu.environment().items():
+        assert found[name].lower() == value.lower(), name
+    assert "ACCELERATE_USE_FSDP" not in asked_by("ddp.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "message"),
+    [
+        ({}, "SHARDED_STATE_DICT", "checkpoints have no adapter: set it to FULL_STATE_DICT"),
+        ({"tables": "levels"}, "FULL_STATE_DICT", "tables=levels cannot be trained with a sharded model"),
+        ({"task": "summarization", **SUMMARIES}, "FULL_STATE_DICT", "task=summarization generates while it evaluates"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_any_work(recipe, monkeypatch, options, state, message):
+    for name, value in fsdp_on_cpu.environment(FSDP_STATE_DICT_TYPE=state).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        finetune(dataclasses.replace(recipe, **options), progress=False)
+    assert not pathlib.Path(recipe.output).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_model_each_have_the_loss_of_one(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, bits=1.5, gradient_checkpointing=True)
+    alone = finetune(recipe, progress=False)
+    pair = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, output=str(tmp_path / "pair"), save_steps=3)
+    done = run(pair, tmp_path)
+    assert done.returncode == 0, done.stderr[-6000:]
+    together = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    losses = [[entry["loss"] for entry in result["curve"]] for result in (alone, together)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert together["tuned"]["perplexity"] == pytest.approx(alone["tuned"]["perplexity"], rel=1e-4)
+    found, expected = (
+        load_file(pathlib.Path(output) / "adapter" / "adapter_model.safetensors")
+        for output in (pair.output, recipe.output)
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
