@@ -1,24 +1,12 @@
 """Dense checkpoints read tensor by tensor, under the names the model will know them by. Only safetensors are read."""
 
-import contextlib
 import copy
-import dataclasses
 import pathlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import get_session
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -27,10 +15,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from .companions import NOT_WANTED
 from .configs import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -40,75 +26,10 @@ from .configs import (
     shards_of_index,
     variants_in,
 )
-from .guarded import check_file, open_tensors
-from .places import expanded
+from .guarded import check_file, one_line, open_tensors
+from .matching import check_shape, check_shapes, match_tensors, unplaced
 
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def local_folder(model: str) -> pathlib.Path | None:
-    """A local folder as it is; None for what can only be a name on the hub.
-
-    Raises:
-        FileNotFoundError: a path at which there is no folder.
-    """
-    folder = expanded(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        hint = f": it is a file; give its folder, {folder.parent}" if folder.is_file() else ""
-        raise FileNotFoundError(f"{model} is not a folder with a model in it{hint}.")
-    return None
-
-
-def resolve_folder(model: str) -> pathlib.Path:
-    """A local folder as it is, or the snapshot of a hub name.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a name the hub knows.
-    """
-    if (folder := local_folder(model)) is not None:
-        return folder
-    try:
-        return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{model} is neither a local folder nor could it be had from the hub: {reason_of_hub(error)}."
-        ) from error
-
-
-@contextlib.contextmanager
-def offline_without_connection() -> Iterator[None]:
-    """Within, the hub is not asked where it does not answer: what has been downloaded counts."""
-    former = constants.HF_HUB_OFFLINE
-    try:
-        if not former:
-            try:
-                get_session().head(constants.ENDPOINT, timeout=5)
-            except Exception:  # of whichever HTTP library it uses
-                constants.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = former
-
-
-def reason_of_hub(error: Exception) -> str:
-    """Why something could not be had from the hub, in a few words."""
-    for kinds, reason in (
-        (GatedRepoError, "its owner has to grant access first, and you have to log in (hf auth login)"),
-        (RepositoryNotFoundError, "it has no model of this name, or none that you may see (hf auth login)"),
-        (HFValidationError, "this is no name that it could have; they are OWNER/MODEL"),
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it has not been downloaded yet"),
-        (
-            LocalEntryNotFoundError,
-            "HF_HUB_OFFLINE is set, and it has not been downloaded yet"
-            if constants.HF_HUB_OFFLINE
-            else "there is no connection to it, and it has not been downloaded yet",
-        ),
-    ):
-        if isinstance(error, kinds):
-            return reason
-    return one_line(error).rstrip(".")
 
 
 def safetensors_files(folder: pathlib.Path, variant: str | None = None) -> list[pathlib.Path]:
@@ -211,11 +132,6 @@ def empty_model(
     )
 
 
-def one_line(error: Exception) -> str:
-    """A message of many lines in one, with the kind of error where it says little by itself."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-
-
 def _door_to_own_code(auto_map: dict[str, str], architectures: list[str]) -> str | None:
     """The Auto class of Transformers under which a checkpoint offers the model class that its config.json names."""
     doors = {auto: str(place) for auto, place in auto_map.items() if auto.startswith("AutoModel")}
@@ -274,8 +190,8 @@ class DenseCheckpoint:
         self._expected = model.state_dict()
         self._mappings: dict[str, WeightRenaming | WeightConverter] = {}
         matches = match_tensors(files, model, needed=needed)
-        self.unplaced = _unplaced(matches, model)
-        for match, dtype in _check_shapes(matches, model):
+        self.unplaced = unplaced(matches, model)
+        for match, dtype in check_shapes(matches, model):
             if self._expected[str(match.name)].is_floating_point() and dtype not in _DENSE_TYPES:
                 raise ValueError(
                     f"Tensor {match.key} is stored as {dtype}: only dense checkpoints in 16 or 32 bits "
@@ -311,110 +227,8 @@ class DenseCheckpoint:
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in tensors.items()}
         for key, tensor in tensors.items():
             if key in self._expected:
-                _check_shape(key, tensor.shape, self._expected[key].shape, self.model)
+                check_shape(key, tensor.shape, self._expected[key].shape, self.model)
         return tensors
-
-
-@dataclasses.dataclass
-class TensorMatch:
-    """One tensor of a checkpoint and its place in a model.
-
-    Attributes:
-        key: its name in the file.
-        name: of the model's tensor that it becomes or is converted into; None where the model has no place for it.
-        pattern: what `key` matched in `converter`, or `key` itself.
-        converter: Transformers' conversion, for tensors that are merged or split while loading.
-        reader: loads the tensor.
-    """
-
-    key: str
-    name: str | None
-    pattern: str
-    converter: WeightConverter | None
-    reader: "_Reader"
-
-
-def match_tensors(
-    files: list[pathlib.Path],
-    model: PreTrainedModel,
-    placed: dict[str, str] | None = None,
-    needed: set[str] | None = None,
-) -> list[TensorMatch]:
-    """Places the tensors of a checkpoint in the model, by Transformers' own renamings; reads headers only.
-
-    Args:
-        files: of the checkpoint.
-        model: its parameters may be on "meta".
-        placed: model names by the names in the files, of tensors whose place is known; left out of the result.
-        needed: names that must be there; None needs all but those that the model's class does without.
-
-    Raises:
-        ValueError: a file is cut short, or tensors that the model needs are missing.
-    """
-    expected = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    placed = placed or {}
-    matches, provided = [], set(placed.values())
-    unplaced = (item for item in _tensors(files) if item[0] not in placed)
-    for key, reader in sorted(unplaced, key=lambda item: dot_natural_key(item[0])):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = key, None
-        if name not in expected:
-            matches.append(TensorMatch(key, None, key, None, reader))
-            continue
-        provided.add(name)
-        converter = None if pattern is None else by_pattern[pattern]
-        if converter is not None:
-            first, *others = converter.target_patterns
-            provided.update(name.replace(first, other) for other in others)
-        matches.append(TensorMatch(key, name, pattern or key, converter, reader))
-    ties = getattr(model, "all_tied_weights_keys", {})
-    provided.update(source for tied, source in ties.items() if tied in provided)
-    optional = _any_of({*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())})
-    missing = {
-        name
-        for name in (expected if needed is None else needed)
-        if name not in provided and name not in ties and not optional.search(name)
-    }
-    if missing:
-        raise ValueError(
-            f"The checkpoint lacks {count_and_names(missing)} that {type(model).__name__} needs. Download it again or "
-            "check that config.json belongs to it."
-        )
-    return matches
-
-
-def check_packed_names(
-    files: list[pathlib.Path], model: PreTrainedModel, packed: dict[str, str], shapes: bool = False
-) -> None:
-    """Holds the tensors of a packed checkpoint against its model, whose layers are packed already (on "meta").
-
-    Transformers itself fills a missing tensor with random numbers and leaves an unknown one out, with a warning.
-
-    Args:
-        files: of the checkpoint.
-        model: with packed layers.
-        packed: model names of the packed tensors by their names in the files.
-        shapes: hold the shapes of the others against the model too; Transformers does that unless it is told not to.
-
-    Raises:
-        ValueError: a tensor that the model needs is missing, one has no place in it, or another shape.
-    """
-    matches = match_tensors(files, model, packed)
-    unknown = _unplaced(matches, model)
-    if unknown:
-        raise ValueError(
-            f"The packed checkpoint holds {count_and_names(unknown)} that {type(model).__name__} has no place for: "
-            "files of two checkpoints are mixed, or config.json (modules_to_not_convert) was changed. Write it again "
-            "with `lowra quantize`."
-        )
-
-    if shapes:
-        list(_check_shapes(matches, model))
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -424,67 +238,3 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"Tensor {name} holds {bad} NaN or Inf value(s) of {tensor.numel()}; the checkpoint is damaged."
         )
-
-
-def _unplaced(matches: list[TensorMatch], model: PreTrainedModel) -> list[str]:
-    """Names in the files that the model has no place for, but for those that its class is known to leave out."""
-    # rotary caches of old checkpoints, which Transformers leaves out too
-    ignored = _any_of({*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"})
-    return [match.key for match in matches if match.name is None and not ignored.search(match.key)]
-
-
-def _check_shapes(matches: list[TensorMatch], model: PreTrainedModel) -> Iterator[tuple[TensorMatch, str]]:
-    """Every tensor that has a place, with its type as safetensors calls it.
-
-    Raises:
-        ValueError: one that is not converted while loading has another shape than the model's.
-    """
-    expected = model.state_dict()
-    by_file: dict[pathlib.Path, list[TensorMatch]] = {}
-    for match in matches:
-        if match.name is not None:
-            by_file.setdefault(match.reader.path, []).append(match)
-    for path, members in by_file.items():
-        with open_tensors(path, "weights of a checkpoint") as content:
-            for match in members:
-                header = content.get_slice(match.key)
-                if match.converter is None:
-                    _check_shape(match.key, header.get_shape(), expected[str(match.name)].shape, model)
-                yield match, header.get_dtype()
-
-
-def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int], model: PreTrainedModel) -> None:
-    if list(shape) != list(expected):
-        raise ValueError(
-            f"Tensor {name} has shape {list(shape)}, but {type(model).__name__} of this config.json expects "
-            f"{list(expected)}."
-        )
-
-
-def _any_of(patterns: set[str]) -> re.Pattern:
-    return re.compile("|".join(patterns or ["(?!)"]))
-
-
-def count_and_names(names: Iterable[str]) -> str:
-    """Such as "2 tensor(s): a, b"."""
-    names = sorted(names)
-    return f"{len(names)} tensor(s): {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-
-
-def _tensors(files: list[pathlib.Path]) -> Iterator[tuple[str, "_Reader"]]:
-    for path in files:
-        with open_tensors(path, "weights of a checkpoint") as content:
-            keys = list(content.keys())
-        for key in keys:
-            yield key, _Reader(path, key)
-
-
-class _Reader:
-    """Loads one tensor when called; the file is opened anew, so no mapping keeps its pages alive."""
-
-    def __init__(self, path: pathlib.Path, key: str):
-        self.path, self.key = path, key
-
-    def __call__(self) -> torch.Tensor:
-        with open_tensors(self.path, "weights of a checkpoint") as content:
-            return content.get_tensor(self.key)

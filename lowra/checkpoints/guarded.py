@@ -118,3 +118,8 @@ def read_tensors(path: pathlib.Path, what: str) -> tuple[dict[str, torch.Tensor]
     with open_tensors(path, what) as content:
         # A copy, so that nothing keeps the file mapped: a file replaced in place would change under the reader.
         return {name: content.get_tensor(name).clone() for name in content.keys()}, dict(content.metadata() or {})
+
+
+def one_line(error: Exception) -> str:
+    """A message of many lines in one, with the kind of error where it says little by itself."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")

@@ -24,8 +24,8 @@ from ..weights.digests import ALGORITHM, canonical_digest, digest_of, packing_of
 from ..weights.packed import TABLES, TENSOR_NAMES, row_counts
 from .atomic import save_json
 from .configs import of_variant
-from .dense import count_and_names
 from .guarded import read_json
+from .matching import count_and_names
 from .reading import StoredTensor, stored_tensors
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from ..config import FILLED_IN, LowRAConfig
 from ..weights.digests import digest_of, joined
 from .atomic import save_json, set_metadata
-from .dense import count_and_names
 from .guarded import read_json
+from .matching import count_and_names
 from .reading import stored_tensors
 
 BASE_RECORD = "lowra_base.json"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..checkpoints.companions import with_tokenizer
-from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.dense import read_config
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
 from ..corpus import load_tokenizer
 from ..generation.loading import check_adapter_folder, load_model

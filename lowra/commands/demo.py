@@ -7,7 +7,8 @@ import time
 
 from ..checkpoints.atomic import save_text
 from ..checkpoints.configs import packing_described
-from ..checkpoints.dense import local_folder, safetensors_files
+from ..checkpoints.dense import safetensors_files
+from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..corpus import load_tokenizer
 from ..demo import BASE, comparison_table, demo_cells, order_problems, write_texts

@@ -2,7 +2,8 @@
 
 import argparse
 
-from ..checkpoints.dense import empty_model, resolve_folder
+from ..checkpoints.dense import empty_model
+from ..checkpoints.hub import resolve_folder
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..generation.loading import check_adapter_folder, load_model
 from ..training.data import Collator, text_blocks

@@ -5,7 +5,8 @@ import math
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
-from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.dense import read_config
+from ..checkpoints.hub import resolve_folder
 from ..corpus import check_characters, check_token_ids, load_tokenizer
 from ..generation.loading import check_adapter_folder, load_model
 from ..generation.text import Continuation, continue_text

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.atomic import written_beside
 from ..checkpoints.companions import companions, copy_companions, with_tokenizer
-from ..checkpoints.dense import empty_model, local_folder, read_config, resolve_folder
+from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.guarded import read_json
+from ..checkpoints.hub import local_folder, resolve_folder
 from ..checkpoints.places import expanded
 from ..checkpoints.records import ADAPTER_CONFIG
 from ..device import choose_device

@@ -6,7 +6,7 @@ import pathlib
 from ..adapters.labels import bytes_problem
 from ..adapters.storage import PACKED_FILE, read_packed
 from ..checkpoints.configs import CONFIG_FILE, variants_in
-from ..checkpoints.dense import resolve_folder
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.integrity import DIGESTS_FILE, changed_settings
 from ..checkpoints.records import ADAPTER_CONFIG, ADAPTER_FILES, check_adapter_folder
 from ..inspection.packed import PackedFolder

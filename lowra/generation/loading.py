@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
-from ..checkpoints.dense import read_config, resolve_folder
+from ..checkpoints.dense import read_config
 from ..checkpoints.guarded import read_json
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
 from ..device import choose_device, has_bfloat16
 

@@ -5,8 +5,9 @@ import pathlib
 
 import torch
 
-from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from ..checkpoints.guarded import open_tensors, read_json
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.targets import Target
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 from ..weights.fingerprint import fingerprint_of, weight_digest

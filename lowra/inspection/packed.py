@@ -10,9 +10,11 @@ import torch
 from bitsandbytes.backends.lowra import layout
 
 from ..checkpoints.configs import CONFIG_FILE, check_packed_folder, of_variant, packing_described, read_model_config
-from ..checkpoints.dense import check_packed_names, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import empty_model, safetensors_files
 from ..checkpoints.guarded import read_json
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.integrity import DIGESTS_FILE, check_tensors, find_tensors, read_digests
+from ..checkpoints.matching import check_packed_names
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, find_targets

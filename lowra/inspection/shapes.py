@@ -8,7 +8,8 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..checkpoints.configs import CONFIG_FILE
-from ..checkpoints.dense import empty_model, local_folder, offline_without_connection, reason_of_hub
+from ..checkpoints.dense import empty_model
+from ..checkpoints.hub import local_folder, offline_without_connection, reason_of_hub
 from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
 

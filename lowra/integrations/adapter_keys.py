@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.dense import count_and_names
+from ..checkpoints.matching import count_and_names
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils import cached_file
 
-from ..checkpoints.dense import offline_without_connection, reason_of_hub
+from ..checkpoints.hub import offline_without_connection, reason_of_hub
 from ..checkpoints.reading import stored_tensors
 from ..checkpoints.records import ADAPTER_CONFIG
 from .adapter_configs import check_adapter_config

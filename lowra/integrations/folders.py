@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configs import GENERATION_FILE, check_packed_folder, is_of_lowra
-from ..checkpoints.dense import empty_model, one_line
+from ..checkpoints.dense import empty_model
+from ..checkpoints.guarded import one_line
 from ..checkpoints.records import ADAPTER_CONFIG
 
 

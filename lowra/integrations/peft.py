@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.configs import packing_described
-from ..checkpoints.dense import DenseCheckpoint, empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.records import ADAPTER_WEIGHTS, digest_of_adapter, digests_of_file
 from ..checkpoints.targets import find_targets, replace_module
 from ..nn.embedding import LowRAEmbedding

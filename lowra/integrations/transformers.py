@@ -23,7 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import strtobool
 
 from ..checkpoints.atomic import save_text
-from ..checkpoints.dense import DenseCheckpoint, check_packed_names
+from ..checkpoints.dense import DenseCheckpoint
+from ..checkpoints.matching import check_packed_names
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.targets import Target, find_targets
 from ..config import FILLED_IN, PRECISIONS, LowRAConfig

@@ -5,9 +5,10 @@ import pathlib
 
 from ..checkpoints.atomic import save_json, save_tensors, save_text
 from ..checkpoints.companions import copy_companions
-from ..checkpoints.dense import count_and_names, safetensors_files
+from ..checkpoints.dense import safetensors_files
 from ..checkpoints.guarded import open_tensors
 from ..checkpoints.integrity import FoundTensors, find_tensors, write_digests
+from ..checkpoints.matching import count_and_names
 from ..config import LowRAConfig
 from . import card
 from .calibration import CALIBRATION_FILE

@@ -9,7 +9,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ..checkpoints.dense import DenseCheckpoint, count_and_names
+from ..checkpoints.dense import DenseCheckpoint
+from ..checkpoints.matching import count_and_names
 from ..checkpoints.targets import Target
 from ..device import has_bfloat16
 

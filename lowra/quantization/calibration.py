@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.atomic import save_tensors
-from ..checkpoints.dense import empty_model, resolve_folder
+from ..checkpoints.dense import empty_model
 from ..checkpoints.guarded import read_tensors
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text

@@ -14,14 +14,9 @@ import torch
 
 from ..checkpoints.atomic import save_json
 from ..checkpoints.companions import companions
-from ..checkpoints.dense import (
-    DenseCheckpoint,
-    check_finite,
-    count_and_names,
-    empty_model,
-    resolve_folder,
-    safetensors_files,
-)
+from ..checkpoints.dense import DenseCheckpoint, check_finite, empty_model, safetensors_files
+from ..checkpoints.hub import resolve_folder
+from ..checkpoints.matching import count_and_names
 from ..checkpoints.places import expanded, new_folder
 from ..checkpoints.targets import check_skips, find_targets
 from ..config import LowRAConfig

@@ -10,7 +10,9 @@ import torch
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..checkpoints.dense import offline_without_connection, one_line, read_config, resolve_folder
+from ..checkpoints.dense import read_config
+from ..checkpoints.guarded import one_line
+from ..checkpoints.hub import offline_without_connection, resolve_folder
 from ..corpus import check_row, check_token_ids, holds_rows, load_tokenizer, read_json_lines, read_rows, read_text
 from ..optional import require
 from . import conversations

@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.atomic import save_json, save_text
-from ..checkpoints.dense import local_folder
+from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
 from ..nn.trained_tables import bake_tables, save_tables, train_tables

@@ -14,8 +14,9 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoints.dense import empty_model, resolve_folder, safetensors_files
+from ..checkpoints.dense import empty_model, safetensors_files
 from ..checkpoints.guarded import read_json
+from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys

@@ -10,7 +10,7 @@ import typing
 
 import torch
 
-from ..checkpoints.dense import resolve_folder
+from ..checkpoints.hub import resolve_folder
 from ..device import choose_device, has_bfloat16
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config

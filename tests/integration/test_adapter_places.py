@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM
 
 import lowra
-from lowra.checkpoints import dense
+from lowra.checkpoints import hub
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def without_hub(monkeypatch, tmp_path):
     def no_answer():
         raise ConnectionError("no answer")
 
-    monkeypatch.setattr(dense, "get_session", no_answer)
+    monkeypatch.setattr(hub, "get_session", no_answer)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
