@@ -126,7 +126,7 @@ class PackedConfig(QuantizationConfig):
             packed = prefix in self.packed if prefix else self.config.quantize_embeddings
             return PackedEmbeddingMethod(self) if packed else None
         if isinstance(layer, RoutedExperts):
-            if any(name.startswith(prefix) for name in self.packed):
+            if any(".experts." in name for name in self.packed):  # below names that are others in vLLM
                 raise ValueError(
                     f"{prefix} holds packed experts, which lowra does not serve in vLLM: `transformers serve`, or "
                     "`lowra merge` for a dense model."
