@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "fuzz_checkpoints.py"
 
 @pytest.fixture(scope="module")
 def fuzz():
+    sys.path[:0] = [str(SCRIPT.parent)]  # for the mutations
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
