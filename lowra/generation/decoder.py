@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
+from .mixed_batches import NO_ADAPTER
 from .projections import Projections, Unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
@@ -47,15 +48,17 @@ class Decoder:
 
     Attributes:
         layers: blocks.
+        names: adapters of the sequences of a mixed batch; empty where the active ones are for all.
         positions: that rotary embeddings were made for.
         device, dtype: of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int):
+    def __init__(self, model: PreTrainedModel, positions: int, names: tuple[str, ...] = ()):
         """Reads the model's modules.
 
         Args:
             positions: how many are needed; rotary embeddings are made for so many.
+            names: see there.
 
         Raises:
             Unsupported: this path does not cover the model as it is.
@@ -63,13 +66,20 @@ class Decoder:
         config = model.config
         if config.model_type not in FAMILIES:
             raise Unsupported(f"{config.model_type} is none of the architectures {', '.join(FAMILIES)}")
-        self.positions = positions
+        self.positions, self.names = positions, names
         self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
         weight = self._body.norm.weight
         self.device, self.dtype = weight.device, weight.dtype
         if any(parameter.device != self.device for parameter in model.parameters()):
             raise Unsupported("the model is spread over several devices")
         _check_mode(model)
+        self._rows = {
+            name: torch.tensor([own == name for own in names], device=self.device)
+            for name in dict.fromkeys(names)
+            if name != NO_ADAPTER
+        }
+        if names and not self._rows:
+            raise Unsupported("no sequence of the batch has an adapter")
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
@@ -240,7 +250,7 @@ class Decoder:
         )
 
     def _group(self, parent: Any, *names: str) -> Projections:
-        return Projections(parent, names, self.dtype)
+        return Projections(parent, names, self.dtype, self._rows)
 
 
 def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:

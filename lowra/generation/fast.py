@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
 
 from .decoder import Decoder
+from .mixed_batches import adapter_names
 from .projections import Unsupported
 
 logger = logging.getLogger(__name__)
@@ -182,15 +183,19 @@ def _session(request: Request) -> tuple["Session", torch.Tensor]:
     """
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
+    names = adapter_names(model)
+    if names and len(names) != batch:
+        raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     kept = _sessions.get(model)
-    if kept is not None and kept.serves(model, batch, positions, request.choice()):
+    if kept is not None and kept.serves(model, batch, positions, request.choice(), names):
         kept.decoder.refresh()
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
-    decoder = Decoder(model, slots)
+    decoder = Decoder(model, slots, names)
     decoder.refresh()
     if kept is None:
-        _check_against_model(decoder, model, request.input_ids[:1, int(first[0]) :][:, :_CHECKED_TOKENS])
+        tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))
+        _check_against_model(decoder, model, request.input_ids[:, -tokens:])
     del kept
     _sessions.pop(model, None)  # its cache makes room for the new one
     session = Session(decoder, batch, slots, request)
@@ -205,8 +210,8 @@ def _check_against_model(decoder: Decoder, model: PreTrainedModel, ids: torch.Te
         Unsupported: the logits differ by more than rounding explains.
     """
     expected = model(ids, use_cache=False).logits[:, -1].float()
-    first = torch.zeros(1, dtype=torch.int32, device=ids.device)
-    caches = decoder.caches(1, _SLOTS, first)
+    first = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+    caches = decoder.caches(len(ids), _SLOTS, first)
     if ids.shape[1] == 1:
         found = decoder.prompt(ids, first, caches)
     else:
@@ -240,9 +245,10 @@ class Session:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits = torch.empty(0)
 
-    def serves(self, model: PreTrainedModel, batch: int, positions: int, choice: tuple) -> bool:
-        """Whether a request can run here: shape and choice are the same, and no tensor has moved since."""
-        same = (batch, choice) == (self._batch, self._choice) and positions <= self._slots
+    def serves(self, model: PreTrainedModel, batch: int, positions: int, choice: tuple, names: tuple[str, ...]) -> bool:
+        """Whether a request can run here: shape, choice and adapters are the same, and no tensor has moved since."""
+        asked, own = (batch, choice, names), (self._batch, self._choice, self.decoder.names)
+        same = asked == own and positions <= self._slots
         return same and self.decoder.is_current(model)
 
     def run(

@@ -1,7 +1,7 @@
 """The linear layers of a block as decoding calls them: those of one x together, with the LoRA adapters on them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class Adapter:
     Attributes:
         source: the parameters A [r, K] and B [N, r].
         scaling: alpha / r, or what the adapter has in its place.
+        rows: bool [batch], the sequences of a mixed batch that it is for; None for all.
         factors: A and B in the type of x once `refresh` was called; the parameters themselves where they have it.
     """
 
     source: tuple[torch.Tensor, torch.Tensor]
     scaling: float
+    rows: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.factors = self.source
@@ -39,19 +41,21 @@ class Adapter:
 class Projections:
     """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
 
-    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype):
+    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype, rows: Mapping[str, torch.Tensor]):
         """
         Args:
             parent, names: the module that has the layers, and their names in it.
             dtype: of x.
+            rows: of a mixed batch, which sequences (bool [batch]) go through which adapter; empty where the active
+                ones are for all.
 
         Raises:
             Unsupported: an adapter method or a layer that this path does not know.
         """
-        self._read_from = parent, names, dtype
+        self._read_from = parent, names, dtype, rows
         modules = [getattr(parent, name) for name in names]
         self._bases = [_base_of(module) for module in modules]
-        self._adapters = [list(_adapters_of(module)) for module in modules]
+        self._adapters = [list(_adapters_of(module, rows)) for module in modules]
         self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
         if len(self._packed) < len(self._bases):
             self._packed = []
@@ -80,7 +84,10 @@ class Projections:
         for out, adapters in zip(outs, self._adapters, strict=True):
             for adapter in adapters:
                 a, b = adapter.factors
-                out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
+                inner = x @ a.T
+                if adapter.rows is not None:
+                    inner.view(len(adapter.rows), -1, len(a)).masked_fill_(~adapter.rows[:, None, None], 0)
+                out.addmm_(inner, b.T, alpha=adapter.scaling)
         return outs
 
     def _in_one(self) -> bool:
@@ -88,7 +95,8 @@ class Projections:
 
     def cells(self) -> int:
         """Cells that the adapters need to go into the products; 0 where they do not."""
-        if not self._packed or not any(self._adapters) or any(len(own) > 1 for own in self._adapters):
+        several = any(len(own) > 1 for own in self._adapters) or any(own.rows is not None for own in self.adapters())
+        if not self._packed or not any(self._adapters) or several:
             return 0
         matrix, _ = self._packed[0]
         return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
@@ -131,17 +139,19 @@ def _base_of(module: nn.Module) -> nn.Module:
     raise Unsupported(f"it has layers of the kind {type(base).__name__}")
 
 
-def _adapters_of(module: nn.Module) -> Iterator[Adapter]:
+def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor]) -> Iterator[Adapter]:
     if not isinstance(module, BaseTunerLayer):
         return
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"{type(module).__name__} is no LoRA")
+    if rows and (module.merged or getattr(module.base_layer, "adapter_tables", None) is not None):
+        raise Unsupported("adapters of a mixed batch are merged, or have levels and scales of their own")
     if module.disable_adapters or module.merged:
         return
-    for name in module.active_adapters:
+    for name in rows or module.active_adapters:
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
         if name in module.lora_variant or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
             raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
-        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name])
+        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name], rows.get(name))

@@ -141,6 +141,43 @@ def test_an_adapter_and_its_changes_are_seen(folders, device, warnings):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_each_sequence_goes_through_its_own_adapter(folders, device, warnings):
+    model = get_peft_model(load(folders["llama"], device), LoraConfig(r=4, target_modules="all-linear"), "law")
+    model.add_adapter("news", LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    active, _ = both(model, batch(device))  # from here on there is a session
+    for names in (["news", "law", "__base__"], ["law", "news", "law"], ["law", "law", "law"]):
+        expected, found = both(model, batch(device), adapter_names=names)
+        if device == "cuda":  # padded rows cannot be run again by themselves
+            expected, found = expected[:1], found[:1]
+        with model.base_model._enable_peft_forward_hooks(adapter_names=names[: len(found)]):
+            assert_same(model.get_base_model(), found, expected)
+        assert torch.equal(expected[0], active[0]) == (names[0] == "law")
+    expected, found = both(model, batch(device))
+    assert_same(model, found[:1], expected[:1])
+    assert not warnings.records
+    expected, found = both(model, batch(device), adapter_names=["__base__"] * 3)
+    assert torch.equal(found, expected) and "no sequence of the batch has an adapter" in warnings.text
+
+
+def test_hooks_of_others_are_called_by_the_usual_loop(folders, warnings):
+    model = load(folders["llama"])
+    model.enable_input_require_grads()  # as after a training
+    plain, found = both(model, batch())
+    assert torch.equal(found, plain) and not warnings.records
+    steered = model.model.layers[1].register_forward_hook(lambda layer, inputs, output: -output)
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected) and not torch.equal(found, plain)
+    assert "LlamaDecoderLayer has a hook" in warnings.text
+    steered.remove()
+    assert torch.equal(both(model, batch())[1], plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_changes_scores(folders, device, warnings):
     model = load(folders["llama"], device)
     expected, found = both(model, batch(device), repetition_penalty=1.5)
@@ -258,6 +295,9 @@ def test_release_frees_the_session(folders):
     both(model, batch())
     assert model in fast._sessions
     fast.release(model)
+    assert model not in fast._sessions
+    both(model, batch())
+    fast.release(get_peft_model(model, LoraConfig(r=4)))
     assert model not in fast._sessions
 
 
