@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 #define LOWRA_FORMAT_VERSION 1
-#define LOWRA_INTERFACE_VERSION 3  // of the functions and structs below: native.py takes no library of another one
+#define LOWRA_INTERFACE_VERSION 3  // of the functions and structs below: libraries.py takes no library of another one
 #define LOWRA_ROW_ALIGNMENT 16     // bytes: one vector load of a GPU thread never crosses into the next row
 #define LOWRA_SCALE_BLOCK 256      // scales that share one float32 step
 #define LOWRA_MAX_GROUP_SIZE 256
@@ -87,10 +87,10 @@ static inline int64_t lowra_row_bytes(int64_t in_features, int bits) {
 }
 
 #ifdef __cplusplus
-static_assert(sizeof(lowra_shape) == 40, "lowra_shape is mirrored by ctypes in native.py");
-static_assert(sizeof(lowra_packed) == 88, "lowra_packed is mirrored by ctypes in native.py");
-static_assert(sizeof(lowra_part) == 32, "lowra_part is mirrored by ctypes in native.py");
-static_assert(sizeof(lowra_lloyd) == 48, "lowra_lloyd is mirrored by ctypes in native.py");
+static_assert(sizeof(lowra_shape) == 40, "lowra_shape is mirrored by ctypes in libraries.py");
+static_assert(sizeof(lowra_packed) == 88, "lowra_packed is mirrored by ctypes in libraries.py");
+static_assert(sizeof(lowra_part) == 32, "lowra_part is mirrored by ctypes in libraries.py");
+static_assert(sizeof(lowra_lloyd) == 48, "lowra_lloyd is mirrored by ctypes in libraries.py");
 static_assert(LOWRA_ROW_ALIGNMENT % 16 == 0, "kernels load 16 bytes at once");
 static_assert(LOWRA_SCALE_BLOCK == 256, "the checkpoint format fixes the block of double-quantised scales");
 static_assert(255 * 255 * 2 < (1 << 24), "c * c is exact in float32");

@@ -66,7 +66,7 @@ def work(options: argparse.Namespace) -> None:
     """In the watched process: cases from `options.first` on, each announced before it runs."""
     cases = Cases(options.seed)
     if options.library:
-        cases.native._cpu = cases.native._load(pathlib.Path(options.library), "cpu")
+        cases.native._cpu = cases.libraries.load(pathlib.Path(options.library), "cpu")
     if not cases.native.cpu_available():
         sys.exit("The CPU library could not be loaded.")
     number, end = options.first, time.monotonic() + options.seconds

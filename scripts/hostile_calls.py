@@ -65,7 +65,7 @@ class Cases(OpCases):
         dtype = self.random.choice(self.floats)
         order, wanted = self.order_or_worse(case.row_order)
         packed = case.packed._replace(row_order=order)
-        struct = native._Packed.from_buffer_copy(native.packed_of(packed))
+        struct = self.libraries.Packed.from_buffer_copy(native.packed_of(packed))
         shape = self.sizes_or_worse(struct.shape, ["rows4", "rows2", "rows1", "in_features", "group_size"])
         if shape == -1:
             return None
@@ -79,7 +79,7 @@ class Cases(OpCases):
         kind, worse = self.type_or_worse(native._TYPES[dtype])
         wanted |= more | worse
         threads = self.random.choice([1, 2, 16, 0, -1, 2**31 - 1])
-        part = native._Part(0, packed.rows, 0, packed.in_features)
+        part = self.libraries.Part(0, packed.rows, 0, packed.in_features)
         if self.random.random() < 0.1:
             name, value = self.random.choice(
                 [(n, v) for n, _ in part._fields_ for v in (-1, -(2**63), 2**62, 2**63 - 1)]
@@ -96,7 +96,7 @@ class Cases(OpCases):
         dtype, tokens = self.random.choice(self.floats), self.random.choice([0, 1, 2, 3, 7, 16])
         order, wanted = self.order_or_worse(case.row_order)
         packed = case.packed._replace(row_order=order)
-        struct = native._Packed.from_buffer_copy(native.packed_of(packed))
+        struct = self.libraries.Packed.from_buffer_copy(native.packed_of(packed))
         shape = self.sizes_or_worse(struct.shape, ["rows4", "rows2", "rows1", "in_features", "group_size"])
         if shape == -1 or tokens == 0 and wanted:
             return None  # nothing to compute: what else is wrong is nobody's business
@@ -153,7 +153,7 @@ class Cases(OpCases):
     def c_lloyd_max(self, case) -> str | None:
         torch, native = self.torch, self.native
         levels, cuts = torch.linspace(-1, 1, 22), torch.linspace(-1, 1, 19)
-        struct = native._Lloyd(levels.data_ptr(), cuts.data_ptr(), *case.weight.shape, case.group_size, 3, 1)
+        struct = self.libraries.Lloyd(levels.data_ptr(), cuts.data_ptr(), *case.weight.shape, case.group_size, 3, 1)
         shape = self.sizes_or_worse(struct, ["rows", "in_features", "group_size"])
         if shape == -1:
             return None

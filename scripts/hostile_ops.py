@@ -19,9 +19,10 @@ class OpCases:
         import cases
 
         import bitsandbytes  # noqa: F401 - registers the ops
-        from bitsandbytes.backends.lowra import layout, lloyd, native, reference, table_gradients
+        from bitsandbytes.backends.lowra import layout, libraries, lloyd, native, reference, table_gradients
 
         self.seed, self.torch, self.native, self.packed_case = seed, torch, native, cases.packed_case
+        self.libraries = libraries
         self.reference, self.lloyd, self.table_gradients = reference, lloyd, table_gradients
         self.ops, self.matrix = torch.ops.bitsandbytes, layout.PackedMatrix
         types = (torch.float32, torch.float16, torch.bfloat16)

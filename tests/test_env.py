@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bitsandbytes.backends.lowra import native, reference
+from bitsandbytes.backends.lowra import libraries, native, reference
 from lowra.commands import main
 from lowra.inspection import environment
 from lowra.integrations.patching import Patch
@@ -66,25 +66,25 @@ def test_a_kernel_that_decodes_wrongly_is_told(monkeypatch):
 
 
 def test_a_library_that_serves_nothing_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "left_aside", {})
-    assert native._load(tmp_path / "libmissing.so", "cpu") is None
-    assert native.left_aside["cpu"] == "libmissing.so was not built"
+    monkeypatch.setattr(libraries, "left_aside", {})
+    assert libraries.load(tmp_path / "libmissing.so", "cpu") is None
+    assert libraries.left_aside["cpu"] == "libmissing.so was not built"
     damaged = tmp_path / "libdamaged.so"
     damaged.write_bytes(b"no library")
-    assert native._load(damaged, "cpu") is None
-    assert "cannot be loaded" in native.left_aside["cpu"]
+    assert libraries.load(damaged, "cpu") is None
+    assert "cannot be loaded" in libraries.left_aside["cpu"]
 
 
 def test_the_cuda_library_is_of_the_line_that_pytorch_and_the_driver_serve():
     def not_asked():
         raise AssertionError("the driver was asked for nothing")
 
-    assert native._cuda_line(13, [12, 13], not_asked) == 13
-    assert native._cuda_line(12, [12, 13], not_asked) == 12
-    assert native._cuda_line(12, [], not_asked) == 12
-    assert native._cuda_line(13, [12], lambda: 13) == 12  # drivers serve older lines
-    assert native._cuda_line(12, [13], lambda: 13) == 13
-    assert native._cuda_line(12, [13], lambda: 12) == 12  # which is not there: left aside, with the reason
+    assert libraries.cuda_line(13, [12, 13], not_asked) == 13
+    assert libraries.cuda_line(12, [12, 13], not_asked) == 12
+    assert libraries.cuda_line(12, [], not_asked) == 12
+    assert libraries.cuda_line(13, [12], lambda: 13) == 12  # drivers serve older lines
+    assert libraries.cuda_line(12, [13], lambda: 13) == 13
+    assert libraries.cuda_line(12, [13], lambda: 12) == 12  # which is not there: left aside, with the reason
 
 
 def test_env_says_for_which_card_the_code_was_compiled():
@@ -99,20 +99,20 @@ def test_env_says_for_which_card_the_code_was_compiled():
 
 
 def test_a_gpu_without_code_takes_the_reference_and_is_told(monkeypatch):
-    monkeypatch.setattr(native, "left_aside", {})
+    monkeypatch.setattr(libraries, "left_aside", {})
     library = types.SimpleNamespace(
         lowra_cuda_error=lambda: b"no kernel image is available for execution on the device"
     )
     monkeypatch.setattr(native, "_cuda", library)
     assert native.covered(0) and native.covered(4) and not native.covered(5)
-    assert native.left_aside == {}
+    assert libraries.left_aside == {}
     assert not native.covered(10)
-    assert "no code for this GPU (no kernel image" in native.left_aside["cuda"]
+    assert "no code for this GPU (no kernel image" in libraries.left_aside["cuda"]
 
 
 def test_the_reference_warns_once_off_the_cpu(monkeypatch, caplog):
     native._warn_of_reference.cache_clear()
-    monkeypatch.setattr(native, "left_aside", {"cuda": "libbitsandbytes_lowra_cuda13.so was not built"})
+    monkeypatch.setattr(libraries, "left_aside", {"cuda": "libbitsandbytes_lowra_cuda13.so was not built"})
     with caplog.at_level(logging.WARNING):
         assert native.by_reference(sum, torch.device("cpu"), [1, 2]) == 3
         assert not caplog.records

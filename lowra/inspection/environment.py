@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.backends.lowra import layout, native
+from bitsandbytes.backends.lowra import libraries as native_libraries
 
 from ..integrations.model_patches import MODEL_PATCHES
 from ..integrations.patches import TABLE
@@ -86,7 +87,7 @@ def libraries() -> dict[str, dict[str, Any]]:
         kind: {
             "files": sorted(str(path) for path in folder.glob(f"libbitsandbytes_lowra_{kind}*.so")),
             "loaded": loaded[kind],
-            "why_not": native.left_aside.get(kind),
+            "why_not": native_libraries.left_aside.get(kind),
         }
         for kind in loaded
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import native, reference
+from bitsandbytes.backends.lowra import libraries, native, reference
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
 OPS = torch.ops.bitsandbytes
@@ -181,7 +181,7 @@ def test_the_c_interface_refuses_what_it_cannot_multiply():
     assert call(struct, at_x + 1, 1, None, at_out, 0, 1) == call(struct, at_x, 1, at_x + 2, at_out, 0, 1) == misaligned
     order = case.row_order.clone()
     order[3] = 16
-    struct = native._Packed.from_buffer_copy(struct)
+    struct = libraries.Packed.from_buffer_copy(struct)
     struct.row_order = order.data_ptr()
     assert call(struct, at_x, 1, None, at_out, 0, 1) == bad_order
 

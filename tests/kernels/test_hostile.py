@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import layout, native, reference
+from bitsandbytes.backends.lowra import layout, libraries, native, reference
 
 OPS = torch.ops.bitsandbytes
 TENSORS = ("codes", "row_order", "scales", "scale_steps", "levels")
@@ -362,7 +362,7 @@ def test_memory_that_a_gpu_cannot_load_from_is_refused(name):
 def statuses_of(packed, out, threads=1):
     """What the CPU library answers to a dequantisation by this struct."""
     pointer = None if out is None else ctypes.c_void_p(out)
-    part = native._Part(0, 16, 0, 200)
+    part = libraries.Part(0, 16, 0, 200)
     return native._cpu.lowra_cpu_dequantize(packed and ctypes.byref(packed), part, pointer, 0, threads)
 
 
@@ -373,7 +373,7 @@ def test_the_c_interface_refuses_sizes_and_pointers():
     bad_shape, bad_type, null, misaligned, bad_order = 1, 2, 3, 7, 8
 
     def changed(**changes):
-        struct = native._Packed.from_buffer_copy(native.packed_of(case.packed))
+        struct = libraries.Packed.from_buffer_copy(native.packed_of(case.packed))
         for name, value in changes.items():
             setattr(struct if hasattr(struct, name) else struct.shape, name, value)
         return struct
@@ -412,5 +412,5 @@ def test_a_library_of_another_version_is_left_aside(monkeypatch, tmp_path, caplo
             return layout.FORMAT_VERSION
 
     monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Old())
-    monkeypatch.setattr(native, "left_aside", {})
-    assert native._load(tmp_path / "libold.so", "cpu") is None and "built from another version" in caplog.text
+    monkeypatch.setattr(libraries, "left_aside", {})
+    assert libraries.load(tmp_path / "libold.so", "cpu") is None and "built from another version" in caplog.text

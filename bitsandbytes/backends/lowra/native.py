@@ -1,21 +1,21 @@
-"""The one file that knows ctypes: loads the native libraries and calls them on tensors.
+"""Calls the functions of the native libraries on tensors; ctypes is known here and in `libraries`.
 
-A library that is missing or of another format version is left aside with one log line, and its `…_available` answers
-False; a status other than OK becomes an exception that names the shapes.
+Where a library was left aside its `…_available` answers False; a status other than OK becomes an exception that names
+the shapes.
 """
 
 import ctypes
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import layout
+from . import layout, libraries
 from .layout import PackedMatrix
+from .libraries import Lloyd, Packed, Part, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -36,143 +36,16 @@ _STATUS = {
     8: "row_order must name every row once",
     9: "there is not enough memory",
 }
-_INTERFACE_VERSION = 3
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows4", "rows2", "rows1", "in_features", "group_size")]
-
-
-class _Packed(ctypes.Structure):
-    _fields_ = [
-        ("shape", _Shape),
-        ("codes", ctypes.c_void_p),
-        ("row_order", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("scale_steps", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("scale_type", ctypes.c_int32),
-    ]
-
-
-class _Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("first_row", "rows", "first_column", "columns")]
-
-
-class _Lloyd(ctypes.Structure):
-    _fields_ = [
-        ("initial_levels", ctypes.c_void_p),
-        ("initial_thresholds", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
-        ("iterations", ctypes.c_int32),
-        ("squared", ctypes.c_int32),
-    ]
-
-
-# Arguments of the functions: addresses travel as plain integers, which ctypes converts by these types.
-_P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_CPU_SIGNATURES = {
-    "lowra_cpu_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _I],
-    "lowra_cpu_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _I],
-    "lowra_cpu_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _I],
-    "lowra_cpu_lloyd_max": [ctypes.POINTER(_Lloyd), _P, _I, _P, _P, _P, _I],
-    "lowra_cpu_instructions": [ctypes.c_char_p],
-}
-_CUDA_SIGNATURES = {
-    "lowra_cuda_quantize": [ctypes.POINTER(_Shape), _P, _I, _P, _P, _P, _P, _P],
-    "lowra_cuda_encode_scales": [_P, _L, _P, _P, _P],
-    "lowra_cuda_dequantize": [ctypes.POINTER(_Packed), ctypes.POINTER(_Part), _P, _I, _P],
-    "lowra_cuda_product": [ctypes.POINTER(_Packed), _P, _L, _P, _P, _I, _P],
-    "lowra_cuda_product_is_quicker": [_L, _L, _L],
-    "lowra_cuda_lloyd_max": [ctypes.POINTER(_Lloyd), _P, _I, _P, _P, _P, _P],
-    "lowra_cuda_table_gradients": [ctypes.POINTER(_Packed), _P, _I, _P, _P, _P],
-    "lowra_cuda_code": [ctypes.POINTER(ctypes.c_int32)],
-    # of native_decoding.py
-    "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _P, _I, _P],
-    "lowra_cuda_add_norm": [_P, _I, _P],
-    "lowra_cuda_gate": [_P, _P, _P, _L, _I, _I, _P],
-    "lowra_cuda_attention": [_P, _I, _P],
-}
 UNSUPPORTED = 5
 _NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
-_CUDA_LINES = (12, 13)
 CPU_MOST_TOKENS = 16
 _INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
-def _installed(name: str) -> pathlib.Path:
-    return pathlib.Path(__file__).with_name(f"lib{name}.so")
-
-
-# Why a library serves nothing, by "cpu" and "cuda"; for the warning at the first slow product, and `lowra env`.
-left_aside: dict[str, str] = {}
-
-
-def _load(path: pathlib.Path, kind: str) -> ctypes.CDLL | None:
-    if not path.exists():
-        left_aside[kind] = f"{path.name} was not built"
-        logger.info("lowra: %s; the PyTorch reference is used in its place", left_aside[kind])
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        left_aside[kind] = f"{path.name} cannot be loaded ({error})"
-        logger.warning("lowra: %s; the PyTorch reference is used in its place", left_aside[kind])
-        return None
-    versions = [getattr(library, f"lowra_{what}_version", lambda: None)() for what in ("format", "interface")]
-    signatures = _CPU_SIGNATURES if kind == "cpu" else _CUDA_SIGNATURES
-    complete = all(hasattr(library, name) for name in signatures)
-    if versions != [layout.FORMAT_VERSION, _INTERFACE_VERSION] or not complete:
-        left_aside[kind] = f"{path.name} was built from another version"
-        logger.warning("lowra: %s; rebuild with `make build`", left_aside[kind])
-        return None
-    for name, types in signatures.items():
-        getattr(library, name).argtypes = types
-    return library
-
-
-def _load_cuda() -> ctypes.CDLL | None:
-    if torch.version.cuda is None:
-        left_aside["cuda"] = "this PyTorch is built without CUDA"
-        return None
-    # another build than the installed one, of which two can be compared so (docs/lab/kernels)
-    named = os.environ.get("LOWRA_CUDA_LIBRARY")
-    lines = [line for line in _CUDA_LINES if _installed(f"bitsandbytes_lowra_cuda{line}").exists()]
-    line = _cuda_line(int(torch.version.cuda.split(".")[0]), lines, _driver_line)
-    installed = _installed(f"bitsandbytes_lowra_cuda{line}")
-    library = _load(pathlib.Path(named) if named else installed, "cuda")
-    if named and library is None:
-        raise OSError(f"LOWRA_CUDA_LIBRARY={named} is no CUDA library of lowra's format {layout.FORMAT_VERSION}.")
-    if library is not None:
-        library.lowra_cuda_error.restype = ctypes.c_char_p
-    elif lines and line not in lines:
-        left_aside["cuda"] += f", and for that of CUDA {max(lines)} the driver is too old"
-    return library
-
-
-def _cuda_line(of_torch: int, installed: list[int], driver_line: Callable[[], int]) -> int:
-    """Which CUDA library to load: each has the runtime of its line of CUDA in it, which older drivers refuse.
-
-    PyTorch's own line comes first: where PyTorch runs, the driver serves it. Else the newest that the driver serves.
-
-    Args:
-        driver_line: asked for the newest line that the driver serves, 0 without one; only where it matters.
-    """
-    if of_torch in installed or not installed:
-        return of_torch
-    return max((line for line in installed if line <= driver_line()), default=of_torch)
-
-
-def _driver_line() -> int:
-    return torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
-
-
 # Any: what is called on them is asked for only where they are there.
-_cpu: Any = _load(_installed("bitsandbytes_lowra_cpu"), "cpu")
-_cuda: Any = _load_cuda()
+_cpu: Any = libraries.load(libraries.installed_library("bitsandbytes_lowra_cpu"), "cpu")
+_cuda: Any = libraries.load_cuda()
 
 
 def cpu_available() -> bool:
@@ -196,15 +69,15 @@ def _warn_of_reference(kind: str) -> None:
     logger.warning(
         "lowra: a tensor on %s takes the PyTorch reference, which is many times slower: %s. See `lowra env`.",
         kind,
-        left_aside.get(kind, otherwise),
+        libraries.left_aside.get(kind, otherwise),
     )
 
 
-def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_size: int) -> _Shape:
-    return _Shape(rows_4bit, rows_2bit, rows - rows_4bit - rows_2bit, in_features, group_size)
+def shape_of(rows: int, rows_4bit: int, rows_2bit: int, in_features: int, group_size: int) -> Shape:
+    return Shape(rows_4bit, rows_2bit, rows - rows_4bit - rows_2bit, in_features, group_size)
 
 
-def packed_of(packed: PackedMatrix) -> _Packed:
+def packed_of(packed: PackedMatrix) -> Packed:
     steps = packed.scale_steps
     return _packed(
         (packed.rows, *packed.sizes),
@@ -218,12 +91,12 @@ def packed_of(packed: PackedMatrix) -> _Packed:
 
 
 @functools.lru_cache(maxsize=4096)
-def _packed(shape: tuple[int, int, int, int, int], *addresses_and_type: int | None) -> _Packed:
+def _packed(shape: tuple[int, int, int, int, int], *addresses_and_type: int | None) -> Packed:
     """A function of numbers alone, kept for the weights of a model: filling the struct takes longer than a launch."""
-    return _Packed(shape_of(*shape), *addresses_and_type)
+    return Packed(shape_of(*shape), *addresses_and_type)
 
 
-def check(status: int, what: str, shape: _Shape) -> None:
+def check(status: int, what: str, shape: Shape) -> None:
     if status != 0:
         check_status(
             status,
@@ -235,7 +108,8 @@ def check(status: int, what: str, shape: _Shape) -> None:
 def covered(status: int) -> bool:
     """Whether a CUDA function did something; else the caller takes another way: not this shape, or not this GPU."""
     if status == _NO_CODE:
-        left_aside["cuda"] = f"lowra's CUDA library has no code for this GPU ({_cuda.lowra_cuda_error().decode()})"
+        reason = _cuda.lowra_cuda_error().decode()
+        libraries.left_aside["cuda"] = f"lowra's CUDA library has no code for this GPU ({reason})"
     return status not in (UNSUPPORTED, _NO_CODE)
 
 
@@ -282,7 +156,7 @@ def cpu_dequantize(
     part = (0, packed.rows, 0, packed.in_features) if part is None else part
     out = torch.empty(part[1], part[3], dtype=dtype)
     status = _cpu.lowra_cpu_dequantize(
-        ctypes.byref(struct), ctypes.byref(_Part(*part)), out.data_ptr(), _TYPES[dtype], torch.get_num_threads()
+        ctypes.byref(struct), ctypes.byref(Part(*part)), out.data_ptr(), _TYPES[dtype], torch.get_num_threads()
     )
     check(status, "dequantisation", struct.shape)
     return out
@@ -335,10 +209,10 @@ def _search(
     group_size: int,
     iterations: int,
     squared: bool,
-) -> _Lloyd:
+) -> Lloyd:
     """The arguments of a Lloyd-Max search; it keeps levels and thresholds, of which the struct has the addresses."""
     levels, thresholds = levels.float().contiguous(), thresholds.float().contiguous()
-    search = _Lloyd(levels.data_ptr(), thresholds.data_ptr(), *weight.shape, group_size, iterations, squared)
+    search = Lloyd(levels.data_ptr(), thresholds.data_ptr(), *weight.shape, group_size, iterations, squared)
     search.tensors = levels, thresholds
     return search
 
@@ -457,7 +331,7 @@ def cuda_dequantize(
         "lowra_cuda_dequantize",
         codes.device,
         ctypes.byref(struct),
-        ctypes.byref(_Part(*part)),
+        ctypes.byref(Part(*part)),
         out.data_ptr(),
         _TYPES[dtype],
         stream_of(codes),
