@@ -56,7 +56,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     recipe.add_argument("--scales", default="double_quant", help="group scales: double_quant, float16 or float32")
     recipe.add_argument("--budget", default="nominal", help="nominal counts codes alone, true all that is stored")
     recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
-    recipe.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    recipe.add_argument(
+        "--group-size",
+        type=int,
+        help="weights that share a scale (default: 64; with --budget true 64, 128 or 256, by the error)",
+    )
     recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")
     recipe.add_argument("--iterations", type=int, help="limit of the Lloyd-Max iterations (default: 20; the paper: 2)")
     recipe.add_argument("--block-weight", help="absmax_squared (default) or absmax (the paper's text)")

@@ -8,6 +8,7 @@ from ..checkpoints.places import expanded
 from ..config import LowRAConfig
 from ..device import choose_device
 from ..quantization.calibration import TOKENS, Calibration, calibrate
+from ..quantization.group_size import GROUP_SIZES
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> dict:
         bits=args.bits,
         menu=_menu(args.menu),
         budget=args.budget,
-        group_size=args.group_size,
+        group_size=64 if args.group_size is None else args.group_size,
         scales=args.scales,
         codebook=args.codebook,
         iterations=20 if args.iterations is None else args.iterations,
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> dict:
         args.device,
         calibration=calibration,
         trust_remote_code=args.trust_remote_code,
+        group_sizes=GROUP_SIZES if args.budget == "true" and args.group_size is None else (),
     )
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")

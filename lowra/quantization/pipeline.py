@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ from ..version import __version__
 from .assembling import assemble
 from .block_stream import block_names
 from .calibration import Calibration
+from .group_size import best_group_size
 from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
@@ -46,6 +47,7 @@ def quantize_checkpoint(
     calibration: Calibration | Callable[[], Calibration] | None = None,
     *,
     trust_remote_code: bool = False,
+    group_sizes: Sequence[int] = (),
 ) -> dict:
     """Writes the packed checkpoint of a dense one and, with a recipe, its initial adapter.
 
@@ -59,6 +61,8 @@ def quantize_checkpoint(
         calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`. A function
             that makes one is called when all that headers tell has been checked.
         trust_remote_code: run the Python code that the checkpoint brings, where its architecture is its own.
+        group_sizes: of which the one is taken that leaves the least error at the budget, which should be a true one;
+            with none that of `config`.
 
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
@@ -101,6 +105,9 @@ def quantize_checkpoint(
         if callable(calibration):
             calibration = calibration()
         _check_moments(config, adapter, calibration)
+        if group_sizes:
+            size = best_group_size(group_sizes, config, source, targets, calibration, device, progress)
+            config = dataclasses.replace(config, group_size=size)
         job = Job(
             source=source,
             targets=targets,
