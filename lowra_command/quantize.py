@@ -58,8 +58,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     recipe.add_argument("--menu", default="1,2,4", help="precisions a channel may get")
     recipe.add_argument(
         "--group-size",
-        type=int,
-        help="weights that share a scale (default: 64; with --budget true 64, 128 or 256, by the error)",
+        type=_group_size,
+        default=64,
+        metavar="WEIGHTS",
+        help="weights that share a scale, or `best`: 64, 128 or 256, by the error at a true budget (default: 64, for "
+        "which the kernels of generation are made)",
     )
     recipe.add_argument("--codebook", default="learned", help="learned or normal_float (NF4 and NF2, as QLoRA)")
     recipe.add_argument("--iterations", type=int, help="limit of the Lloyd-Max iterations (default: 20; the paper: 2)")
@@ -76,3 +79,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--keep-dense", nargs="+", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
     parser.set_defaults(run=Later("lowra.commands.quantize:run"))
+
+
+def _group_size(text: str) -> int | str:
+    if text == "best":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number of weights, or best; got {text!r}") from None

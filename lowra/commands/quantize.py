@@ -18,6 +18,8 @@ from .ranges import refuse_idle
 
 def run(args: argparse.Namespace) -> dict:
     """Quantises and prints what came out."""
+    if args.group_size == "best" and args.budget != "true":
+        raise ValueError("--group-size best needs --budget true: nominal bits do not count what scales cost.")
     is_stored = (args.calibrate or "").endswith(".safetensors")
     _refuse_options_without_effect(args, is_stored)
     args.output = expanded(args.output)
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> dict:
         bits=args.bits,
         menu=_menu(args.menu),
         budget=args.budget,
-        group_size=64 if args.group_size is None else args.group_size,
+        group_size=64 if args.group_size == "best" else args.group_size,
         scales=args.scales,
         codebook=args.codebook,
         iterations=20 if args.iterations is None else args.iterations,
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> dict:
         args.device,
         calibration=calibration,
         trust_remote_code=args.trust_remote_code,
-        group_sizes=GROUP_SIZES if args.budget == "true" and args.group_size is None else (),
+        group_sizes=GROUP_SIZES if args.group_size == "best" else (),
     )
     parameters, assigner = report["quantised_parameters"], report["assigner"]
     print(f"{args.output}: {parameters:,} weights at {report['nominal_bits']:.4f} nominal bits")

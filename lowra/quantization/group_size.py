@@ -12,7 +12,8 @@ from ..config import LowRAConfig
 from .calibration import Calibration
 from .planning import Planner
 
-# Scales of 8 bits cost 0.125, 0.063 and 0.031 bits a weight. What larger groups save goes into codes.
+# Scales of 8 bits cost 0.125, 0.063 and 0.031 bits a weight. What larger groups save goes into codes. Any runs in every
+# kernel, but those of generation have a form of their own for 64 (csrc/cuda/product_small.cu).
 GROUP_SIZES = (64, 128, 256)
 # Matrices that decide for all: learning every one three times would take minutes for a large model.
 _MOST = 16

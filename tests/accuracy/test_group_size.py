@@ -50,11 +50,13 @@ def test_a_budget_that_only_large_groups_meet_is_met(models, tmp_path):
         packed(models, "even", tmp_path / "less", bits=1.01)
 
 
-def test_the_command_chooses_for_a_true_budget_alone(models, tmp_path):
+def test_the_command_chooses_where_it_is_asked(models, tmp_path, capsys):
     def group_size(name, *options):
-        assert main(["quantize", str(models / "even"), "--output", str(tmp_path / name), *options]) == 0
+        command = ["quantize", str(models / "even"), "--bits", "2.2", "--output", str(tmp_path / name), *options]
+        assert main(command) == 0
         return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["group_size"]
 
-    assert group_size("nominal", "--bits", "2") == 64
-    assert group_size("true", "--bits", "2.2", "--budget", "true") == 256
-    assert group_size("asked", "--bits", "2.2", "--budget", "true", "--group-size", "128") == 128
+    assert group_size("true", "--budget", "true") == 64
+    assert group_size("best", "--budget", "true", "--group-size", "best") == 256
+    assert main(["quantize", str(models / "even"), "--output", str(tmp_path / "no"), "--group-size", "best"]) == 2
+    assert "--group-size best needs --budget true" in capsys.readouterr().err
