@@ -121,6 +121,18 @@ def test_two_ranks_answer_as_in_transformers(architecture, packing, tmp_path):
     assert_answers(answers_of_vllm(folder, tensor_parallel_size=2), folder)
 
 
+def test_tables_that_were_trained_into_a_base_count(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed("LlamaForCausalLM", tmp_path, SMALL))
+    before = answers_of_transformers(tmp_path / "packed")
+    layers = [module for module in model.modules() if isinstance(module, lowra.LowRALinear)]
+    for layer in layers:
+        layer.levels.data += torch.randn(layer.levels.shape, generator=torch.Generator().manual_seed(1)).half()
+        layer.prepare()
+    model.save_pretrained(tmp_path / "trained")
+    assert answers_of_transformers(tmp_path / "trained") != before
+    assert_answers(answers_of_vllm(tmp_path / "trained"), tmp_path / "trained")
+
+
 @pytest.mark.parametrize("options", [[], ["--embeddings", "--scales", "float16"]])
 def test_a_server_answers_32_at_once_and_adapters_by_name(options):
     """Compiled, as it is without flags; the script compares with Transformers and ends with 1 where they differ."""
