@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -83,7 +85,8 @@ class Decoder:
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
-        self._places = self._ends()
+        self._blocks = list(self._body.layers)
+        self._places = [*self._ends(), *_norms_of(self._blocks)]
         self._adapted = [group for group in self._projections() if group.cells()]
         most = max((group.cells() for group in self._adapted), default=0)
         self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
@@ -175,15 +178,24 @@ class Decoder:
         """Whether a captured step still computes what the model does: nothing has moved, the adapters are the same."""
         try:
             _check_mode(model)
-            parts = self._ends() == self._places and all(group.is_current() for group in self._projections())
+            blocks = list(model.get_decoder().layers)
+            if len(blocks) != len(self._blocks) or any(a is not b for a, b in zip(blocks, self._blocks, strict=True)):
+                return False
+            same = [*self._ends(), *_norms_of(blocks)] == self._places
+            parts = same and all(group.is_current() for group in self._projections())
         except Unsupported:
             return False
         return parts
 
-    def _ends(self) -> list[int]:
-        """Where norm, embeddings and head lie."""
+    def _ends(self) -> list[Any]:
+        """Where norm, embeddings and head lie, and which adapters they have."""
         ends = (self._body.norm, self._body.embed_tokens, self._head)
-        return [parameter.data_ptr() for module in ends for parameter in module.parameters()]
+        found: list[Any] = [parameter.data_ptr() for module in ends for parameter in module.parameters()]
+        for module in (part for end in ends for part in end.modules()):
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                chosen = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+                found.append(repr([getattr(module, name, None) for name in chosen]))
+        return found
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -277,6 +289,19 @@ def _mask(places: torch.Tensor, first: torch.Tensor, window: int) -> torch.Tenso
 def _check_mode(model: PreTrainedModel) -> None:
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
+
+
+def _norms_of(blocks: list[Any]) -> list[Any]:
+    """Where the norms of the blocks lie, and their numbers.
+
+    Raises:
+        Unsupported: another norm than of the root mean square.
+    """
+    norms = []
+    for block in blocks:
+        named = [*block.named_children(), *block.self_attn.named_children()]
+        norms += [_norm(module) for name, module in named if name.endswith(("layernorm", "_norm"))]
+    return [part for norm in norms for part in (norm.weight.data_ptr(), norm.epsilon, norm.one_plus)]
 
 
 def _norm(module: Any) -> Norm:

@@ -6,46 +6,32 @@ static cache and replayed. Choosing the token is part of the graph, and the host
 the next one. What the decoder does not cover runs in Transformers' own loop, and a warning says why.
 """
 
-import dataclasses
 import functools
 import logging
+import threading
 import weakref
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .decoder import Decoder
-from .mixed_batches import adapter_names
+from .mixed_batches import adapter_names, forget_adapter_names
 from .projections import Unsupported
+from .request import Request
 
 logger = logging.getLogger(__name__)
 
-# Functions of scores, and at most of which tokens have occurred: they can be captured over a buffer of fixed length.
-_CAPTURED = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-)
-_CACHES = ("cache", "past_key_values")  # the latter before Transformers 5.24
-_IGNORED = {"attention_mask", *_CACHES, "cache_position", "use_cache", "logits_to_keep", "position_ids"}
 _SLOTS = 256  # caches are multiples of so many slots, so that requests of like lengths share a graph
 _STEPS = 4  # of a graph: between two graphs the GPU waits for some 20 us
 _CHECKED_TOKENS = 8
@@ -79,11 +65,16 @@ def fast_decoding(
     Raises:
         ValueError: prompt and new tokens exceed the model's positions.
     """
+    lock = _locks.setdefault(model, threading.Lock())
+    alone = lock.acquire(blocking=False)
     try:
+        if not alone:  # another thread, or a streamer that generates itself
+            raise Unsupported("the model generates already, and its buffers are one request's")
         if synced_gpus:
             raise Unsupported("several GPUs generate in step")
         request = Request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         session, first = _session(request)
+        return session.run(request, first, streamer)
     except Unsupported as reason:
         _warn(f"lowra: Transformers' own loop generates, since {reason}.")
         mode = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
@@ -97,82 +88,30 @@ def fast_decoding(
             streamer=streamer,
             **model_kwargs,
         )
-    others = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
-    return session.run(input_ids, first, generation_config.max_length, StoppingCriteriaList(others), streamer)
+    except BaseException:
+        forget_adapter_names(model)
+        raise
+    finally:
+        if alone:
+            lock.release()
 
 
 def release(model: PreTrainedModel | PeftModel) -> None:
-    """Frees the cache and the graph that `fast_decoding` keeps with a model."""
+    """Frees the cache and the graph that `fast_decoding` keeps with a model.
+
+    Raises:
+        TypeError: it is none that generates.
+    """
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(bare, BaseTuner):  # `base_model` of a PeftModel
+        bare = bare.model
+    if not isinstance(bare, PreTrainedModel):
+        raise TypeError(f"A PreTrainedModel or a PeftModel was expected, and {type(model).__name__} came.")
     _sessions.pop(bare, None)
 
 
-@dataclasses.dataclass
-class Request:
-    """What `generate` hands to its loop, and what this loop makes of it."""
-
-    model: PreTrainedModel
-    input_ids: torch.Tensor
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    model_kwargs: dict
-
-    def __post_init__(self) -> None:
-        """
-        Raises:
-            Unsupported: another mode than sampling, or inputs beside the ids.
-        """
-        mode = self.config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise Unsupported(f"the mode is {mode.value.replace('_', ' ')}")
-        if self.config.return_dict_in_generate:
-            raise Unsupported("scores or states are asked for (return_dict_in_generate)")
-        others = sorted(name for name, value in self.model_kwargs.items() if name not in _IGNORED and value is not None)
-        if others:
-            raise Unsupported(f"the model is given {', '.join(others)}")
-        if any(self.model_kwargs[name].get_seq_length() for name in _CACHES if self.model_kwargs.get(name) is not None):
-            raise Unsupported("it goes on from a cache")
-
-    def first_tokens(self) -> torch.Tensor:
-        """int32 [batch]: the first token of each sequence that is no padding.
-
-        Raises:
-            Unsupported: padding elsewhere than on the left.
-        """
-        mask = self.model_kwargs.get("attention_mask")
-        if mask is None:
-            return torch.zeros(len(self.input_ids), dtype=torch.int32, device=self.input_ids.device)
-        mask = mask.bool()
-        first = (~mask).sum(dim=1)
-        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device)[None] >= first[:, None]):
-            raise Unsupported("the batch is padded on the right")
-        return first.to(torch.int32)
-
-    def positions(self) -> int:
-        """Positions that prompt and new tokens take.
-
-        Raises:
-            ValueError: more than the model has.
-        """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.config.max_length > limit:
-            raise ValueError(
-                f"A prompt of {self.input_ids.shape[1]} tokens and up to "
-                f"{self.config.max_length - self.input_ids.shape[1]} new ones exceed the {limit} positions of "
-                f"{self.model.config.model_type}: shorten the prompt, or lower max_new_tokens."
-            )
-        return self.config.max_length
-
-    def choice(self) -> tuple:
-        """What decides how a token is chosen, to be compared."""
-        eos = [c.eos_token_id.flatten().tolist() for c in self.criteria if isinstance(c, EosTokenCriteria)]
-        pad = self.config._pad_token_tensor
-        settings = [(type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.processors]
-        return settings, self.config.do_sample, eos, None if pad is None else int(pad.flatten()[0])
-
-
 _sessions: "weakref.WeakKeyDictionary[PreTrainedModel, Session]" = weakref.WeakKeyDictionary()
+_locks: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
 def _session(request: Request) -> tuple["Session", torch.Tensor]:
@@ -230,7 +169,7 @@ class Session:
         self.decoder = decoder
         self._batch, self._slots = batch, slots
         self._choice = request.choice()
-        self._processors, self._sample = request.processors, request.config.do_sample
+        self._processors, self._sample = LogitsProcessorList(), request.config.do_sample  # the former for a run
         _, _, eos, self._pad = self._choice
         device = decoder.device
         self._eos = torch.tensor(eos[0], device=device) if eos else None
@@ -241,7 +180,7 @@ class Session:
         self._latest = torch.zeros(_STEPS, batch + 1, dtype=torch.long, device=device)
         self._caches = decoder.caches(batch, slots, self._first)
         self._slot = self._caches[0].slot
-        self._in_graph = all(isinstance(p, _CAPTURED) and _is_plain(p) for p in request.processors)
+        self._in_graph = request.in_graph()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits = torch.empty(0)
 
@@ -251,7 +190,15 @@ class Session:
         same = asked == own and positions <= self._slots
         return same and self.decoder.is_current(model)
 
-    def run(
+    def run(self, request: Request, first: torch.Tensor, streamer: BaseStreamer | None) -> torch.Tensor:
+        """Prompt [batch, tokens] to ids [batch, up to max_length]."""
+        self._processors = request.processors
+        try:
+            return self._run(request.input_ids, first, request.max_length(), request.other_criteria(), streamer)
+        finally:
+            self._processors = LogitsProcessorList()  # they may hold the model
+
+    def _run(
         self,
         prompt: torch.Tensor,
         first: torch.Tensor,
@@ -259,7 +206,6 @@ class Session:
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
     ) -> torch.Tensor:
-        """Prompt [batch, tokens] to ids [batch, up to max_length]."""
         length = prompt.shape[1]
         self._ids[:, :length] = prompt
         self._ids[:, length:] = prompt[:, -1:]  # tokens that have occurred, so that nothing else counts as seen
@@ -379,11 +325,6 @@ class Session:
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         return graph
-
-
-def _is_plain(processor: object) -> bool:
-    """False for a penalty that leaves the prompt out: the buffer's places to come hold a token of the prompt."""
-    return not isinstance(getattr(processor, "prompt_ignore_length", None), int)
 
 
 @functools.lru_cache(64)

@@ -15,6 +15,7 @@ from .projections import Unsupported
 NO_ADAPTER = "__base__"  # PEFT's name for a sequence that has none
 
 _OF_NAMES = "_adapter_names_pre_forward_hook"
+_EQUIVALENT = "liger_kernel."
 _WATCHING = "transformers."  # hooks of it look on: inputs that require gradients, states that are asked for
 
 
@@ -26,12 +27,28 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """
     names: tuple[str, ...] = ()
     for owner, hook in _hooks(model):
-        function: Any = hook.func if isinstance(hook, functools.partial) else hook
-        if getattr(function, "__name__", "") == _OF_NAMES:
+        if _names_adapters(hook):
             names = tuple(hook.keywords["adapter_names"])
-        elif not str(getattr(function, "__module__", "")).startswith(_WATCHING):
+        elif not str(getattr(hook, "__module__", "")).startswith(_WATCHING):
             raise Unsupported(f"{owner} has a hook")
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        # Liger's functions compute the same; Accelerate's hooks stand in the place of a forward
+        if forward is not None and not str(getattr(forward, "__module__", "")).startswith(_EQUIVALENT):
+            raise Unsupported(f"the forward of {type(module).__name__} has been replaced")
     return names
+
+
+def forget_adapter_names(model: nn.Module) -> None:
+    """Removes PEFT's hooks, which an exception in `generate` leaves behind: the next call would go by them."""
+    for module in model.modules():
+        for number in [number for number, hook in module._forward_pre_hooks.items() if _names_adapters(hook)]:
+            del module._forward_pre_hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _names_adapters(hook: Any) -> bool:
+    return isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") == _OF_NAMES
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _READ_THE_WEIGHT = frozenset(
     "ADAMSS DEFT DELORA FROD GLORA HIRA HRA LILY LOHA LOKR OSF PEANUT PSOFT SHIRA SUPERTUNING TINYLORA UNILORA".split()
 )
+_WRAPPED = "_checkpoint_wrapped_module."  # in the names of layers under FSDP's activation checkpointing
 _STARTS_FROM_THE_WEIGHT = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
 
 
@@ -112,19 +113,29 @@ def refuse_training(wrapper: str) -> None:
     )
 
 
-def refuse_saving_nothing(model: PeftModel, names: Iterable[str], state_dict: dict[str, Any] | None) -> None:
+def refuse_saving_parts(model: PeftModel, names: Iterable[str], state_dict: dict[str, Any] | None) -> None:
     """
     Args:
         names: of adapters that are to be saved.
         state_dict: they come from; None for that of the model.
 
     Raises:
-        ValueError: PEFT would find none of its tensors, and write a file without any.
+        ValueError: an adapter that the model does not have, or tensors of one are missing, none, or of another shape.
+            PEFT would write what there is.
     """
     for name in names:
-        if not get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=False):
+        if name not in model.peft_config:
+            raise ValueError(f"There is no adapter {name!r}; there are {', '.join(model.peft_config)}.")
+        own = get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
+        given = own if state_dict is None else get_peft_model_state_dict(model, state_dict, name, False)
+        plain = {key.replace(_WRAPPED, ""): tensor.shape for key, tensor in own.items()}
+        others = [
+            key for key, shape in plain.items() if key not in given or getattr(given[key], "shape", None) != shape
+        ]
+        if others or not given:
+            which = f"{len(others)} of its {len(plain)} tensors ({', '.join(others[:2])})" if plain else "a tensor"
             raise ValueError(
-                f"Adapter {name!r} would be saved without a tensor, since its layers are called otherwise than when it "
-                "was made. FSDP's own activation_checkpointing does that: leave it out and set "
-                "gradient_checkpointing=True in the Trainer's arguments."
+                f"Adapter {name!r} would be saved without {which}: they are called otherwise, are not there or have "
+                "other shapes. FSDP's own activation_checkpointing and wrappers of DDP and torch.compile change names: save "
+                "the unwrapped model, and use gradient_checkpointing=True of the Trainer."
             )

@@ -43,7 +43,7 @@ from .peft_limits import (
     is_packed,
     packed_experts,
     refuse_embeddings,
-    refuse_saving_nothing,
+    refuse_saving_parts,
     refuse_training,
 )
 from .prompt_learning import table_in_sight
@@ -122,7 +122,7 @@ def with_records(original: Callable) -> Callable:
         if converted:
             refuse_losing_tables(self, names, "the original weights, for which it is converted,")
         if given.arguments["is_main_process"]:
-            refuse_saving_nothing(self, names, given.arguments["kwargs"].get("state_dict"))
+            refuse_saving_parts(self, names, given.arguments["kwargs"].get("state_dict"))
         result = original(self, *args, **kwargs)
         if given.arguments["is_main_process"]:
             write_records(self, pathlib.Path(given.arguments["save_directory"]), names, converted)

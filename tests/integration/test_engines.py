@@ -158,6 +158,24 @@ def test_an_adapter_is_not_saved_without_its_tensors(packed_llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_is_not_saved_in_parts(packed_llama, tmp_path):
+    model = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
+    whole = model.state_dict()
+    parts = {
+        "half of it": dict(list(whole.items())[: len(whole) // 2]),
+        "nothing": {},
+        "wrapped": {f"module.{key}": tensor for key, tensor in whole.items()},
+        "of another rank": {key: tensor[:2] if "lora_A" in key else tensor for key, tensor in whole.items()},
+    }
+    for what, state in parts.items():
+        with pytest.raises(ValueError, match="would be saved without"):
+            model.save_pretrained(tmp_path / what, state_dict=state)
+    with pytest.raises(ValueError, match="no adapter 'zz'; there are default"):
+        model.save_pretrained(tmp_path / "zz", selected_adapters=["zz"])
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "whole", state_dict=whole)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
