@@ -136,6 +136,6 @@ def refuse_saving_parts(model: PeftModel, names: Iterable[str], state_dict: dict
             which = f"{len(others)} of its {len(plain)} tensors ({', '.join(others[:2])})" if plain else "a tensor"
             raise ValueError(
                 f"Adapter {name!r} would be saved without {which}: they are called otherwise, are not there or have "
-                "other shapes. FSDP's own activation_checkpointing and wrappers of DDP and torch.compile change names: save "
-                "the unwrapped model, and use gradient_checkpointing=True of the Trainer."
+                "other shapes. FSDP's own activation_checkpointing and wrappers of DDP and torch.compile change names: "
+                "save the unwrapped model, and use gradient_checkpointing=True of the Trainer."
             )
