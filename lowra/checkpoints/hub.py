@@ -42,11 +42,25 @@ def resolve_folder(model: str) -> pathlib.Path:
     """
     if (folder := local_folder(model)) is not None:
         return folder
-    try:
+    with told_of_hub(model, "it"):
         return pathlib.Path(snapshot_download(str(model), ignore_patterns=NOT_WANTED))
+
+
+@contextlib.contextmanager
+def told_of_hub(model: str, what: str) -> Iterator[None]:
+    """Within, whatever the hub answers for a model that is no local folder is told in one sentence.
+
+    Args:
+        what: is asked for, "it" or a part of it.
+
+    Raises:
+        FileNotFoundError: in the place of any error.
+    """
+    try:
+        yield
     except Exception as error:
         raise FileNotFoundError(
-            f"{model} is neither a local folder nor could it be had from the hub: {reason_of_hub(error)}."
+            f"{model} is neither a local folder nor could {what} be had from the hub: {reason_of_hub(error)}."
         ) from error
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoints.configs import CONFIG_FILE
 from ..checkpoints.dense import empty_model
-from ..checkpoints.hub import local_folder, offline_without_connection, reason_of_hub
+from ..checkpoints.hub import local_folder, offline_without_connection, told_of_hub
 from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
 
@@ -65,13 +65,8 @@ def config_folder(model: str) -> pathlib.Path:
     """
     if (folder := local_folder(model)) is not None:
         return folder
-    try:
-        with offline_without_connection():  # or it would ask six times over half a minute
-            return pathlib.Path(hf_hub_download(str(model), CONFIG_FILE)).parent
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{model} is neither a local folder nor could its config.json be had from the hub: {reason_of_hub(error)}."
-        ) from error
+    with told_of_hub(model, "its config.json"), offline_without_connection():  # or it would ask for half a minute
+        return pathlib.Path(hf_hub_download(str(model), CONFIG_FILE)).parent
 
 
 def read_shape(model: str, trust_remote_code: bool = False) -> ModelShape:

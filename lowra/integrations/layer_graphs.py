@@ -10,7 +10,6 @@ with what it was: where parameters lie, which adapters are active, what is train
 import copy
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, copy_into
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
+from ..nn.row_layout import is_sharded
 from ..nn.trained_tables import TrainedTablesLinear
 from .graph_memory import bytes_of_graphs, check_room
 from .model_patches import CHECKPOINTING
@@ -299,7 +299,7 @@ class _Decided:
         self._training_tables = [module for module in self._modules if isinstance(module, TrainedTablesLinear)]
         self._configs = [own["config"] for own in self._own if "config" in own]
         self._tensors = [*layer.parameters(), *layer.buffers()]
-        if any(map(_is_sharded, self._tensors)):
+        if any(map(is_sharded, self._tensors)):
             raise NotCapturable("it has sharded parameters")
         # kept, because an identity is one only while its object lives
         self._kept = [own[name] for own, name in self._values] + [list(_entries(held)) for held in self._containers]
@@ -345,8 +345,3 @@ class _Decided:
 
 def _entries(held: Any) -> Iterable[Any]:
     return (*held.keys(), *held.values()) if isinstance(held, dict) else held
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)

@@ -9,7 +9,6 @@ run, an average of several, an engine's own checkpoint. Otherwise it is told.
 
 import contextlib
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import nn
 
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables
+from ..nn.row_layout import is_sharded
 from .adapter_records import UNKNOWN, Arriving, check_adapter, check_saved, has_arrived, keep_record, settle
 from .integrity import describe_again
 from .missing_start import stored_start
@@ -116,7 +116,9 @@ def refuse_unknown_origin(model: Any, name: str) -> None:
         ValueError: the base needs its start, or an adapter trained from it, and they could be any.
     """
     start = stored_start(model)
-    if start is not None and _identity(model) not in _read_out and not _is_sharded(model):
+    if start is None or _identity(model) in _read_out:
+        return
+    if not any(map(is_sharded, model.parameters())):  # an engine's own checkpoints come as state dicts
         raise ValueError(
             f"These factors of adapter {name!r} come as a state dict, and nothing tells which base and packing they "
             f"were trained on. This base was packed together with an initial adapter ({start.what}), and without "
@@ -155,12 +157,6 @@ def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) ->
                 name,
                 "; its levels and scales stay" if held is not None and name in held.adapters else "",
             )
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether an engine has split the model over processes, whose own checkpoints come as state dicts."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in model.parameters())
 
 
 def _adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:

@@ -8,7 +8,6 @@ checkpoint loads by copying its tensors.
 import contextlib
 import contextvars
 import dataclasses
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,6 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import strtobool
 
 from ..checkpoints.atomic import save_text
 from ..checkpoints.dense import DenseCheckpoint
@@ -36,6 +34,7 @@ from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .adapter_records import write_record
 from .direct_loading import DirectLoading, large_dense_tensors
+from .fsdp import check_fsdp
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
 from .loose_factors import watch_factors
 from .missing_start import watch_for_start
@@ -51,7 +50,6 @@ from .modules import make_dense, put_packed, put_stored, share_tied
 from .patching import require_patches
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(LowRAConfig) if field.name not in FILLED_IN)
-_SHARDS_INTEGERS = "2.13"  # PyTorch before asks frozen integers for gradients in fully_shard (2.11 was tried)
 _asked: contextvars.ContextVar[tuple[Any, tuple[str, ...]]] = contextvars.ContextVar("asked", default=(None, ()))
 
 
@@ -87,30 +85,6 @@ def _check_asked(config: LowRAConfig) -> None:
             )
 
 
-def _check_fsdp() -> None:
-    """
-    Raises:
-        ValueError: Accelerate has been told to shard in a way that packed weights cannot take.
-    """
-    if not strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-        return
-    if os.environ.get("FSDP_VERSION", "1") == "1":
-        raise ValueError(
-            "FSDP1 flattens weights into one floating-point tensor and cannot hold packed integers: use FSDP2 "
-            "(`fsdp_version: 2` in accelerate's configuration)."
-        )
-    if strtobool(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false")):
-        raise ValueError(
-            "`fsdp_activation_checkpointing` gives the layers other names, and PEFT then saves adapters without a "
-            "tensor: leave it out and set gradient_checkpointing=True in the Trainer's arguments."
-        )
-    if torch.__version__ < _SHARDS_INTEGERS:
-        raise ValueError(
-            f"FSDP2 shards integers, as packed codes are, from PyTorch {_SHARDS_INTEGERS} on, and this is "
-            f"{torch.__version__}: with one copy on each GPU (DDP) packed models train with any."
-        )
-
-
 @register_quantizer("lowra")
 class LowRAHfQuantizer(HfQuantizer):
     """Puts packed modules in the place of the linear layers: empty for a packed checkpoint, planned for a dense one."""
@@ -132,7 +106,7 @@ class LowRAHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _check_asked(self.quantization_config)
         self._device_map = device_map  # called again once "auto" and the like have been resolved
-        _check_fsdp()
+        check_fsdp()
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "DeepSpeed's ZeRO-3 loads and splits weights by itself and does not know packed ones: use FSDP2 "

@@ -5,6 +5,7 @@ A forward must not ask a GPU for anything, so what follows is made once and kept
 into the codes as if they were numbers.
 """
 
+import sys
 import weakref
 
 import torch
@@ -90,3 +91,9 @@ class Seen:
 def is_readable(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor holds values of its own: not on "meta", sharded or traced."""
     return tensor is not None and type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether parts of a tensor lie on other processes. Nothing is imported for it: who shards has done that."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from ..nn.row_layout import is_sharded
 from .data import IGNORED
-from .sharding import is_sharded
 
 
 class _LogitsChanged(RuntimeError):
@@ -138,7 +138,7 @@ def head_by_parts(model: nn.Module) -> HeadByParts | None:
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if bare.get_output_embeddings() is None or "forward" in vars(bare.get_output_embeddings()):
         return None  # the latter is accelerate's, where the model lies on several devices
-    if is_sharded(model):
+    if any(map(is_sharded, model.parameters())):
         return None  # its parts are gathered when the whole is called
     found = HeadByParts(bare)
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(bare.parameters()).device)

@@ -8,16 +8,11 @@ when that is called and not when its parts are.
 import os
 from typing import Any
 
-import torch
 from torch import nn
-from transformers.utils import strtobool
 
+from ..integrations.fsdp import is_sharded_run
+from ..nn.row_layout import is_sharded
 from .recipe import Recipe
-
-
-def is_sharded_run() -> bool:
-    """Whether Accelerate has been told to shard the model by FSDP."""
-    return bool(strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
 def check_sharded_run(recipe: Recipe) -> None:
@@ -45,21 +40,12 @@ def check_sharded_run(recipe: Recipe) -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parts of a model lie on other processes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def gathered(model: nn.Module) -> dict[str, Any] | None:
-    """What is trained of a sharded model, whole and on the CPU; empty but on the first process, and None for others.
+    """What is trained of a sharded model, whole and on the CPU (empty but on the first process); else None.
 
     All processes call it together.
     """
-    if not is_sharded(model):
+    if not any(map(is_sharded, model.parameters())):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

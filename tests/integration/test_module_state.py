@@ -167,6 +167,14 @@ def anew(layer, name):
     layer._parameters[name] = torch.nn.Parameter(layer.get_parameter(name).flip(0), requires_grad=False)
 
 
+def assert_refused_until_prepared(compiled, layer, x, name, change, same=torch.equal):
+    change(layer, name)
+    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
+        compiled(x)
+    layer.prepare()  # it was meant
+    assert same(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("how", [in_place, in_data, anew])
 @pytest.mark.parametrize("name", ["row_bits", "weight"])
 def test_a_compiled_layer_refuses_what_came_past_load_state_dict(packing, name, how):
@@ -175,11 +183,7 @@ def test_a_compiled_layer_refuses_what_came_past_load_state_dict(packing, name, 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, layer.in_features)
     assert torch.equal(compiled(x), layer(x))
-    how(layer, name)
-    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
-        compiled(x)
-    layer.prepare()  # it was meant
-    assert torch.equal(compiled(x), layer(x))
+    assert_refused_until_prepared(compiled, layer, x, name, how)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -195,11 +199,7 @@ def test_compiled_code_for_a_gpu_has_its_ops_ask(packing, monkeypatch, name, how
     x = torch.randn(3, layer.in_features)
     compiled(x).sum().backward()
     assert torch.equal(compiled(x), layer(x))
-    how(layer, name)
-    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
-        compiled(x)
-    layer.prepare()  # it was meant
-    assert torch.equal(compiled(x), layer(x))
+    assert_refused_until_prepared(compiled, layer, x, name, how)
 
 
 @pytest.mark.cuda
@@ -211,12 +211,9 @@ def test_compiled_code_on_a_gpu_asks(packing, name, how, backend):
     layer = packing("linear").model.layers[0].mlp.up_proj.cuda()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = torch.randn(3, layer.in_features, device="cuda")
-    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
-    how(layer, name)
-    with pytest.raises(RuntimeError, match=f"{name} of a packed layer"):
-        compiled(x)
-    layer.prepare()
-    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    same = functools.partial(torch.allclose, atol=1e-5)
+    assert same(compiled(x), layer(x))
+    assert_refused_until_prepared(compiled, layer, x, name, how, same)
 
 
 def changed(state, suffix, change):
