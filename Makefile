@@ -89,12 +89,13 @@ profile: $(VENV)/.built
 	$(BIN)/python scripts/kernels/profile_kernel.py $(or $(KERNEL),$(error say which: make profile KERNEL=product_wgmma)) $(ARGS)
 
 # torch first and by its pinned version: left to another package, pip would pull a build of several GB. Then a plain
-# install with a persistent build folder; an editable one would hide upstream's bitsandbytes.
+# install with a persistent build folder; an editable one would hide upstream's bitsandbytes. Of the thousands of files
+# of torch and Transformers most are never imported, and the others are compiled when they are.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.24" ninja
-	LOWRA_CPU_ONLY=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[test,docs]"
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/pip install -q --no-compile -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.24" ninja
+	LOWRA_CPU_ONLY=1 $(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation ".[test,docs]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt $(SOURCES)
