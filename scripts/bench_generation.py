@@ -18,7 +18,7 @@ import statistics
 import time
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from random_models import GPU, SHAPES, make_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -50,6 +50,8 @@ def timed(call, repeats: int) -> float:
 
 def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool) -> torch.Tensor:
     options = {"custom_generate": lowra.fast_decoding} if fast else {}
+    if isinstance(model, PeftModel) and len(names := list(model.peft_config)) > 1:
+        options["adapter_names"] = [names[row % len(names)] for row in range(len(ids))]
     return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
 
 
@@ -106,10 +108,15 @@ def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> d
     return row
 
 
-def with_adapter(model: nn.Module, rank: int) -> nn.Module:
-    """A model with an unmerged LoRA on all linear layers of its blocks, of the size that trained ones have."""
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")).eval()
-    for name, parameter in model.named_parameters():
+def with_adapters(model: nn.Module, rank: int, count: int) -> nn.Module:
+    """A model with unmerged LoRAs on all linear layers of its blocks, of the size that trained ones have."""
+    if isinstance(model, PeftModel):
+        model = model.unload()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    for number in range(1, count):
+        model.add_adapter(f"another-{number}", config)
+    for name, parameter in model.eval().named_parameters():
         if "lora_" in name:
             parameter.data = torch.nn.init.normal_(parameter.data, std=0.01).to(model.dtype)
     return model
@@ -121,13 +128,15 @@ def measure(base: str | float, args, bandwidth: float) -> list[dict]:
     rows = []
     for rank in args.ranks:
         if rank:
-            model = with_adapter(model, rank)
+            model = with_adapters(model, rank, args.adapters)
         for batch, prompt, way in itertools.product(args.batch, args.prompt, args.ways):
             if way == "fast" and not isinstance(base, float):
                 continue
             ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
             torch.cuda.reset_peak_memory_stats()
             row = {"shape": args.shape, "base": base, "rank": rank, "batch": batch, "prompt": prompt, "way": way}
+            if rank and args.adapters > 1:
+                row["adapters"] = args.adapters
             if way == "graph":
                 row["step_ms"] = 1e3 * bare_graph(model, batch, prompt + args.new)
             else:
@@ -158,6 +167,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="*", default=[100, 512, 2048])
     parser.add_argument("--ranks", type=int, nargs="*", default=[0], help="of unmerged adapters, 0 for none")
+    parser.add_argument("--adapters", type=int, default=1, help="from two on each sequence goes through one of them")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--ways", nargs="*", default=["eager", "graph", "fast"])
     parser.add_argument("--repeats", type=int, default=3)
