@@ -60,8 +60,14 @@ def model_config(shape: str, positions: int = 4096) -> LlamaConfig:
     )
 
 
-def make_model(shape: str, base: str | float, positions: int = 4096, device: str = GPU) -> nn.Module:
-    """A model on the device: "bf16", "NF4", or packed at so many bits."""
+def make_model(
+    shape: str, base: str | float, positions: int = 4096, device: str = GPU, kept: str | None = None
+) -> nn.Module:
+    """A model whose layers are made on the device: "bf16", "NF4", or packed at so many bits.
+
+    Args:
+        kept: where each layer goes once it is made, if not on the device.
+    """
     config = model_config(shape, positions)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -98,5 +104,7 @@ def make_model(shape: str, base: str | float, positions: int = 4096, device: str
             )
         elif type(module).__name__ == "LlamaRMSNorm":
             module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+        if kept is not None and list(module.parameters(recurse=False)):
+            model.get_submodule(name).to(kept)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(kept or device)
     return model.requires_grad_(False).eval()

@@ -2,6 +2,7 @@
 
 from accelerate import state
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def allow() -> None:
@@ -13,6 +14,8 @@ def allow() -> None:
         plugin = fsdp_plugin or self._shared_state.get("fsdp_plugin")
         if self.distributed_type == DistributedType.MULTI_CPU and plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+                plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which takes a GPU
 
     state.AcceleratorState.__init__ = __init__
 

@@ -85,6 +85,7 @@ def test_the_cuda_library_is_of_the_line_that_pytorch_and_the_driver_serve():
     assert libraries.cuda_line(13, [12], lambda: 13) == 12  # drivers serve older lines
     assert libraries.cuda_line(12, [13], lambda: 13) == 13
     assert libraries.cuda_line(12, [13], lambda: 12) == 12  # which is not there: left aside, with the reason
+    assert libraries._driver_line() >= 0  # nothing of PyTorch tells, in no version
 
 
 def test_env_says_for_which_card_the_code_was_compiled():

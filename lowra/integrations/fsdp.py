@@ -2,10 +2,7 @@
 
 import os
 
-import torch
 from transformers.utils import strtobool
-
-_SHARDS_INTEGERS = "2.13"  # PyTorch before asks frozen integers for gradients in fully_shard (2.11 was tried)
 
 
 def is_sharded_run() -> bool:
@@ -29,9 +26,4 @@ def check_fsdp() -> None:
         raise ValueError(
             "`fsdp_activation_checkpointing` gives the layers other names, and PEFT then saves adapters without a "
             "tensor: leave it out and set gradient_checkpointing=True in the Trainer's arguments."
-        )
-    if torch.__version__ < _SHARDS_INTEGERS:
-        raise ValueError(
-            f"FSDP2 shards integers, as packed codes are, from PyTorch {_SHARDS_INTEGERS} on, and this is "
-            f"{torch.__version__}: with one copy on each GPU (DDP) packed models train with any."
         )

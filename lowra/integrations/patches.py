@@ -1,9 +1,13 @@
-"""The table of patches: every place where Transformers, PEFT or bitsandbytes does something else for packed models.
+"""The table of patches: every place where Transformers, PEFT or PyTorch does something else for packed models.
 
-The replacements stand in `transformers_replacements` and `peft_replacements`, what they check in `adapter_records`,
-`peft_limits` and `transformers`; patches of single models, which no dense one ever meets, in `model_patches`.
+The replacements stand in `transformers_replacements`, `peft_replacements` and `fsdp_replacements`, what they check in
+`adapter_records`, `peft_limits` and `transformers`; patches of single models, which no dense one ever meets, in
+`model_patches`.
 """
 
+import torch
+
+from . import fsdp_replacements as of_fsdp
 from . import peft_replacements as of_peft
 from . import transformers_replacements as of_transformers
 from .model_patches import MODEL_PATCHES
@@ -12,6 +16,7 @@ from .patching import Patch, install_patches
 _MODEL = "transformers.modeling_utils:PreTrainedModel."
 _CONFIG = "transformers.configuration_utils:PreTrainedConfig."
 _TUNER = "peft.tuners.tuners_utils:BaseTuner."
+_SHARDED = "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam."
 
 TABLE = (
     Patch(
@@ -267,6 +272,28 @@ TABLE = (
         rests_on=("peft_config", "model"),
         wrap=of_peft.names_kept,
         optional=True,  # before PEFT did that
+    ),
+    Patch(
+        target=f"{_SHARDED}_init_sharded_param",
+        why="FSDP2 makes a parameter with gradients of every share before it says that there are none, which integers "
+        "cannot have.",
+        door="PyTorch's own way",
+        since="torch 2.12",
+        rests_on=("param",),
+        also={"torch.distributed.fsdp._fully_shard._fsdp_param:nn": ()},
+        optional=of_fsdp.SHARDS_INTEGERS or not torch.distributed.is_available(),
+        wrap=of_fsdp.integers_without_gradients,
+    ),
+    Patch(
+        target=f"{_SHARDED}init_dtype_attrs",
+        why="Under mixed precision FSDP2 gathers every floating tensor in bfloat16, levels and scales of packed "
+        "weights too, which would lose digits.",
+        door="fully_shard(mp_policy=...) of each packed layer, which would be gathered by itself; Accelerate shards "
+        "whole blocks",
+        since="none",
+        rests_on=("mp_policy",),
+        optional=not torch.distributed.is_available(),
+        wrap=of_fsdp.packed_as_they_are,
     ),
     Patch(
         target="bitsandbytes.backends.cpu.ops:logger",

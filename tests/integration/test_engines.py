@@ -141,7 +141,9 @@ def test_the_trainer_of_a_sharded_model_saves_and_resumes(packed_llama, tmp_path
             load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("pair", "alone")
         )
         assert found.keys() == expected.keys()
-        assert all((found[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
+        # PyTorch 2.8 adds the gradients of processes on a CPU, which Adam forgives to some digits
+        close = 1e-4 if torch.__version__ >= "2.9" else 1e-2
+        assert all((found[name] - tensor).abs().max() < close for name, tensor in expected.items())
         record = json.loads((tmp_path / "pair" / "adapter" / "lowra_base.json").read_text())
         assert record["packing"] == json.loads((tmp_path / "alone/adapter/lowra_base.json").read_text())["packing"]
         shutil.rmtree(tmp_path / "pair" / "checkpoints" / "checkpoint-6")  # goes on from the third step
@@ -188,15 +190,6 @@ def test_ways_of_fsdp_that_packed_weights_cannot_take_are_refused(packed_llama, 
     for name, value in options.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        load(packed_llama)
-
-
-def test_fsdp2_of_a_pytorch_that_cannot_shard_integers_is_refused(packed_llama, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    load(packed_llama)
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0+cu130"))
-    with pytest.raises(ValueError, match="from PyTorch 2.13 on, and this is 2.11.0"):
         load(packed_llama)
 
 

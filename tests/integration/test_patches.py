@@ -9,15 +9,17 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from small_models import logits_of, make_model
 
 from lowra import LowRAConfig
-from lowra.integrations import patching
+from lowra.integrations import fsdp_replacements, patching
 from lowra.integrations.patches import TABLE
 from lowra.integrations.patching import LibraryChanged, Patch, install_patches, require_patches
 
@@ -45,6 +47,25 @@ def test_replacements_look_like_the_originals(patch):
 
 def load_adapter_of_tomorrow(self, source, name, **options):
     """Takes other parameters than today's."""
+
+
+def test_a_share_of_integers_is_frozen_from_the_start(monkeypatch):
+    """What FSDP2 of PyTorch before 2.12 does with a frozen parameter, with and without the replacement."""
+    module = types.ModuleType("fsdp2_before_2_12")
+    source = "def share(self, param):\n    self.share = nn.Parameter(param.detach())\n    assert nn.Module"
+    exec(source, vars(module))  # noqa: S102
+    module.nn, module.share.__module__ = torch.nn, module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(fsdp_replacements, "SHARDS_INTEGERS", False)
+    holder = types.SimpleNamespace()
+    codes, factor = torch.ones(3, dtype=torch.uint8), torch.ones(3)
+    with pytest.raises(RuntimeError, match="floating point"):
+        module.share(holder, codes)
+    share = fsdp_replacements.integers_without_gradients(module.share)
+    share(holder, codes)
+    assert torch.equal(holder.share, codes) and not holder.share.requires_grad
+    share(holder, factor)
+    assert holder.share.requires_grad and module.nn is torch.nn
 
 
 CHANGES = {

@@ -3,6 +3,7 @@
 A library that is missing or of another format version is left aside with one log line.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -141,4 +142,7 @@ def cuda_line(of_torch: int, installed: list[int], driver_line: Callable[[], int
 
 
 def _driver_line() -> int:
-    return torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):  # there is no driver
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
