@@ -13,7 +13,9 @@ from . import integrations
 from .config import LowRAConfig
 from .generation.fast import fast_decoding
 from .integrations.layer_graphs import capture_layers
+from .integrations.offloading import offload_activations
 from .integrations.peft import merge_into_dense, prepare_for_training
+from .integrations.tiled_mlp import tile_mlps
 from .nn.linear import LowRALinear
 from .quantization.calibration import Calibration, calibrate
 from .quantization.initial_adapter import AdapterRecipe
@@ -30,6 +32,8 @@ __all__ = [
     "fast_decoding",
     "integrations",
     "merge_into_dense",
+    "offload_activations",
     "prepare_for_training",
     "quantize_checkpoint",
+    "tile_mlps",
 ]

@@ -125,7 +125,7 @@ def fine_tune(row: Row, recipe: Recipe, device: str) -> list[float]:
     count = recipe.max_steps * recipe.accumulation
     tokens = torch.randint(0, bare.config.vocab_size, (count + 1, row.tokens)).tolist()
     examples = [{"input_ids": ids, "labels": ids} for ids in tokens]
-    data = TaskData(examples[:count], examples[count:], tokenizer=None, collate=_collate)
+    data = TaskData(examples[:count], examples[count:], tokenizer=None, collate=collate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(recipe, pathlib.Path(folder) / "checkpoints")
         untuned = measure(model, recipe, data, progress=False)
@@ -137,7 +137,7 @@ def fine_tune(row: Row, recipe: Recipe, device: str) -> list[float]:
     return [untuned["loss"], *losses, tuned["loss"]]
 
 
-def _collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     batch = {name: torch.tensor([example[name] for example in examples]) for name in ("input_ids", "labels")}
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 

@@ -6,6 +6,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lowra
 from bitsandbytes.backends.lowra import layout
+from lowra.nn.embedding import LowRAEmbedding
 from lowra.weights.packed import PackedWeight
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -21,6 +22,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 MIXES = {
     1.25: (0.0, 0.25),
     1.5: (0.0625, 0.3125),
+    1.86: (0.1, 0.56),  # two true bits at the widths of an 8B
     2.0: (0.125, 0.625),
     2.5: (0.3125, 0.5625),
     3.0: (0.5, 0.5),
@@ -108,3 +110,15 @@ def make_model(
             model.get_submodule(name).to(kept)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(kept or device)
     return model.requires_grad_(False).eval()
+
+
+def pack_tables(model: nn.Module, bits: float, device: str = GPU) -> None:
+    """Random packed embeddings and head in the place of a model's own."""
+    packed = random_packed(*model.get_input_embeddings().weight.shape, bits, device)
+    sizes = packed.in_features, packed.row_bits.numel(), packed.group_size
+    table = LowRAEmbedding(*sizes, packed.tensors(), torch.bfloat16)
+    table.prepare()
+    head = lowra.LowRALinear.from_packed(random_packed(*model.get_output_embeddings().weight.shape, bits, device))
+    head.compute_dtype = torch.bfloat16
+    model.set_input_embeddings(table)
+    model.set_output_embeddings(head)

@@ -150,6 +150,8 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
         length=recipe.block_size if in_blocks else recipe.source_length + recipe.target_length,
         bits=recipe.bits,
         checkpointing=recipe.gradient_checkpointing,
+        offload=recipe.offload_activations,
+        tiled_mlp=recipe.tiled_mlp,
         accumulation=recipe.accumulation,
         optimizer=recipe.optimizer,
         tables=recipe.tables,

@@ -25,6 +25,8 @@ _LARGE_WORKSPACE_BYTES = 2 * (32 << 20)
 _DENSE_AT_ONCE = 256 << 20  # of bitsandbytes.backends.lowra.ops: wider weights are dense in parts
 LOGITS_AT_ONCE = 1 << 24  # entries, as `lowra.training.head_by_parts` takes them
 _FLOAT = 4
+_TILE = 4096  # tokens, of lowra.integrations.tiled_mlp
+_TILE_GRADIENTS = 3  # of the MLP's width, that live while a tile is differentiated
 _STATES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0}
 _WHOLE_TEMPORARY = ("adamw_torch",)  # PyTorch's AdamW over lists of tensors makes one more copy of all
 # Bytes for each weight of the widest matrix while it is quantised: float32 copies of what the learner and LoftQ sum.
@@ -49,6 +51,8 @@ class Run:
         true_bits: everything stored, where it is known; None reckons it from `bits`.
         embeddings, head: packed too.
         checkpointing: activations are computed again in backward.
+        offload: of these, what is kept waits in the host's memory.
+        tiled_mlp: MLPs work on some tokens at a time.
         accumulation: forward passes of an optimiser step; more than one keep gradients from pass to pass.
         optimizer: a name of Transformers'.
         tables: "frozen", "levels" or "levels_and_scales".
@@ -67,6 +71,8 @@ class Run:
     embeddings: bool = False
     head: bool = False
     checkpointing: bool = True
+    offload: bool = False
+    tiled_mlp: bool = False
     accumulation: int = 1
     optimizer: str = "adamw_torch"
     tables: str = "frozen"
@@ -85,11 +91,13 @@ class Requirement:
         moment: which one it is.
         parts: bytes by what they are spent on, at that moment.
         moments: bytes at every moment that was looked at.
+        host: bytes of the host's memory that activations wait in.
     """
 
     moment: str
     parts: dict[str, float]
     moments: dict[str, float]
+    host: float = 0.0
 
     @property
     def allocated(self) -> float:
@@ -121,17 +129,22 @@ def finetuning(shape: ModelShape, run: Run) -> Requirement:
     # at the start of backward, where nothing but earlier passes has left gradients, and at its end
     start = held | {"gradients": trained if run.accumulation > 1 else 0.0}
     end = held | {"gradients": trained if run.accumulation > 1 else trained - trained / shape.layers}
-    # A block's last product backward: what the block keeps, the gradients of its output and of the MLP's width.
-    in_block = {"activations of a block": once + block + tokens * shape.mlp * width, "a weight made dense": dense}
-    if run.checkpointing:
-        kept = {"inputs of the blocks": shape.layers * once}
-        last, first = start | kept | in_block, end | {"inputs of the blocks": once} | in_block
-    else:
-        kept = {"kept for backward": shape.layers * block}
+    in_block = {"activations of a block": _in_block(shape, run, tokens, width), "a weight made dense": dense}
+    host = 0.0
+    at_loss: dict[str, float]
+    if not run.checkpointing:
+        at_loss = kept = {"kept for backward": shape.layers * block}
         in_block["activations of a block"] -= block
         last, first = start | kept | in_block, end | {"kept for backward": block} | in_block
+    elif run.offload:  # the input of one block, and of the one before it on its way back
+        host = shape.layers * once
+        at_loss, kept = {"inputs of the blocks": once}, {"inputs of the blocks": min(2, shape.layers) * once}
+        last, first = start | kept | in_block, end | kept | in_block
+    else:
+        at_loss = kept = {"inputs of the blocks": shape.layers * once}
+        last, first = start | kept | in_block, end | {"inputs of the blocks": once} | in_block
     moments = {
-        "backward of the loss": start | kept | _loss_parts(shape, run, tokens, width),
+        "backward of the loss": start | at_loss | _loss_parts(shape, run, tokens, width),
         "backward of the last block": last,
         "backward of the first block": first,
         "step of the optimiser": held
@@ -145,11 +158,38 @@ def finetuning(shape: ModelShape, run: Run) -> Requirement:
         logits = (width + _FLOAT) * entries + 2 * _FLOAT * min(entries, run.length * shape.vocabulary)
         moments["evaluation"] = held | {
             "logits": float(logits),
-            "activations of a block": float(seen * (2 * shape.hidden + 3 * shape.mlp) * width),
+            "activations of a block": _seen_by_block(shape, run, seen, width),
         }
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     peak = max(totals, key=lambda name: totals[name])
-    return Requirement(peak, {name: size for name, size in moments[peak].items() if size}, totals)
+    return Requirement(peak, {name: size for name, size in moments[peak].items() if size}, totals, host)
+
+
+def _in_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
+    """The most that lives while a block is differentiated, beside its input."""
+    once, kept = float(tokens * shape.hidden * width), tokens * kept_by_block(shape, run)
+    # The last product of the MLP: what the block keeps, the gradients of its output and of the MLP's width.
+    in_mlp = once + kept + tokens * shape.mlp * width
+    if not run.tiled_mlp:
+        return in_mlp
+    tile = min(tokens, _TILE)
+    of_mlp = float(width * shape.mlp_kept * shape.mlp)
+    in_mlp = 2 * once + kept - tokens * of_mlp + tile * (of_mlp + _TILE_GRADIENTS * shape.mlp * width)
+    # Attention, after the MLP's part is gone: the gradients of what was read and of the output; of queries, keys and
+    # values, by the flash kernel (float32 sums of the first; the others for each head of the queries).
+    expanded = 2 * shape.queries if shape.keys < shape.queries else 0
+    gradients = width * (2 * shape.queries + 2 * shape.keys + expanded) + _FLOAT * shape.queries
+    first_norm = shape.norms * shape.hidden * (_FLOAT + width) * (1 - 1 / max(1, shape.norms))
+    in_attention = once + kept - tokens * (of_mlp + first_norm) + tokens * gradients
+    return max(in_mlp, in_attention)
+
+
+def _seen_by_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
+    """The most that lives while a block is computed without gradients."""
+    if not run.tiled_mlp:
+        return float(tokens * (2 * shape.hidden + 3 * shape.mlp) * width)
+    in_attention = float(tokens * (3 * shape.hidden + 3 * (shape.queries + shape.keys)) * width)
+    return max(in_attention, (tokens * 3 * shape.hidden + min(tokens, _TILE) * 3 * shape.mlp) * float(width))
 
 
 def _loss_parts(shape: ModelShape, run: Run, tokens: int, width: int) -> dict[str, float]:

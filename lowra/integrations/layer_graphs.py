@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.captured import Buffers, CapturedLayer, NotCapturable, Recorder, copy_into
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
 from ..nn.trained_tables import TrainedTablesLinear
+from .checkpointed_layers import checkpointed_layers, replace_checkpointing
 from .graph_memory import bytes_of_graphs, check_room
-from .model_patches import CHECKPOINTING
 
 logger = logging.getLogger(__name__)
 
@@ -52,52 +50,18 @@ def capture_layers(model: nn.Module) -> None:
             turned on if it is not.
 
     Raises:
-        ValueError: its architecture has no layers that Transformers checkpoints one by one.
+        ValueError: its architecture has no layers that Transformers checkpoints one by one, or their inputs wait on the
+            host (`lowra.offload_activations`).
     """
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not layers_to_capture(bare):
-        raise ValueError(
-            f"{type(bare).__name__} has no layers that Transformers checkpoints one by one, so there is nothing to "
-            "capture: train it without."
-        )
-    CHECKPOINTING.check()
-    if not any(getattr(module, "gradient_checkpointing", False) for module in bare.modules()):
-        enable = getattr(bare, "activation_checkpointing_enable", bare.gradient_checkpointing_enable)  # its newer name
-        enable({"use_reentrant": False})
-    if not isinstance(vars(bare).get("_set_gradient_checkpointing"), _Again):
-        bare._set_gradient_checkpointing = _Again(bare)
-    _install(bare)
-
-
-def layers_to_capture(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that Transformers checkpoints one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    replace_checkpointing(model, _install, "capture")
 
 
 def _install(bare: Any) -> None:
     shared = _Shared(bare)
-    for layer in layers_to_capture(bare):
+    for layer in checkpointed_layers(bare):
         usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
         if usual is not None and not isinstance(usual, _Checkpointing):
             vars(layer)["_gradient_checkpointing_func"] = _Checkpointing(layer, usual, shared)
-
-
-class _Again:
-    """In the place of a model's `_set_gradient_checkpointing`: what it put in the layers' places is replaced again."""
-
-    def __init__(self, model: Any):
-        self._usual = model._set_gradient_checkpointing
-        functools.update_wrapper(self, self._usual)  # Transformers asks for its parameters
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self._usual(*args, **kwargs)
-        _install(self._usual.__self__)
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self._usual, memo)
-
-    def __reduce__(self) -> tuple:
-        return getattr, (self._usual.__self__, "_set_gradient_checkpointing")
 
 
 class _Checkpointing:

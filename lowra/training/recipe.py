@@ -95,6 +95,10 @@ class Recipe:
         gradient_checkpointing: recompute activations in backward.
         layer_graphs: run the layers as CUDA graphs (`lowra.capture_layers`); None does where one process trains on a
             GPU, with gradient checkpointing.
+        offload_activations: the inputs of checkpointed layers wait in the host's memory, for long contexts on a GPU
+            (`lowra.offload_activations`).
+        tiled_mlp: MLPs work on 4,096 tokens at a time, for long contexts (`lowra.tile_mlps`). Neither goes with
+            layer_graphs.
         liger: norms, rotary embedding and gated activations by Liger's kernels, on a GPU.
         bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both. On a GPU without
             bfloat16 (before Ampere) fp16 takes its place.
@@ -160,6 +164,8 @@ class Recipe:
     group_by_length: _Truth = False
     gradient_checkpointing: _Truth = True
     layer_graphs: _Truth | None = None
+    offload_activations: _Truth = False
+    tiled_mlp: _Truth = False
     liger: _Truth = False
     bf16: _Truth = True
     fp16: _Truth = False

@@ -137,8 +137,11 @@ def idle_fields(recipe: Recipe) -> dict[str, str]:
         idle["eval_epochs"] = f"beside eval_steps={recipe.eval_steps}"
     if recipe.scheduler == "constant":
         idle["warmup_ratio"] = "with scheduler=constant (constant_with_warmup has one)"
+    for field in ("offload_activations", "tiled_mlp"):
+        if getattr(recipe, field):
+            idle["layer_graphs"] = f"beside {field}=true"
     if not recipe.gradient_checkpointing:
-        idle["layer_graphs"] = "without gradient_checkpointing"
+        idle |= dict.fromkeys(("layer_graphs", "offload_activations"), "without gradient_checkpointing")
     if recipe.tables == "frozen":
         idle["tables_learning_rate"] = "with tables=frozen"
     if recipe.method in METHODS and METHODS[recipe.method].init != "loftq":

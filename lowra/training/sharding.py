@@ -33,6 +33,12 @@ def check_sharded_run(recipe: Recipe) -> None:
             f"tables={recipe.tables} cannot be trained with a sharded model: leave it out, or train with one copy on "
             "each GPU (torchrun, without FSDP)."
         )
+    for field in ("offload_activations", "tiled_mlp"):
+        if getattr(recipe, field):
+            raise ValueError(
+                f"{field}=true has not been tried with a sharded model: leave it out, or train with one copy on each "
+                "GPU (torchrun, without FSDP)."
+            )
     if recipe.task == "summarization":
         raise ValueError(
             "task=summarization generates while it evaluates, which a sharded model cannot: train with one copy on "

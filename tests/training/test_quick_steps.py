@@ -7,6 +7,8 @@ import pytest
 import torch
 from layer_recorder import StandIn, stand_in
 
+from lowra.integrations import offloading, tiled_mlp
+from lowra.nn.host_store import HostStore
 from lowra.training import finetune, quick_steps
 from lowra.training.settled import settle
 from lowra.training.trainer import training_arguments
@@ -58,14 +60,39 @@ def test_on_a_processor_nothing_is_captured_unless_asked(recipe, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which it is")
-@pytest.mark.parametrize("field", ["layer_graphs", "liger"])
+@pytest.mark.parametrize("field", ["layer_graphs", "liger", "offload_activations"])
 def test_what_needs_a_gpu_is_refused_before_any_work(recipe, tmp_path, field):
     recipe = dataclasses.replace(recipe, gradient_checkpointing=True, **{field: True})
     with pytest.raises(ValueError, match=f"{field}=true is for NVIDIA GPUs, and this runs on cpu"):
         training_arguments(recipe, tmp_path / "checkpoints")
 
 
-def test_graphs_need_gradient_checkpointing(recipe):
-    given = frozenset({"layer_graphs"})
-    with pytest.raises(ValueError, match="layer_graphs=True has no effect without gradient_checkpointing"):
-        settle(dataclasses.replace(recipe, layer_graphs=True, given=given))
+@pytest.mark.parametrize("field", ["layer_graphs", "offload_activations"])
+def test_what_replaces_gradient_checkpointing_needs_it(recipe, field):
+    with pytest.raises(ValueError, match=f"{field}=True has no effect without gradient_checkpointing"):
+        settle(dataclasses.replace(recipe, given=frozenset({field}), **{field: True}))
+
+
+@pytest.mark.parametrize("field", ["tiled_mlp", "offload_activations"])
+def test_long_contexts_are_without_graphs(recipe, field):
+    asked = {"gradient_checkpointing": True, "layer_graphs": True, field: True}
+    with pytest.raises(ValueError, match=f"layer_graphs=True has no effect beside {field}=true"):
+        settle(dataclasses.replace(recipe, given=frozenset({"layer_graphs"}), **asked))
+    assert settle(dataclasses.replace(recipe, **asked)).layer_graphs is None
+
+
+def test_a_run_with_long_contexts_learns_the_same(recipe, without_gpu, monkeypatch):
+    monkeypatch.setattr(tiled_mlp, "TILE", 24)
+    monkeypatch.setattr(offloading._Offloading, "takes", staticmethod(lambda device: True))
+    put = []
+    monkeypatch.setattr(HostStore, "put", lambda self, x, put_=HostStore.put: put.append(x) or put_(self, x))
+    found = []
+    for long in (True, False):
+        run = dataclasses.replace(
+            recipe, output=f"{recipe.output}{long}", gradient_checkpointing=True, offload_activations=long,
+            tiled_mlp=long, max_steps=3, bf16=False,
+        )  # fmt: skip
+        found.append(finetune(run, progress=False))
+        assert put
+    assert losses(found[0]) == pytest.approx(losses(found[1]), rel=1e-4)
+    assert found[0]["recipe"]["tiled_mlp"]

@@ -1,0 +1,90 @@
+"""`offload_activations`: what gradient checkpointing keeps of each layer, its input, waits in the host's memory.
+
+Those inputs are what grows with layers times tokens: 256 KiB a token of an 8B. Each is copied while its layer computes,
+and is back one layer before backward asks for it (`lowra.nn.host_store`), below whatever trainer there is.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..nn.host_store import HostStore, Stored
+from .checkpointed_layers import checkpointed_layers, replace_checkpointing
+
+
+def offload_activations(model: nn.Module) -> None:
+    """Keeps the inputs of checkpointed layers in the host's memory between forward and backward.
+
+    A sequence may then be as long as one layer allows; the host needs 2 bytes x tokens x hidden size x layers of pinned
+    memory. Losses and gradients are those without it. Layers on a CPU run as before. Holds until the model is loaded
+    anew; a copy of the model, or one that is pickled, is without it.
+
+    Args:
+        model: a model of Transformers, or a PeftModel on one; its adapters may come later. Gradient checkpointing is
+            turned on if it is not.
+
+    Raises:
+        ValueError: its architecture has no layers that Transformers checkpoints one by one, or they run as CUDA graphs
+            (`lowra.capture_layers`).
+    """
+    replace_checkpointing(model, _install, "offload")
+
+
+def _install(bare: Any) -> None:
+    stores: dict[torch.device, HostStore] = {}
+    for layer in checkpointed_layers(bare):
+        usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        if usual is not None and not isinstance(usual, _Offloading):
+            vars(layer)["_gradient_checkpointing_func"] = _Offloading(usual, stores)
+
+
+class _Offloading:
+    """In the place of torch.utils.checkpoint for one layer.
+
+    Args:
+        usual: the function that was there.
+        stores: of all layers of a model, which take turns.
+    """
+
+    def __init__(self, usual: Callable[..., Any], stores: dict[torch.device, HostStore]):
+        self._usual, self._stores = usual, stores
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        """What `usual(run, *args)` gives."""
+        hidden = args[0] if args else None
+        if not isinstance(hidden, torch.Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._usual(run, *args)
+        if not self.takes(hidden.device):
+            return self._usual(run, *args)
+        store = self._stores.setdefault(hidden.device, HostStore(hidden.device))
+
+        def pack(tensor: torch.Tensor) -> Any:
+            # others are the same for all layers, as what an encoder gave
+            is_input = tensor.data_ptr() == hidden.data_ptr() and tensor.shape == hidden.shape
+            return store.put(tensor) if is_input else tensor
+
+        def unpack(kept: Any) -> torch.Tensor:
+            return store.get(kept) if isinstance(kept, Stored) else kept
+
+        # What the layer itself saves is the checkpoint's, whose hooks lie within these.
+        with saved_tensors_hooks(pack, unpack):
+            return self._usual(run, *args)
+
+    @staticmethod
+    def takes(device: torch.device) -> bool:
+        """Whether a device has memory of its own."""
+        return device.type == "cuda"
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self._usual, memo)
+
+    def __reduce__(self) -> tuple:
+        return _as_it_is, (self._usual,)
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
