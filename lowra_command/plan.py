@@ -24,5 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a forward pass")
     parser.add_argument("--optimizer", default="adamw_torch", help="a name of Transformers', such as adamw_8bit")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for backward")
+    parser.add_argument(
+        "--offload-activations", action="store_true", help="what is kept of each layer waits in the host's memory"
+    )
+    parser.add_argument("--tiled-mlp", action="store_true", help="MLPs work on 4,096 tokens at a time")
     add_trust(parser)
     parser.set_defaults(run=Later("lowra.commands.plan:run"))

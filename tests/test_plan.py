@@ -1,5 +1,6 @@
 """`lowra plan`: what it says of memory against what was measured, and against what the code keeps for backward."""
 
+import dataclasses
 import json
 
 import pytest
@@ -18,10 +19,11 @@ from transformers import (
 import lowra
 from lowra.commands import main, memory
 from lowra.commands.plan import longest
-from lowra.inspection import shapes
+from lowra.inspection import requirements, shapes
 from lowra.inspection.requirements import LOGITS_AT_ONCE, Run, finetuning, kept_by_block, quantising
 from lowra.inspection.shapes import read_shape
-from lowra.training import head_by_parts
+from lowra.integrations import tiled_mlp
+from lowra.training import Recipe, head_by_parts
 
 SMALL = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 512}
 
@@ -176,6 +178,67 @@ def test_plan_says_what_fits_and_what_to_run(seven, tiny_packed, capsys):
     assert main(["plan", str(tiny_packed), "--gpu", "8GB", "--json"]) == 0
     plan = last_object(capsys)
     assert plan["fits"] and len(plan["commands"]) == 1 and "finetune" in plan["commands"][0]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """config.json of Llama-3.1-8B's shape."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256, num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )  # fmt: skip
+    return save_config(config, tmp_path_factory.mktemp("eight"), "LlamaForCausalLM")
+
+
+def test_long_contexts_are_counted(eight):
+    shape = read_shape(eight)
+    asked = Run(rank=32, bits=1.86, true_bits=2.0, embeddings=True, head=True, optimizer="adamw_8bit", length=60_000)
+    needs = {}
+    for offload, tiled in ((False, False), (False, True), (True, False), (True, True)):
+        needs[offload, tiled] = finetuning(shape, dataclasses.replace(asked, offload=offload, tiled_mlp=tiled))
+    sizes = [need.allocated for need in needs.values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 3
+    assert needs[True, True].host == 32 * 60_000 * 4096 * 2 and not needs[False, True].host
+    kept = {key: need.parts["inputs of the blocks"] for key, need in needs.items()}
+    assert kept[True, True] == kept[False, False] / 16  # two of 32
+    both = dataclasses.replace(asked, offload=True, tiled_mlp=True)
+    for card, tokens in ((8, 16_000), (16, 60_000), (24, 100_000)):  # the project's goals
+        assert (
+            longest(shape, both, memory.named_card(f"{card}GB").size)
+            > tokens
+            > longest(shape, asked, memory.named_card(f"{card}GB").size)
+        )
+    packed = finetuning(shape, dataclasses.replace(both, packing=True))
+    assert packed.parts["attention mask"] == 3 * 60_000**2
+
+
+def test_a_tile_is_what_is_planned():
+    assert requirements._TILE == tiled_mlp.TILE
+
+
+def test_plan_says_which_option_makes_a_length_fit(eight, capsys):
+    asked = ["plan", eight, "--gpu", "16GB", "--rank", "32", "--bits", "2", "--optimizer", "adamw_8bit"]
+    assert main([*asked, "--length", "60000"]) == 0
+    assert "with offload_activations=true tiled_mlp=true it would" in capsys.readouterr().out
+    assert main([*asked, "--length", "60000", "--offload-activations", "--tiled-mlp", "--json"]) == 0
+    plan = last_object(capsys)
+    assert plan["fits"] and not plan["longer"] and plan["needed"]["host"] > 14 * 2**30
+    assert "offload_activations=true tiled_mlp=true" in plan["commands"][-1]
+    assert main([*asked, "--json"]) == 0
+    longer = last_object(capsys)["longer"]
+    assert [row["options"] for row in longer][-1] == "offload_activations=true tiled_mlp=true"
+    assert [row["tokens"] for row in longer] == sorted(row["tokens"] for row in longer)
+    assert main([*asked, "--offload-activations", "--no-checkpointing"]) == 2
+    assert "leave out --no-checkpointing" in capsys.readouterr().err
+
+
+def test_a_model_without_plain_mlps_has_none_to_tile(tmp_path, capsys):
+    folder = save_config(CONFIGS["opt"][0], tmp_path / "opt", "OPTForCausalLM")
+    assert main(["plan", folder, "--gpu", "8GB", "--tiled-mlp"]) == 2
+    assert "has no MLP that is known to work token by token" in capsys.readouterr().err
+    recipe = Recipe(model=folder, dataset="x", tiled_mlp=True)
+    with pytest.raises(ValueError, match="tiled_mlp=true: .* has no MLP"):
+        memory.run_of(recipe, read_shape(folder), None)
 
 
 @pytest.mark.parametrize(

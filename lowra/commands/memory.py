@@ -127,14 +127,40 @@ def announce_finetuning(recipe: Recipe, check: bool, show: bool = True) -> None:
             f"{run.batch} x {run.length} tokens at rank {run.rank}, most at the {needed.moment}",
             flush=True,
         )
+        if needed.host and card is not None:
+            print(f"memory: between forward and backward {gib(needed.host)} of it wait on the host", flush=True)
     if check:
         name, there = ("this machine", host_bytes()) if card is None else (card.name, card.size)
         less = "Give a smaller batch_size (and more accumulation), shorter sequences, a smaller rank or fewer bits"
+        if card is not None and (longer := fitting_option(shape, run, there)) is not None:
+            less = f"Give {option_words(longer)}, with which it fits"
         _refuse("This fine-tuning", size, name, there, less)
+        if card is not None:
+            less = "Leave out offload_activations=true, or give shorter sequences"
+            _refuse("Offloading activations", needed.host + PYTHON_BYTES, "this machine", host_bytes(), less)
     if shape.packed is None and run.bits < 16 and recipe.method != "hqq":
         device = torch.device("cpu" if card is None else "cuda")
         asked: dict[str, Any] = {"embeddings": run.embeddings, "head": run.head, "rank": run.rank}
         announce_quantising(shape, device, check, show, **asked)
+
+
+def fitting_option(shape: ModelShape, run: Run, size: float) -> Run | None:
+    """The run with the options for long contexts that let it fit; None where none do or none are needed."""
+    if not run.checkpointing or finetuning(shape, run).on_card <= size:
+        return None
+    return next((each for each in longer_options(shape, run) if finetuning(shape, each).on_card <= size), None)
+
+
+def longer_options(shape: ModelShape, run: Run) -> list[Run]:
+    """The run with more of the options for long contexts than it has, the one that needs no memory elsewhere first."""
+    pairs = [(run.offload, True), (True, run.tiled_mlp), (True, True)]
+    more = [dataclasses.replace(run, offload=offload, tiled_mlp=tiled and shape.tiles) for offload, tiled in pairs]
+    return [each for place, each in enumerate(more) if each != run and each not in more[:place]]
+
+
+def option_words(run: Run) -> str:
+    """The recipe's fields for the options of a run."""
+    return " ".join(["offload_activations=true"] * run.offload + ["tiled_mlp=true"] * run.tiled_mlp)
 
 
 def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
@@ -143,6 +169,10 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
     Raises:
         ValueError: a method or options that cannot be used.
     """
+    if recipe.tiled_mlp and not shape.tiles:
+        raise ValueError(
+            f"tiled_mlp=true: {recipe.model} has no MLP that is known to work token by token; leave it out."
+        )
     in_blocks = recipe.task in ("language_modeling", "chat")
     run = Run(
         rank=recipe.rank,
@@ -152,6 +182,7 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
         checkpointing=recipe.gradient_checkpointing,
         offload=recipe.offload_activations,
         tiled_mlp=recipe.tiled_mlp,
+        packing=recipe.packing and recipe.task == "chat",
         accumulation=recipe.accumulation,
         optimizer=recipe.optimizer,
         tables=recipe.tables,

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+from typing import Any
 
 from transformers.training_args import OptimizerNames
 
@@ -11,7 +12,7 @@ from ..checkpoints.places import expanded
 from ..inspection.requirements import CONTEXT_BYTES, ROOM_BETWEEN, Requirement, Run, finetuning, quantising
 from ..inspection.shapes import ModelShape, read_shape
 from ..quantization.initial_adapter import MOST_RANK
-from .memory import Card, card_of, gib, named_card, packed_run
+from .memory import Card, card_of, fitting_option, gib, longer_options, named_card, option_words, packed_run
 from .ranges import check_range
 
 _BITS = (4.0, 3.0, 2.0, 1.5, 1.25)
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> dict:
     result["chosen"] = dataclasses.asdict(chosen)
     result["needed"] = dataclasses.asdict(needed) | {"allocated": needed.allocated, "on_card": needed.on_card}
     result["fits"] = bool(fitting)
+    if card is not None:
+        result["longer"] = _show_longer(shape, chosen, card)
     if card is not None and not fitting:
         print(f"\nThis does not fit {card.name}: {_say_less(shape, chosen, card)}")
         return result
@@ -95,6 +98,12 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         raise ValueError(f"--length is {args.length}, but {args.model} has {shape.positions} positions.")
     if args.bits is not None and shape.packed is not None:
         raise ValueError(f"{args.model} is packed already: --bits has no effect on it. Leave it out.")
+    if args.offload_activations and args.no_checkpointing:
+        raise ValueError(
+            "--offload-activations is for what gradient checkpointing keeps: leave out --no-checkpointing."
+        )
+    if args.tiled_mlp and not shape.tiles:
+        raise ValueError(f"--tiled-mlp: {args.model} has no MLP that is known to work token by token; leave it out.")
     own = (shape.packed.initial_adapter or {}) if shape.packed is not None else {}
     if args.rank is not None and own.get("rank") not in (None, args.rank):
         raise ValueError(
@@ -106,6 +115,8 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         length=args.length or min(_LENGTH, shape.positions or _LENGTH),
         bits=args.bits or 2.0,
         checkpointing=not args.no_checkpointing,
+        offload=args.offload_activations,
+        tiled_mlp=args.tiled_mlp,
         accumulation=max(1, _SEQUENCES // args.batch),
         optimizer=args.optimizer,
         large_workspace=card is not None and card.large_workspace,
@@ -128,7 +139,8 @@ def _show_question(model: str, shape: ModelShape, asked: Run) -> None:
     widths = f"{shape.layers} blocks of width {shape.hidden:,}, vocabulary {shape.vocabulary:,}"
     print(f"{model}: {size} parameters, {widths}")
     checkpointing = "with gradient checkpointing" if asked.checkpointing else "without gradient checkpointing"
-    print(f"fine-tuning at rank {asked.rank}, batch {asked.batch}, {checkpointing}, {asked.optimizer}")
+    options = f", {option_words(asked)}" if option_words(asked) else ""
+    print(f"fine-tuning at rank {asked.rank}, batch {asked.batch}, {checkpointing}, {asked.optimizer}{options}")
 
 
 def _show_lengths(shape: ModelShape, options: list[Run], card: Card) -> list[dict]:
@@ -161,9 +173,29 @@ def _show_parts(option: Run, needed: Requirement) -> None:
     rest = {"room between blocks": between, "context of the driver": CONTEXT_BYTES, "a card must have": needed.on_card}
     for part, size in (needed.parts | rest).items():
         print(f"  {part:<30} {gib(size):>12}")
+    if needed.host:
+        print(f"  {'of the host, pinned':<30} {gib(needed.host):>12}")
+
+
+def _show_longer(shape: ModelShape, option: Run, card: Card) -> list[dict]:
+    """What the options for long contexts would let fit."""
+    rows: list[dict[str, Any]] = []
+    for longer in longer_options(shape, option) if option.checkpointing else ():
+        tokens = longest(shape, longer, card.size)
+        host = finetuning(shape, dataclasses.replace(longer, length=tokens)).host
+        if tokens > longest(shape, option, card.size):
+            rows.append({"options": option_words(longer), "tokens": tokens, "host": host})
+    if rows:
+        print(f"\nlonger sequences at {option.bits:.3g} bits, by fields of the recipe:")
+    for row in rows:
+        beside = f", and {gib(row['host'])} of the host" if row["host"] else ""
+        print(f"  {row['options']:<40} {_tokens(row['tokens']):>9} tokens{beside}")
+    return rows
 
 
 def _say_less(shape: ModelShape, option: Run, card: Card) -> str:
+    if (longer := fitting_option(shape, option, card.size)) is not None:
+        return f"with {option_words(longer)} it would ({gib(finetuning(shape, longer).on_card)})."
     least = dataclasses.replace(option, length=min(512, option.length), batch=1, rank=min(8, option.rank))
     needed = gib(finetuning(shape, least).on_card)
     settings = f"{least.bits:g} bits, rank {least.rank} and 1 x {least.length} tokens"
@@ -178,6 +210,8 @@ def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
     )
     if not option.checkpointing:
         fields += " gradient_checkpointing=false"
+    if option_words(option):
+        fields += f" {option_words(option)}"
     if option.optimizer != Run.optimizer:
         fields += f" optimizer={option.optimizer}"
     if shape.packed is not None:

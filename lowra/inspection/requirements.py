@@ -53,6 +53,7 @@ class Run:
         checkpointing: activations are computed again in backward.
         offload: of these, what is kept waits in the host's memory.
         tiled_mlp: MLPs work on some tokens at a time.
+        packing: rows of several conversations, whose attention mask [T, T] is held.
         accumulation: forward passes of an optimiser step; more than one keep gradients from pass to pass.
         optimizer: a name of Transformers'.
         tables: "frozen", "levels" or "levels_and_scales".
@@ -73,6 +74,7 @@ class Run:
     checkpointing: bool = True
     offload: bool = False
     tiled_mlp: bool = False
+    packing: bool = False
     accumulation: int = 1
     optimizer: str = "adamw_torch"
     tables: str = "frozen"
@@ -123,6 +125,8 @@ def finetuning(shape: ModelShape, run: Run) -> Requirement:
         "workspace of cuBLAS": float(_LARGE_WORKSPACE_BYTES if run.large_workspace else _WORKSPACE_BYTES),
     }
     tokens, width = run.batch * run.length, 2 if run.bf16 else 4
+    if run.packing:  # truth values, and what attention adds to its scores in their place
+        held["attention mask"] = float((1 + width) * run.batch * run.length**2)
     once, block = float(tokens * shape.hidden * width), tokens * kept_by_block(shape, run)
     dense = float(min(_DENSE_AT_ONCE, max(t.size for t in shape.linears) * width)) if run.bits < 16 else 0.0
     dense += _tabled_gradient(shape, run)

@@ -12,6 +12,7 @@ from ..checkpoints.dense import empty_model
 from ..checkpoints.hub import local_folder, offline_without_connection, told_of_hub
 from ..checkpoints.targets import Target, find_targets
 from ..config import LowRAConfig
+from ..integrations.tiled_mlp import mlps_to_tile
 
 _LOGITS_CHANGED_BY = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # fields of configs
 
@@ -35,6 +36,7 @@ class ModelShape:
             two without a gate.
         queries, keys: widths of queries and of keys.
         normed_heads: queries and keys are normed (Qwen3), which keeps them once more in float32.
+        tiles: its MLPs can work on some tokens at a time (`lowra.tile_mlps`).
         changes_logits: between head and loss (caps or scales them), for which they are held whole.
         packed: the quantization_config of a folder that lowra packed, or None.
     """
@@ -53,6 +55,7 @@ class ModelShape:
     queries: int
     keys: int
     normed_heads: bool
+    tiles: bool
     changes_logits: bool
     packed: LowRAConfig | None = None
 
@@ -117,6 +120,7 @@ def read_shape(model: str, trust_remote_code: bool = False) -> ModelShape:
         queries=heads * width,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
         changes_logits=any(getattr(config, name, None) not in (None, 1.0) for name in _LOGITS_CHANGED_BY),
+        tiles=bool(mlps_to_tile(skeleton)),
         normed_heads=any("q_norm" in name for name, _ in skeleton.named_modules()),
         packed=packed,
     )

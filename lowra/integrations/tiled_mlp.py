@@ -33,7 +33,7 @@ def tile_mlps(model: nn.Module) -> None:
         ValueError: its blocks have no MLP that is known to work token by token.
     """
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = [mlp for layer in checkpointed_layers(bare) for mlp in _mlps(layer)]
+    found = mlps_to_tile(bare)
     if not found:
         raise ValueError(
             f"{type(bare).__name__} has no MLP that is known to work token by token (a mixture of experts is none), so "
@@ -42,6 +42,11 @@ def tile_mlps(model: nn.Module) -> None:
     for mlp in found:
         if not is_tiled(mlp):
             vars(mlp)["forward"] = _Tiling(mlp)
+
+
+def mlps_to_tile(model: nn.Module) -> list[nn.Module]:
+    """The MLPs of a model that are known to work token by token."""
+    return [mlp for layer in checkpointed_layers(model) for mlp in _mlps(layer)]
 
 
 def is_tiled(module: nn.Module) -> bool:

@@ -163,12 +163,12 @@ def train(
         vocabulary = len(data.tokenizer)
         with autocast(arguments.device, compute_dtype(recipe)):
             check_packing(model, vocabulary, lambda **inputs: model(**inputs, use_cache=False).logits)
+    quicken_steps(model, recipe, arguments)  # and what evaluations need for long sequences
     if untuned is None:
         untuned = measure(model, recipe, data, progress and main)
     tables = {}
     if recipe.tables != "frozen":
         tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
-    quicken_steps(model, recipe, arguments)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partial = pathlib.Path(str(arguments.output_dir))
     if main:
