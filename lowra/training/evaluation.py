@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED
 from .head_by_parts import HeadByParts, head_by_parts
+from .sharding import computing_device
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def language_model_metrics(
     Raises:
         ValueError: there is nothing to predict.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     head = head_by_parts(model)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.long, device=device)

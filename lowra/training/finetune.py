@@ -24,6 +24,7 @@ from ..checkpoints.atomic import save_json, save_text
 from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
+from ..integrations.fsdp import is_sharded_run
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
@@ -36,7 +37,7 @@ from .packing import check_packing
 from .quick_steps import quicken_steps
 from .recipe import Problems, Recipe
 from .settled import check_idle_overrides, on_device, settle, used
-from .sharding import check_sharded_run, gathered
+from .sharding import OnceSharded, check_sharded_run, gathered, share_out, untuned_of
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
 from .trainer import make_trainer, training_arguments
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
@@ -159,13 +160,21 @@ def train(
     bare.config.use_cache = recipe.task == "summarization"
     if recipe.gradient_checkpointing:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
-    if recipe.packing:
-        vocabulary = len(data.tokenizer)
-        with autocast(arguments.device, compute_dtype(recipe)):
-            check_packing(model, vocabulary, lambda **inputs: model(**inputs, use_cache=False).logits)
+    sharded = is_sharded_run()
+
+    def check() -> None:
+        if recipe.packing:
+            vocabulary = len(data.tokenizer)
+            with autocast(arguments.device, compute_dtype(recipe)):
+                check_packing(model, vocabulary, lambda **inputs: model(**inputs, use_cache=False).logits)
+
+    def untuned_metrics() -> dict:
+        return measure(model, recipe, data, progress and main) if untuned is None else untuned
+
+    if not sharded:
+        check()
     quicken_steps(model, recipe, arguments)  # and what evaluations need for long sequences
-    if untuned is None:
-        untuned = measure(model, recipe, data, progress and main)
+    before = None if sharded else untuned_metrics()
     tables = {}
     if recipe.tables != "frozen":
         tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
@@ -183,6 +192,8 @@ def train(
         trainer.add_callback(checkpoints)
         if checkpoint is not None:
             checkpoints.restore(checkpoint)
+    if sharded:
+        trainer.add_callback(OnceSharded(check, untuned_metrics))
     trainer.add_callback(RecipeCheckpoints(recipe))
     trainer.add_callback(WholeCheckpoints())
     started = time.perf_counter()
@@ -192,6 +203,8 @@ def train(
     else:  # of which the Trainer would train one more step
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
         trainer.state = done
+        if sharded:
+            share_out(trainer)
         if main:
             keep_newest(partial.parent, done.global_step)
     if main:
@@ -211,7 +224,7 @@ def train(
             "bits": recipe.bits,
             "nominal_bits": base.nominal_bits,
             "true_bits": base.true_bits,
-            "untuned": untuned,
+            "untuned": untuned_of(trainer.state) if before is None else before,
             "tuned": tuned,
             "train_loss": mean_loss(curve),
             "curve": curve,

@@ -20,6 +20,7 @@ from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
 from ..checkpoints.targets import find_targets
 from ..config import FILLED_IN, LowRAConfig, check_keys
+from ..integrations.fsdp import is_sharded_run
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe, task_type
 from ..quantization.pipeline import quantize_checkpoint
 from . import hqq
@@ -201,10 +202,11 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def load_base(base: Base, recipe: Recipe, device: torch.device) -> PreTrainedModel:
-    """The base model on the device, in the compute type of the recipe."""
+    """The base model on the device, in the compute type of the recipe; to be sharded, it stays in the host's memory."""
     architecture = type(empty_model(base.folder, recipe.trust_remote_code))
     model: Any = architecture.from_pretrained(base.folder, dtype=compute_dtype(recipe))
-    model.to(device)
+    if not is_sharded_run():
+        model.to(device)
     if base.hqq_bits is not None:
         hqq.quantize_model(model, base.hqq_bits)
     return model

@@ -1,14 +1,18 @@
 """Fine-tuning with the model sharded over processes: FSDP2, as `accelerate launch` asks for it.
 
-Accelerate tells a process by its environment, so what cannot be is refused before any work. An adapter is gathered
-once, after training; what evaluates passes whole batches through the model's own forward, since FSDP gathers a module
-when that is called and not when its parts are.
+Accelerate tells a process by its environment, so what cannot be is refused before any work. The model lies in the
+host's memory until the Trainer has it sharded, block by block, so nothing is computed with it before. An adapter is
+gathered once, after training; what evaluates passes whole batches through the model's own forward, since FSDP gathers a
+module when that is called and not when its parts are.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..integrations.fsdp import is_sharded_run
 from ..nn.row_layout import is_sharded
@@ -44,6 +48,41 @@ def check_sharded_run(recipe: Recipe) -> None:
             "task=summarization generates while it evaluates, which a sharded model cannot: train with one copy on "
             "each GPU (torchrun, without FSDP)."
         )
+
+
+class OnceSharded(TrainerCallback):
+    """Checks and measures the untuned model when it has been sharded; a run that goes on has that in its state."""
+
+    def __init__(self, check: Callable[[], None], measure: Callable[[], dict]):
+        """Args: check, measure: called by all processes, in this order."""
+        self._check, self._measure = check, measure
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._check()
+            found: Any = {"untuned": self._measure(), "step": 0}  # the state's type knows numbers alone
+            state.log_history.append(found)
+
+
+def untuned_of(state: TrainerState) -> dict:
+    """What `OnceSharded` measured, in this run or in the one that it goes on from."""
+    history: Any = state.log_history
+    return next(entry["untuned"] for entry in history if "untuned" in entry)
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs, which is not where offloaded shares lie."""
+    parameter: Any = next(model.parameters())
+    return torch.device(parameter.device_mesh.device_type) if is_sharded(parameter) else parameter.device
+
+
+def share_out(trainer: Trainer) -> None:
+    """Shards the model where nothing is left to train, for which the Trainer would do it."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
 def gathered(model: nn.Module) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -62,17 +63,26 @@ def test_what_cannot_be_sharded_is_refused_before_any_work(recipe, monkeypatch, 
     assert not pathlib.Path(recipe.output).exists()
 
 
+def metrics_of_a_pair(recipe, folder, **options):
+    """What two processes wrote."""
+    done = run(recipe, folder, **options)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((pathlib.Path(recipe.output) / "metrics.json").read_text())
+
+
+def check_same(together, alone, close):
+    losses = [[entry["loss"] for entry in result["curve"]] for result in (together, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=close)
+    for when in ("untuned", "tuned"):
+        assert together[when]["perplexity"] == pytest.approx(alone[when]["perplexity"], rel=close), when
+
+
 @pytest.mark.slow
 def test_two_processes_with_half_the_model_each_have_the_loss_of_one(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, bits=1.5, gradient_checkpointing=True)
     alone = finetune(recipe, progress=False)
     pair = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, output=str(tmp_path / "pair"), save_steps=3)
-    done = run(pair, tmp_path)
-    assert done.returncode == 0, done.stderr[-6000:]
-    together = json.loads((tmp_path / "pair" / "metrics.json").read_text())
-    losses = [[entry["loss"] for entry in result["curve"]] for result in (alone, together)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert together["tuned"]["perplexity"] == pytest.approx(alone["tuned"]["perplexity"], rel=1e-4)
+    check_same(metrics_of_a_pair(pair, tmp_path), alone, 1e-4)
     found, expected = (
         load_file(pathlib.Path(output) / "adapter" / "adapter_model.safetensors")
         for output in (pair.output, recipe.output)
@@ -80,3 +90,15 @@ def test_two_processes_with_half_the_model_each_have_the_loss_of_one(recipe, tmp
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    resumed = dataclasses.replace(pair, resume=True)
+    check_same(metrics_of_a_pair(resumed, tmp_path), alone, 1e-4)  # of which nothing is left to train
+    shutil.rmtree(tmp_path / "pair" / "checkpoints" / "checkpoint-6")
+    check_same(metrics_of_a_pair(resumed, tmp_path), alone, 1e-4)
+
+
+@pytest.mark.slow
+def test_shares_in_the_memory_of_the_host_train_in_bfloat16_too(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, bits=1.5, bf16=True)
+    alone = finetune(recipe, progress=False)
+    pair = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, output=str(tmp_path / "pair"))
+    check_same(metrics_of_a_pair(pair, tmp_path, FSDP_OFFLOAD_PARAMS="true"), alone, 5e-3)
