@@ -69,7 +69,12 @@ The usual way, from a checkpoint that is too large for your GPU to an adapter tr
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one subcommand. Exit status 0, or 2 where the input cannot be used (one message, no traceback)."""
+    """Runs one subcommand.
+
+    Returns:
+        The exit status: 0; 1 where a command that answers a question answers no; 2 where the input cannot be used (one
+        message, no traceback); 130 where it was interrupted.
+    """
     parser = build_parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -86,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
-    return 0
+    return 0 if args.is_yes(result) else 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         _add_json(subparser)
+    parser.set_defaults(is_yes=lambda result: True)
     return parser
 
 

@@ -1,6 +1,9 @@
 """The command line from quantising to generating, as a user types it."""
 
 import json
+import logging
+import sys
+import types
 
 import pytest
 
@@ -221,3 +224,38 @@ def test_a_base_without_its_initial_adapter_is_said(packed, text, caplog):
         caplog.clear()
         assert main([*command, "--adapter", start]) == 0
         assert not any("packed together" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate {adapter} --prompt a",
+        "chat {adapter}",
+        "evaluate {adapter} --data {text}",
+        "inspect {adapter}",
+        "plan {adapter}",
+        "quantize {adapter} --output {out}",
+        "merge {packed} --adapter {adapter} --original {adapter} --output {out}",
+        "finetune wikitext2 model={adapter} output={out} train_file={text} validation_file={text}",
+    ],
+)
+def test_an_adapter_in_the_place_of_a_model_is_said(packed, text, tmp_path, capsys, command):
+    places = {"adapter": packed / "initial_adapter", "packed": packed, "text": text, "out": tmp_path / "out"}
+    assert main(command.format(**places).split()) == 2
+    assert f"{places['adapter']} is an adapter, not a model" in capsys.readouterr().err
+
+
+def test_warnings_stand_before_the_text(packed, capsys):
+    """Both streams in one: what a terminal shows."""
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lowra").addHandler(handler)
+    former, sys.stdout = sys.stdout, types.SimpleNamespace(write=shown.append, flush=lambda: None)
+    try:
+        assert main(["generate", str(packed), "--prompt", "The history of", "--tokens", "3"]) == 0
+    finally:
+        sys.stdout = former
+        logging.getLogger("lowra").removeHandler(handler)
+    warned = next(place for place, words in enumerate(shown) if "packed together" in words)
+    assert "The" not in "".join(shown[:warned]) and "The history of" in "".join(shown[warned:])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from lowra.inspection.requirements import LOGITS_AT_ONCE, Run, finetuning, kept_
 from lowra.inspection.shapes import read_shape
 from lowra.integrations import tiled_mlp
 from lowra.training import Recipe, head_by_parts
+from lowra.training.recipe import load_recipe
+from lowra_command.recipe_files import find_recipe
 
 SMALL = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 512}
 
@@ -171,7 +174,7 @@ def test_plan_says_what_fits_and_what_to_run(seven, tiny_packed, capsys):
     plan = last_object(capsys)
     assert plan["fits"] and plan["chosen"]["bits"] == 4
     assert any(f"--bits {plan['chosen']['bits']:g}" in command for command in plan["commands"])
-    assert main(["plan", seven, "--gpu", "3GB", "--length", "4096", "--json"]) == 0
+    assert main(["plan", seven, "--gpu", "3GB", "--length", "4096", "--json"]) == 1
     assert not last_object(capsys)["fits"]
     assert main(["plan", seven, "--json"]) == 0
     assert set(last_object(capsys)["cards"][0]["tokens"]) == {"8", "12", "16", "24", "48", "80"}
@@ -218,7 +221,7 @@ def test_a_tile_is_what_is_planned():
 
 def test_plan_says_which_option_makes_a_length_fit(eight, capsys):
     asked = ["plan", eight, "--gpu", "16GB", "--rank", "32", "--bits", "2", "--optimizer", "adamw_8bit"]
-    assert main([*asked, "--length", "60000"]) == 0
+    assert main([*asked, "--length", "60000"]) == 1
     assert "with offload_activations=true tiled_mlp=true it would" in capsys.readouterr().out
     assert main([*asked, "--length", "60000", "--offload-activations", "--tiled-mlp", "--json"]) == 0
     plan = last_object(capsys)
@@ -239,6 +242,28 @@ def test_a_model_without_plain_mlps_has_none_to_tile(tmp_path, capsys):
     recipe = Recipe(model=folder, dataset="x", tiled_mlp=True)
     with pytest.raises(ValueError, match="tiled_mlp=true: .* has no MLP"):
         memory.run_of(recipe, read_shape(folder), None)
+
+
+@pytest.mark.parametrize("card", ["0.4GB", "400 MiB", "410M"])
+def test_what_does_not_fit_is_said_to_scripts_too(seven, tiny_packed, card, capsys):
+    """One number for the bits, and no rank proposed that the folder cannot have."""
+    for model in (seven, str(tiny_packed)):
+        assert main(["plan", model, "--gpu", card]) == 1
+        said = capsys.readouterr().out.strip().splitlines()
+        assert said[-1].startswith("This does not fit a card of 0.")
+    rank, bits = re.search(r"at rank (\d+)", said[1])[1], re.search(r"^([\d.]+) bits, 1 x", "\n".join(said), re.M)[1]
+    assert f"even {bits} bits, rank {rank} and" in said[-1]
+    assert main(["plan", str(tiny_packed)]) == 0  # no card was asked for
+
+
+def test_the_plan_is_what_its_command_will_need(tiny_packed, capsys):
+    """Of a small vocabulary the evaluation's logits are the peak, which the command counts."""
+    assert main(["plan", str(tiny_packed), "--gpu", "8GB", "--json"]) == 0
+    plan = last_object(capsys)
+    fields = [word for word in plan["commands"][0].split()[3:] if not word.startswith("train_file")]
+    shape = read_shape(str(tiny_packed))
+    run = memory.run_of(load_recipe(find_recipe("8gb-chat"), fields), shape, memory.named_card("8GB"))
+    assert finetuning(shape, run).on_card == plan["needed"]["on_card"]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +300,7 @@ def test_of_a_hub_name_only_the_config_is_fetched(seven, monkeypatch, capsys):
     [
         (["--gpu", "eight"], "such as 8GB"),
         (["--gpu", "0GB"], "such as 8GB"),
+        (["--gpu", "8"], "with its unit"),
         (["--bits", "0.5"], "--bits must be from 1 to 4"),
         (["--length", "5000"], "4096 positions"),
         (["--rank", "0"], "--rank must be at least 1"),

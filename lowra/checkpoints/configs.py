@@ -9,6 +9,8 @@ import pathlib
 import re
 import reprlib
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+
 from ..config import LowRAConfig
 from .guarded import check_file, open_tensors, read_json
 
@@ -31,6 +33,7 @@ def read_model_config(folder: pathlib.Path) -> dict:
         OSError, ValueError: no such file, no JSON object, or a key of another kind.
     """
     path = folder / CONFIG_FILE
+    refuse_adapter(folder)
     content = read_json(path, "the configuration of a model")
     for names, kind, fits in (
         (("model_type", "name_or_path"), "text", lambda value: isinstance(value, str)),
@@ -50,6 +53,18 @@ def read_model_config(folder: pathlib.Path) -> dict:
         if _LAYERS.search(name) and isinstance(value, int) and value > _MOST_LAYERS:
             raise ValueError(f"{path}: {name} is {value:.3g}; no model has so many layers.")
     return content
+
+
+def refuse_adapter(folder: pathlib.Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: where a model is expected there is an adapter.
+    """
+    if not (folder / CONFIG_FILE).exists() and (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} is an adapter, not a model: give the model that it belongs to, and the adapter with --adapter "
+            "(in Python PeftModel.from_pretrained)."
+        )
 
 
 def _is_names(value: object) -> bool:

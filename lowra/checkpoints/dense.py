@@ -23,6 +23,7 @@ from .configs import (
     SINGLE_FILE,
     of_variant,
     read_model_config,
+    refuse_adapter,
     shards_of_index,
     variants_in,
 )
@@ -50,6 +51,7 @@ def safetensors_files(folder: pathlib.Path, variant: str | None = None) -> list[
         paths = [folder / name for name in shards_of_index(index)]
     for path in paths:
         if not path.exists():
+            refuse_adapter(folder)
             raise FileNotFoundError(f"{folder} has no {path.name}{_what_is_there_instead(folder)}.")
         check_file(path, "weights of a checkpoint")
     return paths

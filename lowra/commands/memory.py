@@ -34,15 +34,16 @@ class Card:
 
 
 def named_card(size: str) -> Card:
-    """The card of a size such as "8GB".
+    """The card of a size such as "8GB", or "8192 MiB" as nvidia-smi writes it.
 
     Raises:
         ValueError: no size.
     """
-    found = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)\s*G(?:i?B)?", size.strip(), flags=re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise ValueError(f"--gpu takes a size such as 8GB; got {size!r}.")
-    return Card(f"a card of {found[1]} GB", float(found[1]) * 2**30 * _LEFT_BY_DRIVER)
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([MG])(?:i?B)?", size.strip(), flags=re.IGNORECASE)
+    gigabytes = 0.0 if not found else float(found[1]) / (1 if found[2] in "gG" else 1024)
+    if not 0 < gigabytes < 10_000:
+        raise ValueError(f"--gpu takes a size with its unit, such as 8GB or 8192MiB; got {size!r}.")
+    return Card(f"a card of {gigabytes:.4g} GB", gigabytes * 2**30 * _LEFT_BY_DRIVER)
 
 
 def card_of(device: int = 0) -> Card | None:

@@ -21,6 +21,7 @@ _RANK, _LENGTH = 16, 1024
 _STEP, _LONGEST = 256, 2**20
 _MOST_SEQUENCES = 2**16
 _SEQUENCES = 16  # of an optimiser step
+_EVALUATED = 1  # sequences of an evaluation pass, in the plan as in the command that it proposes
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
     if card is not None:
         result["longer"] = _show_longer(shape, chosen, card)
     if card is not None and not fitting:
-        print(f"\nThis does not fit {card.name}: {_say_less(shape, chosen, card)}")
+        print(f"\nThis does not fit {card.name}: {_say_less(shape, chosen, card)}.")
         return result
     if shape.packed is None:
         packing = quantising(shape, True, chosen.embeddings, chosen.head, chosen.rank)
@@ -119,6 +120,7 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         tiled_mlp=args.tiled_mlp,
         accumulation=max(1, _SEQUENCES // args.batch),
         optimizer=args.optimizer,
+        eval_batch=_EVALUATED,
         large_workspace=card is not None and card.large_workspace,
     )
     return packed_run(run, shape) if args.rank is None else dataclasses.replace(packed_run(run, shape), rank=args.rank)
@@ -195,18 +197,22 @@ def _show_longer(shape: ModelShape, option: Run, card: Card) -> list[dict]:
 
 def _say_less(shape: ModelShape, option: Run, card: Card) -> str:
     if (longer := fitting_option(shape, option, card.size)) is not None:
-        return f"with {option_words(longer)} it would ({gib(finetuning(shape, longer).on_card)})."
-    least = dataclasses.replace(option, length=min(512, option.length), batch=1, rank=min(8, option.rank))
-    needed = gib(finetuning(shape, least).on_card)
-    settings = f"{least.bits:g} bits, rank {least.rank} and 1 x {least.length} tokens"
-    if finetuning(shape, least).on_card <= card.size:
-        return f"{settings} would ({needed})."
-    return f"even {settings} need {needed}; take a smaller model."
+        return f"with {option_words(longer)} it would ({gib(finetuning(shape, longer).on_card)})"
+    own = shape.packed is not None and shape.packed.initial_adapter is not None
+    rank = option.rank if own else min(8, option.rank)
+    least = dataclasses.replace(option, length=min(512, option.length), batch=1, rank=rank)
+    needed = finetuning(shape, least).on_card
+    settings = f"{least.bits:.3g} bits, rank {least.rank} and 1 x {least.length} tokens"
+    if needed <= card.size:
+        return f"{settings} would ({gib(needed)})"
+    less = "pack it with fewer bits or a smaller rank, or take a smaller model"
+    return f"even {settings} need {gib(needed)}; {less if shape.packed is not None else 'take a smaller model'}"
 
 
 def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
     fields = (
-        f"block_size={option.length} batch_size={option.batch} accumulation={option.accumulation} eval_batch_size=1"
+        f"block_size={option.length} batch_size={option.batch} accumulation={option.accumulation} "
+        f"eval_batch_size={option.eval_batch}"
     )
     if not option.checkpointing:
         fields += " gradient_checkpointing=false"

@@ -75,19 +75,32 @@ def continue_text(
 
 
 class _Clock(BaseStreamer):
-    """Hands everything on, and remembers when the first token came."""
+    """Hands everything on, and remembers when the first token came.
+
+    The prompt waits for that token: what is warned of in the first forward then stands before the text, not in it.
+    """
 
     def __init__(self, streamer: BaseStreamer | None):
-        self._streamer, self._started = streamer, False
+        self._streamer = streamer
+        self._prompt: torch.Tensor | None = None
+        self._started = False
         self.first: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        if self._started and self.first is None:
+        if not self._started:  # the prompt comes first
+            self._started, self._prompt = True, value
+            return
+        if self.first is None:
             self.first = time.perf_counter()
-        self._started = True  # the prompt comes first
-        if self._streamer is not None:
-            self._streamer.put(value)
+        self._hand_on(value)
 
     def end(self) -> None:
+        self._hand_on()
         if self._streamer is not None:
             self._streamer.end()
+
+    def _hand_on(self, *values: torch.Tensor) -> None:
+        held, self._prompt = self._prompt, None
+        for value in (() if held is None else (held,)) + values:
+            if self._streamer is not None:
+                self._streamer.put(value)

@@ -9,7 +9,14 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
-from ..checkpoints.configs import CONFIG_FILE, check_packed_folder, of_variant, packing_described, read_model_config
+from ..checkpoints.configs import (
+    CONFIG_FILE,
+    check_packed_folder,
+    of_variant,
+    packing_described,
+    read_model_config,
+    refuse_adapter,
+)
 from ..checkpoints.dense import empty_model, safetensors_files
 from ..checkpoints.guarded import read_json
 from ..checkpoints.hub import resolve_folder
@@ -85,6 +92,7 @@ class PackedFolder:
                 tensors missing, left over or of another size.
         """
         self.folder = resolve_folder(model)
+        refuse_adapter(self.folder)
         if not (self.folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json; expected a folder written by `lowra quantize`.")
         check_packed_folder(self.folder, variant)

@@ -141,14 +141,18 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, lengt
     """
     write = functools.partial(_written, conversation, tokenizer)
     if marks_turns(tokenizer):
-        encoded: Any = write(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        # what is longer than the model's positions is cut below
+        encoded: Any = write(
+            tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         if conversation.first:
             text, prompt = write(), write(conversation.first, add_generation_prompt=True)
             if not text.startswith(prompt):
                 raise ValueError(_REWRITTEN.format(where=conversation.where, turn=conversation.first))
-            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            mask = [said and end > len(prompt) for said, (_, end) in zip(mask, offsets, strict=True)]
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = [end for _, end in found["offset_mapping"]]
+            mask = [said and end > len(prompt) for said, end in zip(mask, ends, strict=True)]
     else:
         text = write()
         spans = _spans(conversation, text, write)
