@@ -30,9 +30,9 @@ def tiled(run: _Run, x: torch.Tensor, size: int, trained: Sequence[torch.Tensor]
     """
     if not torch.is_grad_enabled() or not (x.requires_grad or trained):
         return _forward(run, x, size)
-    # What it gives is nothing; its node is where the input is to be had in backward.
+    # What it gives is nothing; its node is where the input is to be had in backward, and lives as long as that.
     saved: Any = _Saved.apply(x.new_empty(0).requires_grad_(), x)
-    return _Tiled.apply(run, size, saved.grad_fn, x, *trained)
+    return _Tiled.apply(run, size, _Kept(saved), x, *trained)
 
 
 class _Saved(torch.autograd.Function):
@@ -46,9 +46,16 @@ class _Saved(torch.autograd.Function):
         raise AssertionError("What this gives is not for use.")
 
 
+class _Kept:
+    """A tensor that autograd takes for no input of a function."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: _Run, size: int, saved: Any, x: torch.Tensor, *trained: Any) -> torch.Tensor:
+    def forward(ctx: Any, run: _Run, size: int, saved: _Kept, x: torch.Tensor, *trained: Any) -> torch.Tensor:
         ctx.run, ctx.size, ctx.saved, ctx.trained = run, size, saved, trained
         ctx.autocast = _autocast_as_now(x.device.type)
         before = _random_state(x.device)
@@ -60,7 +67,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved.saved_tensors
+        (x,) = ctx.saved.tensor.grad_fn.saved_tensors
         needs_x, *needed = ctx.needs_input_grad[3:]
         wanted = [parameter for parameter, needs in zip(ctx.trained, needed, strict=True) if needs]
         sums: list[torch.Tensor | None] = [None] * len(wanted)
