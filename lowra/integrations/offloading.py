@@ -15,6 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..nn.host_store import HostStore, Stored
 from .checkpointed_layers import checkpointed_layers, replace_checkpointing
 
+_OF_INPUTS = ("_require_grads_hooks", "_require_grads_hook")  # what enable_input_require_grads leaves
+
 
 def offload_activations(model: nn.Module) -> None:
     """Keeps the inputs of checkpointed layers in the host's memory between forward and backward.
@@ -36,10 +38,19 @@ def offload_activations(model: nn.Module) -> None:
 
 def _install(bare: Any) -> None:
     stores: dict[torch.device, HostStore] = {}
+    usuals = [layer._gradient_checkpointing_func for layer in checkpointed_layers(bare) if layer.gradient_checkpointing]
+    if any(vars(bare).get(name) for name in _OF_INPUTS) and all(map(_needs_no_gradient, usuals)):
+        # Made for reentrant checkpointing, it keeps the first input on the device, and its gradient at the end.
+        bare.disable_input_require_grads()
     for layer in checkpointed_layers(bare):
         usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
         if usual is not None and not isinstance(usual, _Offloading):
             vars(layer)["_gradient_checkpointing_func"] = _Offloading(usual, stores)
+
+
+def _needs_no_gradient(usual: Any) -> bool:
+    """Whether a checkpoint trains what is in it also where its input needs no gradient."""
+    return isinstance(usual, _Offloading) or getattr(usual, "keywords", {}).get("use_reentrant") is False
 
 
 class _Offloading:
@@ -60,12 +71,14 @@ class _Offloading:
             return self._usual(run, *args)
         if not self.takes(hidden.device):
             return self._usual(run, *args)
-        store = self._stores.setdefault(hidden.device, HostStore(hidden.device))
+        if hidden.device not in self._stores:
+            self._stores[hidden.device] = HostStore(hidden.device)
+        store = self._stores[hidden.device]
+        place, shape = hidden.data_ptr(), hidden.shape  # autograd keeps `pack` too, which must not keep the tensor
 
         def pack(tensor: torch.Tensor) -> Any:
             # others are the same for all layers, as what an encoder gave
-            is_input = tensor.data_ptr() == hidden.data_ptr() and tensor.shape == hidden.shape
-            return store.put(tensor) if is_input else tensor
+            return store.put(tensor) if tensor.data_ptr() == place and tensor.shape == shape else tensor
 
         def unpack(kept: Any) -> torch.Tensor:
             return store.get(kept) if isinstance(kept, Stored) else kept

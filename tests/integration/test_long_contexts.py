@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_with_inputs_on_the_host_numbers_are_the_same(packed_llama, device, opti
     else:  # kernels that add in any order
         torch.testing.assert_close(losses, usual[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gradients, usual[1], rtol=2e-2, atol=2e-3)
+
+
+def test_inputs_do_not_stay_on_the_device(packed_llama, device):
+    model = adapted(packed_llama, device)
+    lowra.offload_activations(model)
+    inputs = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    ids = torch.arange(3, 40, device=device)[None]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    gc.collect()
+    assert [storage() is None for storage in inputs] == [True, False]  # the last need not leave
+    loss.backward()
+    gc.collect()
+    assert all(storage() is None for storage in inputs[:2])
 
 
 @pytest.mark.parametrize("shape", [(1, 31), (2, 17), (3, 4)], ids=str)
