@@ -199,18 +199,15 @@ class Decoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes the adapters' factors, anew where they are kept in another type: they may have been trained on."""
+        """Takes the adapters' factors, anew where copies are kept of them: they may have been trained on."""
         kept: list[torch.Tensor] = []
         given: list[torch.Tensor] = []
-        for adapter in (adapter for group in self._projections() for adapter in group.adapters()):
-            a, b = adapter.source
-            if a.dtype == self.dtype and b.dtype == self.dtype:
-                continue
-            if adapter.factors is adapter.source:
-                adapter.factors = a.to(self.dtype, copy=True), b.to(self.dtype, copy=True)
-            else:
-                kept.extend(adapter.factors)
-                given.extend(adapter.source)
+        for group in self._projections():
+            group.make_room()
+            for adapter in group.adapters():
+                if adapter.factors is not adapter.source:
+                    kept.extend(adapter.factors)
+                    given.extend(adapter.source)
         if kept:
             torch._foreach_copy_(kept, given)
         for number, group in enumerate(self._adapted, start=1):

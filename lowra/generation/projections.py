@@ -27,7 +27,7 @@ class Adapter:
         source: the parameters A [r, K] and B [N, r].
         scaling: alpha / r, or what the adapter has in its place.
         rows: bool [batch], the sequences of a mixed batch that it is for; None for all.
-        factors: A and B in the type of x once `refresh` was called; the parameters themselves where they have it.
+        factors: A and B in the type of x once `Projections.make_room` was called; until then the parameters.
     """
 
     source: tuple[torch.Tensor, torch.Tensor]
@@ -61,6 +61,7 @@ class Projections:
             self._packed = []
         # One adapter a weight goes into the product; None where there is none, or another way has to be taken.
         self._in_product: decoding.Adapters | None = None
+        self._side_by_side: _SideBySide | None = None
 
     def after_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
@@ -81,25 +82,39 @@ class Projections:
         if self._in_one():
             return decoding.linear_group(x, self._packed, self._in_product)
         outs = decoding.linear_group(x, self._packed) if self._packed else [base(x) for base in self._bases]
+        if self._side_by_side is not None:
+            self._side_by_side.add_to(outs, x)
+            return outs
         for out, adapters in zip(outs, self._adapters, strict=True):
             for adapter in adapters:
                 a, b = adapter.factors
-                inner = x @ a.T
-                if adapter.rows is not None:
-                    inner.view(len(adapter.rows), -1, len(a)).masked_fill_(~adapter.rows[:, None, None], 0)
-                out.addmm_(inner, b.T, alpha=adapter.scaling)
+                out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
         return outs
 
     def _in_one(self) -> bool:
         return bool(self._packed) and (self._in_product is not None or not any(self._adapters))
 
+    def _has_several(self) -> bool:
+        """Whether sequences or weights go through more than one adapter."""
+        return any(len(own) > 1 for own in self._adapters) or any(own.rows is not None for own in self.adapters())
+
     def cells(self) -> int:
         """Cells that the adapters need to go into the products; 0 where they do not."""
-        several = any(len(own) > 1 for own in self._adapters) or any(own.rows is not None for own in self.adapters())
-        if not self._packed or not any(self._adapters) or several:
+        if not self._packed or not any(self._adapters) or self._has_several():
             return 0
         matrix, _ = self._packed[0]
         return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
+
+    def make_room(self) -> None:
+        """Factors get memory of their own where they have another type than x or are several; it holds nothing yet."""
+        if self._has_several():
+            if self._side_by_side is None:
+                self._side_by_side = _SideBySide(self._adapters, self._read_from[2])
+            return
+        for adapter in self.adapters():
+            if adapter.factors is adapter.source and any(part.dtype != self._read_from[2] for part in adapter.source):
+                a, b = (torch.empty_like(part, dtype=self._read_from[2]) for part in adapter.source)
+                adapter.factors = a, b
 
     def into_products(self, cells: torch.Tensor, launches: torch.Tensor, launch: int) -> None:
         """Adapters go into the products from now on, by their present factors; see `decoding.Adapters`."""
@@ -128,6 +143,59 @@ class Projections:
             yield from (table.data_ptr() for own in tables for table in own.values())
         for adapter in self.adapters():
             yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
+
+
+class _SideBySide:
+    """All adapters of the layers: one product with all A, and one with the B of each layer.
+
+    A mixed batch computes A x of every sequence with every adapter, which costs little beside the launches of a product
+    for each adapter, and what is not a sequence's own counts 0.
+    """
+
+    def __init__(self, adapters: list[list[Adapter]], dtype: torch.dtype):
+        """
+        Args:
+            adapters: of each layer. Their factors become views of the memory here.
+            dtype: of x.
+        """
+        everyone = [adapter for own in adapters for adapter in own]
+        (first, _), ranks = everyone[0].source, [len(adapter.source[0]) for adapter in everyone]
+        self._a = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)
+        self._columns: list[slice] = []
+        self._b: list[torch.Tensor | None] = []
+        begin = 0
+        for own in adapters:
+            end = begin + sum(len(adapter.source[0]) for adapter in own)
+            b = own[0].source[1].new_empty(len(own[0].source[1]), end - begin, dtype=dtype) if own else None
+            parts = zip(
+                self._a[begin:end].split([len(adapter.source[0]) for adapter in own]),
+                () if b is None else b.split([len(adapter.source[0]) for adapter in own], dim=1),
+                strict=True,
+            )
+            for adapter, factors in zip(own, parts, strict=True):
+                adapter.factors = factors
+            self._columns.append(slice(begin, end))
+            self._b.append(b)
+            begin = end
+        repeats = torch.tensor(ranks, device=first.device)
+        scalings = [adapter.scaling for adapter in everyone]
+        self._scaling = scalings[0] if len(set(scalings)) == 1 else 1.0
+        each = first.new_tensor(scalings, dtype=dtype).repeat_interleave(repeats)
+        self._scalings = each if len(set(scalings)) > 1 else None  # [ranks]
+        # bool [batch, 1, ranks]: what is another sequence's, and so may be anything
+        rows = [adapter.rows for adapter in everyone if adapter.rows is not None]
+        self._others = ~torch.stack(rows, dim=1).repeat_interleave(repeats, dim=1)[:, None] if rows else None
+
+    def add_to(self, outs: list[torch.Tensor], x: torch.Tensor) -> None:
+        """Adds the adapters' terms for x [batch * tokens, K] to outputs [batch * tokens, N] of the layers."""
+        inner = x @ self._a.T
+        if self._others is not None:
+            inner.view(len(self._others), -1, len(self._a)).masked_fill_(self._others, 0)
+        if self._scalings is not None:
+            inner *= self._scalings
+        for out, columns, b in zip(outs, self._columns, self._b, strict=True):
+            if b is not None:
+                out.addmm_(inner[:, columns], b.T, alpha=self._scaling)
 
 
 def _base_of(module: nn.Module) -> nn.Module:

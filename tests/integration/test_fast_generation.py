@@ -159,6 +159,11 @@ def test_each_sequence_goes_through_its_own_adapter(folders, device, warnings):
         assert torch.equal(expected[0], active[0]) == (names[0] == "law")
     expected, found = both(model, batch(device))
     assert_same(model, found[:1], expected[:1])
+    with torch.no_grad():  # what is not a sequence's own may be anything
+        model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["news"].weight.fill_(torch.inf)
+    _, found = both(model, batch(device), adapter_names=["news", "law", "law"])
+    alone, _ = both(model, batch(device), adapter_names=["law", "law", "law"])
+    assert torch.equal(found[1:], alone[1:])
     assert not warnings.records
     expected, found = both(model, batch(device), adapter_names=["__base__"] * 3)
     assert torch.equal(found, expected) and "no sequence of the batch has an adapter" in warnings.text
