@@ -52,7 +52,7 @@ class Run:
         embeddings, head: packed too.
         checkpointing: activations are computed again in backward.
         offload: of these, what is kept waits in the host's memory.
-        tiled_mlp: MLPs work on some tokens at a time.
+        tiled_mlp: MLPs and norms work on some tokens at a time.
         packing: rows of several conversations, whose attention mask [T, T] is held.
         accumulation: forward passes of an optimiser step; more than one keep gradients from pass to pass.
         optimizer: a name of Transformers'.
@@ -178,14 +178,15 @@ def _in_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
         return in_mlp
     tile = min(tokens, _TILE)
     of_mlp = float(width * shape.mlp_kept * shape.mlp)
-    in_mlp = 2 * once + kept - tokens * of_mlp + tile * (of_mlp + _TILE_GRADIENTS * shape.mlp * width)
-    # Attention, after the MLP's part is gone: the gradients of what was read and of the output; of queries, keys and
-    # values, by the flash kernel (float32 sums of the first; the others for each head of the queries).
+    rest = kept - tokens * (of_mlp + shape.norms * shape.hidden * (_FLOAT + width))  # of attention and adapters
+    # What norms give, what the second one reads, and gradients of what the MLP gives and reads.
+    in_mlp = (shape.norms + 3) * once + rest + tile * (of_mlp + _TILE_GRADIENTS * shape.mlp * width)
+    # Attention, after the MLP's part is gone: what its norm gave and the gradient of the block's middle; gradients of
+    # its output, queries, keys and values, by the flash kernel (float32 sums of the queries'; the others for each of
+    # their heads).
     expanded = 2 * shape.queries if shape.keys < shape.queries else 0
     gradients = width * (2 * shape.queries + 2 * shape.keys + expanded) + _FLOAT * shape.queries
-    first_norm = shape.norms * shape.hidden * (_FLOAT + width) * (1 - 1 / max(1, shape.norms))
-    in_attention = once + kept - tokens * (of_mlp + first_norm) + tokens * gradients
-    return max(in_mlp, in_attention)
+    return max(in_mlp, 2 * once + rest + tokens * gradients)
 
 
 def _seen_by_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:

@@ -1,4 +1,8 @@
-"""`tile_mlps`: the MLP of each block works on some tokens at a time (`lowra.nn.tiled`)."""
+"""`tile_mlps`: MLPs, and the norms beside them, work on some tokens at a time (`lowra.nn.tiled`).
+
+Norms, because what one holds in float32 while it is differentiated, seven times the hidden states' number in all, would
+else be the most that lives at a time.
+"""
 
 import inspect
 from typing import Any
@@ -20,11 +24,11 @@ _OF_NO_TOKEN = (nn.Dropout, nn.Identity, nn.ModuleList)
 
 
 def tile_mlps(model: nn.Module) -> None:
-    """Has the MLPs of a model work on 4,096 tokens at a time, in training and without gradients.
+    """Has the MLPs and norms of a model work on 4,096 tokens at a time, in training and without gradients.
 
-    What an MLP holds for backward, four times its width for each token, is then held for one tile and computed again in
-    backward. With gradient checkpointing that takes no more products than without. Losses are the same; gradients of
-    adapters are sums of another order. Holds until the model is loaded anew.
+    What an MLP holds for backward, four times its width for each token, and a norm's float32 are then held for one tile
+    and computed again in backward. With gradient checkpointing that takes no more products than without. Losses are the
+    same; gradients of adapters are sums of another order. Holds until the model is loaded anew.
 
     Args:
         model: a model of Transformers, or a PeftModel on one; its adapters may come later.
@@ -39,9 +43,9 @@ def tile_mlps(model: nn.Module) -> None:
             f"{type(bare).__name__} has no MLP that is known to work token by token (a mixture of experts is none), so "
             "there is nothing to tile: train it without."
         )
-    for mlp in found:
-        if not is_tiled(mlp):
-            vars(mlp)["forward"] = _Tiling(mlp)
+    for module in (*found, *_norms(bare)):
+        if not isinstance(vars(module).get("forward"), _Tiling):
+            vars(module)["forward"] = _Tiling(module)
 
 
 def mlps_to_tile(model: nn.Module) -> list[nn.Module]:
@@ -49,8 +53,20 @@ def mlps_to_tile(model: nn.Module) -> list[nn.Module]:
     return [mlp for layer in checkpointed_layers(model) for mlp in _mlps(layer)]
 
 
-def is_tiled(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), _Tiling)
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """The norms of the blocks, over the hidden states, and that behind the last."""
+    layers = checkpointed_layers(model)
+    stacks = [owner for owner in model.modules() if any(layer in layers for layer in _listed(owner))]
+    return [child for owner in (*layers, *stacks) for child in owner.children() if _is_norm(child)]
+
+
+def _listed(owner: nn.Module) -> list[nn.Module]:
+    return [module for child in owner.children() if isinstance(child, nn.ModuleList) for module in child]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    is_over_last = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return is_over_last and _reads_hidden_states_alone(module)
 
 
 def _mlps(layer: nn.Module) -> list[nn.Module]:
@@ -59,12 +75,7 @@ def _mlps(layer: nn.Module) -> list[nn.Module]:
 
 def _is_plain(mlp: nn.Module) -> bool:
     """Whether an MLP is of linear layers and activations alone, and reads nothing but the hidden states."""
-    needed = [
-        parameter
-        for parameter in inspect.signature(type(mlp).forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if len(needed) != 2:  # self and hidden states
+    if not _reads_hidden_states_alone(mlp):
         return False
     linear = [module for module in mlp.modules() if isinstance(module, _LINEAR)]
     within = {id(part) for module in linear for part in module.modules()}
@@ -76,15 +87,24 @@ def _is_plain(mlp: nn.Module) -> bool:
     )
 
 
-class _Tiling:
-    """In the place of an MLP's `forward`, be that its class's or one that it was given, as Liger does."""
+def _reads_hidden_states_alone(module: nn.Module) -> bool:
+    needed = [
+        parameter
+        for parameter in inspect.signature(type(module).forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return len(needed) == 2  # with self
 
-    def __init__(self, mlp: nn.Module):
-        self._mlp, self._given = mlp, vars(mlp).get("forward")
+
+class _Tiling:
+    """In the place of a module's `forward`, be that its class's or one that it was given, as Liger does."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self._given = module, vars(module).get("forward")
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         size = max(1, TILE * hidden.shape[-2] // max(1, hidden[..., 0].numel())) if hidden.dim() > 1 else 0
-        trained = [parameter for parameter in self._mlp.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         whole = not 0 < size < hidden.shape[-2] or args or kwargs or torch.compiler.is_compiling()
         # the hook of a parameter would be called for each tile, and for their sum
         if whole or any(parameter._backward_hooks for parameter in trained):
@@ -94,4 +114,4 @@ class _Tiling:
     def _usual(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._given is not None:
             return self._given(hidden, *args, **kwargs)
-        return type(self._mlp).forward(self._mlp, hidden, *args, **kwargs)
+        return type(self._module).forward(self._module, hidden, *args, **kwargs)

@@ -97,8 +97,8 @@ class Recipe:
             GPU, with gradient checkpointing.
         offload_activations: the inputs of checkpointed layers wait in the host's memory, for long contexts on a GPU
             (`lowra.offload_activations`).
-        tiled_mlp: MLPs work on 4,096 tokens at a time, for long contexts (`lowra.tile_mlps`). Neither goes with
-            layer_graphs.
+        tiled_mlp: MLPs and norms work on 4,096 tokens at a time, for long contexts (`lowra.tile_mlps`). Neither goes
+            with layer_graphs.
         liger: norms, rotary embedding and gated activations by Liger's kernels, on a GPU.
         bf16: base and autocast in bfloat16; else float32. Adapter factors are float32 in both. On a GPU without
             bfloat16 (before Ampere) fp16 takes its place.

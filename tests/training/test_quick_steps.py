@@ -93,4 +93,4 @@ def test_a_run_with_long_contexts(recipe, without_gpu, monkeypatch):
     )
     result = finetune(run, progress=False)
     assert result["recipe"]["tiled_mlp"] and len(put) == 2  # layers
-    assert len(tiles) == 2 * 4  # forward, recomputation, evaluations before and after
+    assert len(tiles) == 7 + 6 + 2 * 7  # forward, recomputation of blocks, evaluations before and after
