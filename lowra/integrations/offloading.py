@@ -22,9 +22,9 @@ def offload_activations(model: nn.Module) -> None:
     """Keeps the inputs of checkpointed layers in the host's memory between forward and backward.
 
     A sequence may then be as long as one layer allows; the host needs 2 bytes x tokens x hidden size x layers of pinned
-    memory. Losses and gradients are those without it, but that the embeddings' output gets none any more where checkpoints
-    are not reentrant (`disable_input_require_grads`). Layers on a CPU run as before. Holds until the model is loaded anew;
-    a copy of the model, or one that is pickled, is without it.
+    memory. Losses and gradients are those without it; only the embeddings' output gets no gradient any more where
+    checkpoints are not reentrant (`disable_input_require_grads`). Layers on a CPU run as before. Holds until the model
+    is loaded anew; a copy of the model, or one that is pickled, is without it.
 
     Args:
         model: a model of Transformers, or a PeftModel on one; its adapters may come later. Gradient checkpointing is
