@@ -49,6 +49,7 @@ def fast_decoding(
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    wants_cache: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """A decoding loop for `generate(custom_generate=...)`; greedy and sampling, with everything that `generate` takes.
@@ -58,6 +59,7 @@ def fast_decoding(
     Args:
         input_ids: [batch, tokens], padded on the left.
         tokenizer: `generate` has made the criterion of stop strings with it; not used here.
+        wants_cache: the caller has given a cache, which is to be filled.
 
     Returns:
         ids [batch, tokens + new tokens], as Transformers' loop; where that falls back, what it returns.
@@ -72,6 +74,8 @@ def fast_decoding(
             raise Unsupported("the model generates already, and its buffers are one request's")
         if synced_gpus:
             raise Unsupported("several GPUs generate in step")
+        if wants_cache:
+            raise Unsupported("the cache that was given is to be filled")
         request = Request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         session, first = _session(request)
         return session.run(request, first, streamer)

@@ -161,9 +161,11 @@ def all_of_generate(original: Callable) -> Callable:
         self: Any, custom_generate: Any, kwargs: Any, synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> Any:
         tokenizer = kwargs.get("tokenizer")
+        wants_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values")) or None
         found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "__module__", "").startswith("lowra."):  # fast_decoding
             kept = {"streamer": streamer, "synced_gpus": synced_gpus, "tokenizer": tokenizer}
+            kept["wants_cache"] = wants_cache  # later, one that `generate` has made looks like one that it was given
             found |= {name: value for name, value in kept.items() if value is not None}
         return found
 

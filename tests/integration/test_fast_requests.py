@@ -1,6 +1,7 @@
 """`lowra.fast_decoding` on requests and models that it does not cover, or that changed: no other tokens in silence."""
 
 import gc
+import inspect
 import threading
 import weakref
 
@@ -8,7 +9,15 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 import lowra
 from lowra.generation import fast
@@ -211,3 +220,26 @@ def test_release_takes_what_generates(model):
     for other in (None, LowRALinear, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="A PreTrainedModel or a PeftModel was expected"):
             fast.release(other)
+
+
+@pytest.mark.parametrize("through_peft", [False, True])
+def test_a_cache_of_the_caller_is_filled(model, caplog, through_peft):
+    fast._warn.cache_clear()
+    if through_peft:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+    lengths = []
+    for options in ({}, {"custom_generate": lowra.fast_decoding}):
+        cache = DynamicCache(config=model.config)
+        ids = prompt()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            **{name: cache},
+            **options,
+        )
+        lengths.append(cache.get_seq_length())
+    assert lengths == [9 + 5] * 2
+    assert "the cache that was given is to be filled" in caplog.text
