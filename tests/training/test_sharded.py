@@ -52,6 +52,7 @@ def test_the_files_for_accelerate_ask_for_what_is_tested():
     [
         ({}, "SHARDED_STATE_DICT", "checkpoints have no adapter: set it to FULL_STATE_DICT"),
         ({"tables": "levels"}, "FULL_STATE_DICT", "tables=levels cannot be trained with a sharded model"),
+        ({"tiled_mlp": True}, "FULL_STATE_DICT", "tiled_mlp=true has not been tried with a sharded model"),
         ({"task": "summarization", **SUMMARIES}, "FULL_STATE_DICT", "task=summarization generates while it evaluates"),
     ],
 )
