@@ -150,13 +150,21 @@ def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) ->
             keep_record(settings, Arriving(UNKNOWN))
         if not hasattr(settings, _TOLD):  # averages and the like come at every step
             setattr(settings, _TOLD, True)
-            logger.warning(
-                "lowra: factors of adapter %r come as a state dict, without the record of the base and packing that "
-                "they were trained on%s. On another one the outputs are far off; PeftModel.from_pretrained and "
-                "load_adapter ask.",
-                name,
-                "; its levels and scales stay" if held is not None and name in held.adapters else "",
-            )
+            tell_unknown_origin(name, held is not None and name in held.adapters)
+
+
+def tell_unknown_origin(name: str, keeps_tables: bool = False) -> None:
+    """
+    Args:
+        name: of an adapter whose factors come from wherever, on a base that is whole without them.
+        keeps_tables: it has levels and scales of its own, which do not come with factors.
+    """
+    logger.warning(
+        "lowra: factors of adapter %r come as a state dict, without the record of the base and packing that they were "
+        "trained on%s. On another one the outputs are far off; PeftModel.from_pretrained and load_adapter ask.",
+        name,
+        "; its levels and scales stay" if keeps_tables else "",
+    )
 
 
 def _adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:

@@ -24,6 +24,7 @@ from .adapter_records import (
 )
 from .folders import build_config, describes_packing, load_folder, local_packed_folder
 from .integrity import describe_again, fetched_with
+from .loose_factors import read_from, refuse_unknown_origin, tell_unknown_origin
 from .parameter_counts import uncounted
 from .stored_start import filled_from_file
 from .transformers import OPTIONS, asked_for, describe_saved, dtype_of_packed, refuse_layers_of_adapters
@@ -130,6 +131,13 @@ def checked_adapter_of_transformers(original: Callable) -> Callable:
         path, name = given.get("peft_model_id"), given.get("adapter_name") or "default"
         arriving = Arriving(UNKNOWN)
         options = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        factors = given.get("adapter_state_dict")
+        if factors is not None and is_packed_base(self):
+            if (source := read_from(factors)) is None:
+                refuse_unknown_origin(self, name)
+                tell_unknown_origin(name)
+            else:
+                path, options = source
         needs_config = given.get("peft_config") is None
         found = None if path is None or not is_packed_base(self) else reached(path, options, needs_config)
         with found or contextlib.nullcontext():
@@ -139,7 +147,8 @@ def checked_adapter_of_transformers(original: Callable) -> Callable:
                 result = original(self, *args, **kwargs)
         if is_packed_base(self):
             check_loaded_by_transformers(self, name, result, str(path))
-            check_saved(str(path), options, arriving.record)
+            if path is not None:
+                check_saved(str(path), options, arriving.record)
             settle(self, name, arriving)
         return result
 

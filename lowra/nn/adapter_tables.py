@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..weights.digests import canonical_digest, joined
 from .linear import LowRALinear
 from .packed_module import PackedModule
 
@@ -50,6 +51,14 @@ class AdapterTables:
     def of_adapter(self, adapter: str) -> dict[str, dict[str, torch.Tensor]]:
         """What `put` was given; empty for adapters without tables."""
         return self._tables.get(adapter, {})
+
+    def digests_of_layer(self, layer: str) -> dict[str, str]:
+        """What tells the tables that adapters have for a layer from others, by adapter."""
+        return {
+            adapter: joined([f"{part} {canonical_digest(parts[part])}" for part in sorted(parts)])
+            for adapter, layers in self._tables.items()
+            if (parts := layers.get(layer))
+        }
 
     def active(self) -> list[str]:
         """Names of the adapters that count now: none while they are disabled, those that were merged, or the active."""

@@ -13,6 +13,8 @@ from ..weights.packed import TABLES, PackedWeight
 from .packed_module import PackedModule
 from .row_layout import is_readable
 
+_TABLES_HELD = "adapter_tables"  # of a state dict's metadata: digests of the tables that adapters have
+
 
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype of autocast where that is on: it does not know our ops and functions."""
@@ -69,6 +71,30 @@ class LowRALinear(PackedModule, nn.Linear):
         if all(torch.equal(tensor.cpu(), self._parameters[name].cpu()) for name, tensor in codes.items()):
             return None
         return "an adapter on it has tables that were trained for the codes it has: delete_adapter comes before others."
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            held = {} if self.adapter_tables is None else self.adapter_tables.digests_of_layer(self.table_name)
+            destination._metadata.setdefault(prefix[:-1], {})[_TABLES_HELD] = held
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        """Refuses a state dict that was made beside other tables of an adapter: they are no part of it."""
+        recorded = local_metadata.get(_TABLES_HELD)
+        if recorded is not None and (recorded or self.adapter_tables is not None):
+            held = {} if self.adapter_tables is None else self.adapter_tables.digests_of_layer(self.table_name)
+            # factors come with the layers that PEFT has put its own around
+            for adapter in recorded.keys() | (held.keys() if prefix.endswith(".base_layer.") else set()):
+                if recorded.get(adapter) != held.get(adapter):
+                    others[-1].append(  # the messages
+                        f"{prefix[:-1]}: this state dict was made beside other levels and scales of adapter "
+                        f"{adapter!r} than this model has, and they are no part of it: load the adapter's folder "
+                        "(PeftModel.from_pretrained or load_adapter)."
+                    )
+                    return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def current_tables(self) -> dict[str, torch.Tensor]:
         """Levels, scales and scale steps that count now, by name."""

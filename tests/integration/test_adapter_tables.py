@@ -8,7 +8,17 @@ import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from safetensors.torch import load_file, save_file
 from small_models import inputs_of, logits_of
@@ -178,6 +188,61 @@ def test_the_original_cannot_take_them(packed_llama, dense_llama, trained):
         PeftModel.from_pretrained(load(dense_llama), trained[0], any_base=True)
     with pytest.raises(ValueError, match="this model is dense"):
         load(dense_llama).load_adapter(str(trained[0]))
+
+
+def filled_by_transformers(model, folder):
+    model = model.unload()
+    factors = load_peft_weights(str(folder), device="cpu")
+    model.load_adapter(adapter_state_dict=factors, peft_config=PeftConfig.from_pretrained(folder))
+    return model
+
+
+def filled_by_peft(model, folder):
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    return model
+
+
+@pytest.mark.parametrize("fill", [filled_by_transformers, filled_by_peft])
+def test_factors_read_from_a_folder_bring_them(packed_llama, trained, fill):
+    folder, logits = trained
+    if is_ia3(trained) and fill is filled_by_transformers:
+        pytest.skip("Transformers puts factors of LoRA in")
+    model = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(folder))
+    assert torch.equal(logits_of(fill(model, folder).eval()), logits)
+
+
+def as_it_is(state, folder):
+    return state
+
+
+def copied(state, folder):
+    return copy.deepcopy(state)
+
+
+def through_a_file(state, folder):
+    torch.save(state, folder / "state.bin")
+    return torch.load(folder / "state.bin")
+
+
+@pytest.mark.parametrize("way", [as_it_is, copied, through_a_file])
+def test_whole_state_dicts_do_not_leave_them_behind(packed_llama, trained, plain, tmp_path, way):
+    """They hold packed base and factors, and no tables."""
+    folder, logits = trained
+    source = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    state = way(source.state_dict(), tmp_path)
+    fresh = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(folder)).eval()
+    with pytest.raises(RuntimeError, match=r"beside other levels and scales of adapter 'default'"):
+        fresh.load_state_dict(state)
+    same = PeftModel.from_pretrained(load(packed_llama), folder).eval()
+    same.load_state_dict(state)
+    assert torch.equal(logits_of(same), logits)
+    if not is_ia3(trained) and len(source.targeted_module_names) > 4:
+        other = PeftModel.from_pretrained(load(packed_llama), plain[0])
+        with pytest.raises(RuntimeError, match="other levels and scales"):  # and not under those of another
+            same.load_state_dict(way(other.state_dict(), tmp_path))
+        again = PeftModel.from_pretrained(load(packed_llama), plain[0]).eval()
+        again.load_state_dict(way(other.state_dict(), tmp_path))
+        assert torch.equal(logits_of(again), plain[1])
 
 
 def test_hotswap(packed_llama, trained, plain, tmp_path):

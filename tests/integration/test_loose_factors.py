@@ -100,6 +100,19 @@ def test_factors_of_unknown_origin_are_refused_where_the_base_needs_its_own(pack
     assert torch.equal(logits_of(model), before)  # nothing was put in
 
 
+@pytest.mark.parametrize("kind", ["of a file", "read from another packing"])
+def test_transformers_asks_about_factors_too(packings, kind):
+    model = load(packings / "first")
+    other, own = (str(packings / name / "initial_adapter") for name in ("second", "first"))
+    factors = from_file(packings) if kind == "of a file" else peft.load_peft_weights(other, device="cpu")
+    with pytest.raises(ValueError, match=r"come as a state dict|another packing"):
+        model.load_adapter(adapter_state_dict=factors, peft_config=LoraConfig.from_pretrained(other))
+    assert not getattr(model, "_hf_peft_config_loaded", False)
+    factors = peft.load_peft_weights(own, device="cpu")
+    model.load_adapter(adapter_state_dict=factors, peft_config=LoraConfig.from_pretrained(own))
+    assert torch.equal(logits_of(model), logits_of(started(packings)))
+
+
 def test_what_training_has_read_out_of_its_own_adapter_comes_back(packings, caplog):
     """The best of a run, or an average of several clients, which nothing ties to the tensors that were read."""
     model = started(packings)
