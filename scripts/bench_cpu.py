@@ -54,9 +54,8 @@ def packed(rows: int, in_features: int, bits: float) -> PackedMatrix:
 class Products:
     """Calls of one kind on a shape, over enough copies of the weight to be cold."""
 
-    def __init__(self, kind: str, shape: tuple[int, int], tokens: int, cold: int, ggml: Ggml | None):
-        rows, in_features = shape
-        x = torch.randn(tokens, in_features)
+    def __init__(self, kind: str, shape: tuple[int, int], x: torch.Tensor, cold: int, ggml: Ggml | None):
+        (rows, in_features), tokens = shape, len(x)
         if kind.startswith("lowra"):
             self.bytes = sum(t.nbytes for t in packed(rows, in_features, float(kind[6:])).tensors)
         elif ggml is not None and kind in GGML:
@@ -108,7 +107,8 @@ def measure(args: argparse.Namespace, threads: int) -> list[dict]:
     for model, tokens in itertools.product(args.shapes, args.tokens):
         steps = {kind: [0.0, 0.0, 0] for kind in kinds}
         for shape, count in SHAPES[model].items():
-            products = {kind: Products(kind, shape, tokens, args.cold << 20, ggml) for kind in kinds}
+            x = torch.randn(tokens, shape[1]).to(getattr(torch, args.type))
+            products = {kind: Products(kind, shape, x, args.cold << 20, ggml) for kind in kinds}
             for _, product in itertools.product(range(args.repeats + 1), products.values()):
                 product.run()
             for kind, product in products.items():
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     parser.add_argument("--dense", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--type", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of lowra's x")
     parser.add_argument("--ggml", help="folder of llama.cpp's shared libraries; without it they are left out")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--cold", type=int, default=64, help="MiB of copies that calls walk over")

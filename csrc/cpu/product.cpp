@@ -3,8 +3,10 @@
 
 #include "lowra.h"
 #include "checks.h"
+#include "cpu/aligned.h"
 #include "cpu/halves.h"
 #include "cpu/places.h"
+#include "cpu/rounding.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 
@@ -15,21 +17,6 @@
 namespace {
 
 constexpr int64_t kWeightsPerThread = 1 << 17;  // times tokens: some 10 us of a core
-constexpr size_t kLine = 64;                    // bytes of a cache line, and of the widest register
-
-// float32 memory on a multiple of kLine.
-class aligned_floats {
- public:
-  explicit aligned_floats(int64_t count) : memory_(static_cast<size_t>(count) + kLine / sizeof(float)) {}
-  aligned_floats(aligned_floats &&) = default;
-  float *data() {
-    const size_t off = reinterpret_cast<uintptr_t>(memory_.data()) % kLine;
-    return memory_.data() + (off == 0 ? 0 : (kLine - off) / sizeof(float));
-  }
-
- private:
-  std::vector<float> memory_;
-};
 
 // Rows of one precision that a thread multiplies before it asks for more.
 struct block {
@@ -48,6 +35,8 @@ std::vector<block> blocks_of(const lowra_shape &shape, int64_t rows_per_block) {
   return blocks;
 }
 
+bool is_group_of_registers(int64_t size) { return size == 32 || size == 64 || size == 128 || size == 256; }
+
 // The tables of a product, for those of its rows that are quicker by them.
 class x_tables {
  public:
@@ -56,7 +45,7 @@ class x_tables {
     const int64_t size = shape.group_size, groups = group_count(shape);
     const bool one = shape.rows1 >= kRowsForTables && tokens <= kernels.table_tokens1;
     const bool two = shape.rows2 >= kRowsForTables && tokens <= kernels.table_tokens2;
-    if (!(one || two) || (size != 32 && size != 64 && size != 128 && size != 256)) return;
+    if (tokens == 0 || !(one || two) || !is_group_of_registers(size)) return;
     sums_.resize(static_cast<size_t>(tokens * groups));
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t group = 0; group < groups; ++group) {
@@ -88,10 +77,10 @@ class x_tables {
   const float *tables_[3] = {nullptr, nullptr, nullptr};
 };
 
-}  // namespace
+enum class input { as_it_is, in_integers };
 
-int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
-                      int32_t type, int32_t threads) {
+int multiply(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out, int32_t type,
+             int32_t threads, input taken) {
   if (!packed) return LOWRA_NULL_POINTER;
   const lowra_shape &shape = packed->shape;
   if (lowra::bad_shape(shape) || tokens < 0 || tokens > LOWRA_CPU_MOST_TOKENS) return LOWRA_BAD_SHAPE;
@@ -107,28 +96,36 @@ int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens,
   return without_exceptions([&] {
     if (!is_row_order(packed->row_order, rows)) return LOWRA_BAD_ROW_ORDER;
     const row_kernels &chosen = kernels();
+    const bool integers = taken == input::in_integers;
+    if (integers && !(chosen.round_x && is_group_of_registers(shape.group_size))) return LOWRA_UNSUPPORTED;
     const int64_t groups = group_count(shape), stride = (in_features + kUnit - 1) / kUnit * kUnit;
     aligned_floats wide(tokens * stride);
     for (int64_t t = 0; t < tokens; ++t) {
       float *row = wide.data() + t * stride;  // its end stays zero
       for (int64_t k = 0; k < in_features; ++k) row[k] = load_element(x, type, t * in_features + k);
     }
-    const int64_t work = rows * in_features * tokens;
+    const int64_t work = rows * in_features * tokens, scale_bytes = lowra::bytes_of(packed->scale_type);
     // as many as share tables, but some blocks for each thread
-    const int64_t rows_per_block = rows >= 16 * kProductRows ? kProductRows : kProductRows / 4;
+    const int64_t rows_per_block = rows >= 16 * kProductRows ? kProductRows : kProductRows / (integers ? 2 : 4);
     const std::vector<block> blocks = blocks_of(shape, rows_per_block);
-    const x_tables tables(*packed, chosen, wide.data(), stride, tokens);
+    // of which one is of no tokens
+    const rounded_x rounded(shape, chosen, wide.data(), stride, integers ? tokens : 0);
+    if (integers && !rounded.integers()) return LOWRA_UNSUPPORTED;
+    const x_tables tables(*packed, chosen, wide.data(), stride, integers ? 0 : tokens);
     for_each_piece(static_cast<int64_t>(blocks.size()), 1, work, kWeightsPerThread, threads, [&] {
-      return [&, scales = aligned_floats(rows_per_block * groups),
+      return [&, scales = aligned_floats(rows_per_block * groups + 3),
               lanes = aligned_floats(rows_per_block * (groups + kLanePadding)), row = aligned_floats(stride),
               sums = std::vector<float>(rows_per_block * tokens)](int64_t number) mutable {
         const block &own = blocks[number];
         const row_place place = place_of(shape, own.first, 0);
         chosen.load_scales(*packed, own.first * groups, own.rows * groups, scales.data());
+        const uint8_t *next =
+            static_cast<const uint8_t *>(packed->scales) + (own.first + own.rows) * groups * scale_bytes;
+        for (int64_t i = 0; i < rows_per_block * groups * scale_bytes; i += kLine) __builtin_prefetch(next + i);
         chosen.product({packed->codes + place.code_offset, lowra_row_bytes(in_features, place.bits),
                         packed->levels + place.table_offset, scales.data(), place.bits, own.rows, in_features,
                         shape.group_size, tokens, wide.data(), stride, tables.of(place.bits), tables.group_sums(),
-                        lanes.data(), row.data(), sums.data()});
+                        integers ? rounded.integers() : nullptr, lanes.data(), row.data(), sums.data()});
         for (int64_t r = 0; r < own.rows; ++r) {
           const int64_t target = packed->row_order[own.first + r];
           const float shift = bias ? load_element(bias, type, target) : 0.0f;
@@ -140,4 +137,17 @@ int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens,
     });
     return LOWRA_OK;
   });
+}
+
+}  // namespace
+
+int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
+                      int32_t type, int32_t threads) {
+  return multiply(packed, x, tokens, bias, out, type, threads, input::as_it_is);
+}
+
+int lowra_cpu_product_in_integers(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias,
+                                  void *out, int32_t type, int32_t threads) {
+  if (tokens > kIntegerTokens) return LOWRA_UNSUPPORTED;
+  return multiply(packed, x, tokens, bias, out, type, threads, input::in_integers);
 }

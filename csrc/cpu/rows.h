@@ -19,27 +19,66 @@ using load_scales_fn = void (*)(const lowra_packed &packed, int64_t first, int64
 constexpr int64_t kProductRows = 64;  // at most, that a call of product_rows_fn takes
 constexpr int64_t kUnit = 32;         // weights that a product takes at once; x is padded with zeros to a multiple
 
+constexpr int64_t kPartColumns = 128;  // at most, that share a step of x in 13 bits
+constexpr int64_t kStepColumns = 16;   // that share a step of x in 8 bits
+constexpr int64_t kIntegerTokens = 4;  // at most, whose x is made integers
+
+// x as integers q times a float32 step: q = x / step, rounded to even, and step the largest |x| of some columns over
+// the largest q. For rows of 1 bit q goes up to 4095 and has a step for min(group_size, kPartColumns) columns, a part;
+// for those of 2 and 4 bits up to 127, with a step for kStepColumns.
+struct integer_x {
+  const uint8_t *tables;  // [tokens, 8 x_stride], see make_byte_tables
+  const float *steps;     // [tokens, parts]
+  const float *sums;      // [tokens, parts], of q, times the step
+  const float *offsets;   // [tokens, parts], of negative q, times the step: what entries of the tables are above zero
+
+  // by bits; [tokens, byte_stride], byte_stride a multiple of 128, zeros from in_features on. Of 256 / bits columns
+  // those that stand first in a byte of codes come first, 32 of them, then the second ones.
+  const int8_t *bytes[5];
+  const float *byte_steps[5];  // by bits, of each 32 / bits columns
+  const float *byte_sums;      // [tokens, groups], of q times their steps
+  int64_t byte_stride;
+};
+
 // Consecutive packed rows of one precision, and what they are multiplied with.
 struct product_rows {
   const uint8_t *codes;  // of the first row
   int64_t row_bytes;
   const uint16_t *levels;
-  const float *scales;  // [rows, groups]
+  const float *scales;  // [rows, groups], and 3 more may be read
   int bits;
   int64_t rows, in_features, group_size, tokens;
   const float *x;  // [tokens, x_stride], x_stride a multiple of kUnit, zeros from in_features on
   int64_t x_stride;
-  const float *tables;      // of make_tables for these bits, or null
-  const float *group_sums;  // [tokens, groups], of x; with tables
-  float *lanes;             // [kProductRows, groups padded to kLanePadding], scratch with tables
-  float *row;               // [x_stride], scratch
-  float *sums;              // [rows, tokens], the result
+  const float *tables;        // of make_tables for these bits, or null
+  const float *group_sums;    // [tokens, groups], of x; with tables
+  const integer_x *integers;  // or null: x is taken as it is
+  float *lanes;               // [kProductRows, groups padded to kLanePadding], scratch with tables of either kind
+  float *row;                 // [x_stride], scratch
+  float *sums;                // [rows, tokens], the result
 };
 
 using product_rows_fn = void (*)(const product_rows &part);
 
 // Tables of x for a product with rows of 1 or 2 bits, 4 * tokens * x_stride floats on a multiple of 64 bytes.
 using make_tables_fn = void (*)(int bits, const float *x, int64_t x_stride, int64_t tokens, float *tables);
+
+constexpr float kLargestRounded = 1e30f, kLeastRounded = 1e-30f;  // of |x|: steps and their inverses are normal numbers
+
+// Where one token of an integer_x is written, memory of zeros; tables and bytes may be null where no rows need them.
+struct rounded_token {
+  uint8_t *tables;
+  float *steps, *sums, *offsets;
+  int16_t *parts;      // [x_stride], scratch
+  int8_t *unarranged;  // [byte_stride], scratch
+  int8_t *bytes[5];
+  float *byte_steps[5], *byte_sums;
+  int64_t byte_stride;
+};
+
+// False where an x has no steps: it is not finite, or its magnitude is none between those above.
+using round_x_fn = bool (*)(const float *x, int64_t x_stride, int64_t in_features, int64_t group_size,
+                            const rounded_token &out);
 
 constexpr int64_t kLanePadding = 16;
 
@@ -51,6 +90,7 @@ struct row_kernels {
   product_rows_fn product;
   make_tables_fn make_tables;            // null where there are none
   int64_t table_tokens1, table_tokens2;  // up to which rows of 1 and of 2 bits are quicker by tables
+  round_x_fn round_x;                    // null where products take x as it is alone
 };
 
 extern const row_kernels rows_generic;

@@ -12,7 +12,6 @@ import torch
 
 # enum ggml_type of ggml.h
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q2_K": 10, "BF16": 30, "TQ2_0": 35}
-_REPACKED = {"Q4_0", "Q2_K"}
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -53,6 +52,9 @@ class Ggml:
         self._repacked = self.cpu._Z35ggml_backend_cpu_repack_buffer_typev
         self._repacked.restype = _P
         self.base.ggml_backend_cpu_buffer_type.restype = _P
+        # as ggml_repack_get_optimal_repack_type chooses on x86; a weight there without a layout ends the process
+        self.repacked = {"Q4_0"} if self.cpu.ggml_cpu_has_avx2() else set()
+        self.repacked |= {"Q2_K"} if self.cpu.ggml_cpu_has_avx512() else set()
         self.backend = self.cpu.ggml_backend_cpu_init()
         self.cpu.ggml_backend_cpu_set_n_threads(self.backend, threads)
 
@@ -78,7 +80,9 @@ class GgmlProduct:
         holds_weight, holds_rest = ggml.context(), ggml.context()
         tensor = base.ggml_new_tensor_2d(holds_weight, TYPES[kind], in_features, rows)
         plain = base.ggml_backend_cpu_buffer_type()
-        base.ggml_backend_alloc_ctx_tensors_from_buft(holds_weight, ggml._repacked() if kind in _REPACKED else plain)
+        base.ggml_backend_alloc_ctx_tensors_from_buft(
+            holds_weight, ggml._repacked() if kind in ggml.repacked else plain
+        )
         self.bytes = base.ggml_nbytes(tensor)
         part = torch.empty(self.bytes * given // rows, dtype=torch.uint8)
         wide = weight.float().contiguous()

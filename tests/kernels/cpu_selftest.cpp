@@ -81,6 +81,9 @@ bool check(const weight &w, int64_t tokens, int32_t type, std::mt19937 &random) 
   fill(x, exact_x);
   fill(bias, exact_bias);
   if (lowra_cpu_product(&w.packed, x.data(), tokens, bias.data(), out.data(), type, 2) != LOWRA_OK) return false;
+  std::vector<float> coarse(tokens * rows);
+  const int status = lowra_cpu_product_in_integers(&w.packed, x.data(), tokens, bias.data(), coarse.data(), type, 2);
+  if (status != LOWRA_OK && status != LOWRA_UNSUPPORTED) return false;
   const double unit = type == LOWRA_FLOAT32 ? 0x1p-24 : type == LOWRA_FLOAT16 ? 0x1p-11 : 0x1p-8;
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -92,6 +95,8 @@ bool check(const weight &w, int64_t tokens, int32_t type, std::mt19937 &random) 
       const double found = load_element(out.data(), type, t * rows + row);
       const double bound = unit * std::fabs(exact) + size * (static_cast<double>(k) / 4 + 8) * 0x1p-24 + 1e-7;
       if (!(std::fabs(found - exact) <= bound)) return false;
+      const double rounded = load_element(coarse.data(), type, t * rows + row);
+      if (status == LOWRA_OK && !(std::fabs(rounded - exact) <= bound + 0.05 * size)) return false;
     }
   }
   std::vector<float> whole(rows * k);

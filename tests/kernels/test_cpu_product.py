@@ -87,6 +87,37 @@ def test_every_number_of_tokens(instructions, shape):
             )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_x_in_integers(instructions, shape):
+    *mix, in_features, group_size = shape
+    for tokens in range(1, 5):
+        dtype = (torch.float16, torch.bfloat16)[tokens % 2]
+        case = packed_case(*mix, in_features, group_size, scales=SCALES[tokens % 3], seed=tokens)
+        random = torch.Generator().manual_seed(tokens)
+        x = (torch.randn(tokens, in_features, generator=random) * 10.0 ** (tokens - 3)).to(dtype)
+        x[0, : in_features // 2] = 0
+        bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
+        found = native.cpu_product(x, case.packed, bias, in_integers=True)
+        if instructions != "avx2" or group_size not in (32, 64, 128, 256):  # there is no such kernel
+            assert torch.equal(found, native.cpu_product(x, case.packed, bias))
+            continue
+        expected = reference.linear_in_integers(x, case.packed)
+        terms = 2 * x.double().abs() @ largest_weights(case).double().T
+        if bias is not None:
+            expected, terms = expected + bias.double(), terms + bias.double().abs()
+        bound = expected.abs() * torch.finfo(dtype).eps / 2 + terms * (in_features / 4 + 16) * 2.0**-24
+        assert ((found.double() - expected).abs() <= bound + torch.finfo(dtype).smallest_normal).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, 1e-38])
+def test_x_without_steps_is_multiplied_as_it_is(value):
+    case = packed_case(20, 100, 100, 512)
+    x = torch.zeros(2, 512, dtype=torch.bfloat16)
+    x[0, 100] = value
+    out = native.cpu_product(x, case.packed, None, in_integers=True)
+    torch.testing.assert_close(out, native.cpu_product(x, case.packed, None), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [8, 24, 64, 256])
 def test_parts_are_those_of_the_reference(instructions, group_size, dtype):

@@ -274,7 +274,7 @@ def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -
     if x.is_cpu and native.cpu_available() and 0 < len(x) <= native.CPU_MOST_TOKENS:
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
-        return native.cpu_product(x, packed, bias)
+        return native.cpu_product(x, packed, bias, in_integers=native.rounds_x and x.dtype != torch.float32)
     return linear(x, packed, bias)
 
 

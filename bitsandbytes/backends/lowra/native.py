@@ -40,6 +40,8 @@ UNSUPPORTED = 5
 _NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
 CPU_MOST_TOKENS = 16
+# Whether decoding on a CPU rounds an x of 16 bits (`reference.linear_in_integers`), where that is quicker
+rounds_x = os.environ.get("LOWRA_CPU_EXACT", "0") == "0"
 _INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
@@ -162,13 +164,19 @@ def cpu_dequantize(
     return out
 
 
-def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
-    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens."""
+def cpu_product(
+    x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None, in_integers: bool = False
+) -> torch.Tensor:
+    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens.
+
+    Args:
+        in_integers: as `reference.linear_in_integers`, where this processor has kernels for that and these operands.
+    """
     struct = packed_of(packed)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], packed.rows)
-    status = _cpu.lowra_cpu_product(
+    arguments = (
         ctypes.byref(struct),
         x.data_ptr(),
         x.numel() // packed.in_features,
@@ -177,6 +185,9 @@ def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None
         _TYPES[x.dtype],
         torch.get_num_threads(),
     )
+    status = _cpu.lowra_cpu_product_in_integers(*arguments) if in_integers else UNSUPPORTED
+    if status == UNSUPPORTED:
+        status = _cpu.lowra_cpu_product(*arguments)
     check(status, "product", struct.shape)
     return out
 

@@ -70,6 +70,42 @@ def dequantize(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def linear_in_integers(x: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
+    """x [T, K] times the transposed packed weight [N, K] as the processor's kernels do it that round x: float64 [T, N].
+
+    Rows of 1 bit are multiplied with x in 13 bits, q * step with |q| <= 4095 and a step for min(group_size, 128)
+    columns; those of 2 and 4 bits with x in 8 bits, |q| <= 127 and a step for 16 columns, and their levels lie on a
+    grid of 128 or of 16384 numbers from the row's least one to its largest.
+    """
+    fine, coarse = rounded(x, min(packed.group_size, 128), 4095).double(), rounded(x, 16, 127).double()
+    levels, spread = packed.levels.float().clone(), {2: 127, 4: 16383}
+    for segment in packed.segments():
+        if segment.bits in spread:
+            own = levels[segment.levels_of(segment.first, segment.end)].view(-1, 2**segment.bits)
+            least = own.amin(dim=1, keepdim=True)
+            above, reach = own - least, own.amax(dim=1, keepdim=True) - least
+            q = (above * _quotient(spread[segment.bits], reach)).round()
+            own[:] = least + q * (reach / spread[segment.bits])
+    weight = dequantize(packed._replace(levels=levels), torch.float32).double()
+    one = torch.zeros(packed.rows, dtype=torch.bool, device=x.device)
+    one[packed.row_order[packed.rows_4bit + packed.rows_2bit :].long()] = True
+    return torch.where(one, fine @ weight.T, coarse @ weight.T)
+
+
+def rounded(x: torch.Tensor, columns: int, most: int) -> torch.Tensor:
+    """x [T, K] on a grid of 2 most + 1 numbers for each so many columns, from -max |x| to max |x|: float32."""
+    tokens, in_features = x.shape
+    parts = torch.nn.functional.pad(x.float(), (0, -in_features % columns)).view(tokens, -1, columns)
+    largest = parts.abs().amax(dim=2, keepdim=True)
+    q = (parts * _quotient(most, largest)).round()
+    return (q * (largest / most)).view(tokens, -1)[:, :in_features]
+
+
+def _quotient(number: int, divisor: torch.Tensor) -> torch.Tensor:
+    """Rounded once: `number / divisor` is a product with a reciprocal in PyTorch. A divisor of 0 counts as 1."""
+    return torch.full_like(divisor, number) / divisor.where(divisor > 0, 1)
+
+
 def rows_of_codes(packed: PackedMatrix) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
     """Slices of a weight's rows, each of one precision, as: bits, rows in packed order, their entries of `levels`, and
     codes uint8 [rows of the slice, K].
