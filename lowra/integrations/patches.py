@@ -221,6 +221,27 @@ TABLE = (
         wrap=of_peft.weighted,
     ),
     Patch(
+        target="peft.tuners.lora.conversion:_convert_module_to_lora",
+        why="A LoRA made of an adapter of another method would be without the tables that it was trained with.",
+        door="none",
+        since="none",
+        rests_on=("module", "adapter_name"),
+        wrap=of_peft.converted,
+        optional=True,  # before PEFT converted adapters
+    ),
+    *(
+        Patch(
+            target=f"{module}:save_as_lora",
+            why="It goes past save_pretrained, and the LoRA would be without the record of its base and packing.",
+            door="none",
+            since="none",
+            rests_on=("path", "model", "adapter_name"),
+            wrap=of_peft.saved_as_lora,
+            optional=True,
+        )
+        for module in ("peft", "peft.tuners", "peft.tuners.lora", "peft.tuners.lora.conversion")
+    ),
+    Patch(
         target=f"{_TUNER}__init__",
         why="Methods that read the dense weight would read packed bytes, some before they inject an adapter.",
         door="peft.utils.register_peft_method knows nothing of the layers of a method",

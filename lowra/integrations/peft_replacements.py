@@ -30,6 +30,7 @@ from .adapter_records import (
     refuse_losing_tables,
     settle,
     tables_set_aside,
+    write_record,
     write_records,
 )
 from .folders import load_adapter_folder
@@ -268,3 +269,32 @@ def weighted(original: Callable) -> Callable:
         return original(self, adapters, *args, **kwargs)
 
     return add_weighted_adapter
+
+
+def converted(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def _convert_module_to_lora(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        refuse_losing_tables(given.arguments["module"], [given.arguments["adapter_name"]], "a LoRA made of it")
+        return original(*args, **kwargs)
+
+    return _convert_module_to_lora
+
+
+def saved_as_lora(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_as_lora(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if is_packed_base(given.arguments["model"]):
+            name = given.arguments["adapter_name"]
+            write_record(given.arguments["model"], pathlib.Path(given.arguments["path"]), name)
+        return result
+
+    return save_as_lora

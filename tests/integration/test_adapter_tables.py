@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import json
 import pickle
 import shutil
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -15,6 +17,7 @@ from peft import (
     PeftConfig,
     PeftMixedModel,
     PeftModel,
+    VeraConfig,
     get_peft_model,
     load_peft_weights,
     set_peft_model_state_dict,
@@ -243,6 +246,24 @@ def test_whole_state_dicts_do_not_leave_them_behind(packed_llama, trained, plain
         again = PeftModel.from_pretrained(load(packed_llama), plain[0]).eval()
         again.load_state_dict(way(other.state_dict(), tmp_path))
         assert torch.equal(logits_of(again), plain[1])
+
+
+@pytest.mark.skipif(not hasattr(peft, "save_as_lora"), reason="before PEFT converted adapters")
+@pytest.mark.parametrize("config", [VeraConfig(r=4, target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj"])])
+def test_a_lora_made_of_another_adapter_keeps_its_base_and_loses_no_tables(packed_llama, dense_llama, config, tmp_path):
+    model = get_peft_model(load(packed_llama), copy.deepcopy(config))
+    peft.save_as_lora(tmp_path / "lora", model, rank=4)
+    again = PeftModel.from_pretrained(load(packed_llama), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits_of(again), logits_of(model.eval()), rtol=1e-4, atol=1e-5)
+    other = tmp_path / "other"
+    lowra.quantize_checkpoint(str(dense_llama), other, lowra.LowRAConfig(bits=1.5), None, "cpu", progress=False)
+    with pytest.raises(ValueError, match="another packing of the same base"):
+        PeftModel.from_pretrained(load(other), tmp_path / "lora")
+    with_tables(model, 1)
+    for make in (peft.convert_to_lora, functools.partial(peft.save_as_lora, tmp_path / "late")):
+        with pytest.raises(ValueError, match="a LoRA made of it would leave them behind"):
+            make(model, rank=4)
+    assert not (tmp_path / "late" / "adapter_config.json").exists()
 
 
 def test_hotswap(packed_llama, trained, plain, tmp_path):
