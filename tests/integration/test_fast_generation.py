@@ -144,13 +144,19 @@ def test_an_adapter_and_its_changes_are_seen(folders, device, warnings):
 def test_each_sequence_goes_through_its_own_adapter(folders, device, warnings):
     model = get_peft_model(load(folders["llama"], device), LoraConfig(r=4, target_modules="all-linear"), "law")
     model.add_adapter("news", LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("sport", LoraConfig(r=4, target_modules=["v_proj"]))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.eval()
     active, _ = both(model, batch(device))  # from here on there is a session
-    for names in (["news", "law", "__base__"], ["law", "news", "law"], ["law", "law", "law"]):
+    for names in (
+        ["news", "law", "__base__"],
+        ["law", "news", "law"],
+        ["law", "law", "law"],
+        ["sport", "news", "sport"],
+    ):
         expected, found = both(model, batch(device), adapter_names=names)
         if device == "cuda":  # padded rows cannot be run again by themselves
             expected, found = expected[:1], found[:1]
