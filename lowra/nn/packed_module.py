@@ -21,6 +21,10 @@ _IN_COMPILED = (
     "is another one than it was compiled for, put in or written into past load_state_dict: call its prepare() where "
     "that was meant; averages over all parameters (EMA, SWA) leave out what requires no gradient."
 )
+_CAST = (
+    "Levels or scales of a packed layer were cast to 16 bits, which loses digits (DeepSpeed does that where bf16 or "
+    "fp16 is on): train by FSDP2 or DDP, or leave both off in DeepSpeed's configuration."
+)
 _ASKED_BY_OPS = ("cuda",)
 _WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
 
@@ -108,13 +112,15 @@ class PackedModule(nn.Module):
         return self._matrix(self._parameters, self.row_layout(), self.weight.device)
 
     def _matrix(self, tensors: dict[str, torch.Tensor], rows: RowLayout, device: torch.device) -> PackedMatrix:
-        levels = tensors["levels"]
+        levels, steps = tensors["levels"], tensors.get("scale_steps")
+        if levels.dtype == torch.bfloat16 or (steps is not None and steps.dtype != torch.float32):
+            raise ValueError(_CAST)
         # PEFT's k-bit preparation casts every float16 parameter to float32, which is exact and is undone here.
         levels = levels if levels.dtype == torch.float16 else levels.to(torch.float16)
         order, sizes = rows.on(device)[0], (*rows.counts, self.in_features, self.group_size)
         if torch.compiler.is_compiling() and self._watched is not None and self._watched.device == device:
             order = self._watched
-        return PackedMatrix(tensors["weight"], order, tensors["scales"], tensors.get("scale_steps"), levels, *sizes)
+        return PackedMatrix(tensors["weight"], order, tensors["scales"], steps, levels, *sizes)
 
     @property
     def row_counts(self) -> tuple[int, int] | None:

@@ -198,3 +198,13 @@ def test_zero3_of_deepspeed_is_refused(packed_llama, dense_llama, monkeypatch, o
     monkeypatch.setattr("lowra.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="DeepSpeed's ZeRO-3 loads and splits weights by itself.*use FSDP2"):
         load(dense_llama if options else packed_llama, **options)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("levels", torch.bfloat16), ("scale_steps", torch.float16)])
+def test_tables_cast_past_the_module_are_refused(packed_llama, name, dtype):
+    """As DeepSpeed does under bf16 and fp16: it casts the data of every floating parameter."""
+    layer = load(packed_llama).model.layers[0].mlp.up_proj
+    tensor = layer.packed_tensors()[name]
+    tensor.data = tensor.data.to(dtype)
+    with pytest.raises(ValueError, match="cast to 16 bits.*DeepSpeed"):
+        layer(torch.ones(1, layer.in_features))

@@ -10,6 +10,7 @@ import sys
 
 import fsdp_on_cpu
 import pytest
+import torch
 import yaml
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -22,13 +23,13 @@ SUMMARIES = {"source_column": "document", "target_column": "summary"}
 WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
 
 
-def run(recipe, folder, **options):
-    """A recipe by two processes. options: of FSDP."""
+def run(recipe, folder, gpus="", **options):
+    """A recipe by two processes. gpus: those they see; options: of FSDP."""
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe.to_dict()))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **here, "CUDA_VISIBLE_DEVICES": "", **fsdp_on_cpu.environment(**options)}
+    environment = {**os.environ, **here, "CUDA_VISIBLE_DEVICES": gpus, **fsdp_on_cpu.environment(**options)}
     return subprocess.run([*command, WORKER, config], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -103,3 +104,16 @@ def test_shares_in_the_memory_of_the_host_train_in_bfloat16_too(recipe, tmp_path
     alone = finetune(recipe, progress=False)
     pair = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, output=str(tmp_path / "pair"))
     check_same(metrics_of_a_pair(pair, tmp_path, FSDP_OFFLOAD_PARAMS="true"), alone, 5e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_two_gpus_have_the_loss_of_one(recipe, tmp_path, offload):
+    recipe = dataclasses.replace(recipe, bits=1.5, bf16=True, gradient_checkpointing=True)
+    alone = finetune(recipe, progress=False)
+    pair = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, output=str(tmp_path / "pair"), save_steps=3)
+    check_same(metrics_of_a_pair(pair, tmp_path, "0,1", FSDP_OFFLOAD_PARAMS=offload), alone, 5e-3)
+    shutil.rmtree(tmp_path / "pair" / "checkpoints" / "checkpoint-6")
+    resumed = dataclasses.replace(pair, resume=True)
+    check_same(metrics_of_a_pair(resumed, tmp_path, "0,1", FSDP_OFFLOAD_PARAMS=offload), alone, 5e-3)
