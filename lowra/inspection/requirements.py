@@ -11,6 +11,7 @@ from bitsandbytes.backends.lowra import layout
 
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
+from ..integrations.tiled_mlp import TILE as _TILE
 from ..quantization.calibration import RECONSTRUCT_TOKENS
 from ..weights.packed import channel_bits
 from .shapes import ModelShape
@@ -25,7 +26,6 @@ _LARGE_WORKSPACE_BYTES = 2 * (32 << 20)
 _DENSE_AT_ONCE = 256 << 20  # of bitsandbytes.backends.lowra.ops: wider weights are dense in parts
 LOGITS_AT_ONCE = 1 << 24  # entries, as `lowra.training.head_by_parts` takes them
 _FLOAT = 4
-_TILE = 4096  # tokens, of lowra.integrations.tiled_mlp
 _TILE_GRADIENTS = 3  # of the MLP's width, that live while a tile is differentiated
 _STATES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0}
 _WHOLE_TEMPORARY = ("adamw_torch",)  # PyTorch's AdamW over lists of tensors makes one more copy of all

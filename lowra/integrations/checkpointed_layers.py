@@ -54,6 +54,37 @@ def replace_checkpointing(model: nn.Module, install: Callable[[Any], None], what
     install(bare)
 
 
+class InPlaceOfCheckpoint:
+    """In the place of torch.utils.checkpoint for one layer; a copy of the model, or one that is pickled, is without it.
+
+    Args:
+        usual: the function that was there.
+    """
+
+    def __init__(self, usual: Callable[..., Any]):
+        self._usual = usual
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self._usual, memo)
+
+    def __reduce__(self) -> tuple:
+        return _as_it_is, (self._usual,)
+
+
+def put_in_place(
+    model: nn.Module, make: Callable[[GradientCheckpointingLayer, Callable[..., Any]], InPlaceOfCheckpoint]
+) -> None:
+    """Each layer that is checkpointed gets what `make(layer, usual)` gives, unless it has such a thing."""
+    for layer in checkpointed_layers(model):
+        usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        if usual is not None and not isinstance(usual, InPlaceOfCheckpoint):
+            vars(layer)["_gradient_checkpointing_func"] = make(layer, usual)
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 class _Again:
     """In the place of a model's `_set_gradient_checkpointing`: what it put in the layers' places is replaced again."""
 

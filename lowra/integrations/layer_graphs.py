@@ -7,7 +7,6 @@ gradients. A graph has fixed what the host decided, so before each replay everyt
 with what it was: where parameters lie, which adapters are active, what is trained, which codes a packed layer has.
 """
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -22,7 +21,7 @@ from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
 from ..nn.trained_tables import TrainedTablesLinear
-from .checkpointed_layers import checkpointed_layers, replace_checkpointing
+from .checkpointed_layers import InPlaceOfCheckpoint, put_in_place, replace_checkpointing
 from .graph_memory import bytes_of_graphs, check_room
 
 logger = logging.getLogger(__name__)
@@ -58,13 +57,10 @@ def capture_layers(model: nn.Module) -> None:
 
 def _install(bare: Any) -> None:
     shared = _Shared(bare)
-    for layer in checkpointed_layers(bare):
-        usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        if usual is not None and not isinstance(usual, _Checkpointing):
-            vars(layer)["_gradient_checkpointing_func"] = _Checkpointing(layer, usual, shared)
+    put_in_place(bare, lambda layer, usual: _Checkpointing(layer, usual, shared))
 
 
-class _Checkpointing:
+class _Checkpointing(InPlaceOfCheckpoint):
     """In the place of torch.utils.checkpoint for one layer.
 
     Args:
@@ -74,7 +70,8 @@ class _Checkpointing:
     """
 
     def __init__(self, layer: nn.Module, usual: Callable[..., Any], shared: "_Shared"):
-        self._layer, self._usual, self._shared = layer, usual, shared
+        super().__init__(usual)
+        self._layer, self._shared = layer, shared
         self._seen: set[int] = set()  # hashes of keys, which are long
         self._captured: dict[Any, tuple[_Decided, CapturedLayer | None]] = {}
         self._changes = 0
@@ -120,16 +117,6 @@ class _Checkpointing:
             raise NotCapturable(f"a trial of it failed ({str(error).splitlines()[0]})") from error
         self._captured[key] = decided, captured
         return captured
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self._usual, memo)
-
-    def __reduce__(self) -> tuple:
-        return _as_it_is, (self._usual,)
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
 
 
 class _Call:

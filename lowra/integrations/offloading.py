@@ -4,7 +4,6 @@ Those inputs are what grows with layers times tokens: 256 KiB a token of an 8B. 
 and is back one layer before backward asks for it (`lowra.nn.host_store`), below whatever trainer there is.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..nn.host_store import HostStore, Stored
-from .checkpointed_layers import checkpointed_layers, replace_checkpointing
+from .checkpointed_layers import InPlaceOfCheckpoint, checkpointed_layers, put_in_place, replace_checkpointing
 
 _OF_INPUTS = ("_require_grads_hooks", "_require_grads_hook")  # what enable_input_require_grads leaves
 
@@ -43,10 +42,7 @@ def _install(bare: Any) -> None:
     if any(vars(bare).get(name) for name in _OF_INPUTS) and all(map(_needs_no_gradient, usuals)):
         # Made for reentrant checkpointing, it keeps the first input on the device, and its gradient at the end.
         bare.disable_input_require_grads()
-    for layer in checkpointed_layers(bare):
-        usual: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        if usual is not None and not isinstance(usual, _Offloading):
-            vars(layer)["_gradient_checkpointing_func"] = _Offloading(usual, stores)
+    put_in_place(bare, lambda _, usual: _Offloading(usual, stores))
 
 
 def _needs_no_gradient(usual: Any) -> bool:
@@ -54,7 +50,7 @@ def _needs_no_gradient(usual: Any) -> bool:
     return isinstance(usual, _Offloading) or getattr(usual, "keywords", {}).get("use_reentrant") is False
 
 
-class _Offloading:
+class _Offloading(InPlaceOfCheckpoint):
     """In the place of torch.utils.checkpoint for one layer.
 
     Args:
@@ -63,7 +59,8 @@ class _Offloading:
     """
 
     def __init__(self, usual: Callable[..., Any], stores: dict[torch.device, HostStore]):
-        self._usual, self._stores = usual, stores
+        super().__init__(usual)
+        self._stores = stores
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
         """What `usual(run, *args)` gives."""
@@ -92,13 +89,3 @@ class _Offloading:
     def takes(device: torch.device) -> bool:
         """Whether a device has memory of its own."""
         return device.type == "cuda"
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self._usual, memo)
-
-    def __reduce__(self) -> tuple:
-        return _as_it_is, (self._usual,)
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
