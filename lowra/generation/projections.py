@@ -165,15 +165,13 @@ class _SideBySide:
         self._b: list[torch.Tensor | None] = []
         begin = 0
         for own in adapters:
-            end = begin + sum(len(adapter.source[0]) for adapter in own)
+            widths = [len(adapter.source[0]) for adapter in own]
+            end = begin + sum(widths)
             b = own[0].source[1].new_empty(len(own[0].source[1]), end - begin, dtype=dtype) if own else None
-            parts = zip(
-                self._a[begin:end].split([len(adapter.source[0]) for adapter in own]),
-                () if b is None else b.split([len(adapter.source[0]) for adapter in own], dim=1),
-                strict=True,
-            )
-            for adapter, factors in zip(own, parts, strict=True):
-                adapter.factors = factors
+            if b is not None:
+                parts = zip(self._a[begin:end].split(widths), b.split(widths, dim=1), strict=True)
+                for adapter, factors in zip(own, parts, strict=True):
+                    adapter.factors = factors
             self._columns.append(slice(begin, end))
             self._b.append(b)
             begin = end

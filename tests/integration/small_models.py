@@ -2,8 +2,11 @@
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from lowra.nn.packed_module import PackedModule
+from lowra.nn.trained_tables import train_tables
 
 HIDDEN, VOCABULARY = 64, 96
 
@@ -128,3 +131,19 @@ def losses_of(model, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, ste
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def adapted(folder, device, dropout=0.0, tables=False, reentrant=False, **options):
+    """A packed model with a LoRA (its options) on all linear layers, to be trained with checkpointing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, **options))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if tables:
+        train_tables(model, scales=True)
+    return model.train()

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from layer_recorder import StandIn, stand_in
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from small_models import adapted
+from transformers import Trainer, TrainingArguments
 
 import lowra
 from lowra.integrations import layer_graphs
 from lowra.integrations.graph_memory import check_room
 from lowra.nn.captured import NotCapturable, Recorder
-from lowra.nn.trained_tables import train_tables
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -35,19 +35,6 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         stand_in(monkeypatch.setattr)
     return request.param
-
-
-def adapted(folder, device, dropout=0.0, tables=False, **options):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, **options))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    if tables:
-        train_tables(model, scales=True)
-    return model.train()
 
 
 def batches(device, count, shape=(2, 16)):

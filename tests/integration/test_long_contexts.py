@@ -7,8 +7,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from small_models import ARCHITECTURES, make_model
+from small_models import ARCHITECTURES, adapted, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config
 
@@ -16,7 +15,6 @@ import lowra
 from lowra.integrations import offloading, tiled_mlp
 from lowra.nn.host_store import HostStore
 from lowra.nn.tiled import tiled
-from lowra.nn.trained_tables import train_tables
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -28,21 +26,6 @@ def device(request, monkeypatch):
     monkeypatch.setattr(offloading._Offloading, "takes", staticmethod(lambda device: True))
     monkeypatch.setattr(tiled_mlp, "TILE", 10)
     return request.param
-
-
-def adapted(folder, device, dropout=0.0, tables=False, reentrant=False):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    if tables:
-        train_tables(model, scales=True)
-    return model.train()
 
 
 def learned(model, device, autocast=False, shape=(2, 17), steps=2):
