@@ -9,8 +9,9 @@ from transformers.training_args import OptimizerNames
 
 from ..checkpoints.configs import CONFIG_FILE
 from ..checkpoints.places import expanded
-from ..inspection.requirements import CONTEXT_BYTES, ROOM_BETWEEN, Requirement, Run, finetuning, quantising
+from ..inspection.requirements import CONTEXT_BYTES, Requirement, Run, finetuning, quantising
 from ..inspection.shapes import ModelShape, read_shape
+from ..integrations.graph_memory import ROOM_BETWEEN
 from ..quantization.initial_adapter import MOST_RANK
 from .memory import Card, card_of, fitting_option, gib, longer_options, named_card, option_words, packed_run
 from .ranges import check_range

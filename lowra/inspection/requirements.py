@@ -8,9 +8,11 @@ What a card needs on top, the driver's context and room between blocks, stands b
 import dataclasses
 
 from bitsandbytes.backends.lowra import layout
+from bitsandbytes.backends.lowra.ops import DENSE_BYTES
 
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
+from ..integrations.graph_memory import ROOM_BETWEEN
 from ..integrations.tiled_mlp import TILE as _TILE
 from ..quantization.calibration import RECONSTRUCT_TOKENS
 from ..weights.packed import channel_bits
@@ -19,11 +21,9 @@ from .shapes import ModelShape
 # The driver's context with PyTorch's and our kernels: on no list of PyTorch's, and different by driver and card.
 CONTEXT_BYTES = 512 << 20
 PYTHON_BYTES = 900 << 20  # of the host: Python with PyTorch and Transformers loaded
-ROOM_BETWEEN = 0.03  # share of the peak that lies between allocated blocks
 # cuBLAS has one workspace for the thread of forward and one for backward (PyTorch's defaults; 9.0 and 10.0 have more).
 _WORKSPACE_BYTES = 2 * 8_519_680
 _LARGE_WORKSPACE_BYTES = 2 * (32 << 20)
-_DENSE_AT_ONCE = 256 << 20  # of bitsandbytes.backends.lowra.ops: wider weights are dense in parts
 LOGITS_AT_ONCE = 1 << 24  # entries, as `lowra.training.head_by_parts` takes them
 _FLOAT = 4
 _TILE_GRADIENTS = 3  # of the MLP's width, that live while a tile is differentiated
@@ -128,7 +128,7 @@ def finetuning(shape: ModelShape, run: Run) -> Requirement:
     if run.packing:  # truth values, and what attention adds to its scores in their place
         held["attention mask"] = float((1 + width) * run.batch * run.length**2)
     once, block = float(tokens * shape.hidden * width), tokens * kept_by_block(shape, run)
-    dense = float(min(_DENSE_AT_ONCE, max(t.size for t in shape.linears) * width)) if run.bits < 16 else 0.0
+    dense = float(min(DENSE_BYTES, max(t.size for t in shape.linears) * width)) if run.bits < 16 else 0.0
     dense += _tabled_gradient(shape, run)
     # at the start of backward, where nothing but earlier passes has left gradients, and at its end
     start = held | {"gradients": trained if run.accumulation > 1 else 0.0}
@@ -201,7 +201,7 @@ def _loss_parts(shape: ModelShape, run: Run, tokens: int, width: int) -> dict[st
     """What lives while the loss is computed backward, beside what the blocks keep."""
     entries = _logits_at_once(shape, run, tokens)
     states = 0 if _whole_logits(shape, run) else 2 * tokens * shape.hidden * width  # of the head, and their gradients
-    head = float(min(_DENSE_AT_ONCE, shape.embedding * width)) if _packs_head(shape, run) else 0.0
+    head = float(min(DENSE_BYTES, shape.embedding * width)) if _packs_head(shape, run) else 0.0
     # log-softmax, its gradient and the gradient of that, all float32; the head's product comes after
     logits = max(3.0 * _FLOAT * entries, (_FLOAT + width) * entries + head)
     return {"hidden states before the head": float(tokens * shape.hidden * _FLOAT + states), "logits": logits}

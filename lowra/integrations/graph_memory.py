@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from bitsandbytes.backends.lowra.ops import DENSE_BYTES
+
 from ..nn.captured import NotCapturable
 from ..nn.linear import LowRALinear
 
+ROOM_BETWEEN = 0.03  # share of what is allocated that is lost between blocks
 _GRADIENTS = 0.3  # of what a layer keeps for backward: gradients of the widest of it that live at once
 _BUFFERS = 4  # of the hidden states' size: these, what comes out, and the gradients of both
-_BETWEEN = 0.03  # share of memory lost between blocks, as `lowra plan` counts it
-_DENSE_AT_ONCE = 256 << 20  # of bitsandbytes.backends.lowra.ops: larger weights are dense in parts
 _OPTIMIZER = 12  # bytes a trained number: AdamW's two moments, and its gradient
 
 
@@ -35,7 +36,7 @@ def check_room(needed: float, trained: Iterable[torch.Tensor], device: torch.dev
     available = min(free, allowed - reserved) + reserved - allocated
     step = torch.cuda.max_memory_allocated(device) - allocated
     to_come = _OPTIMIZER * sum(parameter.numel() for parameter in trained)
-    if (step + needed + to_come) * (1 + _BETWEEN) > available:
+    if (step + needed + to_come) * (1 + ROOM_BETWEEN) > available:
         raise NotCapturable("the GPU has no room for graphs beside a step")
 
 
@@ -58,4 +59,4 @@ def bytes_of_graphs(
         del output
     packed = (module for module in modules if isinstance(module, LowRALinear))
     dense = max((module.in_features * module.out_features * hidden.element_size() for module in packed), default=0)
-    return kept * (1 + _GRADIENTS) + min(dense, _DENSE_AT_ONCE) + _BUFFERS * hidden.nbytes
+    return kept * (1 + _GRADIENTS) + min(dense, DENSE_BYTES) + _BUFFERS * hidden.nbytes

@@ -1,7 +1,6 @@
 """Packed models under the engines people train and generate with: Trainer, torch.compile, static cache, FSDP2."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import sharded_training
 import torch
 from datasets import Dataset
+from other_processes import run_pair
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
@@ -126,15 +126,10 @@ def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
 
 def test_the_trainer_of_a_sharded_model_saves_and_resumes(packed_llama, tmp_path):
     worker = pathlib.Path(__file__).with_name("sharded_training.py")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **here, **fsdp_on_cpu.environment()}
     (tmp_path / "pair").mkdir()
     alone = sharded_training.train(packed_llama, tmp_path / "alone", 1)
     for again in ([], ["resume"]):
-        arguments = [str(worker), str(packed_llama), str(tmp_path / "pair"), *again]
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_pair(worker, packed_llama, tmp_path / "pair", *again, **fsdp_on_cpu.environment())
         losses = json.loads((tmp_path / "pair" / "losses.json").read_text())
         assert losses == pytest.approx(alone, rel=1e-5)
         found, expected = (

@@ -4,12 +4,12 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import types
 
+import other_processes
 import pytest
 
 import lowra
@@ -42,11 +42,10 @@ print(json.dumps({
 
 
 def python(script, *arguments, **environment):
-    """Runs a script in a process of its own, which finds this `lowra`."""
-    paths = [str(pathlib.Path(lowra.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+    """Runs a script in a process of its own."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    surroundings = other_processes.environment(**environment)
+    return subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The real commands of other tools on a packed folder: none of them knows lowra, and none is told of it."""
 
 import json
-import os
 import pathlib
 import shutil
 import socket
@@ -13,21 +12,13 @@ import urllib.request
 
 import pytest
 from datasets import Dataset
+from other_processes import environment
 from peft import LoraConfig
-
-import lowra
 
 pytestmark = pytest.mark.slow
 
 BIN = pathlib.Path(sys.executable).parent
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-
-
-@pytest.fixture
-def environment():
-    """Of a process that finds this `lowra` and asks no hub."""
-    paths = [str(pathlib.Path(lowra.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -40,26 +31,26 @@ def rows(tmp_path):
     return folder
 
 
-def run(command, environment, folder):
+def run(command, folder):
     if not (BIN / command[0]).exists():
         pytest.skip(f"{command[0]} is not installed here")
     command = [str(BIN / command[0]), *map(str, command[1:])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_trl_sft_trains_on_a_packed_folder(packed_with_tokenizer, environment, rows, tmp_path):
+def test_trl_sft_trains_on_a_packed_folder(packed_with_tokenizer, rows, tmp_path):
     _, packed = packed_with_tokenizer
     options = "--use_peft --lora_r 4 --lora_alpha 4 --lora_target_modules all-linear --max_steps 2 --use_cpu "
     options += "--per_device_train_batch_size 2 --bf16 false --report_to none --max_length 64"
     command = ["trl", "sft", "--model_name_or_path", packed, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
-    said = run([*command, *options.split()], environment, tmp_path)
+    said = run([*command, *options.split()], tmp_path)
     assert "'train_loss'" in said and f"begins from {packed / 'initial_adapter'} (loftq, rank 4)" in said
     assert json.loads((tmp_path / "out" / "lowra_base.json").read_text())["init"] == "loftq"
 
 
-def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer, environment, rows, tmp_path):
+def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer, rows, tmp_path):
     """Byte perplexity as the harness counts it: of base and adapter, and far from that of the base alone."""
     _, packed = packed_with_tokenizer
     task = {
@@ -76,13 +67,13 @@ def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer
     arguments = f"pretrained={packed},peft={packed / 'initial_adapter'}"
     command = ["lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", "river"]
     options = ["--include_path", tmp_path, "--device", "cpu", "--batch_size", "4", "--output_path", tmp_path / "out"]
-    said = run([*command, *options], environment, tmp_path)
+    said = run([*command, *options], tmp_path)
     assert "byte_perplexity" in said and "without it the outputs are far off" not in said
     (found,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(found.read_text())["results"]["river"]["byte_perplexity,none"] > 1
 
 
-def test_transformers_serve_answers_for_a_packed_folder(packed_with_tokenizer, environment, tmp_path):
+def test_transformers_serve_answers_for_a_packed_folder(packed_with_tokenizer, tmp_path):
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     packed = shutil.copytree(packed_with_tokenizer[1], tmp_path / "packed")
@@ -92,7 +83,7 @@ def test_transformers_serve_answers_for_a_packed_folder(packed_with_tokenizer, e
         port = free.getsockname()[1]
     with open(tmp_path / "log", "w") as log:
         command = [str(BIN / "transformers"), "serve", str(packed), "--device", "cpu", "--port", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path)
     body = {"model": str(packed), "messages": [{"role": "user", "content": "A city"}], "max_tokens": 4}
     try:
         answer = ask(f"http://localhost:{port}/v1/chat/completions", body, server)

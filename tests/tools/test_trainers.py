@@ -6,27 +6,17 @@ where one is not installed, its test is skipped.
 
 import importlib.metadata
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import peft
 import pytest
 import yaml
+from other_processes import environment
 from transformers import AutoTokenizer
-
-import lowra
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-
-
-@pytest.fixture
-def environment():
-    paths = [str(pathlib.Path(lowra.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    here = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-    return {**os.environ, **here, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -47,12 +37,13 @@ def installed(package):
         pytest.skip(f"{package} is not installed here")
 
 
-def trained(module, settings, folder, environment):
+def trained(module, settings, folder):
     """What a program says that trains by these settings."""
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-W", "ignore", "-m", *module, "settings.yaml"]
     command += ["--launcher", "python"] if "axolotl" in module[0] else []
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, cwd=folder)
+    surroundings = environment(AXOLOTL_DO_NOT_TRACK="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=500, cwd=folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout + done.stderr
 
@@ -69,7 +60,7 @@ def assert_belongs_to(packed, adapter, said):
     assert not model(ids).logits.equal(tuned)
 
 
-def test_axolotl(packed_with_tokenizer, rows, environment, tmp_path):
+def test_axolotl(packed_with_tokenizer, rows, tmp_path):
     installed("axolotl")
     _, packed = packed_with_tokenizer
     settings = {
@@ -79,10 +70,10 @@ def test_axolotl(packed_with_tokenizer, rows, environment, tmp_path):
         "gradient_accumulation_steps": 1, "max_steps": STEPS, "num_epochs": 1, "learning_rate": 1e-3, "bf16": False,
         "optimizer": "adamw_torch", "lr_scheduler": "constant", "val_set_size": 0, "output_dir": "out",
     }  # fmt: skip
-    assert_belongs_to(packed, tmp_path / "out", trained(["axolotl.cli.main", "train"], settings, tmp_path, environment))
+    assert_belongs_to(packed, tmp_path / "out", trained(["axolotl.cli.main", "train"], settings, tmp_path))
 
 
-def test_llama_factory(packed_with_tokenizer, rows, environment, tmp_path):
+def test_llama_factory(packed_with_tokenizer, rows, tmp_path):
     installed("llamafactory")
     _, packed = packed_with_tokenizer
     settings = {
@@ -92,4 +83,4 @@ def test_llama_factory(packed_with_tokenizer, rows, environment, tmp_path):
         "learning_rate": 1e-3, "report_to": "none",
     }  # fmt: skip
     module = ["llamafactory.cli", "train"]
-    assert_belongs_to(packed, tmp_path / "out", trained(module, settings, tmp_path, environment))
+    assert_belongs_to(packed, tmp_path / "out", trained(module, settings, tmp_path))

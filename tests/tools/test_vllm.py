@@ -5,11 +5,11 @@ It pins another Transformers than this environment has: `make test-vllm` runs th
 
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
+import other_processes
 import pytest
 import torch
 import transformers
@@ -55,11 +55,10 @@ LAYERS = {  # fields of the model's config and of the packing
 
 
 def run(command, **environment):
-    """In a process of its own, which finds this `lowra` and asks no hub."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    surroundings = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    """In a process of its own."""
+    surroundings = other_processes.environment(VLLM_CPU_KVCACHE_SPACE="1", **environment)
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, env=surroundings | environment, timeout=1500)
+    return subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=1500)
 
 
 def answers_of_vllm(folder, adapter=None, **options):

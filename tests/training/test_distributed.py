@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import yaml
+from other_processes import run_pair
 
-import lowra
 from lowra.training import finetune
 
 WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
@@ -23,11 +20,7 @@ def test_two_processes_have_the_loss_of_one(recipe, tmp_path, captured):
     pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"), layer_graphs=captured)
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pair.to_dict()))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1])}  # the same package as in this process
-    environment = {**os.environ, **here, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, WORKER, config], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_pair(WORKER, config)
     together = json.loads((tmp_path / "pair" / "metrics.json").read_text())
     losses = [[entry["loss"] for entry in result["curve"]] for result in (alone, together)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import fsdp_on_cpu
 import pytest
@@ -14,23 +11,21 @@ import torch
 import yaml
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
+from other_processes import run_pair
 from safetensors.torch import load_file
 
-import lowra
 from lowra.training import finetune
 
 SUMMARIES = {"source_column": "document", "target_column": "summary"}
 WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
 
 
-def run(recipe, folder, gpus="", **options):
-    """A recipe by two processes. gpus: those they see; options: of FSDP."""
+def metrics_of_a_pair(recipe, folder, gpus="", **options):
+    """What two processes wrote. gpus: those they see; options: of FSDP."""
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe.to_dict()))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = {"PYTHONPATH": str(pathlib.Path(lowra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **here, "CUDA_VISIBLE_DEVICES": gpus, **fsdp_on_cpu.environment(**options)}
-    return subprocess.run([*command, WORKER, config], env=environment, capture_output=True, text=True, timeout=300)
+    run_pair(WORKER, config, CUDA_VISIBLE_DEVICES=gpus, **fsdp_on_cpu.environment(**options))
+    return json.loads((pathlib.Path(recipe.output) / "metrics.json").read_text())
 
 
 def asked_by(name):
@@ -63,13 +58,6 @@ def test_what_cannot_be_sharded_is_refused_before_any_work(recipe, monkeypatch, 
     with pytest.raises(ValueError, match=message):
         finetune(dataclasses.replace(recipe, **options), progress=False)
     assert not pathlib.Path(recipe.output).exists()
-
-
-def metrics_of_a_pair(recipe, folder, **options):
-    """What two processes wrote."""
-    done = run(recipe, folder, **options)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((pathlib.Path(recipe.output) / "metrics.json").read_text())
 
 
 def check_same(together, alone, close):

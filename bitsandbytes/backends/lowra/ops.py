@@ -287,7 +287,7 @@ if native.cuda_available():
             out = native.cuda_product(x, packed, bias)
             if out is not None:
                 return out
-        rows = _at_once(packed.rows, packed.in_features * x.element_size(), _DENSE_BYTES)
+        rows = _at_once(packed.rows, packed.in_features * x.element_size(), DENSE_BYTES)
         if rows < packed.rows:
             return product_by_rows(x, packed, bias, rows)
         return torch.nn.functional.linear(x, _dequantized(packed, x.dtype), bias)
@@ -301,7 +301,7 @@ if native.cuda_available():
 
 # Dense bytes of a weight that a product on a GPU holds at once. What a 13B has stays whole: parts of 24 MiB took 1 %
 # off a 7B's peak, for 35 launches a layer (docs/lab/log.md). A 70B's widest weight is 448 MiB.
-_DENSE_BYTES = 256 << 20
+DENSE_BYTES = 256 << 20
 # On the CPU, what stays in its caches between its decoding and its product (docs/lab/kernels/cpu.md).
 _CPU_DENSE_BYTES = 4 << 20
 
@@ -365,7 +365,7 @@ def gradient_of_input(gradient: torch.Tensor, packed: PackedMatrix) -> torch.Ten
     if whole or torch._C._functorch.is_legacy_batchedtensor(gradient):  # is_grads_batched of torch.autograd.grad
         return gradient @ torch.ops.bitsandbytes.lowra_dequantize(*packed, gradient.dtype)
     if gradient.is_cuda and native.cuda_available():
-        columns = _at_once(packed.in_features, packed.rows * gradient.element_size(), _DENSE_BYTES)
+        columns = _at_once(packed.in_features, packed.rows * gradient.element_size(), DENSE_BYTES)
         if columns < packed.in_features:
             return product_by_columns(gradient, packed, columns)
     elif gradient.is_cpu and native.cpu_available():
