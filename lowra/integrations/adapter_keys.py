@@ -53,6 +53,16 @@ def own_keys(model: nn.Module, adapter: str) -> set[str]:
     return keys
 
 
+def adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:
+    """The adapters of a model that a state dict has factors for."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        return []
+    kinds = {kind for layer in layers for kind in layer.adapter_layer_names}
+    parts = {part for key in state_dict for part in zip(key.split("."), key.split(".")[1:], strict=False)}
+    return [name for name in model.peft_config if any((kind, name) in parts for kind in kinds)]
+
+
 def is_saved_module(model: nn.Module, key: str) -> bool:
     """Whether a name in a file is that of a tensor of a module that adapters train as a whole."""
     wrappers = (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))

@@ -20,6 +20,7 @@ from torch import nn
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables
 from ..nn.row_layout import is_sharded
+from .adapter_keys import adapters_in
 from .adapter_records import UNKNOWN, Arriving, check_adapter, check_saved, has_arrived, keep_record, settle
 from .integrity import describe_again
 from .missing_start import stored_start
@@ -136,7 +137,8 @@ def _ask_whose_they_are(model: Any, state_dict: dict[str, Any], *others: Any) ->
     config = getattr(model.config, "quantization_config", None)
     if is_filled_from_file() or not isinstance(config, LowRAConfig):
         return
-    names = _adapters_in(state_dict, model)
+    # with the packed base they are those of that base
+    names = [] if any(key.endswith(".row_bits") for key in state_dict) else adapters_in(state_dict, model)
     source = read_from(state_dict) if len(names) == 1 else None
     for name in names:
         if source is not None:
@@ -165,13 +167,3 @@ def tell_unknown_origin(name: str, keeps_tables: bool = False) -> None:
         name,
         "; its levels and scales stay" if keeps_tables else "",
     )
-
-
-def _adapters_in(state_dict: dict[str, Any], model: Any) -> list[str]:
-    """The adapters of a model that a state dict has factors for, unless it brings the packed base with them."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers or any(key.endswith(".row_bits") for key in state_dict):
-        return []
-    kinds = {kind for layer in layers for kind in layer.adapter_layer_names}
-    parts = {part for key in state_dict for part in zip(key.split("."), key.split(".")[1:], strict=False)}
-    return [name for name in model.peft_config if any((kind, name) in parts for kind in kinds)]

@@ -33,6 +33,7 @@ from ..quantization.pack import quantize_matrix
 from ..quantization.planning import Plan, Planner, learn
 from ..weights.packed import TENSOR_NAMES, channel_bits
 from .adapter_records import write_record
+from .carried_tables import watch_tables
 from .direct_loading import DirectLoading, large_dense_tensors
 from .fsdp import check_fsdp
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
@@ -218,6 +219,7 @@ class LowRAHfQuantizer(HfQuantizer):
             watch_for_start(model, self._check.folder, self.quantization_config)
             self._check = None
         watch_factors(model)
+        watch_tables(model)
         for target in self._targets.values():
             module: Any = model.get_submodule(target.name)
             for parameter in module.packed_tensors().values():

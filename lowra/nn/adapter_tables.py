@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..weights.digests import canonical_digest, joined
 from .linear import LowRALinear
 from .packed_module import PackedModule
 
@@ -40,10 +39,6 @@ class AdapterTables:
                 for layer, parts in tables.items()
             }
 
-    def has_some_for(self, layer: str) -> bool:
-        """Whether an adapter has tables for a layer, active or not."""
-        return any(layer in tables for tables in self._tables.values())
-
     def forget(self, adapter: str) -> None:
         """Takes them from an adapter that is gone, or another one of its name."""
         self._tables.pop(adapter, None)
@@ -52,13 +47,14 @@ class AdapterTables:
         """What `put` was given; empty for adapters without tables."""
         return self._tables.get(adapter, {})
 
-    def digests_of_layer(self, layer: str) -> dict[str, str]:
-        """What tells the tables that adapters have for a layer from others, by adapter."""
-        return {
-            adapter: joined([f"{part} {canonical_digest(parts[part])}" for part in sorted(parts)])
-            for adapter, layers in self._tables.items()
-            if (parts := layers.get(layer))
-        }
+    def put_layer(self, layer: str, tables: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Gives adapters tables of one layer, by adapter and part; what others have stays."""
+        for adapter, parts in tables.items():
+            self.put(adapter, {**self.of_adapter(adapter), layer: parts})
+
+    def for_layer(self, layer: str) -> dict[str, dict[str, torch.Tensor]]:
+        """What adapters have for a layer, by adapter and part."""
+        return {adapter: tables[layer] for adapter, tables in self._tables.items() if tables.get(layer)}
 
     def active(self) -> list[str]:
         """Names of the adapters that count now: none while they are disabled, those that were merged, or the active."""

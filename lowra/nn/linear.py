@@ -12,8 +12,7 @@ from bitsandbytes.backends.lowra.ops import PackedLinear, linear
 from ..weights.packed import TABLES, PackedWeight
 from .packed_module import PackedModule
 from .row_layout import is_readable
-
-_TABLES_HELD = "adapter_tables"  # of a state dict's metadata: digests of the tables that adapters have
+from .tables_in_state import IN_TRAINING, KEY, as_state, from_state
 
 
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -65,36 +64,58 @@ class LowRALinear(PackedModule, nn.Linear):
 
     def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
         fault = super()._fault_of(given, group_size)
-        if fault is not None or self.adapter_tables is None or not self.adapter_tables.has_some_for(self.table_name):
+        if fault is not None or not self._tables_of_adapters():
             return fault
         codes = {name: given[name] for name in ("weight", "row_bits") if is_readable(given.get(name))}
         if all(torch.equal(tensor.cpu(), self._parameters[name].cpu()) for name, tensor in codes.items()):
             return None
         return "an adapter on it has tables that were trained for the codes it has: delete_adapter comes before others."
 
+    def _tables_of_adapters(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {} if self.adapter_tables is None else self.adapter_tables.for_layer(self.table_name)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            held = {} if self.adapter_tables is None else self.adapter_tables.digests_of_layer(self.table_name)
-            destination._metadata.setdefault(prefix[:-1], {})[_TABLES_HELD] = held
+        if tables := self._tables_of_adapters():
+            destination[prefix + KEY] = as_state(self.table_name, self.weight, tables)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    def _load_from_state_dict(  # noqa: PLR0917 - as PyTorch calls it
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Refuses a state dict that was made beside other tables of an adapter: they are no part of it."""
-        recorded = local_metadata.get(_TABLES_HELD)
-        if recorded is not None and (recorded or self.adapter_tables is not None):
-            held = {} if self.adapter_tables is None else self.adapter_tables.digests_of_layer(self.table_name)
-            # factors come with the layers that PEFT has put its own around
-            for adapter in recorded.keys() | (held.keys() if prefix.endswith(".base_layer.") else set()):
-                if recorded.get(adapter) != held.get(adapter):
-                    others[-1].append(  # the messages
-                        f"{prefix[:-1]}: this state dict was made beside other levels and scales of adapter "
-                        f"{adapter!r} than this model has, and they are no part of it: load the adapter's folder "
-                        "(PeftModel.from_pretrained or load_adapter)."
-                    )
-                    return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        """Takes tables that adapters had where the state dict was made, after the codes that they belong to."""
+        faults = len(error_msgs)
+        learned = [name for name in IN_TRAINING if prefix + name in state_dict and name not in self._parameters]
+        if learned:
+            error_msgs.append(
+                f"{prefix[:-1]}: this state dict was made while levels and scales were being trained ({learned[0]}), "
+                "and here they are not: make it after bake_tables, or load it after train_tables."
+            )
+        others = {key: value for key, value in state_dict.items() if key != prefix + KEY}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if prefix + KEY in state_dict and len(error_msgs) == faults:
+            try:
+                self._take_tables(state_dict[prefix + KEY])
+            except ValueError as error:
+                error_msgs.append(f"{prefix[:-1]}: {error}")
+
+    def _take_tables(self, state: object) -> None:
+        """
+        Raises:
+            ValueError: they are damaged, or nothing here can have them.
+        """
+        if self.adapter_tables is None:
+            raise ValueError(
+                "this state dict has levels and scales of an adapter, and this model has no adapter that could have "
+                "them: load the adapter's folder (PeftModel.from_pretrained or load_adapter)."
+            )
+        self.adapter_tables.put_layer(self.table_name, from_state(self.table_name, state, self.packed_tensors()))
 
     def current_tables(self) -> dict[str, torch.Tensor]:
         """Levels, scales and scale steps that count now, by name."""

@@ -21,16 +21,15 @@ from bitsandbytes.backends.lowra.reference import decode_scales, dequantize
 from bitsandbytes.backends.lowra.table_gradients import table_gradients, table_gradients_of
 
 from ..checkpoints.atomic import save_tensors
-from ..checkpoints.dense import check_finite
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.places import expanded
 from ..checkpoints.records import TABLES_FILE, renew_record
 from ..checkpoints.targets import replace_module
-from ..weights.fingerprint import weight_digest
 from ..weights.packed import STORAGES, TABLES, store_scales
 from .adapter_tables import AdapterTables, adapter_tables, base_name, hold_adapter_tables, packed_linears
 from .linear import LowRALinear, as_autocast
 from .row_layout import is_readable
+from .tables_in_state import check_part, codes_digest
 
 _EXPECTED = "the trained tables of an adapter"
 
@@ -123,7 +122,7 @@ def is_training_tables(model: nn.Module) -> bool:
 def _write(model: nn.Module, tables: dict[str, dict[str, torch.Tensor]], folder: pathlib.Path) -> pathlib.Path:
     tensors = {}
     for name, layer in packed_linears(model).items():
-        tensors[f"{name}.codes"] = _codes_digest(name, layer)
+        tensors[f"{name}.codes"] = codes_digest(name, layer.weight)
         own = tables.get(name, {})
         tensors.update({f"{name}.{part}": tensor.detach().cpu() for part, tensor in own.items()})
     save_tensors(tensors, folder / TABLES_FILE)
@@ -184,19 +183,13 @@ def check_tables(model: nn.Module, stored: dict[str, torch.Tensor], path: str) -
         if isinstance(layer, TrainedTablesLinear):
             raise ValueError("The tables of this model are being trained: load others after bake_tables, or before.")
         if part == "codes":
-            if not torch.equal(tensor, _codes_digest(name, layer)):
+            if not torch.equal(tensor, codes_digest(name, layer.weight)):
                 raise ValueError(
                     f"{path} belongs to other codes of {name} than this model has: load it on the packed base that the "
                     "adapter was trained on."
                 )
             continue
-        own = getattr(layer, part)
-        # PEFT's k-bit preparation makes float32 of float16, in the model or in what was saved from it
-        kinds = {torch.float16, torch.float32} if own is not None and own.is_floating_point() else {torch.uint8}
-        if own is None or own.shape != tensor.shape or tensor.dtype not in kinds:
-            found = "none" if own is None else f"{own.dtype} {list(own.shape)}"
-            raise ValueError(f"{path} has {key} as {tensor.dtype} {list(tensor.shape)}, this model has {found}.")
-        check_finite(key, tensor)
+        check_part(key, tensor, getattr(layer, part), path)
         tables[name][part] = tensor
     if missing := [name for name, parts in tables.items() if "levels" not in parts or f"{name}.codes" not in stored]:
         raise ValueError(f"{path} is cut short: it has no levels or no digest of {', '.join(missing[:3])}.")
@@ -361,7 +354,3 @@ def _packed_layers(model: nn.Module) -> dict[str, LowRALinear]:
     if not layers:
         raise ValueError("This model has no packed linear layer: load one that `lowra quantize` wrote.")
     return layers
-
-
-def _codes_digest(name: str, layer: LowRALinear) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(weight_digest(name, layer.weight)), dtype=torch.uint8)

@@ -218,34 +218,98 @@ def as_it_is(state, folder):
     return state
 
 
-def copied(state, folder):
-    return copy.deepcopy(state)
+def made_anew(state, folder):
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def through_a_file(state, folder):
+def through_pickle(state, folder):
     torch.save(state, folder / "state.bin")
     return torch.load(folder / "state.bin")
 
 
-@pytest.mark.parametrize("way", [as_it_is, copied, through_a_file])
-def test_whole_state_dicts_do_not_leave_them_behind(packed_llama, trained, plain, tmp_path, way):
-    """They hold packed base and factors, and no tables."""
+def through_safetensors(state, folder):
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+    return load_file(folder / "state.safetensors")
+
+
+def through_distributed_checkpoint(state, folder):
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder / "state", no_dist=True)
+    read = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torch.distributed.checkpoint.load(read, checkpoint_id=folder / "state", no_dist=True)
+    return read
+
+
+WAYS = [as_it_is, made_anew, through_pickle, through_safetensors, through_distributed_checkpoint]
+
+
+@pytest.mark.parametrize(
+    ("trained", "way"),
+    [*(("all-linear", way) for way in WAYS), ("two layers", made_anew), ("IA3", through_safetensors)],
+    indirect=["trained"],
+)
+def test_whole_state_dicts_bring_them(packed_llama, trained, plain, tmp_path, way):
     folder, logits = trained
     source = PeftModel.from_pretrained(load(packed_llama), folder).eval()
     state = way(source.state_dict(), tmp_path)
     fresh = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(folder)).eval()
-    with pytest.raises(RuntimeError, match=r"beside other levels and scales of adapter 'default'"):
-        fresh.load_state_dict(state)
-    same = PeftModel.from_pretrained(load(packed_llama), folder).eval()
-    same.load_state_dict(state)
-    assert torch.equal(logits_of(same), logits)
+    fresh.load_state_dict(state)
+    assert torch.equal(logits_of(fresh), logits)
+    fresh.load_state_dict(state)
+    assert torch.equal(logits_of(fresh), logits)
+    with fresh.disable_adapter():
+        assert torch.equal(logits_of(fresh), logits_of(load(packed_llama)))
     if not is_ia3(trained) and len(source.targeted_module_names) > 4:
+        (tmp_path / "plain").mkdir()
         other = PeftModel.from_pretrained(load(packed_llama), plain[0])
-        with pytest.raises(RuntimeError, match="other levels and scales"):  # and not under those of another
-            same.load_state_dict(way(other.state_dict(), tmp_path))
+        state = way(other.state_dict(), tmp_path / "plain")
+        with pytest.raises(RuntimeError, match="other levels and scales of adapter 'default'"):  # not under those
+            fresh.load_state_dict(state)
         again = PeftModel.from_pretrained(load(packed_llama), plain[0]).eval()
-        again.load_state_dict(way(other.state_dict(), tmp_path))
+        again.load_state_dict(state)
         assert torch.equal(logits_of(again), plain[1])
+
+
+def averaged(state):
+    return {name: (value.float() * 0.5 + value.float() * 0.5) for name, value in state.items()}
+
+
+def of_other_codes(state):
+    codes = next(name for name in state if name.endswith("down_proj.base_layer.weight"))
+    return {**state, codes: state[codes] ^ 1}
+
+
+def cut_short(state):
+    return {name: value[: len(value) // 2] if name.endswith("_extra_state") else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("trained", ["all-linear"], indirect=True)
+@pytest.mark.parametrize("change", [averaged, of_other_codes, cut_short])
+def test_changed_state_dicts_are_refused(packed_llama, trained, change):
+    source = PeftModel.from_pretrained(load(packed_llama), trained[0]).eval()
+    fresh = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(trained[0])).eval()
+    message = {averaged: "cast or averaged", of_other_codes: "belong to other codes", cut_short: "are damaged"}[change]
+    with pytest.raises(RuntimeError, match=message):
+        fresh.load_state_dict(change(source.state_dict()))
+
+
+@pytest.mark.parametrize("trained", ["all-linear"], indirect=True)
+def test_state_dicts_of_tables_in_training(packed_llama, trained):
+    folder, _ = trained
+    model = PeftModel.from_pretrained(load(packed_llama), folder, is_trainable=True)
+    for parameter in train_tables(model).values():
+        parameter.data.normal_(std=0.1)
+    fresh = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(folder)).eval()
+    with pytest.raises(RuntimeError, match="make it after bake_tables"):
+        fresh.load_state_dict(dict(model.state_dict()), strict=False)
+    train_tables(fresh)
+    fresh.load_state_dict(dict(model.state_dict()))
+    assert torch.equal(logits_of(fresh), logits_of(model.eval()))
+    without_adapters = load(packed_llama)
+    named = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in fresh.state_dict().items()
+    }
+    with pytest.raises(RuntimeError, match="no adapter that could have them"):
+        without_adapters.load_state_dict({n: t for n, t in named.items() if "_change" not in n}, strict=False)
 
 
 @pytest.mark.skipif(not hasattr(peft, "save_as_lora"), reason="before PEFT converted adapters")
