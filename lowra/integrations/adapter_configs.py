@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pathlib
 import reprlib
 import typing
@@ -16,9 +15,12 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..checkpoints.guarded import read_json
+from ..quantization.initial_adapter import MOST_RANK
 
 if typing.TYPE_CHECKING:
     import pydantic  # otherwise where it is used: it is 1 % of the time of `import lowra`
+
+_MOST = (2 - 2**-23) * 2.0**127
 
 
 def check_adapter_config(path: pathlib.Path) -> None:
@@ -38,12 +40,12 @@ def check_adapter_config(path: pathlib.Path) -> None:
         if name == "init_lora_weights" and isinstance(value, str):
             fits = True  # PEFT takes patterns there too, such as pissa_niter_16
         elif value is not None and _is_number(default):
-            whole = isinstance(default, int) and name != "lora_alpha"
-            fits = _is_number(value) and math.isfinite(value) and (not whole or value == int(value))
+            whole = isinstance(default, int) and name != "lora_alpha" and _can_be_computed_with(value)
+            fits = _is_number(value) and (not whole or value == int(value))
         else:
             # PEFT leaves fields at None that it declares as numbers
             fits = name not in kinds or value is default is None or _fits(kinds[name], value)
-        if not fits:
+        if not (fits and _can_be_computed_with(value, MOST_RANK if name in ("r", "rank_pattern") else _MOST)):
             raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, which {kind.__name__} does not take.")
 
 
@@ -73,6 +75,17 @@ def _fits(kind: pydantic.TypeAdapter, value: object) -> bool:
     except pydantic.ValidationError:
         return False
     return True
+
+
+def _can_be_computed_with(value: object, most: float = _MOST) -> bool:
+    """Whether no number in a value is larger than that; by default than float32 holds, in which factors are scaled.
+
+    Integers of JSON have no end, and other functions than comparisons fail on them.
+    """
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return all(_can_be_computed_with(one, most) for one in inner)
+    return not _is_number(value) or abs(typing.cast(float, value)) <= most
 
 
 def _is_number(value: object) -> bool:

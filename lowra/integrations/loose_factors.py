@@ -61,6 +61,11 @@ def already_checked() -> Iterator[None]:
         _reading.checked = False
 
 
+def is_checked() -> bool:
+    """Whether what is being put in was read and held against its record just now."""
+    return _reading.checked
+
+
 @contextlib.contextmanager
 def putting_in() -> Iterator[None]:
     """Within, a state dict of the model is for names alone."""
@@ -163,7 +168,8 @@ def tell_unknown_origin(name: str, keeps_tables: bool = False) -> None:
     """
     logger.warning(
         "lowra: factors of adapter %r come as a state dict, without the record of the base and packing that they were "
-        "trained on%s. On another one the outputs are far off; PeftModel.from_pretrained and load_adapter ask.",
+        "trained on, and without %s. On another one, or with others, the outputs are far off; "
+        "PeftModel.from_pretrained and load_adapter ask, and bring both.",
         name,
-        "; its levels and scales stay" if keeps_tables else "",
+        "levels and scales, of which those it has stay" if keeps_tables else "levels and scales if any were trained",
     )

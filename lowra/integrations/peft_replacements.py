@@ -34,7 +34,14 @@ from .adapter_records import (
     write_records,
 )
 from .folders import load_adapter_folder
-from .loose_factors import already_checked, putting_in, read_from, refuse_unknown_origin, remember_reading
+from .loose_factors import (
+    already_checked,
+    is_checked,
+    putting_in,
+    read_from,
+    refuse_unknown_origin,
+    remember_reading,
+)
 from .parameter_counts import uncounted
 from .peft import LowRALoraLinear
 from .peft_limits import (
@@ -231,6 +238,9 @@ def swap_without_record(original: Callable) -> Callable:
         model: Any, state_dict: Any, adapter_name: Any, *args: Any, **kwargs: Any
     ) -> Any:
         inner = getattr(model, "_orig_mod", model)
+        if is_checked():  # hotswap_adapter's own call
+            original(model, state_dict, adapter_name, *args, **kwargs)
+            return
         source = read_from(state_dict)
         if source is not None:
             arriving = check_adapter(inner, *source, any_base=False)

@@ -37,12 +37,12 @@ def test_other_methods_are_taken(tmp_path, name):
 
 
 CHANGES = {
-    "r": ([4], "4", None, 0.5, float("nan"), {}),
-    "lora_alpha": ([], "8", {"a": 8}, float("inf")),
+    "r": ([4], "4", None, 0.5, float("nan"), {}, 10**400, 10**12),
+    "lora_alpha": ([], "8", {"a": 8}, float("inf"), 1e300, -(10**400)),
     "peft_type": (None, "\ud800", 3, "LORB", ["LORA"]),
     "target_modules": (3, [["q_proj"]], {"a": "q_proj"}),
     "bias": ("x", 3, []),
-    "alpha_pattern": ("\ud800", 3, [3]),
+    "alpha_pattern": ("\ud800", 3, [3], {"q_proj": 1e39}, {"q_proj": float("nan")}),
     "use_dora": ({}, "maybe", []),
 }
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from safetensors.torch import load_file
 from small_models import logits_of
 from transformers import AutoModelForCausalLM
@@ -61,6 +61,18 @@ def test_factors_read_from_an_adapter_of_another_packing_are_refused(packings, p
 @pytest.fixture(autouse=True)
 def nothing_read_out(monkeypatch):
     monkeypatch.setattr(loose_factors, "_read_out", set())
+
+
+def test_hotswapping_a_folder_is_asked_once(packings):
+    """In a process that has read no adapter of this packing out, on a base that needs its start."""
+    model, own = started(packings), started(packings)
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B["default"].weight.data.zero_()
+    hotswap_adapter(model, str(packings / "first" / "initial_adapter"), "default", torch_device="cpu")
+    assert torch.equal(logits_of(model), logits_of(own)) and record_of(model, "default")["init"] == "loftq"
+    with pytest.raises(ValueError, match="another packing"):
+        hotswap_adapter(model, str(packings / "second" / "initial_adapter"), "default", torch_device="cpu")
 
 
 def from_file(packings):
