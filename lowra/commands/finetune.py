@@ -19,9 +19,12 @@ def run(args: argparse.Namespace) -> dict:
     check_start(recipe)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
     announce_finetuning(recipe, not args.no_memory_check, first)
-    if first and recipe.save_steps:
-        print(f"A checkpoint every {recipe.save_steps} steps in {recipe.output}; after a crash add resume=true.")
-    result = finetune(recipe, progress=first)
+
+    def promise() -> None:
+        if first and recipe.save_steps:
+            print(f"A checkpoint every {recipe.save_steps} steps in {recipe.output}; after a crash add resume=true.")
+
+    result = finetune(recipe, progress=first, at_start=promise)
     if first:
         _show(recipe, result)
     return result

@@ -5,6 +5,8 @@ name, and it is a tensor, because state dicts are written to safetensors. Metada
 lost where one is made anew, as `{name: tensor for ...}` or by reading a file.
 """
 
+from collections.abc import Mapping
+
 import safetensors
 import safetensors.torch
 import torch
@@ -60,7 +62,7 @@ def as_state(name: str, weight: torch.Tensor, tables: dict[str, Parts]) -> torch
     return torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8)
 
 
-def from_state(name: str, state: object, own: dict[str, torch.Tensor]) -> dict[str, Parts]:
+def from_state(name: str, state: object, own: Mapping[str, torch.Tensor]) -> dict[str, Parts]:
     """What `as_state` was given.
 
     Args:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +46,13 @@ from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: Recipe, progress: bool = True) -> dict:
+def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[], object] | None = None) -> dict:
     """Runs a recipe from the model to the metrics.
+
+    Args:
+        recipe: what to do.
+        progress: show it.
+        at_start: called once data and base are there, before anything is trained.
 
     Returns:
         the content of `OUTPUT/metrics.json`: bits, untuned and tuned metrics, loss curve, seconds, peak bytes, paths.
@@ -66,6 +72,8 @@ def finetune(recipe: Recipe, progress: bool = True) -> dict:
     arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
+    if at_start is not None:
+        at_start()
     result, model = train(recipe, base, data, arguments, progress=progress)
     trained = gathered(model)
     result["adapter"] = str(output / "adapter")

@@ -59,3 +59,12 @@ def test_what_an_override_takes_the_place_of_goes_without_a_word(tmp_path, caplo
     recipe = load_recipe(find_recipe("8gb-chat"), [f"train_file={rows}", f"model={tiny_llama}", "max_steps=1"])
     without_idle_fields(recipe)
     assert "no effect" not in caplog.text
+
+
+def test_nothing_is_promised_before_the_data_are_known(tmp_path, capsys, tiny_llama):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": null}\n', encoding="utf-8")
+    data = [f"{name}_file={tmp_path / 'rows.jsonl'}" for name in ("train", "validation")]
+    command = ["finetune", "wikitext2", f"model={tiny_llama}", *data, f"output={tmp_path / 'run'}", "save_steps=5"]
+    assert main([*command, "bf16=false"]) == 2
+    shown = capsys.readouterr()
+    assert "line 2 has no text" in shown.err and "checkpoint" not in shown.out + shown.err
