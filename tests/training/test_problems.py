@@ -65,6 +65,6 @@ def test_nothing_is_promised_before_the_data_are_known(tmp_path, capsys, tiny_ll
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": null}\n', encoding="utf-8")
     data = [f"{name}_file={tmp_path / 'rows.jsonl'}" for name in ("train", "validation")]
     command = ["finetune", "wikitext2", f"model={tiny_llama}", *data, f"output={tmp_path / 'run'}", "save_steps=5"]
-    assert main([*command, "bf16=false"]) == 2
+    assert main([*command, "block_size=64", "bf16=false"]) == 2
     shown = capsys.readouterr()
     assert "line 2 has no text" in shown.err and "checkpoint" not in shown.out + shown.err
