@@ -126,15 +126,17 @@ LOWRA_API int lowra_cpu_dequantize(const lowra_packed *packed, const lowra_part 
 LOWRA_API int lowra_cpu_product(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias, void *out,
                                 int32_t type, int32_t threads);
 
-// The same with x rounded to integers, for 1 to 4 tokens (docs/lab/kernels/cpu.md has the error). LOWRA_UNSUPPORTED,
-// before anything is written, where the instruction set in use has no such kernels, for more tokens, for group sizes
-// other than 32, 64, 128 and 256, and for an x that has no steps: one that is not finite, or of a magnitude beyond 1e30
-// or below 1e-30.
-LOWRA_API int lowra_cpu_product_in_integers(const lowra_packed *packed, const void *x, int64_t tokens, const void *bias,
-                                            void *out, int32_t type, int32_t threads);
+// out[i] [tokens, N_i] = x times the transposed weight i, plus bias[i] unless null, of `count` weights (up to
+// LOWRA_MOST_GROUPED) with the same columns in groups of the same size, and x rounded to integers once for all of them,
+// for 1 to 4 tokens (docs/lab/kernels/cpu.md has the error). LOWRA_UNSUPPORTED, before anything is written, where the
+// instruction set in use has no such kernels, for more tokens, for group sizes other than 32, 64, 128 and 256, and for
+// an x that has no steps: one that is not finite, or of a magnitude beyond 1e30 or below 1e-30.
+LOWRA_API int lowra_cpu_product_group(const lowra_packed *weights, int32_t count, const void *x, int64_t tokens,
+                                      const void *const *bias, void *const *out, int32_t type, int32_t threads);
 
-// Makes the functions above use the kernels of one instruction set ("avx512", "avx2", "neon" or "generic"), or with
-// null, as at the start, the best of this processor. LOWRA_UNSUPPORTED where it has no such kernels.
+// Makes the functions above use the kernels of one instruction set ("avx512vnni", "avx512", "avxvnni", "avx2",
+// "neon" or "generic"), or with null, as at the start, the best of this processor. LOWRA_UNSUPPORTED where it has no
+// such kernels.
 LOWRA_API int lowra_cpu_instructions(const char *name);
 
 // levels [rows, 22], thresholds [rows, 19], errors [rows, 3], all float32.

@@ -5,25 +5,36 @@
 
 #include <atomic>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace {
 
+#if defined(__x86_64__)
+// AVX-VNNI, for which older compilers have no name.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+#endif
+
 bool runs_here([[maybe_unused]] const row_kernels &kernels) {
 #if defined(__x86_64__)
-  if (&kernels == &rows_avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
-  if (&kernels == &rows_avx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (&kernels == &rows_avx512vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+  if (&kernels == &rows_avx512) return avx512;
+  if (&kernels == &rows_avxvnni) return avx2 && has_avx_vnni();
+  if (&kernels == &rows_avx2) return avx2;
 #endif
   return true;
 }
 
 constexpr const row_kernels *kAll[] = {
 #if defined(__x86_64__)
-    &rows_avx512, &rows_avx2,
+    &rows_avx512vnni, &rows_avx512, &rows_avxvnni, &rows_avx2,
 #elif defined(__aarch64__)
     &rows_neon,
 #endif

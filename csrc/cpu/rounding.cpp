@@ -8,7 +8,7 @@ rounded_x::rounded_x(const lowra_shape &shape, const row_kernels &kernels, const
                      int64_t tokens) {
   const int64_t columns = std::min<int64_t>(shape.group_size, kPartColumns);
   const int64_t parts = (shape.in_features + columns - 1) / columns, groups = group_count(shape);
-  const int64_t byte_stride = (stride + 127) / 128 * 128;
+  const int64_t byte_stride = (stride + 255) / 256 * 256;
   const bool by_tables = shape.rows1 > 0, by_bytes = shape.rows2 + shape.rows4 > 0;
   const auto scratch = [&](int64_t bytes) -> void * {
     memory_.emplace_back((bytes + 3) / 4);

@@ -22,6 +22,7 @@ constexpr int64_t kUnit = 32;         // weights that a product takes at once; x
 constexpr int64_t kPartColumns = 128;  // at most, that share a step of x in 13 bits
 constexpr int64_t kStepColumns = 16;   // that share a step of x in 8 bits
 constexpr int64_t kIntegerTokens = 4;  // at most, whose x is made integers
+constexpr int64_t kScalesBeyond = 7;
 
 // x as integers q times a float32 step: q = x / step, rounded to even, and step the largest |x| of some columns over
 // the largest q. For rows of 1 bit q goes up to 4095 and has a step for min(group_size, kPartColumns) columns, a part;
@@ -32,8 +33,8 @@ struct integer_x {
   const float *sums;      // [tokens, parts], of q, times the step
   const float *offsets;   // [tokens, parts], of negative q, times the step: what entries of the tables are above zero
 
-  // by bits; [tokens, byte_stride], byte_stride a multiple of 128, zeros from in_features on. Of 256 / bits columns
-  // those that stand first in a byte of codes come first, 32 of them, then the second ones.
+  // by bits; [tokens, byte_stride], byte_stride a multiple of 256, zeros from in_features on, in the order of
+  // arrange_bytes
   const int8_t *bytes[5];
   const float *byte_steps[5];  // by bits, of each 32 / bits columns
   const float *byte_sums;      // [tokens, groups], of q times their steps
@@ -45,7 +46,7 @@ struct product_rows {
   const uint8_t *codes;  // of the first row
   int64_t row_bytes;
   const uint16_t *levels;
-  const float *scales;  // [rows, groups], and 3 more may be read
+  const float *scales;  // [rows, groups], and kScalesBeyond more may be read
   int bits;
   int64_t rows, in_features, group_size, tokens;
   const float *x;  // [tokens, x_stride], x_stride a multiple of kUnit, zeros from in_features on
@@ -91,12 +92,15 @@ struct row_kernels {
   make_tables_fn make_tables;            // null where there are none
   int64_t table_tokens1, table_tokens2;  // up to which rows of 1 and of 2 bits are quicker by tables
   round_x_fn round_x;                    // null where products take x as it is alone
+  product_rows_fn product_in_integers;   // with round_x
 };
 
 extern const row_kernels rows_generic;
 #if defined(__x86_64__)
 extern const row_kernels rows_avx2;
+extern const row_kernels rows_avxvnni;
 extern const row_kernels rows_avx512;
+extern const row_kernels rows_avx512vnni;
 #elif defined(__aarch64__)
 extern const row_kernels rows_neon;
 #endif

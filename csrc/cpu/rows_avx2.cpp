@@ -3,6 +3,6 @@
 #include "product.inl"
 #include "integers.inl"
 
-const row_kernels rows_avx2 = {"avx2", quantize_row, dequantize_row, load_scales, product_or_integers, nullptr, 0,
-                               0,      round_x};
+const row_kernels rows_avx2 = {"avx2", quantize_row, dequantize_row,     load_scales, product, nullptr, 0,
+                               0,      round_x,      product_in_integers};
 #endif

@@ -3,4 +3,4 @@
 #include "product.inl"
 
 const row_kernels rows_generic = {"generic", quantize_row, dequantize_row, load_scales, product, nullptr, 0,
-                                  0,         nullptr};
+                                  0,         nullptr,      nullptr};

@@ -2,5 +2,6 @@
 #include "rows.inl"
 #include "product.inl"
 
-const row_kernels rows_neon = {"neon", quantize_row, dequantize_row, load_scales, product, nullptr, 0, 0, nullptr};
+const row_kernels rows_neon = {"neon", quantize_row, dequantize_row, load_scales, product, nullptr, 0,
+                               0,      nullptr,      nullptr};
 #endif

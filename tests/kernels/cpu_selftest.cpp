@@ -82,7 +82,9 @@ bool check(const weight &w, int64_t tokens, int32_t type, std::mt19937 &random) 
   fill(bias, exact_bias);
   if (lowra_cpu_product(&w.packed, x.data(), tokens, bias.data(), out.data(), type, 2) != LOWRA_OK) return false;
   std::vector<float> coarse(tokens * rows);
-  const int status = lowra_cpu_product_in_integers(&w.packed, x.data(), tokens, bias.data(), coarse.data(), type, 2);
+  const void *biases[] = {bias.data()};
+  void *outs[] = {coarse.data()};
+  const int status = lowra_cpu_product_group(&w.packed, 1, x.data(), tokens, biases, outs, type, 2);
   if (status != LOWRA_OK && status != LOWRA_UNSUPPORTED) return false;
   const double unit = type == LOWRA_FLOAT32 ? 0x1p-24 : type == LOWRA_FLOAT16 ? 0x1p-11 : 0x1p-8;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -116,7 +118,7 @@ int main() {
                                 {2, 2, 2, 96, 24},     {5, 6, 7, 100, 8},      {16, 0, 0, 128, 64},
                                 {0, 0, 33, 512, 64},   {0, 64, 1, 64, 64}};
   bool right = true;
-  for (const char *name : {"avx512", "avx2", "neon", "generic"}) {
+  for (const char *name : {"avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic"}) {
     if (lowra_cpu_instructions(name) != LOWRA_OK) continue;
     std::mt19937 random(1);
     int cases = 0, wrong = 0;

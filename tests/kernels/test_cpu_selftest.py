@@ -12,9 +12,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 # as in CMakeLists.txt
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 OWN_FLAGS = {
-    "rows_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "rows_avx2.cpp": AVX2,
+    "rows_avxvnni.cpp": [*AVX2, "-mavxvnni"],
+    "rows_avx512.cpp": AVX512,
+    "rows_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
 }
 
 

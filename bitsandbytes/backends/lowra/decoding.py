@@ -261,7 +261,8 @@ def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = 
         if outs is not None:
             return outs
     if adapters is None:
-        return [_product(x, packed, bias) for packed, bias in weights]
+        outs = _rounded_products(x, weights)
+        return [_product(x, packed, bias) for packed, bias in weights] if outs is None else outs
     outs = linear_group(x, weights)
     for out, term in zip(outs, adapters.terms, strict=True):
         if term is not None:
@@ -269,12 +270,22 @@ def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = 
     return outs
 
 
+def _rounded_products(x: torch.Tensor, weights: Weights) -> list[torch.Tensor] | None:
+    """Products on the CPU with x in integers; None where that is turned off, or not to be had."""
+    if not (native.rounds_x and x.is_cpu and native.cpu_available() and x.dtype != torch.float32 and len(x)):
+        return None
+    for packed, bias in weights:
+        checks.check_packed_once(packed, x.dtype)
+        checks.check_operands_once(x, packed, bias)
+    return native.cpu_product_group(x, weights)
+
+
 def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     """x [tokens, K] times a packed weight; on the CPU without an op, which takes as long as a small product."""
     if x.is_cpu and native.cpu_available() and 0 < len(x) <= native.CPU_MOST_TOKENS:
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
-        return native.cpu_product(x, packed, bias, in_integers=native.rounds_x and x.dtype != torch.float32)
+        return native.cpu_product(x, packed, bias)
     return linear(x, packed, bias)
 
 

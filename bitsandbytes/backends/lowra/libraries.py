@@ -58,7 +58,7 @@ _CPU_SIGNATURES = {
     "lowra_cpu_quantize": [ctypes.POINTER(Shape), _P, _I, _P, _P, _P, _P, _I],
     "lowra_cpu_dequantize": [ctypes.POINTER(Packed), ctypes.POINTER(Part), _P, _I, _I],
     "lowra_cpu_product": [ctypes.POINTER(Packed), _P, _L, _P, _P, _I, _I],
-    "lowra_cpu_product_in_integers": [ctypes.POINTER(Packed), _P, _L, _P, _P, _I, _I],
+    "lowra_cpu_product_group": [ctypes.POINTER(Packed), _I, _P, _L, _P, _P, _I, _I],
     "lowra_cpu_lloyd_max": [ctypes.POINTER(Lloyd), _P, _I, _P, _P, _P, _I],
     "lowra_cpu_instructions": [ctypes.c_char_p],
 }

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ UNSUPPORTED = 5
 _NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
 CPU_MOST_TOKENS = 16
+MOST_GROUPED = 3  # weights of a group, csrc/lowra.h
 # Whether decoding on a CPU rounds an x of 16 bits (`reference.linear_in_integers`), where that is quicker
 rounds_x = os.environ.get("LOWRA_CPU_EXACT", "0") == "0"
-_INSTRUCTIONS = ("avx512", "avx2", "neon", "generic")  # best first, as the library takes them
+_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
 # Any: what is called on them is asked for only where they are there.
@@ -164,19 +165,13 @@ def cpu_dequantize(
     return out
 
 
-def cpu_product(
-    x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None, in_integers: bool = False
-) -> torch.Tensor:
-    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens.
-
-    Args:
-        in_integers: as `reference.linear_in_integers`, where this processor has kernels for that and these operands.
-    """
+def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens."""
     struct = packed_of(packed)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], packed.rows)
-    arguments = (
+    status = _cpu.lowra_cpu_product(
         ctypes.byref(struct),
         x.data_ptr(),
         x.numel() // packed.in_features,
@@ -185,24 +180,53 @@ def cpu_product(
         _TYPES[x.dtype],
         torch.get_num_threads(),
     )
-    status = _cpu.lowra_cpu_product_in_integers(*arguments) if in_integers else UNSUPPORTED
-    if status == UNSUPPORTED:
-        status = _cpu.lowra_cpu_product(*arguments)
     check(status, "product", struct.shape)
     return out
+
+
+def cpu_product_group(
+    x: torch.Tensor, weights: Sequence[tuple[PackedMatrix, torch.Tensor | None]]
+) -> list[torch.Tensor] | None:
+    """Products of x [tokens, K] with packed weights, each with its bias, as `reference.linear_in_integers`.
+
+    Returns:
+        None where this processor has no such kernels, or they do not cover these weights or this x.
+    """
+    first, count = weights[0][0], len(weights)
+    if count > MOST_GROUPED or any(packed.sizes[2:] != first.sizes[2:] for packed, _ in weights):
+        return None
+    x = x.contiguous()
+    biases = [None if bias is None else bias.contiguous() for _, bias in weights]
+    outs = [x.new_empty(len(x), packed.rows) for packed, _ in weights]
+    structs = [packed_of(packed) for packed, _ in weights]
+    addresses = ctypes.c_void_p * count
+    status = _cpu.lowra_cpu_product_group(
+        (Packed * count)(*structs),
+        count,
+        x.data_ptr(),
+        len(x),
+        ctypes.byref(addresses(*(None if bias is None else bias.data_ptr() for bias in biases))),
+        ctypes.byref(addresses(*(out.data_ptr() for out in outs))),
+        _TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    if status == UNSUPPORTED:
+        return None
+    check(status, "product", structs[0].shape)
+    return outs
 
 
 def choose_instructions(name: str | None) -> None:
     """Has the CPU library use the kernels of one instruction set, or of the best there is.
 
     Args:
-        name: "avx512", "avx2", "neon" or "generic".
+        name: "avx512vnni", "avx512", "avxvnni", "avx2", "neon" or "generic".
 
     Raises:
         OSError: this processor, or the library, has none of that name.
     """
     if _cpu.lowra_cpu_instructions(None if name is None else name.encode()) == UNSUPPORTED:
-        raise OSError(f"LOWRA_CPU={name} names no kernels of this processor: avx512, avx2, neon and generic are known.")
+        raise OSError(f"LOWRA_CPU={name} names no kernels of this processor: {', '.join(_INSTRUCTIONS)} are known.")
 
 
 def instructions() -> list[str]:

@@ -16,7 +16,6 @@ _TYPES = {torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 # csrc/lowra.h
 _PLAIN, _NORMED, _GATED = 0, 1, 2
-_MOST_GROUPED = 3
 _MOST_TOKENS = 4
 _CELL_COLUMNS = 512
 
@@ -34,7 +33,7 @@ class _Adapter(ctypes.Structure):
 
 
 class _Adapters(ctypes.Structure):
-    _fields_ = [("of", _Adapter * _MOST_GROUPED), ("cells", _P), ("launches", _P), ("launch", _I)]
+    _fields_ = [("of", _Adapter * native.MOST_GROUPED), ("cells", _P), ("launches", _P), ("launch", _I)]
 
 
 class _Norm(ctypes.Structure):
@@ -244,7 +243,7 @@ def _group(
 ) -> list[torch.Tensor] | None:
     """Products in one launch. x: [tokens, K], of which `asked` says what is made."""
     tokens, in_features = x.shape
-    if x.dtype not in _TYPES or not 0 < tokens <= _MOST_TOKENS or len(weights) > _MOST_GROUPED:
+    if x.dtype not in _TYPES or not 0 < tokens <= _MOST_TOKENS or len(weights) > native.MOST_GROUPED:
         return None
     if any(packed.in_features != in_features for packed, _ in weights):
         return None
