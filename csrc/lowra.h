@@ -198,12 +198,14 @@ typedef struct lowra_adapters {
   lowra_adapter of[LOWRA_MOST_GROUPED];
   uint64_t *cells;          // [ceil(K / 512), ranks of all adapters, tokens], zeros before the first launch
   const int32_t *launches;  // on the device; with `launch` added, a number that no launch with these cells has had
+  const float *gains;       // [ranks of all adapters, tokens] or null: factors of A x; 0 makes 0 of whatever it is
   int32_t launch;
 } lowra_adapters;
 
 // out[i] [tokens, N_i] = x times the transposed weight i, plus bias[i] unless null, of `count` weights with the same
-// columns in one launch: q, k and v, or gate and up; plus the term of an adapter where `adapters` is not null. Up to 4
-// tokens; 8-bit scales of groups of 64, an even number in a row. weights, bias and out are arrays in host memory.
+// columns in one launch: q, k and v, or gate and up; plus the term of an adapter where `adapters` is not null. Up to 8
+// tokens, 4 where x is normed or gated; 8-bit scales of groups of 64, an even number in a row. weights, bias and out are
+// arrays in host memory.
 LOWRA_API int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input,
                                        int64_t tokens, const void *const *bias, const lowra_adapters *adapters,
                                        void *const *out, int32_t type, void *stream);
@@ -256,7 +258,7 @@ LOWRA_API int lowra_cuda_attention(const lowra_attention *attention, int32_t typ
 
 #ifdef __cplusplus
 static_assert(sizeof(lowra_input) == 48, "lowra_input is mirrored by ctypes in native_decoding.py");
-static_assert(sizeof(lowra_adapters) == 96, "lowra_adapters is mirrored by ctypes in native_decoding.py");
+static_assert(sizeof(lowra_adapters) == 104, "lowra_adapters is mirrored by ctypes in native_decoding.py");
 static_assert(sizeof(lowra_norm) == 64, "lowra_norm is mirrored by ctypes in native_decoding.py");
 static_assert(sizeof(lowra_attention) == 160, "lowra_attention is mirrored by ctypes in native_decoding.py");
 #endif

@@ -68,7 +68,7 @@ struct shared_row_sums {
     put(type, number + teams * kWarps, teams * kWarps);
   }
 
-  // Into inner [rank][token]; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of
+  // Into inner [rank][token], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of
   // them waits for memory once.
   __device__ __forceinline__ void take_all(int32_t type, int thread, float *inner) const {
     const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns, count = q.ranks * q.tokens;
@@ -92,7 +92,9 @@ struct shared_row_sums {
         if (looks == kPatience) put(type, 0, 1);
       }
       for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (cell < count && at % lanes == 0) inner[cell] = sum;
+      if (cell >= count || at % lanes != 0) continue;
+      const float gain = q.adapters.gains ? __ldg(q.adapters.gains + cell) : 1.f;
+      inner[cell] = gain == 0.f ? 0.f : gain * sum;
     }
   }
 
@@ -171,7 +173,7 @@ struct shared_row_sums {
   }
 };
 
-// scaling B (A x) of one row of W. inner: A x of all adapters.
+// scaling B (A x) of one row of W. inner: what shared_row_sums::take_all made of A x of all adapters.
 template <class T>
 __device__ __forceinline__ float adapter_term(const product_group &q, int part, int row, int token,
                                               const float *inner) {

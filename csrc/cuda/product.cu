@@ -17,6 +17,11 @@ int tokens_for_small(const lowra_shape &s, const device_limits &limits) {
   return mostly4 || (limits.hopper && !large) ? 4 : 8;
 }
 
+// The same of a group, which saves launches. Adapters would be several more.
+int tokens_for_group(const lowra_shape &s, const lowra_adapters *adapters) {
+  return adapters || 2 * s.rows4 <= row_count(s) ? 8 : 4;
+}
+
 // The kernel that the environment variable LOWRA_PRODUCT names for every product, so that two can be compared at one
 // shape. `none`: it is not set. Read at the first product; afterwards it costs a load and a branch.
 enum class force { none, small, tensor, wgmma, many, dense, unknown };
@@ -49,6 +54,7 @@ constexpr int kMostRanks = 4096;  // of all adapters of a group: their A x lies 
 
 int check_adapters(const lowra_adapters &adapters, int count) {
   if (const int status = first_of(check_memory(adapters.cells, 8), check_memory(adapters.launches, 4))) return status;
+  if (const int status = adapters.gains ? check_memory(adapters.gains, 4) : LOWRA_OK) return status;
   int64_t ranks = 0;
   for (int i = 0; i < LOWRA_MOST_GROUPED; ++i) {
     const lowra_adapter &own = adapters.of[i];
@@ -140,8 +146,6 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
   if (adapters) {
     if (const int status = check_adapters(*adapters, count)) return status;
   }
-  device_limits limits;
-  if (const int status = limits_of_current_device(limits)) return status;
   product q = {};
   for (int i = 0; i < count; ++i) {
     const lowra_shape &s = weights[i].shape;
@@ -152,7 +156,7 @@ int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const l
     const bool alike = s.in_features == weights[0].shape.in_features;
     const bool default_form = weights[i].scale_type == LOWRA_UINT8 && s.group_size == 64 && q.groups % 2 == 0 &&
                               reinterpret_cast<uintptr_t>(weights[i].scales) % 2 == 0;
-    if (!alike || !default_form || row_count(s) == 0 || tokens == 0 || tokens > tokens_for_small(s, limits)) {
+    if (!alike || !default_form || row_count(s) == 0 || tokens == 0 || tokens > tokens_for_group(s, adapters)) {
       return LOWRA_UNSUPPORTED;
     }
   }

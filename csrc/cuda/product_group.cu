@@ -1,4 +1,4 @@
-// Products of several weights with one x in one launch, up to 4 tokens: a step of decoding.
+// Products of several weights with one x in one launch, up to 8 tokens: a step of decoding.
 #include "product_small.cuh"
 
 namespace lowra {
@@ -10,6 +10,10 @@ int choose_tokens(const product_group &q, int32_t type, cudaStream_t stream) {
   if (q.tokens == 1) return launch<setup<1, 1, true, product_group, INPUT, ADAPTED>>(q, type, stream);
   if (q.tokens == 2) return launch<setup<2, 1, true, product_group, INPUT, ADAPTED>>(q, type, stream);
   if (q.tokens <= 4) return launch<setup<4, 2, true, product_group, INPUT, ADAPTED>>(q, type, stream);
+  // Every block would normalise or gate all of x: with more tokens that takes longer than a launch of its own.
+  if constexpr (INPUT == LOWRA_PLAIN) {
+    if (q.tokens <= 8) return launch<setup<8, 2, true, product_group, INPUT, ADAPTED>>(q, type, stream);
+  }
   return LOWRA_UNSUPPORTED;
 }
 

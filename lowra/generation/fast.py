@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from ..nn.recording import record
 from .decoder import Decoder
 from .mixed_batches import adapter_names, forget_adapter_names
 from .projections import Unsupported
@@ -318,13 +319,15 @@ class Session:
         random = torch.cuda.get_rng_state(self._ids.device)
         side = torch.cuda.Stream(self._ids.device)
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._body(0)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def body() -> None:
             for number in range(steps):
                 self._body(number)
+
+        with torch.cuda.stream(side):
+            self._body(0)
+            graph = record(body)
+        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random, self._ids.device)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)

@@ -59,7 +59,7 @@ class Projections:
         self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
         if len(self._packed) < len(self._bases):
             self._packed = []
-        # One adapter a weight goes into the product; None where there is none, or another way has to be taken.
+        # Where adapters go into the products: how. None where there is none, or another way has to be taken.
         self._in_product: decoding.Adapters | None = None
         self._side_by_side: _SideBySide | None = None
 
@@ -67,19 +67,19 @@ class Projections:
         self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Outputs for the normalised sum of both, and the sum: see `decoding.normed_linear_group`."""
-        if self._in_one():
+        if self._in_one(len(residual)):
             return decoding.normed_linear_group(residual, delta, norm, self._packed, delta_norm, self._in_product)
         return self(decoding.add_norm(residual, delta, norm, delta_norm)), residual
 
     def after_gate(self, opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         """Output of the one layer for activation(opened) * up."""
-        if self._in_one():
+        if self._in_one(len(opened)):
             return decoding.gated_linear(opened, up, activation, *self._packed[0], self._in_product)
         return self(decoding.gate(opened, up, activation))[0]
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [tokens, K] to an output [tokens, N] of each layer."""
-        if self._in_one():
+        if self._in_one(len(x)):
             return decoding.linear_group(x, self._packed, self._in_product)
         outs = decoding.linear_group(x, self._packed) if self._packed else [base(x) for base in self._bases]
         if self._side_by_side is not None:
@@ -91,8 +91,11 @@ class Projections:
                 out.addmm_(x @ a.T, b.T, alpha=adapter.scaling)
         return outs
 
-    def _in_one(self) -> bool:
-        return bool(self._packed) and (self._in_product is not None or not any(self._adapters))
+    def _in_one(self, tokens: int) -> bool:
+        if not self._packed or self._in_product is None:
+            return bool(self._packed) and not any(self._adapters)
+        gains = self._in_product.gains
+        return gains is None or gains.shape[1] == tokens  # a step; a prompt has more tokens than sequences
 
     def _has_several(self) -> bool:
         """Whether sequences or weights go through more than one adapter."""
@@ -100,7 +103,7 @@ class Projections:
 
     def cells(self) -> int:
         """Cells that the adapters need to go into the products; 0 where they do not."""
-        if not self._packed or not any(self._adapters) or self._has_several():
+        if not self._packed or not any(self._adapters):
             return 0
         matrix, _ = self._packed[0]
         return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
@@ -118,8 +121,12 @@ class Projections:
 
     def into_products(self, cells: torch.Tensor, launches: torch.Tensor, launch: int) -> None:
         """Adapters go into the products from now on, by their present factors; see `decoding.Adapters`."""
-        terms = [decoding.LowRank(*own[0].factors, own[0].scaling) if own else None for own in self._adapters]
-        self._in_product = decoding.Adapters(terms, cells, launches, launch)
+        if self._side_by_side is not None:
+            terms, gains = self._side_by_side.terms, self._side_by_side.gains
+        else:
+            terms = [decoding.LowRank(*own[0].factors, own[0].scaling) if own else None for own in self._adapters]
+            gains = None
+        self._in_product = decoding.Adapters(terms, cells, launches, launch, gains)
 
     def is_current(self) -> bool:
         """Whether the modules still hold what was read from them, at the same places.
@@ -150,6 +157,10 @@ class _SideBySide:
 
     A mixed batch computes A x of every sequence with every adapter, which costs little beside the launches of a product
     for each adapter, and what is not a sequence's own counts 0.
+
+    Attributes:
+        terms: of each layer, all its adapters as one; None for none.
+        gains: see `decoding.Adapters`; [ranks, batch], [ranks, 1] where adapters are for all sequences, or None.
     """
 
     def __init__(self, adapters: list[list[Adapter]], dtype: torch.dtype):
@@ -160,40 +171,43 @@ class _SideBySide:
         """
         everyone = [adapter for own in adapters for adapter in own]
         (first, _), ranks = everyone[0].source, [len(adapter.source[0]) for adapter in everyone]
+        alike = len({adapter.scaling for adapter in everyone}) == 1
         self._a = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)
         self._columns: list[slice] = []
-        self._b: list[torch.Tensor | None] = []
+        self.terms: list[decoding.LowRank | None] = []
         begin = 0
         for own in adapters:
             widths = [len(adapter.source[0]) for adapter in own]
             end = begin + sum(widths)
-            b = own[0].source[1].new_empty(len(own[0].source[1]), end - begin, dtype=dtype) if own else None
-            if b is not None:
-                parts = zip(self._a[begin:end].split(widths), b.split(widths, dim=1), strict=True)
-                for adapter, factors in zip(own, parts, strict=True):
-                    adapter.factors = factors
+            a, term = self._a[begin:end], None
+            if own:
+                b = own[0].source[1].new_empty(len(own[0].source[1]), end - begin, dtype=dtype)
+                for adapter, *factors in zip(own, a.split(widths), b.split(widths, dim=1), strict=True):
+                    adapter.factors = tuple(factors)
+                term = decoding.LowRank(a, b, everyone[0].scaling if alike else 1.0)
+            self.terms.append(term)
             self._columns.append(slice(begin, end))
-            self._b.append(b)
             begin = end
-        repeats = torch.tensor(ranks, device=first.device)
-        scalings = [adapter.scaling for adapter in everyone]
-        self._scaling = scalings[0] if len(set(scalings)) == 1 else 1.0
-        each = first.new_tensor(scalings, dtype=dtype).repeat_interleave(repeats)
-        self._scalings = each if len(set(scalings)) > 1 else None  # [ranks]
-        # bool [batch, 1, ranks]: what is another sequence's, and so may be anything
-        rows = [adapter.rows for adapter in everyone if adapter.rows is not None]
-        self._others = ~torch.stack(rows, dim=1).repeat_interleave(repeats, dim=1)[:, None] if rows else None
+        self.gains: torch.Tensor | None = None
+        if not alike or any(adapter.rows is not None for adapter in everyone):
+            all_sequences = torch.ones(1, dtype=torch.bool, device=first.device)
+            each = [
+                (all_sequences if adapter.rows is None else adapter.rows).float() * (1.0 if alike else adapter.scaling)
+                for adapter in everyone
+            ]
+            self.gains = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=first.device), dim=0)
+            self._gains = self.gains.T[:, None].to(dtype)  # [batch or 1, 1, ranks]
+            self._others = self._gains == 0  # what is another sequence's, and so may be anything
 
     def add_to(self, outs: list[torch.Tensor], x: torch.Tensor) -> None:
         """Adds the adapters' terms for x [batch * tokens, K] to outputs [batch * tokens, N] of the layers."""
         inner = x @ self._a.T
-        if self._others is not None:
-            inner.view(len(self._others), -1, len(self._a)).masked_fill_(self._others, 0)
-        if self._scalings is not None:
-            inner *= self._scalings
-        for out, columns, b in zip(outs, self._columns, self._b, strict=True):
-            if b is not None:
-                out.addmm_(inner[:, columns], b.T, alpha=self._scaling)
+        if self.gains is not None:
+            by_sequence = inner.view(len(self._gains), -1, len(self._a))
+            by_sequence.mul_(self._gains).masked_fill_(self._others, 0)
+        for out, columns, term in zip(outs, self._columns, self.terms, strict=True):
+            if term is not None:
+                out.addmm_(inner[:, columns], term.b.T, alpha=term.scaling)
 
 
 def _base_of(module: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ the same memory, one after the other.
 """
 
 import contextlib
-import gc
 import math
 import random
 import warnings
@@ -23,6 +22,7 @@ from torch import nn
 
 from .linear import LowRALinear
 from .lora import Shortcuts
+from .recording import record
 
 
 class Buffers:
@@ -135,31 +135,12 @@ class Recorder:
         Raises:
             NotCapturable: PyTorch could not capture them.
         """
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads (of a loader, of NCCL) may go on with what a capture forbids.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                call()
-            finally:
-                graph.capture_end()
+            return record(call, self._pool).replay
         except RuntimeError as error:
-            self._end_for_generators()
             first = error.__context__ or error  # what was forbidden, rather than that the capture has ended of it
             self._fault = f"PyTorch could not capture it: {str(first).splitlines()[0]}"
             raise NotCapturable(self._fault) from error
-        return graph.replay
-
-    def _end_for_generators(self) -> None:
-        """After a capture that failed: random numbers wait for its end, and graphs that draw some cannot be replayed.
-
-        The end of another capture, of nothing, is one to them.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the graph is empty
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            graph.capture_end()
 
 
 class CapturedLayer:
@@ -194,9 +175,8 @@ class CapturedLayer:
                     self._leaves = self._trained_by(function)
                     self._doubles = Doubles(layer, self._leaves)
                     self._try(function, recorder)
-                with _no_garbage_collection():
-                    self._forward = recorder.record(lambda: self._run(function))
-                    self._backward = recorder.record(lambda: self._differentiate(function, self._unread))
+                self._forward = recorder.record(lambda: self._run(function))
+                self._backward = recorder.record(lambda: self._differentiate(function, self._unread))
         finally:
             self._generator.set_state(before)
 
@@ -383,16 +363,3 @@ def _autocast_as_now(device_type: str) -> Iterator[None]:
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
         yield
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What a collection frees meanwhile could be another graph or event, which a capture forbids."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

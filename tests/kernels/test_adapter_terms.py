@@ -1,5 +1,7 @@
 """LoRA adapters in the products of a decoding step: the kernel against plain products in float32."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import packed_case
@@ -62,7 +64,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("mixes, ranks", GROUPS)
 @pytest.mark.parametrize("in_features", [128, 1152, 4096])
 def test_a_group_with_adapters(mixes, ranks, in_features, tokens, dtype):
@@ -76,6 +78,32 @@ def test_a_group_with_adapters(mixes, ranks, in_features, tokens, dtype):
         adapters.launches.add_(1)
         again = native_decoding.linear_group(x, weights, adapters)
         assert all(torch.equal(one, other) for one, other in zip(outs, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_what_is_not_a_sequences_own_may_be_anything(tokens, dtype):
+    weights, adapters = group_of(*GROUPS[0], 1152, dtype)
+    x = random(tokens, 1152, dtype=dtype)
+    gains = random(24, tokens, dtype=torch.float32).abs()
+    gains[5:9] = 0
+    gains[20, : tokens - 1] = 0
+    adapters = dataclasses.replace(adapters, gains=gains)
+    adapters.launches.add_(1)
+    outs = native_decoding.linear_group(x, weights, adapters)
+    begin = 0
+    for found, (packed, bias), term in zip(outs, weights, adapters.terms, strict=True):
+        expected = ops.linear(x, packed, bias).double()
+        if term is not None:
+            end = begin + len(term.a)
+            inner = x.double() @ term.a.double().T * gains[begin:end].double().T
+            expected += term.scaling * inner @ term.b.double().T
+            begin = end
+        assert_close(found, expected)
+    adapters.terms[0].a[5:9] = torch.inf
+    adapters.launches.add_(1)
+    again = native_decoding.linear_group(x, weights, adapters)
+    assert all(torch.equal(one, other) for one, other in zip(outs, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -139,7 +167,9 @@ def test_what_the_kernel_does_not_cover_is_added_afterwards():
 def test_factors_and_memory_of_another_size_are_refused():
     weights, adapters = group_of([(20, 40, 300)], [8], 512, torch.bfloat16)
     x = random(4, 512, dtype=torch.bfloat16)
-    short = Adapters(adapters.terms, adapters.cells[1:], adapters.launches, 1)
+    with pytest.raises(ValueError, match="Gains of 8 rows of adapters for 4 tokens, in float32, were expected"):
+        native_decoding.linear_group(x, weights, dataclasses.replace(adapters, gains=torch.ones(8, 3, device="cuda")))
+    short = Adapters(adapters.terms, adapters.cells[:31], adapters.launches, 1)
     with pytest.raises(ValueError, match="need 32 cells; there are 31"):
         native_decoding.linear_group(x, weights, short)
     (term,) = adapters.terms

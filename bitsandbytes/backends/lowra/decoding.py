@@ -237,12 +237,15 @@ class Adapters:
             the same time must be others.
         launches: int32 [1], on the device; with `launch` added it must be another number at each call.
         launch: of this group among those that share the memory.
+        gains: float32 [ranks of all terms, tokens], by which A x is multiplied, or None. 0 makes 0 of whatever it is:
+            where sequences go through different adapters, the ranks of those that are not a sequence's own.
     """
 
     terms: Sequence[LowRank | None]
     cells: torch.Tensor
     launches: torch.Tensor
     launch: int
+    gains: torch.Tensor | None = None
 
 
 def cells_of(in_features: int, ranks: int) -> int:
@@ -264,9 +267,16 @@ def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = 
         outs = _rounded_products(x, weights)
         return [_product(x, packed, bias) for packed, bias in weights] if outs is None else outs
     outs = linear_group(x, weights)
+    begin = 0
     for out, term in zip(outs, adapters.terms, strict=True):
-        if term is not None:
-            out.addmm_(x @ term.a.T, term.b.T, alpha=term.scaling)
+        if term is None:
+            continue
+        inner, end = x @ term.a.T, begin + len(term.a)
+        if adapters.gains is not None:
+            gains = adapters.gains[begin:end].T
+            inner = torch.where(gains == 0, 0, gains * inner).to(x.dtype)
+        out.addmm_(inner, term.b.T, alpha=term.scaling)
+        begin = end
     return outs
 
 

@@ -16,7 +16,8 @@ _TYPES = {torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 # csrc/lowra.h
 _PLAIN, _NORMED, _GATED = 0, 1, 2
-_MOST_TOKENS = 4
+_MOST_TOKENS = 8
+_MOST_MADE_TOKENS = 4  # where x is normed or gated
 _CELL_COLUMNS = 512
 
 
@@ -33,7 +34,11 @@ class _Adapter(ctypes.Structure):
 
 
 class _Adapters(ctypes.Structure):
-    _fields_ = [("of", _Adapter * native.MOST_GROUPED), ("cells", _P), ("launches", _P), ("launch", _I)]
+    _fields_ = [
+        ("of", _Adapter * native.MOST_GROUPED),
+        *((name, _P) for name in ("cells", "launches", "gains")),
+        ("launch", _I),
+    ]
 
 
 class _Norm(ctypes.Structure):
@@ -176,7 +181,7 @@ def normed_linear_group(
     adapters: "Adapters | None" = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor] | None:
     """`decoding.normed_linear_group` on the CUDA library; None where no kernel covers these weights together."""
-    if len(residual) > _MOST_TOKENS or not residual.is_contiguous():
+    if len(residual) > _MOST_MADE_TOKENS or not residual.is_contiguous():
         return None
     total = torch.empty_like(residual)
     delta = None if delta is None else delta.contiguous()
@@ -194,7 +199,7 @@ def gated_linear(
     adapters: "Adapters | None" = None,
 ) -> torch.Tensor | None:
     """`decoding.gated_linear` on the CUDA library; None where no kernel covers the weight."""
-    if len(opened) > _MOST_TOKENS:
+    if len(opened) > _MOST_MADE_TOKENS:
         return None
     opened, up = opened.contiguous(), up.contiguous()
     asked = _Input(opened.data_ptr(), up.data_ptr(), activation=_ACTIVATIONS[activation], kind=_GATED)
@@ -209,7 +214,12 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
         ValueError: a factor or the memory is not of the size that these weights need.
     """
     tokens, in_features = x.shape
-    asked = _Adapters(cells=adapters.cells.data_ptr(), launches=adapters.launches.data_ptr(), launch=adapters.launch)
+    asked = _Adapters(
+        cells=adapters.cells.data_ptr(),
+        launches=adapters.launches.data_ptr(),
+        gains=_address(adapters.gains),
+        launch=adapters.launch,
+    )
     ranks = 0
     for i, (term, (packed, _)) in enumerate(zip(adapters.terms, weights, strict=True)):
         if term is None:
@@ -230,6 +240,14 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
             f"{ranks} rows of adapters and {tokens} tokens need {cells_of(in_features, ranks, tokens)} cells; there "
             f"are {adapters.cells.numel()}."
         )
+    gains = adapters.gains
+    if gains is not None and (gains.shape != (ranks, tokens) or gains.dtype != torch.float32):
+        raise ValueError(
+            f"Gains of {ranks} rows of adapters for {tokens} tokens, in float32, were expected; they are "
+            f"{list(gains.shape)}, {gains.dtype}."
+        )
+    if gains is not None and (gains.device != x.device or not gains.is_contiguous()):
+        return None
     return asked
 
 
