@@ -26,7 +26,7 @@ import time
 from hostile_calls import Cases
 
 ROOT = pathlib.Path(__file__).parents[1]
-SOURCES = dict.fromkeys(["codec", "dispatch", "lloyd", "pool", "product", "rows_generic", "rows_neon"], [])
+SOURCES: dict[str, list[str]] = {path.stem: [] for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
 SOURCES["rows_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
 SOURCES["rows_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 SOURCES["rows_avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]

@@ -6,8 +6,10 @@ instead of 574 on base-30m at 1.25 bits). Only at a forward is it known whether 
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
+import weakref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +25,8 @@ from .adapter_records import has_arrived
 logger = logging.getLogger(__name__)
 
 _STORED = "_lowra_start"  # attribute of a packed model
+_numbers = itertools.count()
+_watches: "weakref.WeakValueDictionary[int, _Watch]" = weakref.WeakValueDictionary()  # compiled code knows numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +84,31 @@ class _Watch:
 
     def __init__(self, model: nn.Module, start: str, adapter: pathlib.Path):
         self.model, self.start, self.adapter = model, start, adapter
+        self.is_told = False
+        self._register()
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _watches[self.number] = self
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._register()
 
     def __call__(self, layer: LowRALinear) -> None:
         if torch.compiler.is_compiling():
-            return
+            _tell_while_compiling(self.number)
+        elif self.tell():
+            layer.at_first_forward = None
+
+    def tell(self) -> bool:
+        """Says what is missing, if it is; returns whether there is nothing to say later."""
         tuner = next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
         if tuner is not None and tuner.disable_adapters:
-            return  # a reference model; what counts is the next forward
-        layer.at_first_forward = None
+            return False  # a reference model; what counts is the next forward
+        if self.is_told:
+            return True
+        self.is_told = True
         where = str(self.adapter) if self.adapter.is_dir() else f"the {ADAPTER_FOLDER} of the checkpoint"
         what = f"this base was packed together with an initial adapter ({self.start}) that holds a part of its weights"
         active = [] if tuner is None else tuner.active_adapters
@@ -107,3 +128,23 @@ class _Watch:
                 where,
                 where,
             )
+        return True
+
+
+def say_of_dequantised(model: PreTrainedModel) -> None:
+    """Before a packed base becomes a dense model, which knows of no start: says so unless an adapter was merged."""
+    start, head = stored_start(model), model.get_output_embeddings()
+    if start is not None and any(isinstance(module, LowRALinear) and module is not head for module in model.modules()):
+        logger.warning(
+            "lowra: this base was packed together with an initial adapter (%s) that holds a part of its weights, and "
+            "dequantised alone its outputs are far off. lowra.merge_into_dense makes a dense model of base and adapter "
+            "(`lowra merge` on the command line).",
+            start.what,
+        )
+
+
+@torch.compiler.assume_constant_result
+def _tell_while_compiling(number: int) -> None:
+    """Runs once, while a forward is being compiled, and leaves nothing in the compiled code."""
+    if (watch := _watches.get(number)) is not None:
+        watch.tell()

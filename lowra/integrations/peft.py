@@ -181,9 +181,15 @@ def merge_into_dense(
         trust_remote_code: run the Python code that `original` brings, where its architecture is its own.
 
     Raises:
+        TypeError: a model without adapters.
         ValueError: no packed base; a method without anything to merge; `original` is another model; an adapter that
             began as one of these is to be merged into the original without its start.
     """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"merge_into_dense expects a PeftModel (PeftModel.from_pretrained), got {type(model).__name__}: a packed "
+            "model without adapters becomes dense by its own dequantize()."
+        )
     base = model.get_base_model()
     quantizer = getattr(base, "hf_quantizer", None)
     for layer in base.modules():

@@ -38,7 +38,7 @@ from .direct_loading import DirectLoading, large_dense_tensors
 from .fsdp import check_fsdp
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
 from .loose_factors import watch_factors
-from .missing_start import watch_for_start
+from .missing_start import say_of_dequantised, watch_for_start
 from .model_patches import (
     declare_ties,
     forget_conversions,
@@ -270,6 +270,7 @@ class LowRAHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name, once the model has been saved
+        say_of_dequantised(model)
         make_dense(model, self._targets, dtype)
         return model
 

@@ -114,3 +114,27 @@ def test_waiting_models_are_copied_pickled_and_compiled(started, caplog):
     assert torch.equal(
         torch.compile(model, backend="eager", fullgraph=True)(**inputs_of(model)).logits, logits_of(twin)
     )
+
+
+@pytest.mark.parametrize("kept", [None, copy.deepcopy])
+def test_compiled_it_says_so_too(started, caplog, kept):
+    model = load(started) if kept is None else kept(load(started))
+    compiled = torch.compile(model, backend="eager")
+    logits_of(compiled)
+    assert len(said(caplog)) == 1
+    logits_of(compiled)
+    logits_of(model)
+    assert not said(caplog)
+    adapted = PeftModel.from_pretrained(load(started), started / "initial_adapter").eval()
+    logits_of(torch.compile(adapted, backend="eager"))
+    assert not said(caplog)
+
+
+def test_dequantised_it_says_so_unless_an_adapter_was_merged(started, caplog):
+    load(started).dequantize()
+    assert "lowra.merge_into_dense" in said(caplog)[0]
+    lowra.merge_into_dense(PeftModel.from_pretrained(load(started), started / "initial_adapter"))
+    PeftModel.from_pretrained(load(started), started / "initial_adapter").merge_and_unload().dequantize()
+    assert not said(caplog)
+    with pytest.raises(TypeError, match="expects a PeftModel"):
+        lowra.merge_into_dense(load(started))
