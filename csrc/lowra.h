@@ -27,6 +27,7 @@ extern "C" {
 #define LOWRA_SCALE_BLOCK 256      // scales that share one float32 step
 #define LOWRA_MAX_GROUP_SIZE 256
 #define LOWRA_CPU_MOST_TOKENS 16  // of lowra_cpu_product
+#define LOWRA_CPU_MOST_DIM 512    // of lowra_cpu_attention
 #define LOWRA_MOST_GROUPED 3      // weights of lowra_cuda_product_group
 
 enum lowra_status {
@@ -255,6 +256,16 @@ typedef struct lowra_attention {
 } lowra_attention;
 
 LOWRA_API int lowra_cuda_attention(const lowra_attention *attention, int32_t type, void *stream);
+
+// The same on the processor, for float32 too; any number of features and of query heads, a dim up to
+// LOWRA_CPU_MOST_DIM. workspace and finished are not used. Sums in float32, rounded once.
+LOWRA_API int lowra_cpu_add_norm(const lowra_norm *norm, int32_t type);
+LOWRA_API int lowra_cpu_attention(const lowra_attention *attention, int32_t type, int32_t threads);
+
+// out [tokens, rows] = x [tokens, in_features] times a dense transposed weight [rows, in_features], all of `type`: a
+// head that is not packed. Up to LOWRA_CPU_MOST_TOKENS tokens. Sums in float32, rounded once.
+LOWRA_API int lowra_cpu_dense_product(const void *weight, int64_t rows, int64_t in_features, const void *x,
+                                      int64_t tokens, void *out, int32_t type, int32_t threads);
 
 #ifdef __cplusplus
 static_assert(sizeof(lowra_input) == 48, "lowra_input is mirrored by ctypes in native_decoding.py");

@@ -83,6 +83,12 @@ using round_x_fn = bool (*)(const float *x, int64_t x_stride, int64_t in_feature
 
 constexpr int64_t kLanePadding = 16;
 
+// decoding.inl says what their scratch is.
+using add_norm_fn = void (*)(const lowra_norm &norm, int32_t type, int64_t token, float *x, float *delta);
+using attend_fn = void (*)(const lowra_attention &attention, int32_t type, int64_t sequence, int64_t kv_head,
+                           float *scratch);
+using dense_row_fn = float (*)(const void *weight, int32_t type, int64_t row, const float *x, int64_t count);
+
 struct row_kernels {
   const char *name;  // as LOWRA_CPU names it
   quantize_row_fn quantize;
@@ -93,6 +99,9 @@ struct row_kernels {
   int64_t table_tokens1, table_tokens2;  // up to which rows of 1 and of 2 bits are quicker by tables
   round_x_fn round_x;                    // null where products take x as it is alone
   product_rows_fn product_in_integers;   // with round_x
+  add_norm_fn add_norm;
+  attend_fn attend;
+  dense_row_fn dense_row;
 };
 
 extern const row_kernels rows_generic;

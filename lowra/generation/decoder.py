@@ -158,7 +158,7 @@ class Decoder:
             residual = residual[last].contiguous()
             delta = None if delta is None else delta[last].contiguous()
         normal = decoding.add_norm(residual, delta, _norm(self._body.norm), delta_norm)
-        logits = self._head(normal)
+        logits = decoding.dense_linear(normal, self._head.weight) if _is_plain(self._head) else self._head(normal)
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
     def caches(self, batch: int, slots: int, first: torch.Tensor) -> list[Cache]:
@@ -260,6 +260,11 @@ class Decoder:
 
     def _group(self, parent: Any, *names: str) -> Projections:
         return Projections(parent, names, self.dtype, self._rows)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head is its weight alone: a dense layer that nothing was put around."""
+    return type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
 
 
 def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What lies between the products of a decoding step: references in plain PyTorch, and the CUDA kernels in their place.
+"""What lies between the products of a decoding step: references in plain PyTorch, and kernels in their place.
 
 Plain functions and no ops: they serve inference alone, where an op's way through the dispatcher (25 us of the host, a
 ctypes call 5) would be most of a prompt's time. Values are rounded where the modules of Transformers round them.
@@ -52,10 +52,9 @@ def add_norm(
     Returns:
         the normalised sum, [tokens, features].
     """
-    if native.cuda_available() and residual.is_cuda:
-        out = native_decoding.add_norm(residual, delta, norm, delta_norm)
-        if out is not None:
-            return out
+    out = native_decoding.add_norm(residual, delta, norm, delta_norm)
+    if out is not None:
+        return out
     if delta is not None:
         residual.add_(delta if delta_norm is None else normalized(delta, delta_norm))
     return normalized(residual, norm)
@@ -146,10 +145,9 @@ def attend(
     Returns:
         [batch, heads * dim].
     """
-    if native.cuda_available() and query.is_cuda:
-        out = native_decoding.attend(query, key, value, cache, attention)
-        if out is not None:
-            return out
+    out = native_decoding.attend(query, key, value, cache, attention)
+    if out is not None:
+        return out
     slot = int(cache.slot)
     positions = slot - cache.first.long()
     cosine, sine = attention.cosine[positions][:, None], attention.sine[positions][:, None]
@@ -209,6 +207,8 @@ def weighted_values(
     shares = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return (shares.to(query.dtype) @ values).transpose(1, 2)
 
+
+_FEW_TOKENS = 4  # beyond, PyTorch's products of 16 bits on a CPU are the quicker ones
 
 Weights = Sequence[tuple[PackedMatrix, torch.Tensor | None]]  # packed weights of as many columns, each with its bias
 
@@ -297,6 +297,14 @@ def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -
         checks.check_operands_once(x, packed, bias)
         return native.cpu_product(x, packed, bias)
     return linear(x, packed, bias)
+
+
+def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [tokens, K] times the transposed dense weight [N, K]; sums in float32 or as PyTorch's kernel keeps them."""
+    few = 0 < len(x) <= _FEW_TOKENS and x.is_cpu and native.cpu_available()
+    if few and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        return native.cpu_dense_product(x, weight)
+    return torch.nn.functional.linear(x, weight)
 
 
 def normed_linear_group(

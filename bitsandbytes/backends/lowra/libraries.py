@@ -59,6 +59,10 @@ _CPU_SIGNATURES = {
     "lowra_cpu_dequantize": [ctypes.POINTER(Packed), ctypes.POINTER(Part), _P, _I, _I],
     "lowra_cpu_product": [ctypes.POINTER(Packed), _P, _L, _P, _P, _I, _I],
     "lowra_cpu_product_group": [ctypes.POINTER(Packed), _I, _P, _L, _P, _P, _I, _I],
+    "lowra_cpu_dense_product": [_P, _L, _L, _P, _L, _P, _I, _I],
+    # of native_decoding.py
+    "lowra_cpu_add_norm": [_P, _I],
+    "lowra_cpu_attention": [_P, _I, _I],
     "lowra_cpu_lloyd_max": [ctypes.POINTER(Lloyd), _P, _I, _P, _P, _P, _I],
     "lowra_cpu_instructions": [ctypes.c_char_p],
 }

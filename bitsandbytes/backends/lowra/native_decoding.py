@@ -1,4 +1,4 @@
-"""ctypes calls of the kernels between the products of a decoding step, and of products in one launch."""
+"""ctypes calls of the kernels between the products of a decoding step, and on a GPU of products in one launch."""
 
 import ctypes
 from typing import TYPE_CHECKING
@@ -60,6 +60,11 @@ class _Attention(ctypes.Structure):
     ]
 
 
+def _covers(x: torch.Tensor) -> bool:
+    """Whether kernels of its device take its type."""
+    return native.cpu_available() if x.is_cpu else x.is_cuda and native.cuda_available() and x.dtype in _TYPES
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -79,8 +84,8 @@ def _finish(status: int, what: str, shape: tuple[int, ...]) -> bool:
 def add_norm(
     residual: torch.Tensor, delta: torch.Tensor | None, norm: "Norm", delta_norm: "Norm | None"
 ) -> torch.Tensor | None:
-    """`decoding.add_norm` on the CUDA library; None where it does not cover the shape."""
-    if residual.dtype not in _TYPES or not residual.is_contiguous():
+    """`decoding.add_norm` on the library of the device; None where it does not cover the shape."""
+    if not _covers(residual) or not residual.is_contiguous():
         return None
     if delta_norm is not None and (delta_norm.epsilon, delta_norm.one_plus) != (norm.epsilon, norm.one_plus):
         return None
@@ -98,9 +103,16 @@ def add_norm(
         norm.epsilon,
         norm.one_plus,
     )
-    status = native.call_cuda(
-        "lowra_cuda_add_norm", residual.device, ctypes.byref(asked), _TYPES[residual.dtype], native.stream_of(residual)
-    )
+    if residual.is_cpu:
+        status = native.call_cpu("lowra_cpu_add_norm", asked, native.type_of(residual))
+    else:
+        status = native.call_cuda(
+            "lowra_cuda_add_norm",
+            residual.device,
+            ctypes.byref(asked),
+            _TYPES[residual.dtype],
+            native.stream_of(residual),
+        )
     return out if _finish(status, "a norm", (tokens, features)) else None
 
 
@@ -127,9 +139,9 @@ def gate(opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: "Cache", attention: "Attention"
 ) -> torch.Tensor | None:
-    """`decoding.attend` on the CUDA library; None where it does not cover the shape."""
+    """`decoding.attend` on the library of the device; None where it does not cover the shape."""
     norms = attention.query_norm, attention.key_norm
-    if query.dtype not in _TYPES or (norms[0] is None) != (norms[1] is None):
+    if not _covers(query) or (norms[0] is None) != (norms[1] is None):
         return None
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     batch, kv_heads, slots, dim = cache.keys.shape
@@ -161,9 +173,13 @@ def attend(
         attention.softcap,
         0.0 if norm is None else norm.epsilon,
     )
-    status = native.call_cuda(
-        "lowra_cuda_attention", query.device, ctypes.byref(asked), _TYPES[query.dtype], native.stream_of(query)
-    )
+    if query.is_cpu:
+        threads = torch.get_num_threads()
+        status = native.call_cpu("lowra_cpu_attention", asked, native.type_of(query), threads)
+    else:
+        status = native.call_cuda(
+            "lowra_cuda_attention", query.device, ctypes.byref(asked), _TYPES[query.dtype], native.stream_of(query)
+        )
     return out if _finish(status, "attention over a cache", (batch, kv_heads, slots, dim)) else None
 
 
