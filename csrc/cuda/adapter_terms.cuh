@@ -38,6 +38,7 @@ struct shared_row_sums {
   int begin, end, team, teams, lane;
   uint32_t launch;    // its number
   uint2 first[2][2];  // of A, for the first piece of this warp, which is usually the only one
+  float first_gain;   // of that row of A for token `lane`
 
   // Before earlier kernels have finished.
   __device__ __forceinline__ void ask_for_first(int warp) const {
@@ -58,29 +59,32 @@ struct shared_row_sums {
   __device__ __forceinline__ void fetch_first(int warp) {
     launch = (uint32_t)*q.adapters.launches + (uint32_t)q.adapters.launch;
     const int pieces = own_pieces(), number = team + teams * warp;
-    if (number < q.ranks * pieces) fetch(number / pieces, number % pieces, first);
+    if (number >= q.ranks * pieces) return;
+    fetch(number / pieces, number % pieces, first);
+    first_gain = gain_of(number / pieces, lane);
   }
 
   __device__ __forceinline__ void put_own(int32_t type, int warp) const {
     const int pieces = own_pieces(), number = team + teams * warp;
     if (number >= q.ranks * pieces) return;
-    put_piece(type, number / pieces, number % pieces, first);
+    put_piece(type, number / pieces, number % pieces, first, first_gain);
     put(type, number + teams * kWarps, teams * kWarps);
   }
 
-  // Into inner [rank][token], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of
-  // them waits for memory once.
+  // Into inner [rank][token], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so
+  // that each of them waits for memory once.
   __device__ __forceinline__ void take_all(int32_t type, int thread, float *inner) const {
     const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns, count = q.ranks * q.tokens;
     int lanes = 32;
     while (lanes > 1 && lanes * count > kThreads) lanes /= 2;
     for (int at = thread; at - lane < count * lanes; at += kThreads) {
       const int cell = at / lanes;
+      const float gain = cell < count ? gain_of(0, cell) : 0.f;
       float sum;
       for (int looks = 0;; ++looks) {
         bool there = true;
         sum = 0.f;
-        if (cell < count) {
+        if (gain != 0.f) {
 #pragma unroll 8
           for (int piece = at % lanes; piece < pieces; piece += lanes) {
             const uint64_t word = look_at_cell(q.adapters.cells + (size_t)piece * count + cell);
@@ -92,9 +96,7 @@ struct shared_row_sums {
         if (looks == kPatience) put(type, 0, 1);
       }
       for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (cell >= count || at % lanes != 0) continue;
-      const float gain = q.adapters.gains ? __ldg(q.adapters.gains + cell) : 1.f;
-      inner[cell] = gain == 0.f ? 0.f : gain * sum;
+      if (cell < count && at % lanes == 0) inner[cell] = gain == 0.f ? 0.f : gain * sum;
     }
   }
 
@@ -102,7 +104,12 @@ struct shared_row_sums {
   __device__ __forceinline__ int own_pieces() const {
     return (min(end, q.in_features) - begin + kPieceColumns - 1) / kPieceColumns;
   }
-  // rank: counted over all adapters.
+  // rank: counted over all adapters. Sums without a gain are neither made nor taken.
+  __device__ __forceinline__ float gain_of(int rank, int token) const {
+    if (!q.adapters.gains) return 1.f;
+    const int at = rank * q.tokens + token;
+    return at < q.ranks * q.tokens ? __ldg(q.adapters.gains + at) : 0.f;
+  }
   __device__ __forceinline__ const uint16_t *row_of_a(int rank) const {
     int part = 0;
 #pragma unroll
@@ -116,7 +123,7 @@ struct shared_row_sums {
     for (int number = from; number < q.ranks * pieces; number += step) {
       uint2 a[2][2];
       fetch(number / pieces, number % pieces, a);
-      put_piece(type, number / pieces, number % pieces, a);
+      put_piece(type, number / pieces, number % pieces, a, gain_of(number / pieces, lane));
     }
   }
   // A lane's columns of half a piece begin here, and go on 16 further on, as those of x that is staged.
@@ -132,15 +139,19 @@ struct shared_row_sums {
       if (column < q.in_features) load_two(row, column, a[half]);
     }
   }
-  __device__ __forceinline__ void put_piece(int32_t type, int rank, int piece, const uint2 (&a)[2][2]) const {
+  // gain: of token `lane`.
+  __device__ __forceinline__ void put_piece(int32_t type, int rank, int piece, const uint2 (&a)[2][2],
+                                            float gain) const {
+    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && gain != 0.f);
     if (type == LOWRA_FLOAT16) {
-      put_sums<fp16>(rank, piece, a);
+      put_sums<fp16>(rank, piece, a, wanted);
     } else {
-      put_sums<bf16>(rank, piece, a);
+      put_sums<bf16>(rank, piece, a, wanted);
     }
   }
+  // wanted: a bit for each token.
   template <class T>
-  __device__ __forceinline__ void put_sums(int rank, int piece, const uint2 (&a)[2][2]) const {
+  __device__ __forceinline__ void put_sums(int rank, int piece, const uint2 (&a)[2][2], uint32_t wanted) const {
     float sums[S::TOKENS] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -148,7 +159,7 @@ struct shared_row_sums {
       const T *values = reinterpret_cast<const T *>(a[half]);
 #pragma unroll
       for (int token = 0; token < S::TOKENS; ++token) {
-        if (token >= q.tokens) continue;
+        if (!(wanted >> token & 1)) continue;
         const uint4 *chunk = plain + unit / 8 * S::kStride + token * kChunkUnits;
         const uint4 staged = chunk[unit % 8];
         const __half2 *x = reinterpret_cast<const __half2 *>(&staged);
@@ -165,10 +176,11 @@ struct shared_row_sums {
     uint64_t *cells = q.adapters.cells + ((size_t)(begin / kPieceColumns + piece) * q.ranks + rank) * q.tokens;
 #pragma unroll
     for (int token = 0; token < S::TOKENS; ++token) {
+      if (!(wanted >> token & 1)) continue;
       float sum = sums[token];
 #pragma unroll
       for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == token && token < q.tokens) put_cell(cells + token, sum, launch);
+      if (lane == token) put_cell(cells + token, sum, launch);
     }
   }
 };
