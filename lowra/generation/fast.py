@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _SLOTS = 256  # caches are multiples of so many slots, so that requests of like lengths share a graph
 _STEPS = 4  # of a graph: between two graphs the GPU waits for some 20 us
-_CHECKED_TOKENS = 8
+_CHECKED_TOKENS = 16  # more than a group of products takes: the prompt by the kernels of the model itself
 _LARGEST_DEVIATION = 0.1  # of logits, relative: rounding leaves 0.01, another architecture about 1
 
 
