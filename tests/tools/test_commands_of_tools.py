@@ -1,19 +1,24 @@
 """The real commands of other tools on a packed folder: none of them knows lowra, and none is told of it."""
 
 import json
+import os
 import pathlib
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 
 import pytest
+import torch
 from datasets import Dataset
 from other_processes import environment
-from peft import LoraConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoTokenizer
+from transformers.utils.import_utils import is_serve_available
 
 pytestmark = pytest.mark.slow
 
@@ -74,25 +79,53 @@ def test_lm_eval_measures_a_packed_folder_with_its_adapter(packed_with_tokenizer
 
 
 def test_transformers_serve_answers_for_a_packed_folder(packed_with_tokenizer, tmp_path):
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
+    if not is_serve_available():
+        pytest.skip("transformers[serving] is not installed here")
     packed = shutil.copytree(packed_with_tokenizer[1], tmp_path / "packed")
     (packed / "chat_template.jinja").write_text(TEMPLATE)
+    body = {"model": str(packed), "messages": [{"role": "user", "content": "A city"}], "max_tokens": 4}
+    command = [BIN / "transformers", "serve", packed, "--device", "cpu", "--port"]
+    answer, said = answer_of_server(command, "v1/chat/completions", body, tmp_path)
+    assert answer["usage"]["completion_tokens"] == 4, said
+    assert "packed together with an initial adapter" in said  # the base alone is served
+
+
+def test_text_generation_webui_answers_with_an_adapter_as_transformers_does(packed_with_tokenizer, tmp_path):
+    """Without its pages, whose Gradio is on no index. TEXTGEN names its sources, and no package has them."""
+    server = pathlib.Path(os.environ.get("TEXTGEN", "")) / "server.py"
+    if not server.is_file():
+        pytest.skip("TEXTGEN names no folder with text-generation-webui's server.py")
+    packed = shutil.copytree(packed_with_tokenizer[1], tmp_path / "models" / "packed")
+    shutil.copytree(packed / "initial_adapter", tmp_path / "loras" / "start")
+    command = [sys.executable, server, "--nowebui", "--api", "--cpu", "--model-dir", tmp_path / "models"]
+    command += ["--model", "packed", "--lora-dir", tmp_path / "loras", "--lora", "start", "--api-port"]
+    body = {"prompt": "A city", "max_tokens": 8, "temperature": 0, "do_sample": False, "add_bos_token": False}
+    answer, _ = answer_of_server(command, "v1/completions", body, server.parent)
+    model = AutoPeftModelForCausalLM.from_pretrained(packed / "initial_adapter", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    ids = tokenizer("A city", return_tensors="pt").input_ids
+    expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def answer_of_server(command, place, body, folder):
+    """What a server answers that is told its port last, and what it said."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    with open(tmp_path / "log", "w") as log:
-        command = [str(BIN / "transformers"), "serve", str(packed), "--device", "cpu", "--port", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path)
-    body = {"model": str(packed), "messages": [{"role": "user", "content": "A city"}], "max_tokens": 4}
-    try:
-        answer = ask(f"http://localhost:{port}/v1/chat/completions", body, server)
-    finally:
-        server.kill()
-        server.wait()
-    said = (tmp_path / "log").read_text()
-    assert answer["usage"]["completion_tokens"] == 4, said
-    assert "packed together with an initial adapter" in said  # the base alone is served
+    with tempfile.TemporaryFile("w+") as log:
+        surroundings = environment(PYTHONUNBUFFERED="1")
+        command = [*map(str, command), str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=surroundings, cwd=folder)
+        try:
+            answer = ask(f"http://localhost:{port}/{place}", body, server)
+        finally:
+            server.kill()
+            server.wait()
+            log.seek(0)
+            said = log.read()
+            print(said)
+    return answer, said
 
 
 def ask(url, body, server):
