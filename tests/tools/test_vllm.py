@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import byte_tokenizer
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lowra
@@ -193,3 +194,15 @@ def test_an_adapter_of_another_packing_is_refused(tmp_path):
     said = done.stdout + done.stderr
     assert "belongs to another packing of the same base" in said and "refine=2 vs 0" in said
     assert "packed together with an initial adapter (loftq, rank 8)" in said
+
+
+def test_an_adapter_with_tables_is_refused(tmp_path):
+    folder = packed("LlamaForCausalLM", tmp_path, SMALL, recipe=lowra.AdapterRecipe(rank=8))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "initial_adapter")
+    lowra.train_tables(model)
+    lowra.bake_tables(model)
+    model.save_pretrained(tmp_path / "adapter")
+    done = answers_of_vllm(folder, adapter=tmp_path / "adapter")
+    assert done.returncode != 0
+    assert "with levels and scales of its own (tables.safetensors)" in done.stdout + done.stderr
+    assert "`lowra merge` makes a dense model of both" in done.stdout + done.stderr
