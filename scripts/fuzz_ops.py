@@ -26,24 +26,18 @@ import time
 from hostile_calls import Cases
 
 ROOT = pathlib.Path(__file__).parents[1]
-SOURCES: dict[str, list[str]] = {path.stem: [] for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
-SOURCES["rows_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-SOURCES["rows_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-SOURCES["rows_avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+WATCHED = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 
 
 def build(folder: pathlib.Path) -> pathlib.Path:
-    """The CPU library under both sanitizers."""
-    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    objects = []
-    for name, wide in SOURCES.items():
-        objects.append(str(folder / f"{name}.o"))
-        source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
-        subprocess.run(["g++", *flags, *wide, "-c", str(source), "-o", objects[-1]], check=True)
-    library = folder / "libwatched.so"
-    subprocess.run(["g++", *flags, "-shared", "-o", str(library), *objects, "-lpthread"], check=True)
-    return library
+    """The CPU library under both sanitizers, of the files that CMake knows and with their options."""
+    cmake, target = str(pathlib.Path(sys.executable).with_name("cmake")), "bitsandbytes_lowra_cpu"
+    settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={WATCHED}"]
+    for command in (["-S", str(ROOT), "-B", str(folder), *settings], ["--build", str(folder), "--target", target]):
+        subprocess.run(
+            [cmake, *command], check=True, env={**os.environ, "LOWRA_CPU_ONLY": "1"}, stdout=subprocess.DEVNULL
+        )
+    return folder / f"lib{target}.so"
 
 
 def watched_environment() -> dict[str, str]:

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from ..checkpoints.configs import packing_described
 from ..config import LowRAConfig
 from .adapter_places import reached
@@ -45,7 +47,9 @@ def load_in_lowra(original: Callable) -> Callable:
         folder = local_packed_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         with asked_for(asked, ("bits",) if load_in_lowra else OPTIONS):
             if folder is None:
-                with fetched_with(kwargs):
+                # what is packed while it is loaded is loaded by this thread, not by others that know no inference mode
+                packs = isinstance(kwargs.get("quantization_config"), LowRAConfig)
+                with fetched_with(kwargs), torch.inference_mode(False) if packs else contextlib.nullcontext():
                     return original(cls, *args, **kwargs)
             return load_folder(functools.partial(original, cls, *args, **kwargs), folder, kwargs)
 

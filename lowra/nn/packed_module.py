@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +12,17 @@ from bitsandbytes.backends.lowra.checks import check_packed
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 
 from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES, PackedWeight
-from .row_layout import RowLayout, Seen, is_readable
+from .row_layout import IN_COMPILED, RowLayout, Seen, Still, is_readable
 
 _CPU = torch.device("cpu")
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
-_IN_COMPILED = (
-    "is another one than it was compiled for, put in or written into past load_state_dict: call its prepare() where "
-    "that was meant; averages over all parameters (EMA, SWA) leave out what requires no gradient."
-)
 _CAST = (
     "Levels or scales of a packed layer were cast to 16 bits, which loses digits (DeepSpeed does that where bf16 or "
     "fp16 is on): train by FSDP2 or DDP, or leave both off in DeepSpeed's configuration."
+)
+_FIXED = (
+    "The codes of a packed layer can be neither pruned nor computed anew (torch.nn.utils.prune, parametrize): do that "
+    "to the dense model, and pack it then."
 )
 _ASKED_BY_OPS = ("cuda",)
 _WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
@@ -73,6 +72,16 @@ class PackedModule(nn.Module):
         self._layout: RowLayout | None = None
         self._seen: dict[str, Seen] = {}
         self._watched: torch.Tensor | None = None  # the row order for compiled code
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith(tuple(f"{known}_" for known in TENSOR_NAMES)):  # as torch.nn.utils.prune does
+            raise TypeError(_FIXED)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in TENSOR_NAMES:  # as torch.nn.utils.parametrize does
+            raise TypeError(_FIXED)
+        super().__delattr__(name)
 
     def set_tensors(self, tensors: dict[str, torch.Tensor | None], rows: RowLayout | None = None) -> None:
         """Puts packed tensors in their places, frozen.
@@ -173,7 +182,7 @@ class PackedModule(nn.Module):
         for name, seen in self._seen.items():
             tensor = self._parameters[name]
             if tensor.is_cpu and tensor.device.type not in _ASKED_BY_OPS:
-                torch._assert_async(seen.holds(tensor), f"{name} of a packed layer {_IN_COMPILED}")
+                torch._assert_async(seen.holds(tensor), f"{name} of a packed layer {IN_COMPILED}")
 
     def row_order(self) -> torch.Tensor:
         """int32 [N]: the row of W that stands at each packed place, on the device of the weight."""
@@ -195,6 +204,13 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: see `row_layout`.
         """
+        for name in ("weight", "row_bits"):
+            if self._parameters[name].dtype != torch.uint8:
+                raise ValueError(
+                    f"{name} of a packed layer ({self.extra_repr()}) became {self._parameters[name].dtype}, expected "
+                    "uint8: codes stand for levels and are no numbers. What writes into all parameters "
+                    "(vector_to_parameters) is given those that require a gradient."
+                )
         bits = self.row_bits.detach().cpu()  # the only step that waits for a GPU
         rows = self._layout
         self.is_replaced |= rows is not None
@@ -238,7 +254,7 @@ class PackedModule(nn.Module):
             self._seen["row_bits"] = Seen(self.row_bits, whole=True)
             if self.weight.device.type in _ASKED_BY_OPS:
                 watched: Any = rows.on(self.weight.device)[0].detach()
-                watched.lowra_still = _Still(self)
+                watched.lowra_still = Still(self)
                 self._watched = watched
         return rows
 
@@ -249,6 +265,7 @@ class PackedModule(nn.Module):
         rows = self._layout if self._layout is not None and self._is_as_seen() else None
         floats = {name: tensor for name, tensor in self.packed_tensors().items() if name in _FLOAT_TENSORS}
         dtypes = {name: tensor.dtype for name, tensor in floats.items()}
+        self._allow_swapping()
         # Frozen tensors moved under inference mode serve training as well.
         with torch.inference_mode(False):
             for tensor in floats.values():  # the same parameters before and after: tied modules share them
@@ -263,6 +280,12 @@ class PackedModule(nn.Module):
             if self.weight.device.type != "meta":
                 self.row_order()  # now, so that a compiled forward finds it
         return self
+
+    def _allow_swapping(self) -> None:
+        """Tensors that something refers to weakly cannot be swapped, which PyTorch can be told to do."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for module in (self, *self.tied):
+                module._seen = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_layout": None, "_seen": {}, "_watched": None}
@@ -306,6 +329,8 @@ class PackedModule(nn.Module):
             return
         if _WHOLE <= given.keys() and is_readable(self.row_bits):
             self._make_room(given)
+        if given:
+            self._allow_swapping()
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*arguments)
         if given and is_readable(self.row_bits):
@@ -367,21 +392,3 @@ class PackedModule(nn.Module):
     def _row_counts(self, rows: RowLayout) -> str:
         four, two = rows.counts
         return f"{four}/{two}/{self.out_features - four - two}"
-
-
-class _Still:
-    """What an op asks that compiled code called: are the tensors of a packed layer those it was compiled for?
-
-    Raises:
-        RuntimeError: they are not.
-    """
-
-    def __init__(self, module: PackedModule):
-        self._module = weakref.ref(module)
-
-    def __call__(self) -> None:
-        module = self._module()
-        if module is None or module._is_as_seen():
-            return
-        changed = [name for name, seen in module._seen.items() if not seen.is_same(module._parameters[name])]
-        raise RuntimeError(f"{' and '.join(changed)} of a packed layer {_IN_COMPILED}")

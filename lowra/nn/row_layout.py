@@ -7,6 +7,7 @@ into the codes as if they were numbers.
 
 import sys
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,10 @@ from bitsandbytes.backends.lowra import layout
 
 _CPU = torch.device("cpu")
 _PLACES_PROBED = 128
+IN_COMPILED = (
+    "is another one than it was compiled for, put in or written into past load_state_dict: call its prepare() where "
+    "that was meant; averages over all parameters (EMA, SWA) leave out what requires no gradient."
+)
 
 
 class RowLayout:
@@ -64,6 +69,7 @@ class Seen:
         self._tensor = weakref.ref(tensor)  # offloading frees parameters after each forward
         self._version = tensor._version
         self._whole = whole
+        self._dtype = tensor.dtype  # `.data` may be given another
         self._storage = tensor.untyped_storage() if whole else None  # kept, so that its address stays its own
         self._probe = self._probed(tensor).clone()
 
@@ -73,7 +79,7 @@ class Seen:
 
     def is_same(self, tensor: torch.Tensor) -> bool:
         """Whether it is the same tensor with the same content, as far as that can be told without waiting."""
-        if tensor is not self._tensor() or tensor._version != self._version:
+        if tensor is not self._tensor() or tensor._version != self._version or tensor.dtype != self._dtype:
             return False
         if tensor.is_cpu and get_proxy_mode() is None:  # where a forward is traced, as torch.func.linearize does
             return torch.equal(self._probed(tensor), self._probe)
@@ -86,6 +92,24 @@ class Seen:
     def was_written_into(self, tensor: torch.Tensor) -> bool:
         """Whether it is the same tensor with another content; waits for a GPU."""
         return tensor is self._tensor() and not torch.equal(self._probed(tensor).cpu(), self._probe.cpu())
+
+
+class Still:
+    """What an op asks that compiled code called: are the tensors of a packed layer those it was compiled for?
+
+    Raises:
+        RuntimeError: they are not.
+    """
+
+    def __init__(self, module: Any):
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> None:
+        module = self._module()
+        if module is None or module._is_as_seen():
+            return
+        changed = [name for name, seen in module._seen.items() if not seen.is_same(module._parameters[name])]
+        raise RuntimeError(f"{' and '.join(changed)} of a packed layer {IN_COMPILED}")
 
 
 def is_readable(tensor: torch.Tensor | None) -> bool:

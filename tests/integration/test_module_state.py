@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from peft import LoraConfig, get_peft_model
 from small_models import inputs_of, logits_of, make_model, packed_layers
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -352,6 +353,23 @@ def test_training_after_inference_mode(packing, kind, how):
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
+def test_packed_while_it_is_loaded_under_inference_mode(dense_llama):
+    """Of a dense checkpoint other threads make the tensors, which know no inference mode."""
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(dense_llama, quantization_config=lowra.LowRAConfig(bits=1.5))
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied"])
+def test_parameters_that_pytorch_swaps(packing, kind, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model, other = packing(kind), packing(kind, seed=1)
+    logits_of(model)
+    by_state_dict(model, other)
+    assert torch.equal(logits_of(model), logits_of(other))
+    assert torch.equal(logits_of(model.to(torch.bfloat16)), logits_of(other.to(torch.bfloat16)))
+
+
 @pytest.mark.parametrize("how", ["assign", "deepcopy", "pickle", "bfloat16"])
 def test_packed_layers_made_under_inference_mode_train(packing, how):
     """Dense ones would not; what else the model has is as with a dense one."""
@@ -550,3 +568,33 @@ def test_half_of_another_packing_is_refused(packing, ending):
     own = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(ending)}
     model.load_state_dict(own, strict=False)
     assert torch.equal(logits_of(model), before)
+
+
+def as_a_vector(model):
+    every = list(model.parameters())
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(every), every)
+
+
+def pruned(model):
+    prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+
+
+def pruned_everywhere(model):
+    layers = [(layer.mlp.up_proj, "weight") for layer in model.model.layers]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.model.layers[0].mlp.up_proj, "weight", torch.nn.Identity())
+
+
+@pytest.mark.parametrize("change", [as_a_vector, pruned, pruned_everywhere, parametrized])
+def test_codes_are_not_taken_for_weights(packing, change):
+    model = packing("linear")
+    before = logits_of(model)
+    with pytest.raises((ValueError, TypeError), match=r"are no numbers|can be neither pruned|that require") as error:
+        change(model)
+        logits_of(model)
+    assert "\n" not in str(error.value)
+    if change is not as_a_vector:
+        assert torch.equal(logits_of(model), before)
