@@ -79,6 +79,16 @@ def test_impossible_outputs_are_refused_first(tiny_llama, tmp_path, no_work, cas
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("output", ["s3://bucket/out", "https://host/out", "hf://datasets/me/out"])
+def test_addresses_are_no_folders(tiny_llama, tmp_path, no_work, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    for given in (output, pathlib.Path(output)):
+        with pytest.raises(ValueError, match="is an address"):
+            quantize(tiny_llama, given)
+    assert main(["finetune", "wikitext2", f"model={tiny_llama}", f"output={output}"]) == 2
+    assert "is an address" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["empty", "full"])
 def test_the_folder_one_is_in(tiny_llama, tmp_path, no_work, monkeypatch, where):
     if where == "full":

@@ -122,4 +122,5 @@ def read_tensors(path: pathlib.Path, what: str) -> tuple[dict[str, torch.Tensor]
 
 def one_line(error: Exception) -> str:
     """A message of many lines in one, with the kind of error where it says little by itself."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    text, _, _ = f"{type(error).__name__}: {error}".partition("Exception raised from")  # PyTorch's C++ stack follows
+    return " ".join(text.split()).rstrip(".")

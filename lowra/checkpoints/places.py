@@ -11,6 +11,7 @@ which say little on network and read-only file systems.
 import contextlib
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ WORK_SUFFIX = ".partial"  # of the folder beside an output, in which it is made
 _BESIDE_BYTES = 20  # that and a process's number
 _NAME_BYTES = 255  # of a file's name on the file systems of today
 _PATH_BYTES = 4095
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
 _LONGEST_INSIDE = 128  # what is written into a folder is not longer
 
 
@@ -101,6 +103,8 @@ def usable_file(path: str | os.PathLike) -> pathlib.Path:
 
 def _followed(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path with all links followed, the last one too, even where it leads to nothing yet."""
+    if _ADDRESS.match(os.fspath(path)):
+        raise ValueError(f"{path} is an address, and what is written is written to folders: give one of this machine.")
     try:
         return expanded(path).resolve()
     except (RuntimeError, OSError) as error:  # the former for a link to itself, before Python 3.13

@@ -8,7 +8,15 @@ from ..adapters.storage import PACKED_FILE, read_packed
 from ..checkpoints.configs import CONFIG_FILE, variants_in
 from ..checkpoints.hub import resolve_folder
 from ..checkpoints.integrity import DIGESTS_FILE, changed_settings
-from ..checkpoints.records import ADAPTER_CONFIG, ADAPTER_FILES, check_adapter_folder
+from ..checkpoints.records import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    BASE_RECORD,
+    check_adapter_folder,
+    differences,
+    read_record,
+    record_of_base,
+)
 from ..inspection.packed import PackedFolder
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 
@@ -38,8 +46,24 @@ def _checkpoint(folder: pathlib.Path, trust_remote_code: bool) -> tuple[str, dic
         described = content.config.packing
         checked.append("all" if recorded is not None else "no digests" if described is None else "packed weights")
         tensors += len(content.found.digests)
-    adapter = _adapter(folder / ADAPTER_FOLDER)[0] if (folder / ADAPTER_FOLDER).is_dir() else None
+    adapter = None
+    if (folder / ADAPTER_FOLDER).is_dir():
+        adapter = _adapter(folder / ADAPTER_FOLDER)[0]
+        _check_belongs(folder / ADAPTER_FOLDER, record_of_base(content.config))
     return max(checked, key=list(_SAID).index), {"tensors": tensors, "packing": packing, "initial_adapter": adapter}
+
+
+def _check_belongs(adapter: pathlib.Path, here: dict) -> None:
+    """Raises ValueError where the initial adapter of a checkpoint is that of another one."""
+    there = read_record(adapter / BASE_RECORD) if (adapter / BASE_RECORD).is_file() else {}
+    different, prints = differences(there, here), (there.get("fingerprint"), here["fingerprint"])
+    if None not in prints and prints[0] != prints[1]:
+        different = "of another original"
+    if different:
+        raise ValueError(
+            f"{adapter} belongs to another packing than the checkpoint it stands in ({different}, there "
+            "vs here): copy the whole checkpoint again."
+        )
 
 
 def _adapter(folder: pathlib.Path) -> tuple[str, dict]:

@@ -45,11 +45,25 @@ def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe
     """The recipe with what the packed base has in place of what it asks for.
 
     Raises:
-        ValueError: an override, or an option of the quantisation, that the base does not agree with.
+        ValueError: an override that the base does not agree with.
     """
+    agreed = {}
     for name, asked in recipe.quantization.items():
-        if LowRAConfig.from_dict({**packed, name: asked}).to_dict()[name] != packed[name]:
-            raise ValueError(f"{source} is packed already: {name} cannot be changed any more.")
+        if LowRAConfig.from_dict({**packed, name: asked}).to_dict()[name] == packed[name]:
+            agreed[name] = asked
+        elif {"quantization", f"quantization.{name}"} & set(recipe.given):
+            raise ValueError(
+                f"{source} is packed already, with {name}={_text(packed[name])}: quantization.{name}={_text(asked)} "
+                "has no effect on it. Leave that out, or quantise the original anew."
+            )
+        else:
+            logger.warning(
+                "%s was packed with %s=%s; the recipe's %s is not used.",
+                source,
+                name,
+                _text(packed[name]),
+                _text(asked),
+            )
     if "init_steps" in recipe.given:
         raise ValueError(f"{source} is packed already: init_steps has no effect on it. Leave it out.")
     own: dict = {"bits": float(packed["bits"])}
@@ -80,7 +94,7 @@ def on_packed_base(recipe: Recipe, source: pathlib.Path, packed: dict) -> Recipe
             logger.warning(_WARNINGS[name], source, value, asked)
     if recipe.init_steps != Recipe.init_steps:
         logger.warning("%s is packed already; the recipe's init_steps=%d are not taken.", source, recipe.init_steps)
-    return dataclasses.replace(recipe, **own, init_steps=Recipe.init_steps)
+    return dataclasses.replace(recipe, **own, quantization=agreed, init_steps=Recipe.init_steps)
 
 
 def _method(packed: dict, started: str | None) -> str:

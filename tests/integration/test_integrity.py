@@ -189,6 +189,17 @@ def test_weights_of_another_packing_beside_this_config_are_refused(packed_llama,
             load(other)
 
 
+def test_verify_knows_the_initial_adapter_of_another_packing(packed_llama, dense_llama, tmp_path, capsys):
+    other = tmp_path / "other"
+    config, recipe = lowra.LowRAConfig(bits=1.5, refine=1), lowra.AdapterRecipe(rank=4)
+    lowra.quantize_checkpoint(str(dense_llama), other, config, recipe, progress=False)
+    assert main(["verify", str(other)]) == 0
+    shutil.rmtree(other / "initial_adapter")
+    shutil.copytree(packed_llama / "initial_adapter", other / "initial_adapter")
+    assert main(["verify", str(other)]) == 2
+    assert "belongs to another packing than the checkpoint it stands in (refine=0 vs 1" in capsys.readouterr().err
+
+
 def test_changed_settings_are_said(copied, caplog, capsys):
     path = copied / "config.json"
     config = json.loads(path.read_text())
