@@ -56,9 +56,8 @@ class Projections:
         modules = [getattr(parent, name) for name in names]
         self._bases = [_base_of(module) for module in modules]
         self._adapters = [list(_adapters_of(module, rows)) for module in modules]
-        self._packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
-        if len(self._packed) < len(self._bases):
-            self._packed = []
+        packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
+        self._packed = decoding.Group(packed if len(packed) == len(self._bases) else [])
         # Where adapters go into the products: how. None where there is none, or another way has to be taken.
         self._in_product: decoding.Adapters | None = None
         self._side_by_side: _SideBySide | None = None
@@ -74,7 +73,7 @@ class Projections:
     def after_gate(self, opened: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         """Output of the one layer for activation(opened) * up."""
         if self._in_one(len(opened)):
-            return decoding.gated_linear(opened, up, activation, *self._packed[0], self._in_product)
+            return decoding.gated_linear(opened, up, activation, self._packed, self._in_product)
         return self(decoding.gate(opened, up, activation))[0]
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import pathlib
 import torch
 
 # enum ggml_type of ggml.h
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q2_K": 10, "BF16": 30, "TQ2_0": 35}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q2_K": 10, "Q6_K": 14, "BF16": 30, "TQ2_0": 35}
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -44,6 +44,8 @@ class Ggml:
         self.base.ggml_backend_graph_compute.argtypes = [_P, _P]
         self.base.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.base.ggml_quantize_chunk.argtypes = [ctypes.c_int, _P, _P, _L, _L, _L, _P]
+        self.base.ggml_row_size.restype = ctypes.c_size_t
+        self.base.ggml_row_size.argtypes = [ctypes.c_int, _L]
         self.base.ggml_nbytes.restype = ctypes.c_size_t
         self.base.ggml_nbytes.argtypes = [_P]
         self.cpu.ggml_backend_cpu_init.restype = _P
@@ -57,6 +59,14 @@ class Ggml:
         self.repacked |= {"Q2_K"} if self.cpu.ggml_cpu_has_avx512() else set()
         self.backend = self.cpu.ggml_backend_cpu_init()
         self.cpu.ggml_backend_cpu_set_n_threads(self.backend, threads)
+
+    def quantized(self, kind: str, weight: torch.Tensor) -> torch.Tensor:
+        """weight [N, K] in one of `TYPES`: uint8 [N, bytes of a row]."""
+        rows, in_features = weight.shape
+        size = self.base.ggml_row_size(TYPES[kind], in_features)
+        part, wide = torch.empty(rows, size, dtype=torch.uint8), weight.float().contiguous()
+        self.base.ggml_quantize_chunk(TYPES[kind], wide.data_ptr(), part.data_ptr(), 0, rows, in_features, None)
+        return part
 
     def context(self) -> int:
         return self.base.ggml_init(_InitParams(1 << 20, None, True))
@@ -84,10 +94,7 @@ class GgmlProduct:
             holds_weight, ggml._repacked() if kind in ggml.repacked else plain
         )
         self.bytes = base.ggml_nbytes(tensor)
-        part = torch.empty(self.bytes * given // rows, dtype=torch.uint8)
-        wide = weight.float().contiguous()
-        base.ggml_quantize_chunk(TYPES[kind], wide.data_ptr(), part.data_ptr(), 0, given, in_features, None)
-        coded = part.repeat(rows // given)
+        coded = ggml.quantized(kind, weight).repeat(rows // given, 1)
         base.ggml_backend_tensor_set(tensor, coded.data_ptr(), 0, self.bytes)
         self._x = base.ggml_new_tensor_2d(holds_rest, TYPES["F32"], in_features, tokens)
         self._out = base.ggml_mul_mat(holds_rest, tensor, self._x)

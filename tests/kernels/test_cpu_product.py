@@ -98,7 +98,7 @@ def test_x_in_integers(instructions, shape):
         x = (torch.randn(tokens, in_features, generator=random) * 10.0 ** (tokens - 3)).to(dtype)
         x[0, : in_features // 2] = 0
         bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
-        found = native.cpu_product_group(x, [(case.packed, bias)])
+        found = native.CpuGroup([(case.packed, bias)])(x)
         if not instructions.startswith("avx") or group_size not in (32, 64, 128, 256):  # there is no such kernel
             assert found is None
             continue
@@ -116,7 +116,7 @@ def test_x_without_steps_is_multiplied_as_it_is(value):
     case = packed_case(20, 100, 100, 512)
     x = torch.zeros(2, 512, dtype=torch.bfloat16)
     x[0, 100] = value
-    assert native.cpu_product_group(x, [(case.packed, None)]) is None
+    assert native.CpuGroup([(case.packed, None)])(x) is None
 
 
 def test_a_group_is_its_members(instructions):
@@ -125,13 +125,13 @@ def test_a_group_is_its_members(instructions):
     cases = [packed_case(*mix, 1004, scales=SCALES[i], seed=i) for i, mix in enumerate(mixes)]
     x = torch.randn(2, 1004, generator=torch.Generator().manual_seed(0)).bfloat16()
     weights = [(case.packed, None if i else torch.ones(360).bfloat16()) for i, case in enumerate(cases)]
-    together = native.cpu_product_group(x, weights)
+    together = native.CpuGroup(weights)(x)
     if not instructions.startswith("avx"):
         assert together is None
         return
     for out, weight in zip(together, weights, strict=True):
-        assert torch.equal(out, native.cpu_product_group(x, [weight])[0])
-    assert native.cpu_product_group(x, [weights[0], (packed_case(1, 1, 1, 512).packed, None)]) is None
+        assert torch.equal(out, native.CpuGroup([weight])(x)[0])
+    assert native.CpuGroup([weights[0], (packed_case(1, 1, 1, 512).packed, None)])(x) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -204,5 +204,5 @@ def test_gate_and_product_in_one_launch(in_features, tokens, activation, dtype):
     out = native_decoding.gated_linear(opened, up, activation, packed, bias)
     assert (out is not None) == has_place(in_features, tokens)
     if out is None:
-        out = decoding.gated_linear(opened, up, activation, packed, bias)
+        out = decoding.gated_linear(opened, up, activation, [(packed, bias)])
     close(out, ops.linear(decoding.gate(opened, up, activation), packed, bias).cpu())

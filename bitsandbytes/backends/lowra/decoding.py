@@ -213,6 +213,18 @@ _FEW_TOKENS = 4  # beyond, PyTorch's products of 16 bits on a CPU are the quicke
 Weights = Sequence[tuple[PackedMatrix, torch.Tensor | None]]  # packed weights of as many columns, each with its bias
 
 
+class Group(list[tuple[PackedMatrix, torch.Tensor | None]]):
+    """`Weights` that stay where they are while this is used.
+
+    Attributes:
+        prepared: what the CPU library is called with, by the type of x.
+    """
+
+    def __init__(self, weights: Weights):
+        super().__init__(weights)
+        self.prepared: dict[torch.dtype, native.CpuGroup] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRank:
     """One LoRA on a weight: scaling * B A x is added to the product.
@@ -284,10 +296,15 @@ def _rounded_products(x: torch.Tensor, weights: Weights) -> list[torch.Tensor] |
     """Products on the CPU with x in integers; None where that is turned off, or not to be had."""
     if not (native.rounds_x and x.is_cpu and native.cpu_available() and x.dtype != torch.float32 and len(x)):
         return None
-    for packed, bias in weights:
-        checks.check_packed_once(packed, x.dtype)
-        checks.check_operands_once(x, packed, bias)
-    return native.cpu_product_group(x, weights)
+    kept = weights.prepared.get(x.dtype) if isinstance(weights, Group) else None
+    if kept is None:
+        for packed, bias in weights:
+            checks.check_packed_once(packed, x.dtype)
+            checks.check_operands_once(x, packed, bias)
+        kept = native.CpuGroup(weights)
+        if isinstance(weights, Group):
+            weights.prepared[x.dtype] = kept
+    return kept(x)
 
 
 def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
@@ -331,13 +348,12 @@ def gated_linear(
     opened: torch.Tensor,
     up: torch.Tensor,
     activation: str,
-    packed: PackedMatrix,
-    bias: torch.Tensor | None,
+    weights: Weights,
     adapters: Adapters | None = None,
 ) -> torch.Tensor:
-    """The product of what `gate` gives with a packed weight, in one launch with it where a kernel covers them."""
+    """The product of what `gate` gives with the one packed weight, in one launch with it where a kernel covers them."""
     if native.cuda_available() and opened.is_cuda:
-        out = native_decoding.gated_linear(opened, up, activation, packed, bias, adapters)
+        out = native_decoding.gated_linear(opened, up, activation, *weights[0], adapters)
         if out is not None:
             return out
-    return linear_group(gate(opened, up, activation), [(packed, bias)], adapters)[0]
+    return linear_group(gate(opened, up, activation), weights, adapters)[0]

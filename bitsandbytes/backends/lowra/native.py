@@ -184,36 +184,43 @@ def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None
     return out
 
 
-def cpu_product_group(
-    x: torch.Tensor, weights: Sequence[tuple[PackedMatrix, torch.Tensor | None]]
-) -> list[torch.Tensor] | None:
-    """Products of x [tokens, K] with packed weights, each with its bias, as `reference.linear_in_integers`.
+class CpuGroup:
+    """Packed weights that are multiplied with one x on the CPU library, `reference.linear_in_integers`.
 
-    Returns:
-        None where this processor has no such kernels, or they do not cover these weights or this x.
+    Made once for weights that stay where they are: filling the structs takes as long as a small product.
     """
-    first, count = weights[0][0], len(weights)
-    if count > MOST_GROUPED or any(packed.sizes[2:] != first.sizes[2:] for packed, _ in weights):
-        return None
-    x = x.contiguous()
-    biases = [None if bias is None else bias.contiguous() for _, bias in weights]
-    outs = [x.new_empty(len(x), packed.rows) for packed, _ in weights]
-    structs = [packed_of(packed) for packed, _ in weights]
-    addresses = ctypes.c_void_p * count
-    status = _cpu.lowra_cpu_product_group(
-        (Packed * count)(*structs),
-        count,
-        x.data_ptr(),
-        len(x),
-        ctypes.byref(addresses(*(None if bias is None else bias.data_ptr() for bias in biases))),
-        ctypes.byref(addresses(*(out.data_ptr() for out in outs))),
-        _TYPES[x.dtype],
-        torch.get_num_threads(),
-    )
-    if status == UNSUPPORTED:
-        return None
-    check(status, "product", structs[0].shape)
-    return outs
+
+    def __init__(self, weights: Sequence[tuple[PackedMatrix, torch.Tensor | None]]):
+        first, self._count = weights[0][0], len(weights)
+        self._covered = self._count <= MOST_GROUPED and all(p.sizes[2:] == first.sizes[2:] for p, _ in weights)
+        self._tensors = [packed for packed, _ in weights]
+        self._biases = [None if bias is None else bias.contiguous() for _, bias in weights]
+        self._rows = [packed.rows for packed, _ in weights]
+        self._structs = (Packed * self._count)(*(packed_of(packed) for packed, _ in weights))
+        self._addresses = ctypes.c_void_p * self._count
+        self._of_biases = self._addresses(*(None if bias is None else bias.data_ptr() for bias in self._biases))
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        """Products of x [tokens, K]; None where this processor has no such kernels, or they do not cover these operands."""
+        if not self._covered:
+            return None
+        x = x.contiguous()
+        tokens = len(x)
+        outs = [x.new_empty((tokens, rows)) for rows in self._rows]
+        status = _cpu.lowra_cpu_product_group(
+            self._structs,
+            self._count,
+            x.data_ptr(),
+            tokens,
+            self._of_biases,
+            self._addresses(*[out.data_ptr() for out in outs]),
+            _TYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if status == UNSUPPORTED:
+            return None
+        check(status, "product", self._structs[0].shape)
+        return outs
 
 
 def cpu_dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
