@@ -24,5 +24,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
     parser.add_argument("--seed", type=int, help="of the sampling (default: 0)")
     parser.add_argument("--force", action="store_true", help="use a packed adapter in spite of its label")
+    parser.add_argument("--exact", action="store_true", help="on a processor, do not round activations to integers")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
     add_trust(parser)

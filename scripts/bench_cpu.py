@@ -71,7 +71,8 @@ class Products:
         rows, in_features = shape
         if kind.startswith("lowra"):
             weight = packed(rows, in_features, float(kind[6:]))
-            return lambda: decoding.linear_group(x, [(weight, None)])
+            group = decoding.Group([(weight, None)])
+            return lambda: decoding.linear_group(x, group)
         if kind in GGML:
             call = GgmlProduct(ggml, kind, torch.randn(32, in_features), rows, len(x))
             call.set_x(x)

@@ -40,7 +40,14 @@ def run(args: argparse.Namespace) -> dict:
         if left < 1:
             raise ValueError(f"The conversation fills all positions of {args.model}: begin anew (/new) in time.")
         said = continue_text(
-            model, tokenizer, ids, int(min(args.tokens, left)), args.temperature, args.seed or 0, printer
+            model,
+            tokenizer,
+            ids,
+            int(min(args.tokens, left)),
+            args.temperature,
+            args.seed or 0,
+            printer,
+            exact=args.exact,
         )
         messages.append({"role": "assistant", "content": said.reply})
         print(f"({speed(said)})", file=sys.stderr)

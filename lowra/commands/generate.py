@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> dict:
     _check_prompt(args, config, tokenizer)
     model = load_model(str(folder), args.adapter, args.device, args.force, args.trust_remote_code)
     printer = TextStreamer(tokenizer, skip_special_tokens=True)
-    said = continue_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed or 0, printer)
+    said = continue_text(
+        model, tokenizer, args.prompt, args.tokens, args.temperature, args.seed or 0, printer, exact=args.exact
+    )
     print(f"({speed(said)})")
     return {
         "text": said.text,

@@ -52,15 +52,16 @@ class Decoder:
         layers: blocks.
         names: adapters of the sequences of a mixed batch; empty where the active ones are for all.
         positions: that rotary embeddings were made for.
+        exact: steps on a CPU do not round activations; see `decoding.Group`.
         device, dtype: of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int, names: tuple[str, ...] = ()):
+    def __init__(self, model: PreTrainedModel, positions: int, names: tuple[str, ...] = (), exact: bool = False):
         """Reads the model's modules.
 
         Args:
             positions: how many are needed; rotary embeddings are made for so many.
-            names: see there.
+            names, exact: see there.
 
         Raises:
             Unsupported: this path does not cover the model as it is.
@@ -68,7 +69,7 @@ class Decoder:
         config = model.config
         if config.model_type not in FAMILIES:
             raise Unsupported(f"{config.model_type} is none of the architectures {', '.join(FAMILIES)}")
-        self.positions, self.names = positions, names
+        self.positions, self.names, self.exact = positions, names, exact
         self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
         weight = self._body.norm.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -259,7 +260,7 @@ class Decoder:
         )
 
     def _group(self, parent: Any, *names: str) -> Projections:
-        return Projections(parent, names, self.dtype, self._rows)
+        return Projections(parent, names, self.dtype, self._rows, self.exact)
 
 
 def _is_plain(head: nn.Module) -> bool:

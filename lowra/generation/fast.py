@@ -51,6 +51,7 @@ def fast_decoding(
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     wants_cache: bool = False,
+    exact: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """A decoding loop for `generate(custom_generate=...)`; greedy and sampling, with everything that `generate` takes.
@@ -61,6 +62,8 @@ def fast_decoding(
         input_ids: [batch, tokens], padded on the left.
         tokenizer: `generate` has made the criterion of stop strings with it; not used here.
         wants_cache: the caller has given a cache, which is to be filled.
+        exact: on a CPU, take activations of 16 bits as they are. Otherwise steps round them to 8 or 13 bits where the
+            processor has kernels for that (docs/guide/cpu.md). A GPU never rounds them.
 
     Returns:
         ids [batch, tokens + new tokens], as Transformers' loop; where that falls back, what it returns.
@@ -78,7 +81,7 @@ def fast_decoding(
         if wants_cache:
             raise Unsupported("the cache that was given is to be filled")
         request = Request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        session, first = _session(request)
+        session, first = _session(request, exact)
         return session.run(request, first, streamer)
     except Unsupported as reason:
         _warn(f"lowra: Transformers' own loop generates, since {reason}.")
@@ -119,7 +122,7 @@ _sessions: "weakref.WeakKeyDictionary[PreTrainedModel, Session]" = weakref.WeakK
 _locks: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
-def _session(request: Request) -> tuple["Session", torch.Tensor]:
+def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     """The session kept with the model if it serves this request, or a new one; and the request's first tokens.
 
     Raises:
@@ -131,11 +134,11 @@ def _session(request: Request) -> tuple["Session", torch.Tensor]:
     if names and len(names) != batch:
         raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     kept = _sessions.get(model)
-    if kept is not None and kept.serves(model, batch, positions, request.choice(), names):
+    if kept is not None and kept.serves(model, batch, positions, request.choice(), names, exact):
         kept.decoder.refresh()
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
-    decoder = Decoder(model, slots, names)
+    decoder = Decoder(model, slots, names, exact)
     decoder.refresh()
     if kept is None:
         tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))
@@ -189,9 +192,18 @@ class Session:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits = torch.empty(0)
 
-    def serves(self, model: PreTrainedModel, batch: int, positions: int, choice: tuple, names: tuple[str, ...]) -> bool:
+    def serves(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        positions: int,
+        choice: tuple,
+        names: tuple[str, ...],
+        exact: bool,
+    ) -> bool:
         """Whether a request can run here: shape, choice and adapters are the same, and no tensor has moved since."""
-        asked, own = (batch, choice, names), (self._batch, self._choice, self.decoder.names)
+        asked = batch, choice, names, exact
+        own = self._batch, self._choice, self.decoder.names, self.decoder.exact
         same = asked == own and positions <= self._slots
         return same and self.decoder.is_current(model)
 

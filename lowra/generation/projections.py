@@ -41,13 +41,21 @@ class Adapter:
 class Projections:
     """Linear layers that see the same x, with the adapters on them; packed ones are multiplied in one launch."""
 
-    def __init__(self, parent: Any, names: tuple[str, ...], dtype: torch.dtype, rows: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        parent: Any,
+        names: tuple[str, ...],
+        dtype: torch.dtype,
+        rows: Mapping[str, torch.Tensor],
+        exact: bool = False,
+    ):
         """
         Args:
             parent, names: the module that has the layers, and their names in it.
             dtype: of x.
             rows: of a mixed batch, which sequences (bool [batch]) go through which adapter; empty where the active
                 ones are for all.
+            exact: see `decoding.Group`.
 
         Raises:
             Unsupported: an adapter method or a layer that this path does not know.
@@ -57,7 +65,7 @@ class Projections:
         self._bases = [_base_of(module) for module in modules]
         self._adapters = [list(_adapters_of(module, rows)) for module in modules]
         packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
-        self._packed = decoding.Group(packed if len(packed) == len(self._bases) else [])
+        self._packed = decoding.Group(packed if len(packed) == len(self._bases) else [], exact)
         # Where adapters go into the products: how. None where there is none, or another way has to be taken.
         self._in_product: decoding.Adapters | None = None
         self._side_by_side: _SideBySide | None = None

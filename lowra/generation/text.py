@@ -45,6 +45,8 @@ def continue_text(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    *,
+    exact: bool = False,
 ) -> Continuation:
     """Continues a prompt, by `fast_decoding` where the model is one that it covers.
 
@@ -52,6 +54,7 @@ def continue_text(
         prompt: text, or ids [1, tokens] of a conversation.
         temperature: 0 takes the likeliest token every time.
         streamer: is given every token as it is made, after the prompt.
+        exact: see `fast_decoding`.
     """
     torch.manual_seed(seed)
     if isinstance(prompt, str):
@@ -64,7 +67,7 @@ def continue_text(
     clock = _Clock(streamer)
     started = time.perf_counter()
     ids = model.generate(
-        **inputs, **sampling, max_new_tokens=new_tokens, custom_generate=fast_decoding, streamer=clock
+        **inputs, **sampling, max_new_tokens=new_tokens, custom_generate=fast_decoding, streamer=clock, exact=exact
     )[0]
     seconds = time.perf_counter() - started
     length = inputs["input_ids"].shape[1]

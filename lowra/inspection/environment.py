@@ -23,7 +23,6 @@ SETTINGS = (
     "LOWRA_AUTOLOAD",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "LOWRA_CPU",
-    "LOWRA_CPU_EXACT",
     "LOWRA_PRODUCT",
     "LOWRA_CUDA_LIBRARY",
     "CUDA_VISIBLE_DEVICES",
@@ -31,7 +30,9 @@ SETTINGS = (
 )
 # What the kernels of an instruction set ask of a processor (csrc/cpu/dispatch.cpp), by the names of /proc/cpuinfo.
 _ASKED = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avxvnni": ("avx2", "f16c", "fma", "avx_vnni"),
     "avx2": ("avx2", "f16c", "fma"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import libraries, native, reference
+from bitsandbytes.backends.lowra import decoding, libraries, native, reference
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
 OPS = torch.ops.bitsandbytes
@@ -244,3 +244,15 @@ def test_the_c_interface_refuses_what_it_cannot_multiply():
 def test_instructions_that_are_not_there_are_refused():
     with pytest.raises(OSError, match="LOWRA_CPU=mmx names no kernels"):
         native.choose_instructions("mmx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_exact_group_is_multiplied_as_it_is(dtype):
+    case = packed_case(20, 40, 100, 512)
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain = native.cpu_product(x, case.packed, None)
+    for weights in ([(case.packed, None)], decoding.Group([(case.packed, None)], exact=True)):
+        assert torch.equal(decoding.linear_group(x, weights)[0], plain)
+    rounded = native.CpuGroup([(case.packed, None)])(x) if dtype == torch.bfloat16 else None
+    found = decoding.linear_group(x, decoding.Group([(case.packed, None)]))
+    assert torch.equal(found[0], plain if rounded is None else rounded[0])

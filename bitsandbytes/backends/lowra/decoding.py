@@ -214,14 +214,17 @@ Weights = Sequence[tuple[PackedMatrix, torch.Tensor | None]]  # packed weights o
 
 
 class Group(list[tuple[PackedMatrix, torch.Tensor | None]]):
-    """`Weights` that stay where they are while this is used.
+    """`Weights` of a decoding step, which stay where they are while this is used.
 
     Attributes:
+        exact: a CPU takes x as it is. Otherwise it rounds up to 4 tokens of an x of 16 bits to integers
+            (`reference.linear_in_integers`) where it has kernels for that.
         prepared: what the CPU library is called with, by the type of x.
     """
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights, exact: bool = False):
         super().__init__(weights)
+        self.exact = exact
         self.prepared: dict[torch.dtype, native.CpuGroup] = {}
 
 
@@ -293,18 +296,17 @@ def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = 
 
 
 def _rounded_products(x: torch.Tensor, weights: Weights) -> list[torch.Tensor] | None:
-    """Products on the CPU with x in integers; None where that is turned off, or not to be had."""
-    if not (native.rounds_x and x.is_cpu and native.cpu_available() and x.dtype != torch.float32 and len(x)):
+    """Products on the CPU with x in integers; None where that is not wanted, or not to be had."""
+    if not (isinstance(weights, Group) and not weights.exact and x.is_cpu and native.cpu_available()):
         return None
-    kept = weights.prepared.get(x.dtype) if isinstance(weights, Group) else None
-    if kept is None:
+    if x.dtype == torch.float32 or len(x) == 0:
+        return None
+    if x.dtype not in weights.prepared:
         for packed, bias in weights:
             checks.check_packed_once(packed, x.dtype)
             checks.check_operands_once(x, packed, bias)
-        kept = native.CpuGroup(weights)
-        if isinstance(weights, Group):
-            weights.prepared[x.dtype] = kept
-    return kept(x)
+        weights.prepared[x.dtype] = native.CpuGroup(weights)
+    return weights.prepared[x.dtype](x)
 
 
 def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -41,8 +41,6 @@ _NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
 CPU_MOST_TOKENS = 16
 MOST_GROUPED = 3  # weights of a group, csrc/lowra.h
-# Whether decoding on a CPU rounds an x of 16 bits (`reference.linear_in_integers`), where that is quicker
-rounds_x = os.environ.get("LOWRA_CPU_EXACT", "0") == "0"
 _INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
@@ -201,7 +199,7 @@ class CpuGroup:
         self._of_biases = self._addresses(*(None if bias is None else bias.data_ptr() for bias in self._biases))
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor] | None:
-        """Products of x [tokens, K]; None where this processor has no such kernels, or they do not cover these operands."""
+        """Products of x [tokens, K]; None where this processor has no kernels for them."""
         if not self._covered:
             return None
         x = x.contiguous()
