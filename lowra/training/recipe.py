@@ -108,7 +108,7 @@ class Recipe:
         save_steps: optimiser steps between checkpoints, from which a run that crashed resumes; None writes none.
         eval_epochs: evaluate after each epoch.
         logging_steps: optimiser steps between points of the loss curve.
-        workers: processes that load data.
+        workers: processes that load data, no more than there are cores.
         report_to: trackers of Transformers, such as "wandb,tensorboard", or "none".
         resume: go on from the newest whole checkpoint in `output`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -68,7 +69,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         save_steps=recipe.save_steps or 500,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # a run that diverges has to show it
-        dataloader_num_workers=recipe.workers,
+        dataloader_num_workers=min(recipe.workers, len(os.sched_getaffinity(0))),  # PyTorch warns of more than cores
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[name.strip() for name in recipe.report_to.split(",")],
         remove_unused_columns=False,

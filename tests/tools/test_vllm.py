@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lowra
+from lowra.nn.trained_tables import bake_tables, train_tables
 
 pytestmark = [
     pytest.mark.slow,
@@ -199,8 +200,8 @@ def test_an_adapter_of_another_packing_is_refused(tmp_path):
 def test_an_adapter_with_tables_is_refused(tmp_path):
     folder = packed("LlamaForCausalLM", tmp_path, SMALL, recipe=lowra.AdapterRecipe(rank=8))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "initial_adapter")
-    lowra.train_tables(model)
-    lowra.bake_tables(model)
+    train_tables(model)
+    bake_tables(model)
     model.save_pretrained(tmp_path / "adapter")
     done = answers_of_vllm(folder, adapter=tmp_path / "adapter")
     assert done.returncode != 0
