@@ -221,28 +221,42 @@ def _rounded(tokens: float) -> int:
 
 
 class Worker:
-    """A `Bench` in another process."""
+    """A `Bench` in another process, and in a new one after a step that did not fit: one that breaks off within backward
+    can leave tensors of autograd behind.
+    """
 
     def __init__(self, args: argparse.Namespace, card: float):
         command = [sys.executable, __file__, "--card", str(card), "--shape", args.shape, "--rank", str(args.rank)]
         command += ["--optimizer", args.optimizer, "--device", args.device, "--without", *args.without]
+        self._command = command
+        self._process: subprocess.Popen | None = self._started()
+
+    def _started(self) -> subprocess.Popen:
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=ALLOCATOR | os.environ, stdin=pipe, stdout=pipe, text=True)
+        return subprocess.Popen(self._command, env=ALLOCATOR | os.environ, stdin=pipe, stdout=pipe, text=True)
 
     def ask(self, tokens: int, blocks: int) -> dict[str, Any]:
+        self._process = self._process or self._started()
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([tokens, blocks]) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith('{"tokens": '):
-                return json.loads(line)
-        failed = f"its process ended with {self._process.wait()}"
-        return {"tokens": tokens, "blocks": blocks, "fits": False, "error": failed, "with_preparation": 0.0}
+                found = json.loads(line)
+                break
+        else:
+            failed = f"its process ended with {self._process.wait()}"
+            found = {"tokens": tokens, "blocks": blocks, "fits": False, "error": failed, "with_preparation": 0.0}
+        if not found["fits"]:
+            self.end()
+        return found
 
     def end(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        if self._process is not None:
+            assert self._process.stdin
+            self._process.stdin.close()
+            self._process.wait()
+            self._process = None
 
 
 def serve(args: argparse.Namespace) -> None:

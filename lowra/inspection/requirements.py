@@ -181,12 +181,12 @@ def _in_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
     rest = kept - tokens * (of_mlp + shape.norms * shape.hidden * (_FLOAT + width))  # of attention and adapters
     # What norms give, what the second one reads, and gradients of what the MLP gives and reads.
     in_mlp = (shape.norms + 3) * once + rest + tile * (of_mlp + _TILE_GRADIENTS * shape.mlp * width)
-    # Attention, after the MLP's part is gone: what its norm gave and the gradient of the block's middle; gradients of
-    # its output, queries, keys and values, by the flash kernel (float32 sums of the queries'; the others for each of
-    # their heads).
+    # Attention, after the MLP's part is gone: what its norm gave, the gradient of the block's middle, and as much once
+    # more, which was measured and not found (docs/lab/training.md); gradients of its output, queries, keys and values,
+    # by the flash kernel (float32 sums of the queries'; the others for each of their heads).
     expanded = 2 * shape.queries if shape.keys < shape.queries else 0
     gradients = width * (2 * shape.queries + 2 * shape.keys + expanded) + _FLOAT * shape.queries
-    return max(in_mlp, 2 * once + rest + tokens * gradients)
+    return max(in_mlp, 3 * once + rest + tokens * gradients)
 
 
 def _seen_by_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
