@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import sys
+import tempfile
 import warnings
 
 if "--lowra" in sys.argv:
@@ -342,6 +343,23 @@ def ways_to_call_save_pretrained(call):
     model = lora()
     model.add_adapter("second", LoraConfig(r=2, target_modules=LAYERS))
     return [model.save_pretrained(*args, **kwargs), state(model)]
+
+
+@journey
+def trained_by_the_trainer_and_resumed():
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in torch.arange(3, 39).view(6, 6)]
+    with tempfile.TemporaryDirectory() as folder:  # what it writes has times in it
+        options = {"output_dir": folder, "per_device_train_batch_size": 2, "save_steps": 2, "report_to": "none"}
+        options |= {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+
+        def trained(steps, **resumed):
+            arguments = transformers.TrainingArguments(**options, max_steps=steps)
+            trainer = transformers.Trainer(lora(llama(), modules_to_save=["lm_head"]), arguments, train_dataset=rows)
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train(**resumed)
+            return [[entry.get("loss") for entry in trainer.state.log_history], state(trainer.model)]
+
+        return [trained(2), trained(4, resume_from_checkpoint=True)]
 
 
 @journey
