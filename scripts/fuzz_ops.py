@@ -33,7 +33,10 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     """The CPU library under both sanitizers, of the files that CMake knows and with their options."""
     cmake, target = str(pathlib.Path(sys.executable).with_name("cmake")), "bitsandbytes_lowra_cpu"
     settings = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={WATCHED}"]
-    for command in (["-S", str(ROOT), "-B", str(folder), *settings], ["--build", str(folder), "--target", target]):
+    for command in (
+        ["-S", str(ROOT), "-B", str(folder), *settings],
+        ["--build", str(folder), "--parallel", "2", "--target", target],
+    ):
         subprocess.run(
             [cmake, *command], check=True, env={**os.environ, "LOWRA_CPU_ONLY": "1"}, stdout=subprocess.DEVNULL
         )
