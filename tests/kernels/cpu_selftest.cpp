@@ -110,6 +110,46 @@ bool check(const weight &w, int64_t tokens, int32_t type, std::mt19937 &random) 
   return true;
 }
 
+// What lies between the products, in memory of just its size: whether sums come out right with every type is asked in
+// test_cpu_decoding.py, here alone whether attention to equal values gives these, and a dense product of ones its
+// width.
+bool check_decoding(int32_t type, std::mt19937 &random) {
+  const size_t element = type == LOWRA_FLOAT32 ? 4 : 2;
+  const auto memory = [&](int64_t count, float value) {
+    std::vector<char> bytes(element * count);
+    for (int64_t i = 0; i < count; ++i) store_element(value, type, i, bytes.data());
+    return bytes;
+  };
+  bool right = true;
+  for (const int64_t width : {1, 7, 31, 33, 300}) {
+    std::vector<char> x = memory(3 * width, 1), weight = memory(5 * width, 1), out = memory(15, 0);
+    right &= lowra_cpu_dense_product(weight.data(), 5, width, x.data(), 3, out.data(), type, 2) == LOWRA_OK;
+    for (int i = 0; i < 15; ++i) right &= std::fabs(load_element(out.data(), type, i) - width) <= width * 0x1p-8;
+    std::vector<char> residual = memory(3 * width, 1), normal = memory(3 * width, 0);
+    const lowra_norm norm = {residual.data(), x.data(), weight.data(), weight.data(), normal.data(), 3, width,
+                             1e-5f,           0};
+    right &= lowra_cpu_add_norm(&norm, type) == LOWRA_OK;
+    for (int i = 0; i < 3 * width; ++i) right &= std::fabs(load_element(normal.data(), type, i) - 1) < 0.01f;
+  }
+  for (const int32_t dim : {2, 7, 40, 130}) {
+    const int32_t heads = 6, kv_heads = 2, slots = 9, batch = 2, rotary = dim / 2 * 2, slot = slots - 1;
+    const int32_t first[] = {0, static_cast<int32_t>(random() % slots)};
+    std::vector<char> query = memory(batch * heads * dim, 0.5f), key = memory(batch * kv_heads * dim, 0.25f),
+                      value = memory(batch * kv_heads * dim, 2), keys = memory(batch * kv_heads * slots * dim, 1),
+                      values = memory(batch * kv_heads * slots * dim, 2), cosine = memory(slots * rotary, 0.5f),
+                      out = memory(batch * heads * dim, 0), norm = memory(dim, 1);
+    const lowra_attention attention = {
+        query.data(),  key.data(),  value.data(),    keys.data(), values.data(), cosine.data(),
+        cosine.data(), norm.data(), norm.data(),     &slot,       first,         nullptr,
+        nullptr,       out.data(),  batch,           heads,       kv_heads,      dim,
+        rotary,        slots,       dim % 2 ? 4 : 0, 0,           0.3f,          dim % 2 ? 5.0f : 0.0f,
+        1e-5f};
+    right &= lowra_cpu_attention(&attention, type, 2) == LOWRA_OK;
+    for (int i = 0; i < batch * heads * dim; ++i) right &= std::fabs(load_element(out.data(), type, i) - 2) < 0.02f;
+  }
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -129,6 +169,10 @@ int main() {
         wrong += !check(w, tokens, cases / 3 % 3, random);
         ++cases;
       }
+    }
+    for (const int32_t type : {LOWRA_FLOAT32, LOWRA_FLOAT16, LOWRA_BFLOAT16}) {
+      wrong += !check_decoding(type, random);
+      ++cases;
     }
     std::printf("%s: %d of %d wrong\n", name, wrong, cases);
     right = right && wrong == 0;
