@@ -76,7 +76,7 @@ class Cases(OpCases):
             setattr(struct, name, pointer)
             wanted |= {status} - {OK}
         (address,), more = self.pointers_or_worse((out.data_ptr(), out.element_size()))
-        kind, worse = self.type_or_worse(native._TYPES[dtype])
+        kind, worse = self.type_or_worse(native.TYPES[dtype])
         wanted |= more | worse
         threads = self.random.choice([1, 2, 16, 0, -1, 2**31 - 1])
         part = self.libraries.Part(0, packed.rows, 0, packed.in_features)
@@ -109,7 +109,7 @@ class Cases(OpCases):
         given = (x.data_ptr(), size), (out.data_ptr(), size), (0 if bias is None else bias.data_ptr(), size)
         (of_x, of_out, of_bias), more = self.pointers_or_worse(*given) if tokens else ([None] * 3, set())
         more -= {NULL_POINTER} if of_x and of_out and not of_bias else set()
-        kind, worse = self.type_or_worse(native._TYPES[dtype])
+        kind, worse = self.type_or_worse(native.TYPES[dtype])
         wanted |= more | worse
         threads = self.random.choice([1, 2, 16, 0, -1, 2**31 - 1])
         status = native._cpu.lowra_cpu_product(ctypes.byref(struct), of_x, count, of_bias, of_out, kind, threads)
@@ -133,7 +133,7 @@ class Cases(OpCases):
         if shape == -1:
             return None
         codes, absmax = torch.empty_like(case.codes), torch.empty(case.scales.shape)
-        kind, worse = self.type_or_worse(native._TYPES[case.weight.dtype])
+        kind, worse = self.type_or_worse(native.TYPES[case.weight.dtype])
         pointers, more = self.pointers_or_worse(
             (case.weight.data_ptr(), case.weight.element_size()),
             (order.data_ptr(), 4),
@@ -161,7 +161,7 @@ class Cases(OpCases):
         if self.random.random() < 0.1:
             struct.iterations = self.random.choice([-1, -(2**31)])
             wanted.add(BAD_SHAPE)
-        kind, worse = self.type_or_worse(native._TYPES[case.weight.dtype])
+        kind, worse = self.type_or_worse(native.TYPES[case.weight.dtype])
         found = [torch.full((len(case.weight), width), torch.nan) for width in (22, 19, 3)]
         pointers, more = self.pointers_or_worse(
             (case.weight.data_ptr(), case.weight.element_size()), *((tensor.data_ptr(), 4) for tensor in found)

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bitsandbytes.backends.lowra import libraries, native, reference
+from bitsandbytes.backends.lowra import libraries, native, native_cpu, reference
 from lowra.commands import main
 from lowra.inspection import environment
 from lowra.integrations.patching import Patch
@@ -41,10 +41,10 @@ def test_env_says_why_kernels_are_not_in_use(monkeypatch, capsys):
     try:
         _, found = told(capsys)
     finally:
-        native.choose_instructions(None)
+        native_cpu.choose_instructions(None)
     assert found["kernels"]["cpu"]["in_use"] == "generic"
     assert found["settings"]["LOWRA_CPU"] == "generic"
-    monkeypatch.setattr(environment.native, "instructions", lambda: ["generic"])
+    monkeypatch.setattr(environment.native_cpu, "instructions", lambda: ["generic"])
     monkeypatch.setattr(environment, "_processor_flags", lambda: {"avx2", "f16c", "fma"})
     monkeypatch.delenv("LOWRA_CPU")
     _, found = told(capsys)
@@ -60,7 +60,7 @@ def test_env_says_what_a_guard_switched_off(monkeypatch, capsys):
 
 def test_a_kernel_that_decodes_wrongly_is_told(monkeypatch):
     decode = reference.dequantize
-    monkeypatch.setattr(native, "cpu_dequantize", lambda packed, dtype: -decode(packed, dtype))
+    monkeypatch.setattr(native_cpu, "dequantize", lambda packed, dtype: -decode(packed, dtype))
     monkeypatch.setattr(reference, "dequantize", lambda packed, dtype: -decode(packed, dtype))
     assert environment._try(torch.device("cpu")).startswith("gives wrong values")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bitsandbytes.backends.lowra import layout, native
+from bitsandbytes.backends.lowra import layout, native, native_cpu
 from bitsandbytes.backends.lowra import libraries as native_libraries
 
 from ..integrations.model_patches import MODEL_PATCHES
@@ -138,7 +138,7 @@ def switched_off() -> list[str]:
 def _cpu_kernels() -> dict[str, Any]:
     if not native.cpu_available():
         return {"in_use": "PyTorch reference", "tried": _try(torch.device("cpu")), "not_in_use": {}}
-    here = native.instructions()
+    here = native_cpu.instructions()
     flags = _processor_flags()
     reasons = {}
     for name, asked in _ASKED.items() if flags else ():

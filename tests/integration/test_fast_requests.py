@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import lowra
-from bitsandbytes.backends.lowra import native
+from bitsandbytes.backends.lowra import native_cpu
 from lowra.generation import fast
 from lowra.nn.linear import LowRALinear
 
@@ -249,8 +249,8 @@ def test_a_cache_of_the_caller_is_filled(model, caplog, through_peft):
 def test_activations_are_rounded_unless_exact_is_asked_for(model, monkeypatch):
     """On a CPU with such kernels; a session of the one kind does not serve the other."""
     model, rounded = model.bfloat16(), []
-    call = native.CpuGroup.__call__
-    monkeypatch.setattr(native.CpuGroup, "__call__", lambda self, x: rounded.append(len(x)) or call(self, x))
+    call = native_cpu.CpuGroup.__call__
+    monkeypatch.setattr(native_cpu.CpuGroup, "__call__", lambda self, x: rounded.append(len(x)) or call(self, x))
     for exact in (False, True, False):
         rounded.clear()
         model.generate(prompt(), max_new_tokens=3, pad_token_id=0, custom_generate=lowra.fast_decoding, exact=exact)

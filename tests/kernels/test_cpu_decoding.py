@@ -6,18 +6,18 @@ import dataclasses
 import pytest
 import torch
 
-from bitsandbytes.backends.lowra import decoding, native, native_decoding
+from bitsandbytes.backends.lowra import decoding, native, native_cpu, native_decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=native.instructions() if native.cpu_available() else [])
+@pytest.fixture(params=native_cpu.instructions() if native.cpu_available() else [])
 def instructions(request):
-    native.choose_instructions(request.param)
+    native_cpu.choose_instructions(request.param)
     yield
-    native.choose_instructions(None)
+    native_cpu.choose_instructions(None)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_attention(instructions, reference, shape, options, dtype):
 @pytest.mark.parametrize("tokens, rows, in_features", [(1, 130, 1000), (4, 3, 7), (2, 1, 2048)])
 def test_dense_product(instructions, tokens, rows, in_features, dtype):
     x, weight = random(tokens, in_features, dtype=dtype), random(rows, in_features, dtype=dtype, seed=1)
-    found = native.cpu_dense_product(x, weight)
+    found = native_cpu.dense_product(x, weight)
     close(found, (x.double() @ weight.double().T).to(dtype))
 
 
@@ -117,7 +117,7 @@ def test_the_c_interface_refuses_what_it_cannot_read():
 
     def norm(**changed):
         given = dict(residual=at, weight=at, out=to, tokens=4, features=64, epsilon=1e-5) | changed
-        return native.call_cpu("lowra_cpu_add_norm", native_decoding._Norm(**given), 0)
+        return native.call_cpu("lowra_cpu_add_norm", ctypes.byref(native_decoding._Norm(**given)), 0)
 
     assert norm() == norm(tokens=0, residual=None) == 0
     assert norm(features=0) == norm(tokens=-1) == norm(tokens=2**62) == bad_shape
@@ -130,7 +130,7 @@ def test_the_c_interface_refuses_what_it_cannot_read():
         given = dict.fromkeys(names, at) | {"keys": to, "values": to, "out": sums.data_ptr()}
         given |= {"slot": slot.data_ptr(), "first": first.data_ptr(), "batch": 1, "heads": 2, "kv_heads": 1, "dim": 16}
         given |= {"rotary_dim": 16, "slots": 4, "scaling": 1.0} | changed
-        return native.call_cpu("lowra_cpu_attention", native_decoding._Attention(**given), 0, 1)
+        return native.call_cpu("lowra_cpu_attention", ctypes.byref(native_decoding._Attention(**given)), 0, 1)
 
     assert attention() == attention(batch=0, query=None) == 0
     for wrong in ({"heads": 3, "kv_heads": 2}, {"dim": 513}, {"rotary_dim": 17}, {"slots": 3}, {"window": -1}):

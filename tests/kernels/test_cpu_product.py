@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import decoding, libraries, native, reference
+from bitsandbytes.backends.lowra import decoding, libraries, native, native_cpu, reference
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
 OPS = torch.ops.bitsandbytes
@@ -36,11 +36,11 @@ SCALES = [torch.float32, torch.float16, torch.uint8]
 @pytest.fixture(params=["avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic"])
 def instructions(request):
     try:
-        native.choose_instructions(request.param)
+        native_cpu.choose_instructions(request.param)
     except OSError:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    native.choose_instructions(None)
+    native_cpu.choose_instructions(None)
 
 
 def largest_weights(case):
@@ -76,7 +76,7 @@ def test_every_number_of_tokens(instructions, shape):
         bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
         out = OPS.lowra_linear(*case.linear_arguments(x, bias))
         assert out.dtype == dtype and out.shape == (tokens, sum(mix))
-        if tokens <= native.CPU_MOST_TOKENS:
+        if tokens <= native_cpu.MOST_TOKENS:
             check(out, x, case, bias)
         else:
             torch.testing.assert_close(
@@ -98,7 +98,7 @@ def test_x_in_integers(instructions, shape):
         x = (torch.randn(tokens, in_features, generator=random) * 10.0 ** (tokens - 3)).to(dtype)
         x[0, : in_features // 2] = 0
         bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
-        found = native.CpuGroup([(case.packed, bias)])(x)
+        found = native_cpu.CpuGroup([(case.packed, bias)])(x)
         if not instructions.startswith("avx") or group_size not in (32, 64, 128, 256):  # there is no such kernel
             assert found is None
             continue
@@ -116,7 +116,7 @@ def test_x_without_steps_is_multiplied_as_it_is(value):
     case = packed_case(20, 100, 100, 512)
     x = torch.zeros(2, 512, dtype=torch.bfloat16)
     x[0, 100] = value
-    assert native.CpuGroup([(case.packed, None)])(x) is None
+    assert native_cpu.CpuGroup([(case.packed, None)])(x) is None
 
 
 def test_a_group_is_its_members(instructions):
@@ -125,13 +125,13 @@ def test_a_group_is_its_members(instructions):
     cases = [packed_case(*mix, 1004, scales=SCALES[i], seed=i) for i, mix in enumerate(mixes)]
     x = torch.randn(2, 1004, generator=torch.Generator().manual_seed(0)).bfloat16()
     weights = [(case.packed, None if i else torch.ones(360).bfloat16()) for i, case in enumerate(cases)]
-    together = native.CpuGroup(weights)(x)
+    together = native_cpu.CpuGroup(weights)(x)
     if not instructions.startswith("avx"):
         assert together is None
         return
     for out, weight in zip(together, weights, strict=True):
-        assert torch.equal(out, native.CpuGroup([weight])(x)[0])
-    assert native.CpuGroup([weights[0], (packed_case(1, 1, 1, 512).packed, None)])(x) is None
+        assert torch.equal(out, native_cpu.CpuGroup([weight])(x)[0])
+    assert native_cpu.CpuGroup([weights[0], (packed_case(1, 1, 1, 512).packed, None)])(x) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -243,16 +243,16 @@ def test_the_c_interface_refuses_what_it_cannot_multiply():
 
 def test_instructions_that_are_not_there_are_refused():
     with pytest.raises(OSError, match="LOWRA_CPU=mmx names no kernels"):
-        native.choose_instructions("mmx")
+        native_cpu.choose_instructions("mmx")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_exact_group_is_multiplied_as_it_is(dtype):
     case = packed_case(20, 40, 100, 512)
     x = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
-    plain = native.cpu_product(x, case.packed, None)
+    plain = native_cpu.product(x, case.packed, None)
     for weights in ([(case.packed, None)], decoding.Group([(case.packed, None)], exact=True)):
         assert torch.equal(decoding.linear_group(x, weights)[0], plain)
-    rounded = native.CpuGroup([(case.packed, None)])(x) if dtype == torch.bfloat16 else None
+    rounded = native_cpu.CpuGroup([(case.packed, None)])(x) if dtype == torch.bfloat16 else None
     found = decoding.linear_group(x, decoding.Group([(case.packed, None)]))
     assert torch.equal(found[0], plain if rounded is None else rounded[0])

@@ -1,8 +1,9 @@
 """lowra backend of bitsandbytes: packed weights of mixed 1, 2 and 4 bits with a level table per output channel.
 
 Upstream loads this package through its entry-point group `bitsandbytes.backends` at the end of `import bitsandbytes`.
-Layers, importing downwards: `table_gradients` (an op of its own) -> `ops` (schemas, fake kernels, autograd) -> `native`
-(ctypes), `reference` and `lloyd` (plain PyTorch, the specification), `checks` -> `layout` (the packed format).
+Layers, importing downwards: `table_gradients` (an op of its own) -> `ops` (schemas, fake kernels, autograd) ->
+`native_cpu` -> `native` (both ctypes), `reference` and `lloyd` (plain PyTorch, the specification), `checks` -> `layout`
+(the packed format).
 """
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks, native, native_decoding
+from . import checks, native, native_cpu, native_decoding
 from .layout import PackedMatrix
 from .ops import linear
 
@@ -225,7 +225,7 @@ class Group(list[tuple[PackedMatrix, torch.Tensor | None]]):
     def __init__(self, weights: Weights, exact: bool = False):
         super().__init__(weights)
         self.exact = exact
-        self.prepared: dict[torch.dtype, native.CpuGroup] = {}
+        self.prepared: dict[torch.dtype, native_cpu.CpuGroup] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,16 +305,16 @@ def _rounded_products(x: torch.Tensor, weights: Weights) -> list[torch.Tensor] |
         for packed, bias in weights:
             checks.check_packed_once(packed, x.dtype)
             checks.check_operands_once(x, packed, bias)
-        weights.prepared[x.dtype] = native.CpuGroup(weights)
+        weights.prepared[x.dtype] = native_cpu.CpuGroup(weights)
     return weights.prepared[x.dtype](x)
 
 
 def _product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     """x [tokens, K] times a packed weight; on the CPU without an op, which takes as long as a small product."""
-    if x.is_cpu and native.cpu_available() and 0 < len(x) <= native.CPU_MOST_TOKENS:
+    if x.is_cpu and native.cpu_available() and 0 < len(x) <= native_cpu.MOST_TOKENS:
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
-        return native.cpu_product(x, packed, bias)
+        return native_cpu.product(x, packed, bias)
     return linear(x, packed, bias)
 
 
@@ -322,7 +322,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [tokens, K] times the transposed dense weight [N, K]; sums in float32 or as PyTorch's kernel keeps them."""
     few = 0 < len(x) <= _FEW_TOKENS and x.is_cpu and native.cpu_available()
     if few and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
-        return native.cpu_dense_product(x, weight)
+        return native_cpu.dense_product(x, weight)
     return torch.nn.functional.linear(x, weight)
 
 

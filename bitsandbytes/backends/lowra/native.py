@@ -1,4 +1,4 @@
-"""Calls the functions of the native libraries on tensors; ctypes is known here and in `libraries`.
+"""Calls the functions of the CUDA library on tensors, and what all calls of native libraries have in common.
 
 Where a library was left aside its `…_available` answers False; a status other than OK becomes an exception that names
 the shapes.
@@ -8,7 +8,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .libraries import Lloyd, Packed, Part, Shape
 
 logger = logging.getLogger(__name__)
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _STATUS = {
     1: "the shape is not supported (group sizes are multiples of 8 up to 256; sizes must fit into 64 bits)",
     2: "the element type is not supported (float32, float16 and bfloat16 are)",
@@ -39,9 +39,7 @@ _STATUS = {
 UNSUPPORTED = 5
 _NO_CODE = 10
 AMPERE = 80  # as `cuda_code` counts
-CPU_MOST_TOKENS = 16
 MOST_GROUPED = 3  # weights of a group, csrc/lowra.h
-_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic")  # best first, as the library takes them
 
 
 # Any: what is called on them is asked for only where they are there.
@@ -87,7 +85,7 @@ def packed_of(packed: PackedMatrix) -> Packed:
         packed.scales.data_ptr(),
         None if steps is None else steps.data_ptr(),
         packed.levels.data_ptr(),
-        _TYPES[packed.scales.dtype],
+        TYPES[packed.scales.dtype],
     )
 
 
@@ -121,150 +119,17 @@ def check_status(status: int, what: str) -> None:
         raise RuntimeError(f"lowra: {what} failed: {_STATUS.get(status, f'status {status}')}{detail}")
 
 
-def cpu_quantize(
-    weight: torch.Tensor,
-    row_order: torch.Tensor,
-    thresholds: torch.Tensor,
-    rows_4bit: int,
-    rows_2bit: int,
-    group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.quantize` on the CPU library."""
-    rows, in_features = weight.shape
-    shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
-    codes = torch.empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
-    absmax = torch.empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
-    weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
-    status = _cpu.lowra_cpu_quantize(
-        ctypes.byref(shape),
-        weight.data_ptr(),
-        _TYPES[weight.dtype],
-        row_order.data_ptr(),
-        thresholds.data_ptr(),
-        codes.data_ptr(),
-        absmax.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(status, "quantisation", shape)
-    return codes, absmax
-
-
-def cpu_dequantize(
-    packed: PackedMatrix, dtype: torch.dtype, part: tuple[int, int, int, int] | None = None
-) -> torch.Tensor:
-    """`reference.dequantize` on the CPU library, or a part (first row, rows, first column, columns) of it."""
-    struct = packed_of(packed)
-    part = (0, packed.rows, 0, packed.in_features) if part is None else part
-    out = torch.empty(part[1], part[3], dtype=dtype)
-    status = _cpu.lowra_cpu_dequantize(
-        ctypes.byref(struct), ctypes.byref(Part(*part)), out.data_ptr(), _TYPES[dtype], torch.get_num_threads()
-    )
-    check(status, "dequantisation", struct.shape)
-    return out
-
-
-def cpu_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
-    """`ops.linear` without a dense weight, on the CPU library; up to `CPU_MOST_TOKENS` tokens."""
-    struct = packed_of(packed)
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], packed.rows)
-    status = _cpu.lowra_cpu_product(
-        ctypes.byref(struct),
-        x.data_ptr(),
-        x.numel() // packed.in_features,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        _TYPES[x.dtype],
-        torch.get_num_threads(),
-    )
-    check(status, "product", struct.shape)
-    return out
-
-
-class CpuGroup:
-    """Packed weights that are multiplied with one x on the CPU library, `reference.linear_in_integers`.
-
-    Made once for weights that stay where they are: filling the structs takes as long as a small product.
-    """
-
-    def __init__(self, weights: Sequence[tuple[PackedMatrix, torch.Tensor | None]]):
-        first, self._count = weights[0][0], len(weights)
-        self._covered = self._count <= MOST_GROUPED and all(p.sizes[2:] == first.sizes[2:] for p, _ in weights)
-        self._tensors = [packed for packed, _ in weights]
-        self._biases = [None if bias is None else bias.contiguous() for _, bias in weights]
-        self._rows = [packed.rows for packed, _ in weights]
-        self._structs = (Packed * self._count)(*(packed_of(packed) for packed, _ in weights))
-        self._addresses = ctypes.c_void_p * self._count
-        self._of_biases = self._addresses(*(None if bias is None else bias.data_ptr() for bias in self._biases))
-
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor] | None:
-        """Products of x [tokens, K]; None where this processor has no kernels for them."""
-        if not self._covered:
-            return None
-        x = x.contiguous()
-        tokens = len(x)
-        outs = [x.new_empty((tokens, rows)) for rows in self._rows]
-        status = _cpu.lowra_cpu_product_group(
-            self._structs,
-            self._count,
-            x.data_ptr(),
-            tokens,
-            self._of_biases,
-            self._addresses(*[out.data_ptr() for out in outs]),
-            _TYPES[x.dtype],
-            torch.get_num_threads(),
-        )
-        if status == UNSUPPORTED:
-            return None
-        check(status, "product", self._structs[0].shape)
-        return outs
-
-
-def cpu_dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [tokens, K] times the transposed dense weight [N, K] of the same type, sums in float32; up to
-    `CPU_MOST_TOKENS` tokens. PyTorch takes up to twice as long in 16 bits."""
-    x, weight = x.contiguous(), weight.contiguous()
-    out = x.new_empty(len(x), len(weight))
-    status = _cpu.lowra_cpu_dense_product(
-        weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), out.data_ptr(), _TYPES[x.dtype], torch.get_num_threads()
-    )
-    check_status(status, f"a product of {list(x.shape)} and {list(weight.shape)}")
-    return out
-
-
 def type_of(x: torch.Tensor) -> int:
     """An element type as the libraries take it; 3 for one that they refuse."""
-    return _TYPES.get(x.dtype, _TYPES[torch.uint8])
+    return TYPES.get(x.dtype, TYPES[torch.uint8])
 
 
-def call_cpu(name: str, struct: ctypes.Structure, *arguments: int) -> int:
-    """Calls a function of the CPU library that takes a struct."""
-    return getattr(_cpu, name)(ctypes.byref(struct), *arguments)
+def call_cpu(name: str, *arguments: Any) -> int:
+    """Calls a function of the CPU library."""
+    return getattr(_cpu, name)(*arguments)
 
 
-def choose_instructions(name: str | None) -> None:
-    """Has the CPU library use the kernels of one instruction set, or of the best there is.
-
-    Args:
-        name: "avx512vnni", "avx512", "avxvnni", "avx2", "neon" or "generic".
-
-    Raises:
-        OSError: this processor, or the library, has none of that name.
-    """
-    if _cpu.lowra_cpu_instructions(None if name is None else name.encode()) == UNSUPPORTED:
-        raise OSError(f"LOWRA_CPU={name} names no kernels of this processor: {', '.join(_INSTRUCTIONS)} are known.")
-
-
-def instructions() -> list[str]:
-    """The instruction sets whose kernels run on this processor, the one in use first."""
-    names = [name for name in _INSTRUCTIONS if _cpu.lowra_cpu_instructions(name.encode()) != UNSUPPORTED]
-    chosen = os.environ.get("LOWRA_CPU")
-    choose_instructions(chosen)
-    return sorted(names, key=lambda name: name != chosen)
-
-
-def _search(
+def search_of(
     weight: torch.Tensor,
     levels: torch.Tensor,
     thresholds: torch.Tensor,
@@ -277,29 +142,6 @@ def _search(
     search = Lloyd(levels.data_ptr(), thresholds.data_ptr(), *weight.shape, group_size, iterations, squared)
     search.tensors = levels, thresholds
     return search
-
-
-def cpu_lloyd_max(
-    weight: torch.Tensor,
-    initial_levels: torch.Tensor,
-    initial_thresholds: torch.Tensor,
-    group_size: int,
-    iterations: int,
-    squared: bool,
-) -> tuple[torch.Tensor, ...]:
-    """`lloyd.lloyd_max` on the CPU library."""
-    weight = weight.contiguous()
-    search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
-    found = [torch.empty(len(weight), width, dtype=torch.float32) for width in (22, 19, 3)]
-    status = _cpu.lowra_cpu_lloyd_max(
-        ctypes.byref(search),
-        weight.data_ptr(),
-        _TYPES[weight.dtype],
-        *(tensor.data_ptr() for tensor in found),
-        torch.get_num_threads(),
-    )
-    check(status, "the Lloyd-Max search", shape_of(len(weight), len(weight), 0, weight.shape[1], group_size))
-    return tuple(found)
 
 
 def stream_of(tensor: torch.Tensor) -> int:
@@ -345,7 +187,7 @@ def cuda_quantize(
         weight.device,
         ctypes.byref(shape),
         weight.data_ptr(),
-        _TYPES[weight.dtype],
+        TYPES[weight.dtype],
         row_order.data_ptr(),
         thresholds.data_ptr(),
         codes.data_ptr(),
@@ -395,7 +237,7 @@ def cuda_dequantize(
         ctypes.byref(struct),
         ctypes.byref(Part(*part)),
         out.data_ptr(),
-        _TYPES[dtype],
+        TYPES[dtype],
         stream_of(codes),
     )
     if not covered(status):
@@ -434,7 +276,7 @@ def cuda_product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | Non
         x.numel() // packed.in_features,
         None if bias is None else bias.contiguous().data_ptr(),
         out.data_ptr(),
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         stream_of(x),
     )
     if not covered(status):
@@ -453,14 +295,14 @@ def cuda_lloyd_max(
 ) -> tuple[torch.Tensor, ...] | None:
     """`lloyd.lloyd_max` on the CUDA library; None where a row does not fit into shared memory."""
     weight = weight.contiguous()
-    search = _search(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
+    search = search_of(weight, initial_levels, initial_thresholds, group_size, iterations, squared)
     found = tuple(weight.new_empty(len(weight), width, dtype=torch.float32) for width in (22, 19, 3))
     status = call_cuda(
         "lowra_cuda_lloyd_max",
         weight.device,
         ctypes.byref(search),
         weight.data_ptr(),
-        _TYPES[weight.dtype],
+        TYPES[weight.dtype],
         *(tensor.data_ptr() for tensor in found),
         stream_of(weight),
     )
@@ -484,7 +326,7 @@ def cuda_table_gradients(
         gradient.device,
         ctypes.byref(struct),
         gradient.data_ptr(),
-        _TYPES[gradient.dtype],
+        TYPES[gradient.dtype],
         for_levels.data_ptr(),
         for_scales.data_ptr() if with_scales else None,
         stream_of(gradient),
@@ -493,7 +335,3 @@ def cuda_table_gradients(
         return None
     check(status, "gradients of the tables", struct.shape)
     return for_levels, for_scales
-
-
-if cpu_available() and "LOWRA_CPU" in os.environ:
-    choose_instructions(os.environ["LOWRA_CPU"])

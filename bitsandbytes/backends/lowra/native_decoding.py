@@ -104,7 +104,7 @@ def add_norm(
         norm.one_plus,
     )
     if residual.is_cpu:
-        status = native.call_cpu("lowra_cpu_add_norm", asked, native.type_of(residual))
+        status = native.call_cpu("lowra_cpu_add_norm", ctypes.byref(asked), native.type_of(residual))
     else:
         status = native.call_cuda(
             "lowra_cuda_add_norm",
@@ -175,7 +175,7 @@ def attend(
     )
     if query.is_cpu:
         threads = torch.get_num_threads()
-        status = native.call_cpu("lowra_cpu_attention", asked, native.type_of(query), threads)
+        status = native.call_cpu("lowra_cpu_attention", ctypes.byref(asked), native.type_of(query), threads)
     else:
         status = native.call_cuda(
             "lowra_cuda_attention", query.device, ctypes.byref(asked), _TYPES[query.dtype], native.stream_of(query)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checks, layout, lloyd, native, reference
+from . import checks, layout, lloyd, native, native_cpu, reference
 from .layout import PackedMatrix
 
 _PACKED = (
@@ -201,14 +201,14 @@ if native.cpu_available():
     def _(*arguments: Any) -> Any:
         checks.check_quantize(*arguments)
         checks.check_memory(*arguments[:3])
-        return native.cpu_quantize(*arguments)
+        return native_cpu.quantize(*arguments)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize", "cpu")
     def _(*arguments: Any) -> Any:
         packed, dtype = _weight_of(arguments)
         checks.check_packed_once(packed, dtype)
         checks.check_memory(*packed.tensors)
-        return native.cpu_dequantize(packed, dtype)
+        return native_cpu.dequantize(packed, dtype)
 
     @torch.library.register_kernel("bitsandbytes::lowra_dequantize_part", "cpu")
     def _(*arguments: Any) -> Any:
@@ -216,7 +216,7 @@ if native.cpu_available():
         checks.check_packed_once(packed, dtype)
         checks.check_part(packed, part)
         checks.check_memory(*packed.tensors)
-        return native.cpu_dequantize(packed, dtype, part)
+        return native_cpu.dequantize(packed, dtype, part)
 
     @torch.library.register_kernel("bitsandbytes::lowra_linear", "cpu")
     def _(*arguments: Any) -> Any:
@@ -225,8 +225,8 @@ if native.cpu_available():
         checks.check_packed_once(packed, x.dtype)
         checks.check_operands_once(x, packed, bias)
         checks.check_memory(x, bias, *packed.tensors)
-        if x.numel() <= native.CPU_MOST_TOKENS * packed.in_features:
-            return native.cpu_product(x, packed, bias)
+        if x.numel() <= native_cpu.MOST_TOKENS * packed.in_features:
+            return native_cpu.product(x, packed, bias)
         rows = _at_once(packed.rows, packed.in_features * _factor_type(x).itemsize, _CPU_DENSE_BYTES)
         return product_by_rows(x, packed, bias, rows)
 
@@ -234,7 +234,7 @@ if native.cpu_available():
     def _(*arguments: Any) -> Any:
         search = _search_of(arguments)
         checks.check_memory(*search[:3])
-        return native.cpu_lloyd_max(*search)
+        return native_cpu.lloyd_max(*search)
 
 
 if native.cuda_available():
