@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 
-from hostile_calls import Cases
+from hostile_decoding import DecodingCases
 
 ROOT = pathlib.Path(__file__).parents[1]
 WATCHED = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
@@ -61,7 +61,7 @@ def watched_environment() -> dict[str, str]:
 
 def work(options: argparse.Namespace) -> None:
     """In the watched process: cases from `options.first` on, each announced before it runs."""
-    cases = Cases(options.seed)
+    cases = DecodingCases(options.seed)
     if options.library:
         cases.native._cpu = cases.libraries.load(pathlib.Path(options.library), "cpu")
     if not cases.native.cpu_available():

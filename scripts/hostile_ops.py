@@ -224,6 +224,9 @@ class OpCases:
     def linear_of(self, x, *arguments):
         *packed, bias, rows_4bit, rows_2bit, group_size = arguments
         packed = self.matrix(*packed, rows_4bit, rows_2bit, x.shape[-1], group_size)
+        if not x.numel():  # nothing is computed, and nothing looked at
+            self.magnitude = self.exact = x.new_empty(*x.shape[:-1], packed.rows, dtype=self.torch.float64)
+            return (self.exact.to(x.dtype),)
         weight = self.reference.dequantize(packed, self.torch.float32).double()
         out = self.torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
         self.magnitude = x.double().abs() @ weight.abs().t() + (0 if bias is None else bias.double().abs())

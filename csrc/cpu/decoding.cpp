@@ -63,7 +63,8 @@ int lowra_cpu_attention(const lowra_attention *attention, int32_t type, int32_t 
   if (!lowra::is_float_type(type)) return LOWRA_BAD_TYPE;
   if (const int status = bad_attention(a, lowra::bytes_of(type))) return status;
   return without_exceptions([&] {
-    const int64_t heads = a.heads / a.kv_heads, seen = *a.slot + 1, work = a.batch * a.heads * seen * a.dim * 2;
+    const int64_t heads = a.heads / a.kv_heads, seen = *a.slot + 1,
+                  work = int64_t{a.batch} * a.heads * seen * a.dim * 2;
     for_each_piece(int64_t{a.batch} * a.kv_heads, 1, work, kPerThread, threads, [&] {
       return [&, scratch = std::vector<float>(heads * (seen + 2 * a.dim) + a.dim)](int64_t piece) mutable {
         kernels().attend(a, type, piece / a.kv_heads, piece % a.kv_heads, scratch.data());
