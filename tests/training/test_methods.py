@@ -64,9 +64,14 @@ def test_a_packed_model_is_taken_as_it_is(recipe, tmp_path, caplog):
     given = dataclasses.replace(recipe, model=str(tmp_path / "base"))
     base = prepare_base(given, tmp_path / "unused", CPU, progress=False)
     assert base == made and not (tmp_path / "unused").exists()
-    with pytest.raises(ValueError, match="packed already: sensitivity cannot be changed"):
-        changed = dataclasses.replace(given, quantization={"sensitivity": "none"})
-        prepare_base(changed, tmp_path / "unused", CPU, progress=False)
+    changed = dataclasses.replace(given, quantization={"sensitivity": "none"})
+    with pytest.raises(
+        ValueError, match="packed already, with sensitivity=layer: quantization.sensitivity=none has no"
+    ):
+        asked = dataclasses.replace(changed, given=("quantization.sensitivity",))
+        prepare_base(asked, tmp_path / "unused", CPU, progress=False)
+    prepare_base(changed, tmp_path / "unused", CPU, progress=False)
+    assert "was packed with sensitivity=layer; the recipe's none is not used" in caplog.text
     prepare_base(dataclasses.replace(given, rank=8), tmp_path / "unused", CPU, progress=False)
     assert "has rank 4; the recipe's rank of 8 is not used" in caplog.text
 
