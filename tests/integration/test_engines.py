@@ -124,11 +124,15 @@ def test_fsdp2_shards_packed_weights(packed_llama, tmp_path):
     assert all("checked" in output for output in outputs)
 
 
-def test_the_trainer_of_a_sharded_model_saves_and_resumes(packed_llama, tmp_path):
+@pytest.mark.parametrize("by_trl", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_trainer_of_a_sharded_model_saves_and_resumes(packed_llama, tmp_path, by_trl):
+    if by_trl:
+        pytest.importorskip("trl")
     worker = pathlib.Path(__file__).with_name("sharded_training.py")
     (tmp_path / "pair").mkdir()
-    alone = sharded_training.train(packed_llama, tmp_path / "alone", 1)
+    alone = sharded_training.train(packed_llama, tmp_path / "alone", 1, by_trl=by_trl)
     for again in ([], ["resume"]):
+        again += ["trl"] * by_trl
         run_pair(worker, packed_llama, tmp_path / "pair", *again, **fsdp_on_cpu.environment())
         losses = json.loads((tmp_path / "pair" / "losses.json").read_text())
         assert losses == pytest.approx(alone, rel=1e-5)
