@@ -205,8 +205,8 @@ typedef struct lowra_adapters {
 
 // out[i] [tokens, N_i] = x times the transposed weight i, plus bias[i] unless null, of `count` weights with the same
 // columns in one launch: q, k and v, or gate and up; plus the term of an adapter where `adapters` is not null. Up to 8
-// tokens, 4 where x is normed or gated; 8-bit scales of groups of 64, an even number in a row. weights, bias and out are
-// arrays in host memory.
+// tokens, 4 where x is normed or gated; 8-bit scales of groups of 64, an even number in a row. weights, bias and out
+// are arrays in host memory.
 LOWRA_API int lowra_cuda_product_group(const lowra_packed *weights, int32_t count, const lowra_input *input,
                                        int64_t tokens, const void *const *bias, const lowra_adapters *adapters,
                                        void *const *out, int32_t type, void *stream);
