@@ -11,7 +11,6 @@ memory of ours, over the bytes of its tensors.
 """
 
 import argparse
-import itertools
 import pathlib
 import resource
 import statistics
@@ -90,7 +89,7 @@ def seconds_of_llama(folder: str, path: pathlib.Path, threads: int) -> float:
 def seconds_of_ours(model: torch.nn.Module, threads: int) -> float:
     """Of a token."""
     torch.set_num_threads(threads)
-    prompt = torch.randint(3, 1000, (1, 8))
+    prompt = torch.randint(3, model.config.vocab_size, (1, 8))
 
     def run(tokens: int) -> float:
         clock = time.process_time if threads == 1 else time.perf_counter
@@ -103,6 +102,30 @@ def seconds_of_ours(model: torch.nn.Module, threads: int) -> float:
     return (run(LONG) - short) / (LONG - SHORT)
 
 
+def measure(shape: str, path: pathlib.Path, args: argparse.Namespace) -> None:
+    """Prints what ours and llama.cpp take on one shape; its file goes to `path`."""
+    if args.llama is not None:
+        write_gguf(path, shape, Ggml(args.llama, 1))
+    models = {bits: make_model(shape, bits, device="cpu") for bits in args.bits}
+    for threads in args.threads:
+        found: dict[str, list[float]] = {}
+        for _ in range(args.repeats):
+            for bits, model in models.items():
+                found.setdefault(f"lowra {bits}", []).append(seconds_of_ours(model, threads))
+            if args.llama is not None:
+                found.setdefault("Q2_K", []).append(seconds_of_llama(args.llama, path, threads))
+        for kind, seconds in found.items():
+            middle = statistics.median(seconds)
+            each = " ".join(f"{1e3 * value:.1f}" for value in sorted(seconds))
+            print(
+                f"{shape} {threads} threads {kind:9} {1e3 * middle:7.1f} ms {1 / middle:6.1f}/s  ({each})",
+                flush=True,
+            )
+    tensors = sum(t.nbytes for model in models.values() for t in (*model.parameters(), *model.buffers()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{shape}: tensors {tensors / 1e9:.2f} GB, largest resident memory {peak / 1e9:.2f} GB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", help="folder of llama.cpp's libraries and llama-bench; without it it is left out")
@@ -111,28 +134,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    for shape, folder in itertools.product(args.shapes, [tempfile.TemporaryDirectory()]):
-        path = pathlib.Path(folder.name) / f"{shape}.gguf"
-        if args.llama is not None:
-            write_gguf(path, shape, Ggml(args.llama, 1))
-        models = {bits: make_model(shape, bits, device="cpu") for bits in args.bits}
-        for threads in args.threads:
-            found: dict[str, list[float]] = {}
-            for _ in range(args.repeats):
-                for bits, model in models.items():
-                    found.setdefault(f"lowra {bits}", []).append(seconds_of_ours(model, threads))
-                if args.llama is not None:
-                    found.setdefault("Q2_K", []).append(seconds_of_llama(args.llama, path, threads))
-            for kind, seconds in found.items():
-                middle = statistics.median(seconds)
-                each = " ".join(f"{1e3 * value:.1f}" for value in sorted(seconds))
-                print(
-                    f"{shape} {threads} threads {kind:9} {1e3 * middle:7.1f} ms {1 / middle:6.1f}/s  ({each})",
-                    flush=True,
-                )
-        tensors = sum(t.nbytes for model in models.values() for t in (*model.parameters(), *model.buffers()))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"{shape}: tensors {tensors / 1e9:.2f} GB, largest resident memory {peak / 1e9:.2f} GB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in args.shapes:
+            measure(shape, pathlib.Path(folder) / f"{shape}.gguf", args)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,16 @@ def cuda_code(device: torch.device) -> tuple[int, bool]:
     return code, bool(hopper.value)
 
 
+def room_for_codes(
+    weight: torch.Tensor, rows_4bit: int, rows_2bit: int, group_size: int
+) -> tuple[Shape, torch.Tensor, torch.Tensor]:
+    """Of a dense weight [N, K] that is quantised: its shape, and memory for codes and absmax on its device."""
+    rows, in_features = weight.shape
+    codes = weight.new_empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
+    absmax = weight.new_empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
+    return shape_of(rows, rows_4bit, rows_2bit, in_features, group_size), codes, absmax
+
+
 def cuda_quantize(
     weight: torch.Tensor,
     row_order: torch.Tensor,
@@ -177,10 +187,7 @@ def cuda_quantize(
     group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`reference.quantize` on the CUDA library; None where it does not cover the group size."""
-    rows, in_features = weight.shape
-    shape = shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
-    codes = weight.new_empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
-    absmax = weight.new_empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
+    shape, codes, absmax = room_for_codes(weight, rows_4bit, rows_2bit, group_size)
     weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
     status = call_cuda(
         "lowra_cuda_quantize",

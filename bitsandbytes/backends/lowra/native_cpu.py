@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import layout, native
+from . import native
 from .layout import PackedMatrix
 from .libraries import Packed, Part
 
@@ -23,10 +23,7 @@ def quantize(
     group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.quantize` on the CPU library."""
-    rows, in_features = weight.shape
-    shape = native.shape_of(rows, rows_4bit, rows_2bit, in_features, group_size)
-    codes = torch.empty(layout.codes_size(rows, rows_4bit, rows_2bit, in_features), dtype=torch.uint8)
-    absmax = torch.empty(rows, layout.group_count(in_features, group_size), dtype=torch.float32)
+    shape, codes, absmax = native.room_for_codes(weight, rows_4bit, rows_2bit, group_size)
     weight, row_order, thresholds = weight.contiguous(), row_order.contiguous(), thresholds.contiguous()
     status = native.call_cpu(
         "lowra_cpu_quantize",
