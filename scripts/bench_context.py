@@ -9,8 +9,9 @@ and head too. PyTorch may take what `lowra plan` counts as a card's: 97 % of its
 
 Each card has a process of its own. It first fills the optimiser's states with a step of a short sequence, then takes
 one of the length that is tried: that is when `seconds` and the peak are taken. First come the goals, in the whole
-model. Then the longest is looked for, beginning with what `lowra plan` says, and at last taken through the whole model.
-With the blocks' inputs on the host all blocks need the same, so the search may run fewer of them, while the weights,
+model; then, card by card, what `lowra plan` says less 3 %, in the whole model too, which is a lower bound of the
+longest; at last, as far as --limit goes, the longest is looked for and taken through the whole model. With the blocks'
+inputs on the host all blocks need the same, so what may not fit is tried with fewer of them first, while the weights,
 adapters, gradients and optimiser states of the others lie in memory as ever: a step at 100,000 tokens takes most of a
 minute, and this hardly a tenth. A row says how many blocks it ran. Nothing is begun that would not end before --limit.
 """
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from bench_cards import collate
+from bisection import STRIDE, UNIT, rounded, search
 from peft import LoraConfig, get_peft_model
 from random_models import SHAPES, make_model, model_config, pack_tables
 from transformers import TrainerCallback, set_seed
@@ -50,9 +52,10 @@ from lowra_command import ALLOCATOR
 GOALS = {8.0: 16_000, 16.0: 60_000, 24.0: 100_000}
 _OPTIONS = ("offload_activations", "tiled_mlp")
 _BITS = 1.86  # nominal, of a mix that takes two bits with all its tables
-_UNIT = 512  # tokens
 _SHORT = 64  # tokens of the step before
 _FEW_BLOCKS = 4
+_BELOW_PLAN = 0.97
+_GROWTH = 1.3  # of a step's seconds with its tokens, from 16,000 to 100,000: attention's part grows with the square
 _GIB = 2**30
 
 
@@ -108,7 +111,7 @@ class Bench:
         bare.config.use_cache = False
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         self._scratch = tempfile.TemporaryDirectory()
-        recipe = recipe_of(args, _UNIT)
+        recipe = recipe_of(args, UNIT)
         quicken_steps(self._model, recipe, self._arguments(recipe))
         self._tidy()
 
@@ -187,39 +190,6 @@ class _Watch(TrainerCallback):
         self._config.num_hidden_layers, self._gradients = self._all, None
 
 
-def search(step: Callable[[int], dict | None], guess: int, most: int) -> list[dict]:
-    """The steps of a bisection: from a guess up or down, by 4 % and ever more, until one fits and one does not.
-
-    Args:
-        step: tries a length; None where there is no time for it.
-        guess: tokens.
-        most: steps.
-    """
-    found: list[dict] = []
-    fits, fails, tokens, stride = 0, 0, _rounded(guess), 0.04
-    while len(found) < most and tokens not in (fits, fails):
-        result = step(tokens)
-        if result is None:
-            break
-        found.append(result)
-        if result["fits"]:
-            fits = tokens
-        else:
-            fails = tokens
-        if fits and fails:
-            tokens = _rounded((fits + fails) / 2)
-        else:
-            tokens = (
-                max(fits + _UNIT, _rounded(fits * (1 + stride))) if fits else max(_UNIT, _rounded(fails / (1 + stride)))
-            )
-            stride *= 2
-    return found
-
-
-def _rounded(tokens: float) -> int:
-    return int(tokens // _UNIT) * _UNIT
-
-
 class Worker:
     """A `Bench` in another process, and in a new one after a step that did not fit: one that breaks off within backward
     can leave tensors of autograd behind.
@@ -279,11 +249,13 @@ class Session:
         self._shape = shape_of(args.shape)
         self.blocks = SHAPES[args.shape][2]
         self.rows: list[dict[str, Any]] = []
-        self._found: dict[float, int] = {}
 
     def step(self, card: float, tokens: int, blocks: int, kind: str) -> dict | None:
-        """Takes a step, and tells of it; None where it would last too long."""
-        if time.perf_counter() - self._began + self._expected(tokens, blocks) > self._args.limit:
+        """Takes a step, and tells of it; None where it, or after a trial that of all blocks, would last too long."""
+        seconds = self._expected(tokens, blocks)
+        if blocks < self.blocks:
+            seconds += self._expected(tokens, self.blocks)
+        if time.perf_counter() - self._began + seconds > self._args.limit:
             print(f"{card:g} GB: {tokens:,} tokens, {kind}: left out, no time for it", flush=True)
             return None
         run, size = planned(self._args, self._shape, card)
@@ -297,29 +269,50 @@ class Session:
         return row
 
     def _expected(self, tokens: int, blocks: int) -> float:
-        """Seconds, from the longest step so far: attention is most of a long one, and grows with the square."""
+        """Seconds, from the longest step so far, of as many blocks if there is one."""
         timed = [row for row in self.rows if "seconds" in row]
         if not timed:
             return 0.0
         row = max(timed, key=lambda row: (row["blocks"] == blocks, row["tokens"]))
         times = tokens / row["tokens"]
-        return row["with_preparation"] * times ** (2 if times > 1 else 1) * max(1.0, blocks / row["blocks"])
+        return row["with_preparation"] * times ** (_GROWTH if times > 1 else 1) * max(1.0, blocks / row["blocks"])
 
-    def longest(self, card: float, with_few: bool) -> None:
-        """Looks for the longest, then takes it through the whole model."""
+    def lower_bound(self, card: float, few: int) -> None:
+        """What is planned less 3 %, or what is left of it until it fits, through the whole model."""
         run, size = planned(self._args, self._shape, card)
-        blocks = min(_FEW_BLOCKS, self.blocks) if with_few else self.blocks
-        known = [row["tokens"] for row in self.rows if row["card"] == card and row["fits"]]
-        guess = max(longest(self._shape, run, size), *known, 0)
-        found = search(lambda tokens: self.step(card, tokens, blocks, "search"), guess, self._args.trials)
-        self._found[card] = max((row["tokens"] for row in found if row["fits"]), default=0)
+        tokens = rounded(_BELOW_PLAN * longest(self._shape, run, size))
+        if tokens <= self._known(card):
+            return
+        for _ in range(self._args.trials):
+            row = self.step(card, tokens, few, "trial")
+            if row is None:
+                return
+            if row["fits"]:
+                self._through_all(card, tokens)
+                return
+            tokens = rounded(tokens * (1 - STRIDE))
 
-    def confirm(self, card: float) -> None:
-        """The longest that was found, or a little less, in the whole model."""
-        tokens = self._found.get(card, 0)
+    def longest(self, card: float, few: int) -> None:
+        """Looks for longer ones, and takes the longest through the whole model."""
+        known = self._known(card)
+        if not known:
+            return
+        fails = min((row["tokens"] for row in self.rows if row["card"] == card and not row["fits"]), default=0)
+        guess = (known + fails) // 2 if fails else max(known + UNIT, round(known * (1 + STRIDE)))
+        found = search(lambda tokens: self.step(card, tokens, few, "trial"), guess, self._args.trials, known, fails)
+        best = max((row["tokens"] for row in found if row["fits"]), default=0)
+        if best > known:
+            self._through_all(card, best)
+
+    def _known(self, card: float) -> int:
+        """The longest so far that fits."""
+        return max((row["tokens"] for row in self.rows if row["card"] == card and row["fits"]), default=0)
+
+    def _through_all(self, card: float, tokens: int) -> None:
+        """A length that fits with few blocks, or a little less, in the whole model."""
         for share in (1.0, 0.98):
-            if _rounded(tokens * share) > 0:
-                row = self.step(card, _rounded(tokens * share), self.blocks, "longest")
+            if rounded(tokens * share) > 0:
+                row = self.step(card, rounded(tokens * share), self.blocks, "whole")
                 if row is None or row["fits"]:
                     return
 
@@ -341,17 +334,18 @@ def _line(row: dict) -> str:
 
 
 def bench(args: argparse.Namespace, make_worker: Callable[[argparse.Namespace, float], Any] = Worker) -> list[dict]:
-    """All cards: goals, search, and the longest in the whole model, as far as time goes."""
+    """All cards: goals, lower bounds, and the longest, as far as time goes."""
     workers = {card: make_worker(args, card) for card in args.caps}
     session = Session(args, workers)
     try:
         for card, tokens in args.goals.items():
             if card in workers:
                 session.step(card, tokens, session.blocks, "goal")
+        few = session.blocks if "offload_activations" in args.without else min(_FEW_BLOCKS, session.blocks)
         for card in args.caps:
-            session.longest(card, "offload_activations" not in args.without)
+            session.lower_bound(card, few)
         for card in args.caps:
-            session.confirm(card)
+            session.longest(card, few)
     finally:
         for worker in workers.values():
             worker.end()
@@ -371,7 +365,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--optimizer", default="adamw_8bit")
     parser.add_argument("--without", nargs="*", default=[], choices=_OPTIONS)
-    parser.add_argument("--trials", type=int, default=4, help="steps of a search")
+    parser.add_argument("--trials", type=int, default=4, help="steps of a bound, and of a search")
     parser.add_argument("--limit", type=float, default=225, help="seconds in all")
     parser.add_argument("--device", default="cuda", help="cpu: nothing is measured but that it runs")
     parser.add_argument("--card", type=float, help=argparse.SUPPRESS)  # one, in this process

@@ -21,6 +21,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "70b": (8192, 28672, 80, 64, 8, 128256),
 }
 MIXES = {
+    1.15: (0.0, 0.15),
     1.25: (0.0, 0.25),
     1.5: (0.0625, 0.3125),
     1.86: (0.1, 0.56),  # two true bits at the widths of an 8B
@@ -64,16 +65,22 @@ def model_config(shape: str, positions: int = 4096) -> LlamaConfig:
 
 
 def make_model(
-    shape: str, base: str | float, positions: int = 4096, device: str = GPU, kept: str | None = None
+    shape: str,
+    base: str | float,
+    positions: int = 4096,
+    device: str = GPU,
+    kept: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
-    """A model whose layers are made on the device: "bf16", "NF4", or packed at so many bits.
+    """A model whose layers are made on the device: dense ("bf16"), "NF4", or packed at so many bits.
 
     Args:
         kept: where each layer goes once it is made, if not on the device.
+        dtype: of what is dense, and of the computation.
     """
     config = model_config(shape, positions)
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
     if base == "NF4":
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -81,7 +88,7 @@ def make_model(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
     torch.manual_seed(0)
@@ -90,36 +97,34 @@ def make_model(
             rows, columns = module.out_features, module.in_features
             if isinstance(base, float):
                 packed = lowra.LowRALinear.from_packed(random_packed(rows, columns, base, device))
-                packed.compute_dtype = torch.bfloat16
+                packed.compute_dtype = dtype
                 model.set_submodule(name, packed)
             elif base == "NF4":
                 import bitsandbytes
 
-                weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=device).mul_(0.02)
+                weight = torch.randn(rows, columns, dtype=dtype, device=device).mul_(0.02)
                 module.weight = bitsandbytes.nn.Params4bit(
-                    weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True
                 ).to(device)
             else:
-                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device=device).mul_(0.02))
+                module.weight = nn.Parameter(torch.randn(rows, columns, dtype=dtype, device=device).mul_(0.02))
         elif isinstance(module, nn.Linear | nn.Embedding):
-            module.weight = nn.Parameter(
-                torch.randn(module.weight.shape, dtype=torch.bfloat16, device=device).mul_(0.02)
-            )
+            module.weight = nn.Parameter(torch.randn(module.weight.shape, dtype=dtype, device=device).mul_(0.02))
         elif type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=dtype, device=device))
         if kept is not None and list(module.parameters(recurse=False)):
             model.get_submodule(name).to(kept)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(kept or device)
     return model.requires_grad_(False).eval()
 
 
-def pack_tables(model: nn.Module, bits: float, device: str = GPU) -> None:
+def pack_tables(model: nn.Module, bits: float, device: str = GPU, dtype: torch.dtype = torch.bfloat16) -> None:
     """Random packed embeddings and head in the place of a model's own."""
     packed = random_packed(*model.get_input_embeddings().weight.shape, bits, device)
     sizes = packed.in_features, packed.row_bits.numel(), packed.group_size
-    table = LowRAEmbedding(*sizes, packed.tensors(), torch.bfloat16)
+    table = LowRAEmbedding(*sizes, packed.tensors(), dtype)
     table.prepare()
     head = lowra.LowRALinear.from_packed(random_packed(*model.get_output_embeddings().weight.shape, bits, device))
-    head.compute_dtype = torch.bfloat16
+    head.compute_dtype = dtype
     model.set_input_embeddings(table)
     model.set_output_embeddings(head)

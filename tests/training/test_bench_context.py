@@ -11,12 +11,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import bench_context  # noqa: E402
+from bisection import search  # noqa: E402
 
 
 @pytest.fixture
 def args(tmp_path):
     return argparse.Namespace(
-        caps=[8.0, 16.0], goals={8.0: 16_000}, shape="8b", rank=32, optimizer="adamw_8bit", without=[], trials=6,
+        caps=[8.0, 16.0], goals={8.0: 16_000}, shape="8b", rank=32, optimizer="adamw_8bit", without=[], trials=8,
         limit=1000, device="cpu", out=tmp_path / "context.json",
     )  # fmt: skip
 
@@ -43,7 +44,7 @@ class Card:
         self.asked.append("end")
 
 
-def test_goals_come_first_and_the_longest_goes_through_the_whole_model(args):
+def test_goals_come_first_then_bounds_and_the_longest_goes_through_the_whole_model(args):
     cards = {}
 
     def make(args, card):
@@ -53,23 +54,31 @@ def test_goals_come_first_and_the_longest_goes_through_the_whole_model(args):
     first = rows[0]
     assert (first["card"], first["tokens"], first["blocks"], first["kind"]) == (8.0, 16_000, 32, "goal")
     for card in args.caps:
-        (last,) = [row for row in rows if row["card"] == card and row["kind"] == "longest"]
-        assert last["fits"] and last["blocks"] == 32 and 0.9 * 3_000 * card < last["tokens"] <= 3_000 * card
-        assert {blocks for _, blocks in cards[card].asked[1:-2] if card == 16.0} <= {4}
+        whole = [row for row in rows if row["card"] == card and row["kind"] == "whole"]
+        assert whole and all(row["blocks"] == 32 for row in whole)
+        best = max(row["tokens"] for row in whole if row["fits"])
+        assert 0.95 * 3_000 * card < best <= 3_000 * card
+        assert {row["blocks"] for row in rows if row["card"] == card and row["kind"] == "trial"} == {4}
         assert cards[card].asked[-1] == "end"
+    # a bound for each card before the longest of any
+    first = [
+        next(place for place, row in enumerate(rows) if row["card"] == card and row["kind"] == "whole")
+        for card in args.caps
+    ]
+    assert [row["kind"] for row in rows[first[0] + 1 : first[1]]].count("whole") <= 1
     assert args.out.exists()
 
 
 def test_what_would_last_too_long_is_left_out(args, capsys):
     args.limit = 10  # of which the goal takes 5
     rows = bench_context.bench(args, Card)
-    assert [row["kind"] for row in rows].count("longest") < 2
+    assert [row["kind"] for row in rows].count("whole") < 2
     assert "left out, no time for it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fits", [900, 20_000, 30_000, 31_500, 40_000])
 def test_a_search_ends_at_what_fits(fits):
-    found = bench_context.search(lambda tokens: {"tokens": tokens, "fits": tokens <= fits}, 30_000, 40)
+    found = search(lambda tokens: {"tokens": tokens, "fits": tokens <= fits}, 30_000, 40)
     longest = max((row["tokens"] for row in found if row["fits"]), default=0)
     assert longest == fits // 512 * 512
 
