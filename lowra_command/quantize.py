@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     calibration.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="UTF-8 text, or the calibration.safetensors of an earlier run",
+        help="UTF-8 text, self (the model writes it), or the calibration.safetensors of an earlier run",
     )
     calibration.add_argument(
         "--feedback",

@@ -8,7 +8,10 @@ every linear layer of the blocks: AdamW, cosine schedule, warmup 0.03, gradients
 """
 
 import argparse
+import copy
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
@@ -17,14 +20,25 @@ import pathlib
 import queue
 import signal
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import accuracy_end_to_end  # noqa: E402
 import torch  # noqa: E402
-from accuracy_variants import DEFAULTS, Variant, plain_start, quantise  # noqa: E402
+from accuracy_variants import (  # noqa: E402
+    DEFAULTS,
+    Variant,
+    as_packed,
+    plain_start,
+    quantise,
+    reconstructed,
+    true_bits,
+)
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -32,7 +46,13 @@ from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
 from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
+from lowra.quantization.own_text import write_text  # noqa: E402
 from lowra.weights.packed import PackedWeight  # noqa: E402
+
+TRAINING = ("train", "table_rate", "lr", "train_steps")
+QUANTISED = (*TRAINING, "end_to_end")
+FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
+HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
 
 
 class Adapted(nn.Module):
@@ -59,7 +79,7 @@ def base_layer(weight: PackedWeight | torch.Tensor) -> nn.Linear:
 class Session:
     """Model, text and calibration, loaded once per process."""
 
-    def __init__(self, model, text, device, calibration_tokens, eval_blocks):
+    def __init__(self, model, text, device, calibration_tokens, eval_blocks, own_text, shared):
         self.device = torch.device(device)
         self.folder = model
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -68,11 +88,13 @@ class Session:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
         self.targets = find_targets(self.model, None)
-        modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
-        self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
-        count = max(1, calibration_tokens // SEQUENCE)
-        self.calibration = collect(self.model, modules, self.train[:count], True, False)
-        self._fitted = None, None  # the last variant's quantisation and its result
+        self.modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
+        self.weights = {name: module.weight.detach().cpu().clone() for name, module in self.modules.items()}
+        self._own_text = own_text
+        self._count = max(1, calibration_tokens // SEQUENCE)
+        self._calibrations = {}
+        self._shared = shared
+        self._trained = None, None  # blocks of the last variant, which the next may train on
 
     def _blocks(self, tokenizer, path):
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -82,12 +104,66 @@ class Session:
             blocks += [ids[i : i + SEQUENCE] for i in range(0, len(ids) - SEQUENCE + 1, SEQUENCE)]
         return torch.tensor(blocks)
 
+    def text(self, origin: str, count: int) -> torch.Tensor:
+        """Token ids [count, T], or all that there are; waits for the process that lets the model write."""
+        if origin == "given":
+            return self.train[:count]
+        while not self._own_text.exists():
+            time.sleep(1)
+        own = load_file(self._own_text)["tokens"][HELD_OUT:]
+        return (own if origin == "own" else torch.cat([self.train, own]))[:count]
+
+    def calibration(self, origin: str):
+        """Statistics over the first sequences of a text, from the dense model."""
+        if origin not in self._calibrations:
+            for name, target in self.targets.items():
+                replace_module(self.model, target.name, self.modules[name])
+            sequences = self.text(origin, self._count)
+            self._calibrations[origin] = collect(self.model, self.modules, sequences, True, False)
+        return self._calibrations[origin]
+
     def quantised(self, v: Variant):
-        """What `quantise` returns, made once for variants in a row that differ in their training alone."""
-        key = quantisation_of(v)
-        if self._fitted[0] != key:
-            self._fitted = key, quantise(self, v)
-        return self._fitted[1]
+        """Packed weights and factors by name, and what an end-to-end training reports; each stage is made once for
+        variants in a row that differ in later ones alone.
+        """
+        fitted = self._fitted(v)
+        if not v.reconstruct:
+            return fitted, {}
+        key = stage_of(v, QUANTISED)
+        if self._trained[0] != key:
+            self._trained = key, reconstructed(self, v, fitted)
+        trained, found = self._trained[1], {}
+        if v.end_to_end:
+            trained, options = copy.deepcopy(trained), dict(v.end_to_end)
+            sequences = self.text(options.pop("on"), options.pop("blocks"))
+            found["kl"] = accuracy_end_to_end.train(self, trained, sequences, seed=v.seed, **options)
+        return as_packed(fitted, trained), found
+
+    def _fitted(self, v: Variant):
+        """What `quantise` returns, made by the first process that needs it and read by the others."""
+        key = hashlib.sha256(json.dumps(stage_of(v, FITTED)).encode()).hexdigest()[:16]
+        path = self._shared / f"{key}.safetensors"
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                fitted = quantise(self, v)
+                save_fitted(fitted, path)
+        return load_fitted(path)
+
+    def own_divergence(self):
+        """KL divergence from the dense model on text that it wrote, of the model as it is; None without such text."""
+        if not self._own_text.exists():
+            return None
+        own = load_file(self._own_text)["tokens"][:HELD_OUT]
+        self.model.eval()
+        total = 0.0
+        dense = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            for part in own.split(4):
+                part = part.to(self.device)
+                wanted = dense(input_ids=part, use_cache=False).logits
+                total += float(accuracy_end_to_end.divergence(wanted, self.model(input_ids=part).logits)) * len(part)
+        return total / len(own)
 
     def perplexity(self):
         self.model.eval()
@@ -99,37 +175,66 @@ class Session:
         return math.exp(total / len(self.valid))
 
 
-def quantisation_of(v: Variant) -> dict:
-    """The switches that decide what is trained later."""
-    training = ("train", "table_rate", "lr", "train_steps")
-    return {key: value for key, value in dataclasses.asdict(v).items() if key not in training}
+def save_fitted(fitted, path):
+    """Packed or dense weights and factors by name, into a safetensors file."""
+    tensors = {}
+    for name, (stored, a, b) in fitted.items():
+        parts = stored.tensors() if isinstance(stored, PackedWeight) else {"dense": stored}
+        tensors |= {f"{name}:{part}": tensor.contiguous() for part, tensor in {**parts, "a": a, "b": b}.items()}
+        if isinstance(stored, PackedWeight):
+            tensors[f"{name}:shape"] = torch.tensor([stored.in_features, stored.group_size])
+    save_file(tensors, path)
+
+
+def load_fitted(path):
+    parts = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.rpartition(":")
+        parts.setdefault(name, {})[part] = tensor
+    fitted = {}
+    for name, own in parts.items():
+        a, b = own.pop("a"), own.pop("b")
+        if "dense" in own:
+            fitted[name] = own["dense"], a, b
+        else:
+            columns, group = own.pop("shape").tolist()
+            fitted[name] = PackedWeight(**{"scale_steps": None, **own}, in_features=columns, group_size=group), a, b
+    return fitted
+
+
+def stage_of(v: Variant, later: tuple) -> dict:
+    """The switches of a stage: all but those of later ones."""
+    return {key: value for key, value in dataclasses.asdict(v).items() if key not in later}
 
 
 def run(session: Session, v: Variant) -> dict:
     start = time.perf_counter()
     torch.manual_seed(v.seed)
     device, model = session.device, session.model
-    true_bits, output_error = 16.0, 0.0
+    bits, output_error, ends = 16.0, 0.0, {}
     if v.bits < 16:
-        fitted, true_bits = session.quantised(v)
+        fitted, ends = session.quantised(v)
+        bits = true_bits(session, v, fitted)
     for name, target in session.targets.items():
         weight = session.weights[name]
         if v.bits < 16:
             stored, a, b = fitted[name]
             dense = stored.dequantize() if isinstance(stored, PackedWeight) else stored
-            left, moment = weight - dense - b @ a, session.calibration.moment(name)
+            left, moment = weight - dense - b @ a, session.calibration(v.calibrate_on).moment(name)
             output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
         else:
             stored, (a, b) = weight, plain_start(weight, v.rank)
         replace_module(model, target.name, Adapted(base_layer(stored), a, b).to(device))
     prepared = time.perf_counter() - start
-    untuned = session.perplexity()
+    untuned, own_kl = session.perplexity(), session.own_divergence()
     trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
-        "true_bits": true_bits,
+        "true_bits": bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
+        "own_kl": own_kl,
+        **ends,
         **trained,
         "prepared_s": prepared,
         "seconds": time.perf_counter() - start,
@@ -213,6 +318,14 @@ def _next(results, workers):
                 raise RuntimeError("A worker died; its traceback is above.") from None
 
 
+def write(folder, count, path, device):
+    """Token ids that a model writes, into a file that appears when it is whole."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+    tokens = write_text(model, AutoTokenizer.from_pretrained(folder), count, SEQUENCE, batch=512, progress=False)
+    save_file({"tokens": tokens}, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
@@ -224,16 +337,21 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--eval-blocks", type=int, default=10_000)
+    parser.add_argument("--write-text", type=int, default=0, help="sequences that the model writes, for `own` text")
+    parser.add_argument("--own-text", type=pathlib.Path, help="where to keep them, or where they lie")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
     variants = json.loads(args.variants.read_text())
     groups = {}  # a process quantises once for variants that differ in their training alone
     for variant in variants:
-        groups.setdefault(json.dumps(quantisation_of(Variant(**variant))), []).append(variant)
+        groups.setdefault(json.dumps(stage_of(Variant(**variant), TRAINING)), []).append(variant)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
-    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks)
+    folder = tempfile.TemporaryDirectory()
+    shared = pathlib.Path(folder.name)
+    own_text = args.own_text or shared / "own.safetensors"
+    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own_text, shared)
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     workers = [
         context.Process(target=_work, args=(jobs, results, threads, arguments), daemon=True)
@@ -246,6 +364,9 @@ def main():
         jobs.put(group)
     running = min(args.workers, len(waiting))
     del waiting[: args.workers]
+    if args.write_text:
+        write(args.model, args.write_text + HELD_OUT, own_text, args.device)
+        print(f"own text written after {time.perf_counter() - start:.0f} s", flush=True)
     while running:
         row = _next(results, workers)
         if row is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import torch
 
@@ -12,7 +13,9 @@ from lowra.quantization.block_stream import BlockStream
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
 from lowra.quantization.planning import Planner
+from lowra.quantization.trained_weight import TrainedWeight
 from lowra.training import hqq
+from lowra.weights.packed import PackedWeight
 
 RATES = dict(block_training.RATES)
 
@@ -28,8 +31,12 @@ class Variant:
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
         reconstruct: passes of the training of each block towards the dense one.
-        reconstruct_blocks: sequences of training text for it.
+        reconstruct_blocks: sequences of text for it.
         rates: of that training, in place of `block_training.RATES`.
+        calibrate_on: text of the statistics: "given" (for training) or "own" (written by the model).
+        reconstruct_on: text of the blocks' training: "given", "own", or "both", the given one first.
+        end_to_end: steps, and what else `accuracy_end_to_end.train` takes, of a training of all blocks together.
+        only: regular expression for the names of the matrices that are quantised; the others keep 16 bits.
     """
 
     model: str = ""
@@ -55,6 +62,10 @@ class Variant:
     reconstruct: int = 0
     reconstruct_blocks: int = 24
     rates: dict = dataclasses.field(default_factory=dict)
+    calibrate_on: str = "given"
+    reconstruct_on: str = "given"
+    end_to_end: dict = dataclasses.field(default_factory=dict)
+    only: str = ""
 
 
 DEFAULTS = dataclasses.asdict(Variant())
@@ -71,26 +82,25 @@ class Experiment(Planner):
 
 
 def quantise(session, v: Variant):
-    """(packed weight, A, B) of every matrix, on the CPU, and true bits per parameter; dense weights for HQQ.
+    """(packed weight, A, B) of every matrix, on the CPU; dense weights for HQQ and where `v.only` leaves them.
 
-    session: an `accuracy_grid.Session`, of which weights, targets and calibration are read.
+    session: an `accuracy_grid.Session`, of which weights, targets and calibrations are read.
 
     On the CPU because many processes that wait for one GPU at every small step make each other slow.
     """
     if v.method == "hqq":
         dense = {name: hqq.hqq(weight, int(v.bits)) for name, weight in session.weights.items()}
-        return {name: (weight, *plain_start(weight, v.rank)) for name, weight in dense.items()}, hqq.true_bits(
-            int(v.bits)
-        )
+        return {name: (weight, *plain_start(weight, v.rank)) for name, weight in dense.items()}
     config = LowRAConfig(
         bits=v.bits, budget=v.budget, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
         scales=v.scales, codebook=v.codebook, assigner=v.assigner,
     )  # fmt: skip
-    planner = Experiment(config, None, session.calibration)
+    calibration = session.calibration(v.calibrate_on)
+    planner = Experiment(config, None, calibration)
 
     def fit(name, book, row_bits):
         weight = session.weights[name]
-        moment = session.calibration.moment(name) if v.method == "cloq" or v.feedback else None
+        moment = calibration.moment(name) if v.method == "cloq" or v.feedback else None
 
         def pack(matrix):
             return quantize_matrix(matrix, book, row_bits, config)
@@ -100,45 +110,61 @@ def quantise(session, v: Variant):
         )
         return packed, factors.lora_A, factors.lora_B
 
-    for name, target in session.targets.items():
+    wanted = {name: target for name, target in session.targets.items() if re.search(v.only, name)}
+    for name, target in wanted.items():
         planner.add(name, target, session.weights[name])
         if v.aware:
 
             def left_over(book, row_bits, name=name):
                 packed, a, b = fit(name, book, row_bits)
                 left = session.weights[name] - packed.dequantize() - b @ a
-                seen = left @ session.calibration.moment(name) if v.method == "cloq" else left
+                seen = left @ calibration.moment(name) if v.method == "cloq" else left
                 return (seen * left).sum(dim=1)
 
             planner.see_correction(name, left_over)
     plan = planner.assign()
-    fitted = {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in session.targets}
-    if v.reconstruct:
-        fitted = reconstructed(session, v, fitted)
-    stored = sum(packed.stored_bits for packed, _, _ in fitted.values())
-    return fitted, stored / sum(weight.numel() for weight in session.weights.values())
+    dense = {name: session.weights[name] for name in session.targets if name not in wanted}
+    kept = {name: (weight, *plain_start(weight, v.rank)) for name, weight in dense.items()}
+    return kept | {name: fit(name, plan.codebooks[name], plan.row_bits[name]) for name in wanted}
 
 
-def reconstructed(session, v: Variant, fitted):
-    """`fitted` after its blocks were trained on the session's device."""
+def true_bits(session, v: Variant, fitted) -> float:
+    """Everything stored, per weight that is quantised."""
+    if v.method == "hqq":
+        return hqq.true_bits(int(v.bits))
+    packed = {name: entry[0] for name, entry in fitted.items() if isinstance(entry[0], PackedWeight)}
+    return sum(weight.stored_bits for weight in packed.values()) / sum(session.weights[n].numel() for n in packed)
+
+
+def reconstructed(session, v: Variant, fitted) -> dict[str, TrainedWeight]:
+    """What `fitted` packs after its blocks were trained on the session's device."""
+    device = session.device
 
     def start(name):
         packed, a, b = fitted[name]
-        there = {key: tensor.to(session.device) for key, tensor in packed.tensors().items()}
-        return dataclasses.replace(packed, **there), LowRank(a.to(session.device), b.to(session.device))
+        there = {key: tensor.to(device) for key, tensor in packed.tensors().items()}
+        return dataclasses.replace(packed, **there), LowRank(a.to(device), b.to(device))
 
     block_training.RATES.update(RATES | v.rates)
     folder = pathlib.Path(session.folder)
     source = DenseCheckpoint(safetensors_files(folder), empty_model(folder))
-    sequences = session.train[: v.reconstruct_blocks]
-    stream = BlockStream(source, session.targets, sequences, block_training.BATCH, session.device)
+    targets = {name: target for name, target in session.targets.items() if isinstance(fitted[name][0], PackedWeight)}
+    sequences = session.text(v.reconstruct_on, v.reconstruct_blocks)
+    stream = BlockStream(source, targets, sequences, block_training.BATCH, device)
     trained = {}
     for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed):
-        for name, weight in block.weights.items():
-            packed, factors = weight.packed(), weight.factors()
-            there = {key: tensor.cpu() for key, tensor in packed.tensors().items()}
-            trained[name] = dataclasses.replace(packed, **there), factors.lora_A.cpu(), factors.lora_B.cpu()
+        trained.update(block.weights)
     return trained
+
+
+def as_packed(fitted, trained: dict[str, TrainedWeight]):
+    """`fitted` with what was trained in its place, on the CPU."""
+    packed = {}
+    for name, weight in trained.items():
+        stored, factors = weight.packed(), weight.factors()
+        there = {key: tensor.cpu() for key, tensor in stored.tensors().items()}
+        packed[name] = dataclasses.replace(stored, **there), factors.lora_A.cpu(), factors.lora_B.cpu()
+    return fitted | packed
 
 
 def plain_start(weight, rank):

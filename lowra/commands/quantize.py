@@ -7,13 +7,15 @@ from collections.abc import Callable
 from ..checkpoints.places import expanded
 from ..config import LowRAConfig
 from ..device import choose_device
-from ..quantization.calibration import TOKENS, Calibration, calibrate
+from ..quantization.calibration import RECONSTRUCT_TOKENS, TOKENS, Calibration, calibrate
 from ..quantization.group_size import GROUP_SIZES
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
 from .memory import announce_quantising, shape_if_known
 from .ranges import refuse_idle
+
+OWN = "self"  # in place of the name of a text, for one that the model writes; a file of this name is ./self
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -54,10 +56,11 @@ def run(args: argparse.Namespace) -> dict:
         calibration = functools.partial(
             calibrate,
             args.model,
-            args.calibrate,
+            None if args.calibrate == OWN else args.calibrate,
             TOKENS if args.calibration_tokens is None else args.calibration_tokens,
             args.device,
             has_moments,
+            reconstruct_tokens=RECONSTRUCT_TOKENS if args.reconstruct else 0,
             head=args.head,
             embeddings=args.embeddings,
             trust_remote_code=args.trust_remote_code,

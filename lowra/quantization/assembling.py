@@ -58,6 +58,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
         "packed_error": packed_error,
         "adapted_error": None if job.adapter is None else adapted_error,
         "block_errors": block_errors(pieces),
+        "calibration_text": None if job.calibration is None else job.calibration.origin,
         "assigner": {
             "solver": plan.assignment.solver,
             "error": plan.assignment.error,

@@ -27,6 +27,7 @@ from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
 from .lowrank import truncated_svd
 from .observers import EmbeddingObserver, ExpertObserver
+from .own_text import write_text
 
 CALIBRATION_FILE = "calibration.safetensors"
 TOKENS = 25_000
@@ -37,6 +38,9 @@ SEQUENCE = 1024
 MOMENT_RANK = 64
 # Columns that hardly saw an input keep this share of the mean: 25,000 tokens do not prove that they never will.
 DAMPING = 0.01
+# Where the text of a calibration comes from, as files and reports record it.
+GIVEN_TEXT, OWN_TEXT = "a given text", "written by the model itself"
+_ORIGIN = "text"
 
 
 @dataclasses.dataclass
@@ -51,6 +55,7 @@ class Calibration:
         factors: [K, r], F with F F^T + a diagonal for mean x x^T; what a file keeps of the moments.
         sequences: token ids [count, T] of the text, for `LowRAConfig.reconstruct`; in no file, because the text may not
             be for those who get the checkpoint.
+        origin: `GIVEN_TEXT`, `OWN_TEXT`, or None where a file of an earlier version does not tell.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -58,6 +63,7 @@ class Calibration:
     moments: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     factors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     sequences: torch.Tensor | None = None
+    origin: str | None = None
 
     @property
     def has_moments(self) -> bool:
@@ -124,7 +130,8 @@ class Calibration:
             else:
                 rank = min(MOMENT_RANK, len(self.inputs[name]))
                 parts["factors"][name] = truncated_svd(self.moments[name], rank)[0].half()
-        save_tensors({f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, path)
+        tensors = {f"{part}.{name}": t for part, group in parts.items() for name, t in group.items()}
+        save_tensors(tensors, path, None if self.origin is None else {_ORIGIN: self.origin})
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Calibration":
@@ -138,14 +145,16 @@ class Calibration:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: this checkpoint was quantised without a calibration.")
         parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "gradients": {}, "factors": {}, "shared": {}}
-        for key, tensor in read_tensors(path, "the statistics of a calibration")[0].items():
+        tensors, metadata = read_tensors(path, "the statistics of a calibration")
+        for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             if part not in parts:
                 raise ValueError(f"{path} holds {key}, which no calibration has.")
             parts[part][name] = tensor
         for name, owner in parts.pop("shared").items():
             parts["factors"][name] = parts["factors"][bytes(owner.tolist()).decode()]
-        return cls(parts["inputs"], parts["gradients"], factors=parts["factors"])
+        origin = next((known for known in (GIVEN_TEXT, OWN_TEXT) if known == metadata.get(_ORIGIN)), None)
+        return cls(parts["inputs"], parts["gradients"], factors=parts["factors"], origin=origin)
 
 
 def _digest(*parts: dict[str, torch.Tensor]) -> str:
@@ -160,7 +169,7 @@ def _digest(*parts: dict[str, torch.Tensor]) -> str:
 
 def calibrate(
     model: str,
-    text: str | pathlib.Path | Iterable[str],
+    text: str | pathlib.Path | Iterable[str] | None,
     tokens: int = TOKENS,
     device: str | torch.device | None = None,
     moments: bool = False,
@@ -178,7 +187,8 @@ def calibrate(
 
     Args:
         model: local folder or hub name.
-        text: a file of UTF-8 text or of JSON lines with a field `text`, or texts such as the rows of a data set.
+        text: a file of UTF-8 text or of JSON lines with a field `text`, or texts such as the rows of a data set; None:
+            as much as is used of it is written by the model itself (`own_text`), always the same.
         tokens: how many to use at most.
         device: "cpu", or a GPU (then all of them); a GPU if there is one.
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
@@ -196,8 +206,13 @@ def calibrate(
     folder = resolve_folder(model)
     skeleton = empty_model(folder, trust_remote_code)
     targets = find_targets(skeleton, None, head, embeddings)
-    kept = _sequences(folder, text, max(tokens, reconstruct_tokens), tokens, skeleton.config, trust_remote_code)
-    sequences = kept[: tokens // kept.shape[1]]
+    length = min(SEQUENCE, getattr(skeleton.config, "max_position_embeddings", SEQUENCE))
+    if tokens < length:
+        raise ValueError(f"A calibration takes at least one sequence of {length} tokens; got {tokens}.")
+    most = max(tokens, reconstruct_tokens)
+    kept = None
+    if text is not None:
+        kept = _sequences(folder, text, most, length, skeleton.config, trust_remote_code)
     device = choose_device(device)
     where: dict[str, Any] = {"dtype": torch.float32}
     if device.type != "cpu":
@@ -205,6 +220,9 @@ def calibrate(
     if any(target.experts is not None for target in targets.values()):
         where["experts_implementation"] = "eager"  # experts are watched one by one
     dense = type(skeleton).from_pretrained(folder, **where)
+    if kept is None:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        kept = write_text(dense, tokenizer, most // length, length, progress=progress)
     if dense.supports_gradient_checkpointing:
         dense.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         dense.train()  # Transformers checkpoints in training mode only
@@ -217,7 +235,8 @@ def calibrate(
         for place in (target.name, *target.tied) if target.experts is None else ():
             if not isinstance(dense.get_submodule(place), nn.Embedding):
                 modules[name] = dense.get_submodule(place)
-    calibration = collect(dense, modules, sequences, moments, progress)
+    calibration = collect(dense, modules, kept[: tokens // kept.shape[1]], moments, progress)
+    calibration.origin = OWN_TEXT if text is None else GIVEN_TEXT
     calibration.sequences = kept[: reconstruct_tokens // kept.shape[1]]
     for observer in observers:
         observer.close()
@@ -245,30 +264,28 @@ def _sequences(
     folder: pathlib.Path,
     text: str | pathlib.Path | Iterable[str],
     most: int,
-    tokens: int,
+    length: int,
     config: PreTrainedConfig,
     trust_remote_code: bool,
 ) -> torch.Tensor:
-    """Token ids [count, length] of the beginning of the text, of `most` at most; enough for statistics over `tokens`.
+    """Token ids [count, length] of the beginning of the text, `most` of them at most.
 
     Raises:
-        ValueError: the text, or what is asked for of it, has not one sequence.
+        ValueError: the text has not one sequence.
     """
-    if tokens < 1:
-        raise ValueError(f"A calibration takes at least one token of text; got {tokens}.")
     if isinstance(text, (str, pathlib.Path)):
         text = read_text(expanded(text))
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     ids: list[int] = []
     for row in text:
         ids += tokenizer(row, verbose=False)["input_ids"]
         if len(ids) >= most:
             break
     count = min(len(ids), most) // length
-    if min(len(ids), tokens) < length:
-        few = f"has {len(ids)} tokens" if len(ids) < length else f"may be used up to {tokens} tokens"
-        raise ValueError(f"The calibration text {few}, which is less than one sequence of {length}: give more.")
+    if len(ids) < length:
+        raise ValueError(
+            f"The calibration text has {len(ids)} tokens, which is less than one sequence of {length}: give more."
+        )
     check_token_ids(set(ids), config, tokenizer, "the calibration text")
     return torch.tensor(ids[: count * length]).view(count, length)
 

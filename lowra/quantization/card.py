@@ -114,6 +114,7 @@ def _rows_of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRe
         "squared error / energy": error,
         "assigner": f"{report['assigner']['solver']}: error {report['assigner']['gap']:.2e} above the relaxed bound",
         "adapter": initial,
+        **({"text of the calibration": text} if (text := report["calibration_text"]) else {}),
     }
 
 

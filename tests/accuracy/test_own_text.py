@@ -1,0 +1,63 @@
+"""Text that a model writes itself: by its own probabilities, always the same, and in place of a text of the user's."""
+
+import argparse
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from transformers import AutoModelForCausalLM
+
+from lowra.quantization import own_text
+from lowra.quantization.calibration import OWN_TEXT, Calibration, calibrate
+from lowra_command import quantize
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+
+def write(model, count=3, length=24, **options):
+    return own_text.write_text(model, byte_tokenizer(), count, length, progress=False, **options)
+
+
+def test_it_is_drawn_from_the_probabilities_of_the_whole_text_before(model):
+    written = write(model)
+    assert written.shape == (3, 24) and torch.equal(written, write(model))
+    assert not torch.equal(written, write(model, seed=1))
+    with torch.no_grad():
+        shares = model(written).logits.float().softmax(dim=-1)
+    generator = torch.Generator().manual_seed(0)
+    for place in range(23):
+        assert torch.equal(torch.multinomial(shares[:, place], 1, generator=generator)[:, 0], written[:, place + 1])
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
+    real, tried = own_text._write, []
+
+    def small(model, tokenizer, count, *others):
+        tried.append(count)
+        if count > 2:
+            raise torch.OutOfMemoryError
+        return real(model, tokenizer, count, *others)
+
+    monkeypatch.setattr(own_text, "_write", small)
+    written = write(model, count=5, batch=8)
+    assert tried == [5, 4, 2, 2, 1] and written.shape == (5, 24)
+    assert len({tuple(row.tolist()) for row in written}) == 5
+
+
+def test_calibrate_self(tiny_llama, tmp_path):
+    output = tmp_path / "packed"
+    arguments = [tiny_llama, "--bits", "1.5", "--feedback", "0", "--calibrate", "self", "--calibration-tokens", "256"]
+    parser = argparse.ArgumentParser()
+    quantize.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["quantize", *map(str, arguments), "--output", str(output), "--device", "cpu"])
+    report = args.run(args)
+    assert report["calibration_text"] == OWN_TEXT == Calibration.load(output).origin
+    assert f"| text of the calibration | {OWN_TEXT} |" in (output / "README.md").read_text()
+
+
+def test_its_text_serves_reconstruction(tiny_llama):
+    found = calibrate(str(tiny_llama), None, 256, "cpu", progress=False, reconstruct_tokens=512)
+    assert found.sequences.shape == (4, 128) and found.origin == OWN_TEXT
