@@ -321,7 +321,7 @@ def _next(results, workers):
 def write(folder, count, path, device):
     """Token ids that a model writes, into a file that appears when it is whole."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
-    tokens = write_text(model, AutoTokenizer.from_pretrained(folder), count, SEQUENCE, batch=512, progress=False)
+    tokens = write_text(model, AutoTokenizer.from_pretrained(folder), count, SEQUENCE, batch=1024, progress=False)
     save_file({"tokens": tokens}, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
 
@@ -345,7 +345,7 @@ def main():
     variants = json.loads(args.variants.read_text())
     groups = {}  # a process quantises once for variants that differ in their training alone
     for variant in variants:
-        groups.setdefault(json.dumps(stage_of(Variant(**variant), TRAINING)), []).append(variant)
+        groups.setdefault(json.dumps(stage_of(Variant(**variant), QUANTISED)), []).append(variant)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     folder = tempfile.TemporaryDirectory()
