@@ -37,7 +37,8 @@ def write_text(
     Raises:
         ValueError: a model that does not write token after token.
     """
-    device = model.get_input_embeddings().weight.device
+    table = model.get_input_embeddings().get_parameter("weight")
+    device = table.device
     batch = batch or (BATCH_CPU if device.type == "cpu" else BATCH_GPU)
     was_training = model.training
     model.eval()
@@ -45,7 +46,7 @@ def write_text(
     with tqdm(total=count * length, desc="writing text", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         while (left := count - sum(map(len, done))) > 0:
             try:
-                done.append(_write(model, tokenizer, min(batch, left), length, seed + len(done), device, bar))
+                done.append(_write(model, tokenizer, min(batch, left), length, seed + len(done), bar))
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
@@ -61,17 +62,17 @@ def _write(
     count: int,
     length: int,
     seed: int,
-    device: torch.device,
     bar: tqdm,
 ) -> torch.Tensor:
-    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    table = model.get_input_embeddings().get_parameter("weight")
+    vocabulary = min(len(tokenizer), table.shape[0])
     special = set(tokenizer.all_special_ids)
     plain = torch.tensor([token for token in range(vocabulary) if token not in special])
     generator = torch.Generator().manual_seed(seed)
     begun = plain[torch.randint(len(plain), (count, 1), generator=generator)]
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         begun = torch.cat([torch.full_like(begun, tokenizer.bos_token_id), begun], dim=1)
-    written, cache, drawing = begun[:, :length].to(device), None, None
+    written, cache, drawing = begun[:, :length].to(table.device), None, None
     bar.update(written.numel())
     new = written
     while written.shape[1] < length:
@@ -84,7 +85,7 @@ def _write(
             )
         logits = out.logits[:, -1, :vocabulary].float()
         drawing = drawing or torch.Generator(logits.device).manual_seed(seed)
-        new = torch.multinomial(logits.softmax(dim=-1), 1, generator=drawing).to(device)
+        new = torch.multinomial(logits.softmax(dim=-1), 1, generator=drawing).to(table.device)
         written = torch.cat([written, new], dim=1)
         bar.update(count)
     return written.cpu()
