@@ -29,6 +29,7 @@ if str(ROOT) not in sys.path:
 
 import accuracy_end_to_end  # noqa: E402
 import torch  # noqa: E402
+from accuracy_efficientqat import SteppedLinear, UniformWeight  # noqa: E402
 from accuracy_variants import (  # noqa: E402
     DEFAULTS,
     Variant,
@@ -68,9 +69,11 @@ class Adapted(nn.Module):
         return self.base(x) + low
 
 
-def base_layer(weight: PackedWeight | torch.Tensor) -> nn.Linear:
+def base_layer(weight: PackedWeight | UniformWeight | torch.Tensor) -> nn.Module:
     if isinstance(weight, PackedWeight):
         return LowRALinear.from_packed(weight)
+    if isinstance(weight, UniformWeight):
+        return SteppedLinear(weight)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # draws no random numbers
     layer.weight = nn.Parameter(weight.bfloat16())
     return layer
@@ -219,7 +222,7 @@ def run(session: Session, v: Variant) -> dict:
         weight = session.weights[name]
         if v.bits < 16:
             stored, a, b = fitted[name]
-            dense = stored.dequantize() if isinstance(stored, PackedWeight) else stored
+            dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
             left, moment = weight - dense - b @ a, session.calibration(v.calibrate_on).moment(name)
             output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
         else:
@@ -246,7 +249,8 @@ def fine_tune(session, v):
     if not tables:
         return {"tuned": session.perplexity()}
     unbaked = session.perplexity()
-    bake_tables(session.model)
+    if not v.train.startswith("steps"):
+        bake_tables(session.model)
     return {"tuned": session.perplexity(), "tuned_unpacked": unbaked}
 
 
@@ -255,12 +259,19 @@ def optimise(session, v, batch=8, warmup=0.03):
     model, blocks, steps = session.model, session.train, v.train_steps
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    tables = [] if v.train == "lora" else list(train_tables(model, scales=v.train == "both").values())
+    if v.train.startswith("steps"):
+        tables = [p for name, p in model.named_parameters() if name.endswith("step_change")]
+        for parameter in tables:
+            parameter.requires_grad_(True)
+    else:
+        tables = [] if v.train == "lora" else list(train_tables(model, scales=v.train == "both").values())
     adapters = [p for name, p in model.named_parameters() if name.endswith(("lora_a", "lora_b"))]
+    if v.train == "steps alone":
+        adapters = []
     for parameter in adapters:
         parameter.requires_grad_(True)
     groups = [{"params": adapters, "lr": v.lr}, {"params": tables, "lr": v.lr * v.table_rate, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups[: 2 if tables else 1], weight_decay=0.1)
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.1)
     warm = max(1, round(warmup * steps))
 
     def factor(step):

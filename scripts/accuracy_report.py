@@ -35,17 +35,19 @@ _NAMES = {
     "LoftQ": _NORMAL_FLOAT,
     "QLoRA": {**_NORMAL_FLOAT, "method": "lora"},
     "HQQ": {"method": "hqq"},
+    "EfficientQAT": {"method": "efficientqat"},
 }
 _STYLES = {
     "LoftQ": ("tab:gray", "s--"),
     "QLoRA": ("tab:olive", "v--"),
     "HQQ": ("tab:brown", "^--"),
+    "EfficientQAT": ("tab:purple", "D--"),
     "data-free": ("tab:blue", "o-"),
     "data-free, tables trained": ("tab:cyan", "*"),
     "calibrated": ("tab:red", "o-"),
     "calibrated, tables trained": ("tab:orange", "*-"),
 }
-_BASELINES = ("LoftQ", "QLoRA", "HQQ")
+_BASELINES = ("LoftQ", "QLoRA", "HQQ", "EfficientQAT")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 
+import accuracy_efficientqat
 import torch
 
 from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
@@ -27,9 +28,10 @@ class Variant:
     Attributes:
         model: folder of another model than the first argument.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
-        train: what is trained beside the adapter: "lora" (nothing), "levels", or "both": levels and scales.
+        train: what is trained beside the adapter: "lora" (nothing), "levels", or "both": levels and scales; of
+            "efficientqat" "steps", or "steps alone" without the adapter.
         table_rate: learning rate of levels and scales over that of the adapter.
-        method: of the low-rank start, or "hqq" for that baseline at whole `bits`.
+        method: of the low-rank start, or "hqq" or "efficientqat" for these baselines at whole `bits`.
         reconstruct: passes of the training of each block towards the dense one.
         reconstruct_blocks: sequences of text for it.
         rates: of that training, in place of `block_training.RATES`.
@@ -91,6 +93,8 @@ def quantise(session, v: Variant):
     if v.method == "hqq":
         dense = {name: hqq.hqq(weight, int(v.bits)) for name, weight in session.weights.items()}
         return {name: (weight, *plain_start(weight, v.rank)) for name, weight in dense.items()}
+    if v.method == "efficientqat":  # its codes are made with the blocks
+        return {name: (weight, *plain_start(weight, v.rank)) for name, weight in session.weights.items()}
     config = LowRAConfig(
         bits=v.bits, budget=v.budget, sensitivity=v.sensitivity, refine=v.refine, menu=v.menu, group_size=v.group_size,
         scales=v.scales, codebook=v.codebook, assigner=v.assigner,
@@ -132,12 +136,16 @@ def true_bits(session, v: Variant, fitted) -> float:
     """Everything stored, per weight that is quantised."""
     if v.method == "hqq":
         return hqq.true_bits(int(v.bits))
+    if v.method == "efficientqat":
+        return accuracy_efficientqat.true_bits(int(v.bits))
     packed = {name: entry[0] for name, entry in fitted.items() if isinstance(entry[0], PackedWeight)}
     return sum(weight.stored_bits for weight in packed.values()) / sum(session.weights[n].numel() for n in packed)
 
 
-def reconstructed(session, v: Variant, fitted) -> dict[str, TrainedWeight]:
-    """What `fitted` packs after its blocks were trained on the session's device."""
+def reconstructed(session, v: Variant, fitted):
+    """What `fitted` packs after its blocks were trained on the session's device, by name: `TrainedWeight`, or what
+    EfficientQAT makes of it.
+    """
     device = session.device
 
     def start(name):
@@ -148,19 +156,26 @@ def reconstructed(session, v: Variant, fitted) -> dict[str, TrainedWeight]:
     block_training.RATES.update(RATES | v.rates)
     folder = pathlib.Path(session.folder)
     source = DenseCheckpoint(safetensors_files(folder), empty_model(folder))
-    targets = {name: target for name, target in session.targets.items() if isinstance(fitted[name][0], PackedWeight)}
+    targets = session.targets
+    if v.only:
+        targets = {name: target for name, target in targets.items() if isinstance(fitted[name][0], PackedWeight)}
     sequences = session.text(v.reconstruct_on, v.reconstruct_blocks)
     stream = BlockStream(source, targets, sequences, block_training.BATCH, device)
+    if v.method == "efficientqat":
+        return dict(accuracy_efficientqat.block_ap(stream, int(v.bits), v.reconstruct, v.seed, v.rates))
     trained = {}
     for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed):
         trained.update(block.weights)
     return trained
 
 
-def as_packed(fitted, trained: dict[str, TrainedWeight]):
+def as_packed(fitted, trained):
     """`fitted` with what was trained in its place, on the CPU."""
     packed = {}
     for name, weight in trained.items():
+        if not isinstance(weight, TrainedWeight):
+            packed[name] = weight, *fitted[name][1:]
+            continue
         stored, factors = weight.packed(), weight.factors()
         there = {key: tensor.cpu() for key, tensor in stored.tensors().items()}
         packed[name] = dataclasses.replace(stored, **there), factors.lora_A.cpu(), factors.lora_B.cpu()
