@@ -34,7 +34,7 @@ def make_checkpoint(shape: str, blocks: int, length: int, folder: pathlib.Path, 
 
 def quantise(folder: pathlib.Path, output: pathlib.Path, passes: int, sequences: int, length: int, device: str) -> dict:
     text = torch.randint(VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(0))
-    config = LowRAConfig(bits=2.0, budget="true", group_size=128, refine=2, reconstruct=passes)
+    config = LowRAConfig(bits=2.0, group_size=128, refine=2, reconstruct=passes)
     recipe = AdapterRecipe(16, method="loftq", steps=1)
     return quantize_checkpoint(str(folder), output, config, recipe, device, False, Calibration({}, {}, sequences=text))
 
