@@ -44,7 +44,7 @@ def adapted(args: argparse.Namespace, base: str | float, way: str) -> torch.nn.M
     if kernels[0] == "unsloth":
         from unsloth_model import make_unsloth_model
 
-        return make_unsloth_model(args.shape, args.rank, args.dtype)
+        return make_unsloth_model(args.shape, args.rank, args.dtype, args.scratch)
     model = make_model(args.shape, base, device=args.device, dtype=args.dtype)
     if "liger" in kernels:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GiB that PyTorch may take of the GPU, as on a smaller card")
     parser.add_argument("--ready", type=float, default=200, help="seconds that the first steps of a shape may take")
     parser.add_argument("--device", default="cuda", help="cpu: nothing is measured but that it runs")
+    parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/tmp"), help="for unsloth's checkpoint")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.half)
@@ -166,6 +167,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     code = native.cuda_code(torch.device("cuda", 0))[0] if args.device == "cuda" else 0
     print(name, torch.__version__, f"kernels of {code}", f"at most {args.cap} GiB" if args.cap else "")
+    if "unsloth" in args.peer_ways:
+        import unsloth  # noqa: F401 - before what it patches is used
     rows = []
     pairs = [*itertools.product(args.bits, args.ways), *itertools.product(args.peers, args.peer_ways)]
     # Liger replaces classes of Transformers for the rest of the process, unsloth too
