@@ -44,6 +44,7 @@ from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
+from lowra.corpus import read_text  # noqa: E402
 from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
@@ -52,7 +53,7 @@ from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps")
 QUANTISED = (*TRAINING, "end_to_end")
-FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
+FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates", "felt")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
 
 
@@ -86,8 +87,9 @@ class Session:
         self.device = torch.device(device)
         self.folder = model
         tokenizer = AutoTokenizer.from_pretrained(model)
-        self.train = self._blocks(tokenizer, text / "train.txt")
-        self.valid = self._blocks(tokenizer, text / "validation.txt")[:eval_blocks]
+        self.data = text.name
+        self.train = self._blocks(tokenizer, text, "train")
+        self.valid = self._blocks(tokenizer, text, "validation")[:eval_blocks]
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
         self.targets = find_targets(self.model, None)
@@ -99,8 +101,9 @@ class Session:
         self._shared = shared
         self._trained = None, None  # blocks of the last variant, which the next may train on
 
-    def _blocks(self, tokenizer, path):
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    def _blocks(self, tokenizer, folder, part):
+        path = folder / f"{part}.txt"
+        rows = read_text(path) if path.exists() else [f"{row}\n\n" for row in read_text(folder / f"{part}.jsonl")]
         blocks = []
         for first in range(0, len(rows), 1000):
             ids = tokenizer("".join(rows[first : first + 1000])).input_ids
@@ -233,6 +236,7 @@ def run(session: Session, v: Variant) -> dict:
     trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
+        "text": session.data,
         "true_bits": bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
@@ -340,7 +344,7 @@ def write(folder, count, path, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("text", type=pathlib.Path, help="folder with train.txt and validation.txt")
+    parser.add_argument("text", type=pathlib.Path, help="folder with train and validation, .txt or .jsonl")
     parser.add_argument("--variants", type=pathlib.Path, required=True, help="JSON list of variants, most wanted first")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--workers", type=int, default=1)
