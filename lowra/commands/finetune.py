@@ -20,14 +20,24 @@ def run(args: argparse.Namespace) -> dict:
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
     announce_finetuning(recipe, not args.no_memory_check, first)
 
-    def promise() -> None:
+    def promise(steps: int) -> None:
         if first and recipe.save_steps:
-            print(f"A checkpoint every {recipe.save_steps} steps in {recipe.output}; after a crash add resume=true.")
+            print(_promised(recipe, steps))
 
     result = finetune(recipe, progress=first, at_start=promise)
     if first:
         _show(recipe, result)
     return result
+
+
+def _promised(recipe: Recipe, steps: int) -> str:
+    """When checkpoints will be written: the Trainer adds one after the last step."""
+    every = recipe.save_steps or steps
+    if every >= steps:
+        when = f"A checkpoint after the last step, {steps}, and none before it (save_steps={every})"
+    else:
+        when = f"A checkpoint every {every} steps" + (f" and after step {steps}, the last" if steps % every else "")
+    return f"{when}, in {recipe.output}; after a crash add resume=true."
 
 
 def _show(recipe: Recipe, result: dict) -> None:

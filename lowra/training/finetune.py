@@ -40,19 +40,19 @@ from .recipe import Problems, Recipe
 from .settled import check_idle_overrides, on_device, settle, used
 from .sharding import OnceSharded, check_sharded_run, gathered, share_out, untuned_of
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
-from .trainer import make_trainer, training_arguments
+from .trainer import make_trainer, steps_of, training_arguments
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[], object] | None = None) -> dict:
+def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], object] | None = None) -> dict:
     """Runs a recipe from the model to the metrics.
 
     Args:
         recipe: what to do.
         progress: show it.
-        at_start: called once data and base are there, before anything is trained.
+        at_start: called with the number of optimiser steps once data and base are there, before anything is trained.
 
     Returns:
         the content of `OUTPUT/metrics.json`: bits, untuned and tuned metrics, loss curve, seconds, peak bytes, paths.
@@ -73,7 +73,7 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[], objec
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
     if at_start is not None:
-        at_start()
+        at_start(steps_of(recipe, len(data.train), arguments.world_size))
     result, model = train(recipe, base, data, arguments, progress=progress)
     trained = gathered(model)
     result["adapter"] = str(output / "adapter")

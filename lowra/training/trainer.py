@@ -117,7 +117,7 @@ class _LanguageTrainer(Trainer):
             return super().compute_loss(*args, **kwargs)
 
 
-def _steps(recipe: Recipe, rows: int, processes: int) -> int:
+def steps_of(recipe: Recipe, rows: int, processes: int) -> int:
     """Optimiser steps of a run, as the Trainer counts them."""
     if recipe.max_steps is not None:
         return recipe.max_steps
@@ -130,7 +130,7 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a run, with `training_arguments`."""
     kind = Seq2SeqTrainer if recipe.task == "summarization" else _LanguageTrainer
-    steps = _steps(recipe, len(data.train), arguments.world_size)
+    steps = steps_of(recipe, len(data.train), arguments.world_size)
     if steps == 1:
         arguments.warmup_steps = 0  # or the only step would have the rate at which a warm-up begins, 0
     if steps < _FEW_STEPS and recipe.max_steps is None and progress:

@@ -1,5 +1,6 @@
 """What is wrong with a run is said all at once, before anything is read, fetched or written."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,3 +69,33 @@ def test_nothing_is_promised_before_the_data_are_known(tmp_path, capsys, tiny_ll
     assert main([*command, "block_size=64", "bf16=false"]) == 2
     shown = capsys.readouterr()
     assert "line 2 has no text" in shown.err and "checkpoint" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "promised"),
+    [
+        (25, 10, "A checkpoint after the last step, 10, and none before it (save_steps=25), in "),
+        (10, 10, "A checkpoint after the last step, 10, and none before it (save_steps=10), in "),
+        (4, 10, "A checkpoint every 4 steps and after step 10, the last, in "),
+        (3, 6, "A checkpoint every 3 steps, in "),
+        (1, 1, "A checkpoint after the last step, 1, and none before it (save_steps=1), in "),
+    ],
+)
+def test_what_is_promised_is_what_the_trainer_writes(tmp_path, capsys, monkeypatch, tiny_llama, every, steps, promised):
+    def run(recipe, progress, at_start):
+        at_start(steps)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lowra.commands.finetune.finetune", run)
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n', encoding="utf-8")
+    data = [f"{name}_file={tmp_path / 'rows.jsonl'}" for name in ("train", "validation")]
+    main(["finetune", "wikitext2", f"model={tiny_llama}", *data, f"output={tmp_path / 'run'}", f"save_steps={every}"])
+    assert promised in capsys.readouterr().out
+
+
+def test_the_steps_promised_are_those_that_are_trained(recipe):
+    from lowra.training.finetune import finetune
+
+    promised = []
+    run = dataclasses.replace(recipe, max_steps=None, epochs=0.5, accumulation=4, save_steps=3)
+    assert finetune(run, False, promised.append)["steps"] == promised[0]
