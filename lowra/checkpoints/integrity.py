@@ -1,10 +1,12 @@
 """Whether a packed checkpoint is what was written: a digest of every tensor, kept in `lowra_digests.json`.
 
-    {"algorithm": "xxh3_128", "tensors": {name: digest}, "config": the content of config.json}
+    {"algorithm": "xxh3_128", "tensors": {name: digest}, "config": the content of config.json,
+     "files": {name: digest of the whole}, "packing": what the tensors are together}
 
-The file stands beside the weights and not in their headers, where a program that writes the weights anew would lose
-it. Weights of `save_pretrained(variant="fp16")` have one of their own, `lowra_digests.fp16.json`. A checkpoint of an
-earlier version, without it, loads as it always did; its tables are checked all the same.
+Where the files are the same, so is every tensor, and a load looks no further. It stands beside the weights and not in
+their headers, where a program that writes the weights anew would lose it. Weights of
+`save_pretrained(variant="fp16")` have one of their own, `lowra_digests.fp16.json`. A checkpoint of an earlier version,
+without it or without `files`, loads as it always did; its tables are checked all the same.
 """
 
 import concurrent.futures
@@ -27,6 +29,7 @@ from .configs import of_variant
 from .guarded import read_json
 from .matching import count_and_names
 from .reading import StoredTensor, stored_tensors
+from .whole_files import digests_of_files, mapped, not_finite, tables_among
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,31 @@ class FoundTensors:
     not_ascending: list[str]
 
 
+def known_tensors(files: list[pathlib.Path], recorded: dict | None) -> FoundTensors:
+    """What files hold: as it was recorded where they are, byte for byte, those that were written; else `find_tensors`.
+
+    Raises:
+        ValueError: see there; tables are looked at whatever the digests say.
+    """
+    expected, packing = (recorded or {}).get("files"), (recorded or {}).get("packing")
+    if not expected or not isinstance(packing, dict) or expected != digests_of_files(files):
+        return find_tensors(files)
+    places = [place for path in files for place in stored_tensors(path)]
+    _refuse_not_finite(not_finite(tables_among(places, TABLES)))
+    return FoundTensors(dict((recorded or {})["tensors"]), dict(packing), [])
+
+
+def noted_tensors(files: list[pathlib.Path], recorded: dict) -> FoundTensors:
+    """What files should hold by their headers and by what was recorded, before their bytes are read; tables are.
+
+    Raises:
+        ValueError: a file is cut short, or a table holds NaN or infinite values.
+    """
+    places = [place for path in files for place in stored_tensors(path)]
+    _refuse_not_finite(not_finite(tables_among(places, TABLES)))
+    return FoundTensors({p.key: recorded["tensors"].get(p.key, "") for p in places}, dict(recorded["packing"]), [])
+
+
 def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
     """Reads every byte of a checkpoint's tensors, on a few threads.
 
@@ -73,13 +101,11 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
         for module in modules
     ]
     # mapped, and not read into memory of our own: copying takes twice as long as hashing
-    # as plain arrays: a slice of a memmap costs ten times as much, and there are a thousand
-    contents: dict[pathlib.Path, np.ndarray] = {path: np.asarray(np.memmap(path, np.uint8, mode="r")) for path in files}
+    contents = {path: mapped(path) for path in files}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         packed = list(threads.map(lambda weight: _read_packed(weight, contents), weights))
         dense = list(threads.map(lambda place: _digest(place, contents), places.values()))
-    if not_finite := [name for weight in packed for name in weight.not_finite]:
-        raise ValueError(f"NaN or infinite values stand in {count_and_names(not_finite)}. {_REMEDY}")
+    _refuse_not_finite([name for weight in packed for name in weight.not_finite])
     digests = dict(zip(places, dense, strict=True))
     for weight in packed:
         digests.update(weight.digests)
@@ -90,10 +116,23 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
     )
 
 
-def write_digests(folder: pathlib.Path, found: FoundTensors, variant: str | None = None) -> None:
+def _refuse_not_finite(names: list[str]) -> None:
+    if names:
+        raise ValueError(f"NaN or infinite values stand in {count_and_names(names)}. {_REMEDY}")
+
+
+def write_digests(
+    folder: pathlib.Path, files: list[pathlib.Path], found: FoundTensors, variant: str | None = None
+) -> None:
     """Writes what was found in a finished checkpoint, or a variant of it, beside it, with a copy of its config.json."""
     config = read_json(folder / "config.json", "the config of the checkpoint")
-    content = {"algorithm": ALGORITHM, "tensors": found.digests, "config": config}
+    content = {
+        "algorithm": ALGORITHM,
+        "tensors": found.digests,
+        "config": config,
+        "files": digests_of_files(files),
+        "packing": found.packing,
+    }
     save_json(content, folder / of_variant(DIGESTS_FILE, variant))
 
 
@@ -148,6 +187,11 @@ def check_tensors(
         ):
             if names:
                 raise ValueError(f"The packed checkpoint {folder} {what} {count_and_names(names)}. {_REMEDY}")
+    if recorded is not None and recorded.get("packing", found.packing) != found.packing:
+        raise ValueError(
+            f"{folder / of_variant(DIGESTS_FILE, variant)} was not written with the weights beside it (packing): files "
+            f"of two checkpoints are mixed. {_REMEDY}"
+        )
     if packing is not None and packing != found.packing:
         raise ValueError(
             f"The packed weights in {folder} are not those that its config.json was written with (quantization_config."

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -21,10 +22,13 @@ from ..checkpoints.integrity import (
     changed_settings,
     check_tensors,
     find_tensors,
+    known_tensors,
+    noted_tensors,
     read_digests,
     write_digests,
 )
 from ..config import LowRAConfig
+from ..nn.first_use import FirstUse
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_readable
 from ..weights.digests import packing_of
@@ -33,6 +37,7 @@ from ..weights.packed import STORAGES
 logger = logging.getLogger(__name__)
 
 
+_READ_AT_ONCE = 64 << 20  # takes some 5 ms, a tenth of what a small model takes to load
 _HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _fetched_with: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("fetched_with", default=None)
 
@@ -49,35 +54,51 @@ def fetched_with(options: dict[str, Any]) -> Iterator[None]:
 
 
 class IntegrityCheck:
-    """Reads a packed checkpoint's files through while Transformers loads them.
+    """Holds a packed checkpoint's files against what was written.
+
+    They are read through while Transformers loads them, or, where that would be most of what a load does, before the
+    model is first used: on a CPU tensors are mapped and a load reads none of them.
 
     Attributes:
         folder: of the checkpoint.
     """
 
-    def __init__(self, files: list[pathlib.Path], config: PreTrainedConfig):
+    def __init__(self, files: list[pathlib.Path], config: PreTrainedConfig, mapped: bool):
         """
         Args:
             files: of the checkpoint.
             config: of the model, which knows where on the hub it comes from.
+            mapped: the load reads nothing.
 
         Raises:
             ValueError: digests that cannot be read.
         """
         self.folder = files[0].parent
+        self._files = files
         self._variant = variant_of(files[0])
         self._recorded = read_digests(_digests_file(self.folder, of_variant(DIGESTS_FILE, self._variant), config))
-        self._reader = concurrent.futures.ThreadPoolExecutor(1)
-        self._found = self._reader.submit(find_tensors, files)
+        known = (self._recorded or {}).get("packing") is not None and (self._recorded or {}).get("files") is not None
+        self._found: concurrent.futures.Future | None = None
+        if not (mapped and known and sum(path.stat().st_size for path in files) > _READ_AT_ONCE):
+            self._reader = concurrent.futures.ThreadPoolExecutor(1)
+            self._found = self._reader.submit(known_tensors, files, self._recorded)
 
-    def finish(self, config: LowRAConfig) -> None:
-        """Waits for the reading. A config of an earlier version learns what packing this is.
+    def finish(self, model: nn.Module, config: LowRAConfig) -> None:
+        """Waits for the reading, or has the model's first use wait for it. A config of an earlier version learns what
+        packing this is.
 
         Raises:
             ValueError: a tensor is another one than was written, or a table holds NaN or infinite values.
         """
-        found = self._found.result()
-        self._reader.shutdown(wait=False)
+        if self._found is None:
+            found = noted_tensors(self._files, self._recorded or {})
+            before_use = FirstUse(functools.partial(self._read, config.packing))
+            for module in model.modules():
+                if isinstance(module, PackedModule):
+                    module.at_first_use = before_use
+        else:
+            found = self._found.result()
+            self._reader.shutdown(wait=False)
         check_tensors(found, self._recorded, config.packing, self.folder, self._variant)
         config.packing = found.packing
         changes = [] if self._recorded is None else changed_settings(self._recorded, self.folder)
@@ -87,6 +108,10 @@ class IntegrityCheck:
                 self.folder,
                 "; ".join(changes),
             )
+
+    def _read(self, packing: dict[str, str] | None) -> None:
+        found = known_tensors(self._files, self._recorded)
+        check_tensors(found, self._recorded, packing, self.folder, self._variant)
 
 
 def packing_in_memory(model: nn.Module) -> dict[str, str] | None:
@@ -140,7 +165,7 @@ def write_digests_of_saved(folder: pathlib.Path, config: LowRAConfig, variant: s
         content = read_json(folder / "config.json", "the config that was just saved")
         content["quantization_config"]["packing"] = found.packing
         save_json(content, folder / "config.json")
-    write_digests(folder, found, variant)
+    write_digests(folder, files, found, variant)
 
 
 def _remove_outdated(folder: pathlib.Path, variant: str | None) -> None:

@@ -169,7 +169,8 @@ class LowRAHfQuantizer(HfQuantizer):
         for module in put_stored(model, self._targets, group_size, packed_files):
             # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
             keep_values(module.parameters())
-        self._check = IntegrityCheck(files, model.config)
+        on = self._only_device()
+        self._check = IntegrityCheck(files, model.config, mapped=on is not None and on.type == "cpu")
         # Another class than the one that was saved (a new head, the bare encoder) may lack and gain tensors.
         if type(model).__name__ in (model.config.architectures or []):
             check_packed_names(files, model, packed_files.names_by_key())
@@ -215,7 +216,7 @@ class LowRAHfQuantizer(HfQuantizer):
             self._loading.finish()
             self._loading = None
         if self._check is not None:
-            self._check.finish(self.quantization_config)
+            self._check.finish(model, self.quantization_config)
             watch_for_start(model, self._check.folder, self.quantization_config)
             self._check = None
         watch_factors(model)

@@ -12,6 +12,7 @@ from bitsandbytes.backends.lowra.checks import check_packed
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 
 from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES, PackedWeight
+from .first_use import FirstUse
 from .row_layout import IN_COMPILED, RowLayout, Seen, Still, is_readable
 
 _CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ class PackedModule(nn.Module):
             `model.to(dtype)`.
         tied: other modules that hold the same tensors, such as the head of tied embeddings.
         is_replaced: other tensors were put in than the model's config describes.
+        at_first_use: what has to happen before these tensors are used, or None.
     """
 
     weight: torch.Tensor
@@ -50,6 +52,7 @@ class PackedModule(nn.Module):
     bias: Any  # a parameter, or None
     tied: "tuple[PackedModule, ...]" = ()
     is_replaced = False
+    at_first_use: FirstUse | None = None
     _parameters: dict[str, Any]  # None for a tensor that this packing lacks
 
     def __init__(
@@ -107,6 +110,7 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, sharing this module's tensors."""
+        self._begin_to_use()
         tensors = {name: self._parameters[name] for name in TENSOR_NAMES}
         return PackedWeight(**tensors, in_features=self.in_features, group_size=self.group_size)
 
@@ -163,6 +167,7 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: the packed tensors do not belong together, or their codes were written into.
         """
+        self._begin_to_use()
         rows = self._layout
         if rows is None:
             rows = self._look(accept=True)
@@ -172,6 +177,11 @@ class PackedModule(nn.Module):
         elif not self._is_as_seen():
             rows = self._look(accept=False)
         return rows
+
+    def _begin_to_use(self) -> None:
+        if self.at_first_use is not None:
+            self.at_first_use()
+            self.at_first_use = None
 
     def _assert_as_seen(self) -> None:
         """In compiled code, which has no host to look with: on a CPU the contents are compared at every run.
@@ -288,6 +298,7 @@ class PackedModule(nn.Module):
                 module._seen = {}
 
     def __getstate__(self) -> dict:
+        self._begin_to_use()
         return {**self.__dict__, "_layout": None, "_seen": {}, "_watched": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -307,6 +318,7 @@ class PackedModule(nn.Module):
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._begin_to_use()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):  # kept by torch.save, not by safetensors
             destination._metadata.setdefault(prefix[:-1], {})["group_size"] = self.group_size

@@ -38,7 +38,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     model.config.quantization_config = reached
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(final)
-    write_digests(final, written)
+    write_digests(final, safetensors_files(final), written)
     copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
         kind = TRAINED_ADAPTER if job.config.reconstruct else ADAPTER
