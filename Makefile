@@ -39,7 +39,7 @@ fuzz: $(VENV)/.built
 fuzz-ops: $(VENV)/.built
 	$(BIN)/python scripts/fuzz_ops.py $(ARGS)
 
-# The CPU library with sanitizers, and for ARM under an emulator where g++-aarch64-linux-gnu and qemu-user are installed.
+# The CPU library with sanitizers, for ARM under an emulator (g++-aarch64-linux-gnu, qemu-user), and by clang (ziglang).
 test-cpu: $(VENV)/.built
 	$(BIN)/python -m pytest -m slow tests/kernels
 

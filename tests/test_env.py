@@ -27,7 +27,7 @@ def test_env_says_what_runs_here(capsys):
     assert cpu["tried"] == "works"
     assert found["libraries"]["cpu"]["loaded"] == native.cpu_available()
     if native.cpu_available():
-        assert cpu["in_use"] in ("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic")
+        assert cpu["in_use"] in ("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic")
         assert f"{cpu['in_use']}, tried: works" in text
     if torch.version.cuda is None:
         assert "without CUDA" in found["libraries"]["cuda"]["why_not"]

@@ -9,12 +9,12 @@ int row_in(int number, int lane) { return (number & 1) * 8 + (number >> 1) + lan
 
 // Turns the index of a byte by two bits: that of register i, byte j of 16 is 16 i + j. Four registers come from four.
 inline __attribute__((always_inline)) void turn(int i, bytes a, bytes b, bytes c, bytes d, bytes *to) {
-  const bytes first = WIDE(unpacklo_epi8)(a, c), second = WIDE(unpackhi_epi8)(a, c);
-  const bytes third = WIDE(unpacklo_epi8)(b, d), fourth = WIDE(unpackhi_epi8)(b, d);
-  to[4 * i] = WIDE(unpacklo_epi8)(first, third);
-  to[4 * i + 1] = WIDE(unpackhi_epi8)(first, third);
-  to[4 * i + 2] = WIDE(unpacklo_epi8)(second, fourth);
-  to[4 * i + 3] = WIDE(unpackhi_epi8)(second, fourth);
+  const bytes first = interleaved_lower(a, c), second = interleaved_upper(a, c);
+  const bytes third = interleaved_lower(b, d), fourth = interleaved_upper(b, d);
+  to[4 * i] = interleaved_lower(first, third);
+  to[4 * i + 1] = interleaved_upper(first, third);
+  to[4 * i + 2] = interleaved_lower(second, fourth);
+  to[4 * i + 3] = interleaved_upper(second, fourth);
 }
 
 // 16 bytes of kByteRows rows, from starts + first, to 16 columns: byte i of each row in register i.
@@ -31,26 +31,21 @@ inline __attribute__((always_inline)) void load_byte_columns(const uint8_t *cons
 // Sums of kByteRows rows over `count` registers of bits, by their tables.
 inline __attribute__((always_inline)) void look_up_bytes(const bytes *bits, const uint8_t *tables, int count,
                                                          bytes *sums) {
-  const auto table = [&](int at) { return repeated(_mm_load_si128((const __m128i *)(tables + at))); };
+  const auto table = [&](int at) { return load_table(tables + at); };
   // of each digit: 16-bit words of two bytes as one number, and of their upper bytes
-  bytes low = bytes{}, low_odd = low, high = low, high_odd = low;
+  bytes low = repeated_byte(0), low_odd = low, high = low, high_odd = low;
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i, tables += 64) {
     const bytes first = lower_nibbles(bits[i]), second = upper_nibbles(bits[i]);
-    const bytes lower = WIDE(add_epi8)(WIDE(shuffle_epi8)(table(0), first), WIDE(shuffle_epi8)(table(32), second));
-    const bytes upper = WIDE(add_epi8)(WIDE(shuffle_epi8)(table(16), first), WIDE(shuffle_epi8)(table(48), second));
-    low = WIDE(add_epi16)(low, lower);
-    low_odd = WIDE(add_epi16)(low_odd, WIDE(srli_epi16)(lower, 8));
-    high = WIDE(add_epi16)(high, upper);
-    high_odd = WIDE(add_epi16)(high_odd, WIDE(srli_epi16)(upper, 8));
+    const bytes lower = add_bytes(look_up(table(0), first), look_up(table(32), second));
+    const bytes upper = add_bytes(look_up(table(16), first), look_up(table(48), second));
+    low = add_halves(low, lower);
+    low_odd = add_halves(low_odd, upper_bytes(lower));
+    high = add_halves(high, upper);
+    high_odd = add_halves(high_odd, upper_bytes(upper));
   }
-  low = WIDE(sub_epi16)(low, WIDE(slli_epi16)(low_odd, 8));
-  high = WIDE(sub_epi16)(high, WIDE(slli_epi16)(high_odd, 8));
-  const bytes digits = WIDE(set1_epi32)(1 | (kDigit + 1) << 16);
-  sums[0] = WIDE(madd_epi16)(WIDE(unpacklo_epi16)(low, high), digits);
-  sums[1] = WIDE(madd_epi16)(WIDE(unpackhi_epi16)(low, high), digits);
-  sums[2] = WIDE(madd_epi16)(WIDE(unpacklo_epi16)(low_odd, high_odd), digits);
-  sums[3] = WIDE(madd_epi16)(WIDE(unpackhi_epi16)(low_odd, high_odd), digits);
+  join_digits(without_upper(low, low_odd), without_upper(high, high_odd), sums);
+  join_digits(low_odd, high_odd, sums + 2);
 }
 
 // Scales of kByteRows rows, the last one's where there are fewer, to [groups, kByteRows] in the order of row_in.
@@ -70,13 +65,13 @@ void arrange_scales(const float *scales, int64_t groups, int64_t rows, float *la
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        b[2 * i] = WIDE(unpacklo_ps)(a[i], a[i + 2]);
-        b[2 * i + 1] = WIDE(unpackhi_ps)(a[i], a[i + 2]);
+        b[2 * i] = interleaved_lower(a[i], a[i + 2]);
+        b[2 * i + 1] = interleaved_upper(a[i], a[i + 2]);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        WIDE(storeu_ps)(lanes + (group + 2 * i) * kByteRows, WIDE(unpacklo_ps)(b[i], b[i + 2]));
-        WIDE(storeu_ps)(lanes + (group + 2 * i + 1) * kByteRows, WIDE(unpackhi_ps)(b[i], b[i + 2]));
+        store(lanes + (group + 2 * i) * kByteRows, interleaved_lower(b[i], b[i + 2]));
+        store(lanes + (group + 2 * i + 1) * kByteRows, interleaved_upper(b[i], b[i + 2]));
       }
     }
     for (; group < groups; ++group) {
@@ -104,8 +99,8 @@ void product_by_bytes(const product_rows &p, int64_t row) {
     const int64_t first = chunk / 8;
     if (first % kLineBytes == 0) {  // the processor does not see where so many rows lead, and which come after them
       for (int r = 0; r < kByteRows; ++r) {
-        _mm_prefetch((const char *)(starts[r] + first + kLineBytes), _MM_HINT_T0);
-        _mm_prefetch((const char *)(starts[r] + first + kByteRows * p.row_bytes), _MM_HINT_T1);
+        __builtin_prefetch(starts[r] + first + kLineBytes);
+        __builtin_prefetch(starts[r] + first + kByteRows * p.row_bytes, 0, 2);
       }
     }
     bytes bits[kBytesAtOnce];
@@ -133,8 +128,8 @@ void product_by_bytes(const product_rows &p, int64_t row) {
   for (int i = 0; i < kParts; ++i) {
     for (int t = 0; t < TOKENS; ++t) {
       float all[kLanes], ones[kLanes];
-      WIDE(storeu_ps)(all, whole[t][i]);
-      WIDE(storeu_ps)(ones, set[t][i]);
+      store(all, whole[t][i]);
+      store(ones, set[t][i]);
       for (int lane = 0; lane < kLanes; ++lane) {
         const int r = row_in(i, lane);
         if (r >= rows) continue;
@@ -144,5 +139,51 @@ void product_by_bytes(const product_rows &p, int64_t row) {
     }
   }
 }
+
+// For every 8 columns of x [x_stride] in 13 bits the first digits and the second of the lower four, and of the upper.
+#if defined(__aarch64__)
+void make_byte_tables(const int16_t *x, int64_t x_stride, uint8_t *tables) {
+  for (int64_t k = 0; k < x_stride; k += 4, tables += 32) {
+    int least = 0;
+    uint16x8_t lower = vdupq_n_u16(0), upper = lower;  // entries 0 to 7, and those with the fourth column
+    for (int i = 0; i < 4; ++i) {
+      static const uint16_t kChosen[4][8] = {{0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff},
+                                             {0, 0, 0xffff, 0xffff, 0, 0, 0xffff, 0xffff},
+                                             {0, 0, 0, 0, 0xffff, 0xffff, 0xffff, 0xffff},
+                                             {0}};
+      const uint16x8_t value = vdupq_n_u16((uint16_t)x[k + i]), chosen = vandq_u16(value, vld1q_u16(kChosen[i]));
+      lower = vaddq_u16(lower, chosen);
+      upper = vaddq_u16(upper, i < 3 ? chosen : value);
+      least += x[k + i] < 0 ? x[k + i] : 0;
+    }
+    lower = vsubq_u16(lower, vdupq_n_u16((uint16_t)least));
+    upper = vsubq_u16(upper, vdupq_n_u16((uint16_t)least));
+    const uint8x16_t digit = vdupq_n_u8(kDigit);
+    vst1q_u8(tables, vandq_u8(vcombine_u8(vmovn_u16(lower), vmovn_u16(upper)), digit));
+    vst1q_u8(tables + 16, vcombine_u8(vshrn_n_u16(lower, 7), vshrn_n_u16(upper, 7)));
+  }
+}
+#else
+void make_byte_tables(const int16_t *x, int64_t x_stride, uint8_t *tables) {
+  const __m256i digit = _mm256_set1_epi16(kDigit);
+  const __m256i entry = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m256i chosen[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256i bit = _mm256_set1_epi16((short)(1 << i));
+    chosen[i] = _mm256_cmpeq_epi16(_mm256_and_si256(entry, bit), bit);
+  }
+  for (int64_t k = 0; k < x_stride; k += 4, tables += 32) {
+    __m256i sum = _mm256_setzero_si256();
+    int least = 0;
+    for (int i = 0; i < 4; ++i) {
+      least += x[k + i] < 0 ? x[k + i] : 0;
+      sum = _mm256_add_epi16(sum, _mm256_and_si256(chosen[i], _mm256_set1_epi16(x[k + i])));
+    }
+    sum = _mm256_sub_epi16(sum, _mm256_set1_epi16((short)least));
+    const __m256i both = _mm256_packus_epi16(_mm256_and_si256(sum, digit), _mm256_srli_epi16(sum, 7));
+    _mm256_store_si256((__m256i *)tables, _mm256_permute4x64_epi64(both, 0xd8));
+  }
+}
+#endif
 
 }  // namespace

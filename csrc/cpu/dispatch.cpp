@@ -7,6 +7,10 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
@@ -16,6 +20,19 @@ namespace {
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+#elif defined(__aarch64__)
+// Products of four bytes of ARMv8.2. A system that is not known to say whether it has them counts as one without.
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & 1ul << 20;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -28,6 +45,8 @@ bool runs_here([[maybe_unused]] const row_kernels &kernels) {
   if (&kernels == &rows_avx512) return avx512;
   if (&kernels == &rows_avxvnni) return avx2 && has_avx_vnni();
   if (&kernels == &rows_avx2) return avx2;
+#elif defined(__aarch64__)
+  if (&kernels == &rows_neondot) return has_dot_products();
 #endif
   return true;
 }
@@ -36,7 +55,7 @@ constexpr const row_kernels *kAll[] = {
 #if defined(__x86_64__)
     &rows_avx512vnni, &rows_avx512, &rows_avxvnni, &rows_avx2,
 #elif defined(__aarch64__)
-    &rows_neon,
+    &rows_neondot, &rows_neon,
 #endif
     &rows_generic};
 

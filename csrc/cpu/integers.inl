@@ -1,4 +1,4 @@
-// Products of few tokens with x in integers; included after product.inl by the files of x86.
+// Products of few tokens with x in integers; included after product.inl by the files of x86 and of ARM.
 //
 // 1 bit (byte_tables.inl): x in 13 bits. Four columns of it have 16 sums of a subset, offset so that none is negative;
 // a sum stands as two digits of 7 bits in two tables of 16 bytes. As many rows stand in the bytes of a register, and
@@ -16,34 +16,17 @@ namespace {
 
 enum { kDigit = 127, kAhead = 2048 };
 
+int32_t rounded(float value) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: with it added a float is an integer, rounded to even
+  return (int32_t)float_bits(value + magic) - (int32_t)float_bits(magic);
+}
+
 }  // namespace
 
 #include "byte_tables.inl"
 #include "levels.inl"
 
 namespace {
-
-// For every 8 columns of x [x_stride] in 13 bits the first digits and the second of the lower four, and of the upper.
-void make_byte_tables(const int16_t *x, int64_t x_stride, uint8_t *tables) {
-  const __m256i digit = _mm256_set1_epi16(kDigit);
-  const __m256i entry = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m256i chosen[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256i bit = _mm256_set1_epi16((short)(1 << i));
-    chosen[i] = _mm256_cmpeq_epi16(_mm256_and_si256(entry, bit), bit);
-  }
-  for (int64_t k = 0; k < x_stride; k += 4, tables += 32) {
-    __m256i sum = _mm256_setzero_si256();
-    int least = 0;
-    for (int i = 0; i < 4; ++i) {
-      least += x[k + i] < 0 ? x[k + i] : 0;
-      sum = _mm256_add_epi16(sum, _mm256_and_si256(chosen[i], _mm256_set1_epi16(x[k + i])));
-    }
-    sum = _mm256_sub_epi16(sum, _mm256_set1_epi16((short)least));
-    const __m256i both = _mm256_packus_epi16(_mm256_and_si256(sum, digit), _mm256_srli_epi16(sum, 7));
-    _mm256_store_si256((__m256i *)tables, _mm256_permute4x64_epi64(both, 0xd8));
-  }
-}
 
 float largest_of(const float *x, int64_t count) {
   uint32_t largest = 0;  // magnitudes of floats order like their bits, and an integer maximum vectorises
@@ -54,11 +37,6 @@ float largest_of(const float *x, int64_t count) {
   float value;
   memcpy(&value, &largest, 4);
   return value;
-}
-
-int32_t rounded(float value) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: with it added a float is an integer, rounded to even
-  return (int32_t)float_bits(value + magic) - (int32_t)float_bits(magic);
 }
 
 // Those of the columns of a register of codes that stand first in a byte of it come first, then the second ones.

@@ -8,6 +8,31 @@ struct level_digits {
   float least, step;
 };
 
+#if defined(__aarch64__)
+template <int BITS>
+level_digits digits_of(const uint16_t *levels) {
+  enum { kLevels = 1 << BITS };
+  float level[kLevels], least = half_to_float(levels[0]), most = least;
+  for (int i = 0; i < kLevels; ++i) {
+    level[i] = half_to_float(levels[i]);
+    least = level[i] < least ? level[i] : least;
+    most = level[i] > most ? level[i] : most;
+  }
+  const float range = most - least, finest = BITS == 2 ? 127.0f : 16383.0f, inverse = range > 0 ? finest / range : 0;
+  uint8_t digits[2][16];
+  for (int i = 0; i < 16; ++i) {
+    if (BITS == 2) {
+      digits[0][i] = (uint8_t)rounded((level[i % kLevels] - least) * inverse);
+      digits[1][i] = (uint8_t)rounded((level[i / 4 % kLevels] - least) * inverse);
+    } else {
+      const int32_t number = rounded((level[i % kLevels] - least) * inverse);
+      digits[0][i] = (uint8_t)(number & kDigit);
+      digits[1][i] = (uint8_t)(number >> 7);
+    }
+  }
+  return {{load_bytes(digits[0]), load_bytes(digits[1])}, least, range / finest};
+}
+#else
 template <int BITS>
 level_digits digits_of(const uint16_t *levels) {
   enum { kParts = BITS == 2 ? 1 : 4 };
@@ -44,6 +69,7 @@ level_digits digits_of(const uint16_t *levels) {
   }
   return found;
 }
+#endif
 
 // Adds the products of a register of codes of each row; lane e of `sums` gets those of its 32 / BITS columns.
 template <int BITS, int ROWS, int TOKENS>
@@ -61,7 +87,7 @@ inline __attribute__((always_inline)) void add_levels(const bytes *codes, const 
     const int digit = BITS == 4 ? i % 2 : 0;
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const bytes found = WIDE(shuffle_epi8)(levels[r].tables[i % 2], index[r][i / 2]);
+      const bytes found = look_up(levels[r].tables[i % 2], index[r][i / 2]);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         const int8_t *own = x.bytes[BITS] + t * x.byte_stride + column;
@@ -75,9 +101,8 @@ inline __attribute__((always_inline)) void add_levels(const bytes *codes, const 
     const floats steps = load(x.byte_steps[BITS] + (t * x.byte_stride + column) * BITS / 32);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const bytes sum =
-          BITS == 2 ? digits[r][t][0] : WIDE(add_epi32)(digits[r][t][0], WIDE(slli_epi32)(digits[r][t][1], 7));
-      sums[r][t] = fused(to_floats(sum), WIDE(mul_ps)(scales[r], steps), sums[r][t]);
+      const bytes sum = BITS == 2 ? digits[r][t][0] : join_words(digits[r][t][0], digits[r][t][1]);
+      sums[r][t] = fused(to_floats(sum), multiplied(scales[r], steps), sums[r][t]);
     }
   }
 }
@@ -96,7 +121,7 @@ inline __attribute__((always_inline)) void add_whole(const float *scales, const 
       const int64_t left = groups - group;
       whole = fused(load_first(scales + group, left), load_first(x_sums + group, left), whole);
     }
-    sums[t] = WIDE(mul_ps)(whole, filled(least));
+    sums[t] = multiplied(whole, filled(least));
   }
 }
 
@@ -128,8 +153,8 @@ void product_by_levels(const product_rows &p, int64_t row, level_digits *levels)
     for (int r = 0; r < ROWS; ++r) {
       const uint8_t *from = codes + r * p.row_bytes + k * BITS / 8;
       words[r] = load_bytes(from);
-      _mm_prefetch((const char *)(from + ahead), _MM_HINT_T0);
-      own[r] = permuted(load_eight(scales + r * groups + (k >> shift)), group_of);
+      __builtin_prefetch(from + ahead);
+      own[r] = permuted(load_for_lanes(scales + r * groups + (k >> shift)), group_of);
     }
     add_levels<BITS, ROWS, TOKENS>(words, own_levels, own, x, k, sums);
   }

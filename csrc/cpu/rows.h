@@ -112,6 +112,7 @@ extern const row_kernels rows_avx512;
 extern const row_kernels rows_avx512vnni;
 #elif defined(__aarch64__)
 extern const row_kernels rows_neon;
+extern const row_kernels rows_neondot;
 #endif
 
 // Those of the best instruction set here, or of the one that lowra_cpu_instructions named.

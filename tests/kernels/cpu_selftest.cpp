@@ -158,7 +158,7 @@ int main() {
                                 {2, 2, 2, 96, 24},     {5, 6, 7, 100, 8},      {16, 0, 0, 128, 64},
                                 {0, 0, 33, 512, 64},   {0, 64, 1, 64, 64}};
   bool right = true;
-  for (const char *name : {"avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic"}) {
+  for (const char *name : {"avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic"}) {
     if (lowra_cpu_instructions(name) != LOWRA_OK) continue;
     std::mt19937 random(1);
     int cases = 0, wrong = 0;

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from cases import packed_case
+from product_bounds import check, check_in_integers
 
 from bitsandbytes.backends.lowra import decoding, libraries, native, native_cpu, ops, reference
 
@@ -33,7 +34,7 @@ SHAPES = [
 SCALES = [torch.float32, torch.float16, torch.uint8]
 
 
-@pytest.fixture(params=["avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic"])
+@pytest.fixture(params=["avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic"])
 def instructions(request):
     try:
         native_cpu.choose_instructions(request.param)
@@ -41,27 +42,6 @@ def instructions(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     native_cpu.choose_instructions(None)
-
-
-def largest_weights(case):
-    """Every weight of a row at the size of its largest level."""
-    levels = case.levels.clone()
-    for segment in case.packed.segments():
-        rows = levels[segment.levels_of(segment.first, segment.end)].view(-1, 2**segment.bits)
-        rows[:] = rows.abs().amax(dim=1, keepdim=True)
-    return reference.dequantize(case.packed._replace(levels=levels), torch.float32)
-
-
-def check(out, x, case, bias=None):
-    """Sums in float32, rounded once: within half a unit of the result and K / 4 + 8 roundings of a sum whose terms have
-    the size of the row's largest level (docs/lab/kernels/cpu.md)."""
-    weight = reference.dequantize(case.packed, torch.float32).double()
-    exact, terms = x.double() @ weight.T, x.double().abs() @ largest_weights(case).double().T
-    if bias is not None:
-        exact, terms = exact + bias.double(), terms + bias.double().abs()
-    roundings = min(weight.shape[1], weight.shape[1] / 4 + 8)
-    bound = exact.abs() * torch.finfo(out.dtype).eps / 2 + terms * roundings * 2.0**-24
-    assert ((out.double() - exact).abs() <= bound + torch.finfo(out.dtype).smallest_normal).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,16 +80,11 @@ def test_x_in_integers(instructions, shape):
         x[0, : in_features // 2] = 0
         bias = torch.randn(sum(mix), generator=random).to(dtype) if tokens % 2 else None
         found = native_cpu.CpuGroup([(case.packed, bias)])(x)
-        if not instructions.startswith("avx") or group_size not in (32, 64, 128, 256):  # there is no such kernel
+        if instructions == "generic" or group_size not in (32, 64, 128, 256):  # there is no such kernel
             assert found is None
             continue
         (found,) = found
-        expected = reference.linear_in_integers(x, case.packed)
-        terms = 2 * x.double().abs() @ largest_weights(case).double().T
-        if bias is not None:
-            expected, terms = expected + bias.double(), terms + bias.double().abs()
-        bound = expected.abs() * torch.finfo(dtype).eps / 2 + terms * (in_features / 4 + 16) * 2.0**-24
-        assert ((found.double() - expected).abs() <= bound + torch.finfo(dtype).smallest_normal).all()
+        check_in_integers(found, x, case, bias)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, 1e-38])
@@ -127,7 +102,7 @@ def test_a_group_is_its_members(instructions):
     x = torch.randn(2, 1004, generator=torch.Generator().manual_seed(0)).bfloat16()
     weights = [(case.packed, None if i else torch.ones(360).bfloat16()) for i, case in enumerate(cases)]
     together = native_cpu.CpuGroup(weights)(x)
-    if not instructions.startswith("avx"):
+    if instructions == "generic":
         assert together is None
         return
     for out, weight in zip(together, weights, strict=True):

@@ -11,7 +11,7 @@ from .layout import PackedMatrix
 from .libraries import Packed, Part
 
 MOST_TOKENS = 16
-_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "generic")  # best first, as the library takes them
+_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic")  # best first, as the library takes them
 
 
 def quantize(
@@ -166,7 +166,7 @@ def choose_instructions(name: str | None) -> None:
     """Has the CPU library use the kernels of one instruction set, or of the best there is.
 
     Args:
-        name: "avx512vnni", "avx512", "avxvnni", "avx2", "neon" or "generic".
+        name: "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon" or "generic".
 
     Raises:
         OSError: this processor, or the library, has none of that name.
