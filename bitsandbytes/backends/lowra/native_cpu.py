@@ -11,7 +11,8 @@ from .layout import PackedMatrix
 from .libraries import Packed, Part
 
 MOST_TOKENS = 16
-_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic")  # best first, as the library takes them
+# best first, as the library takes them
+_INSTRUCTIONS = ("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "generic")
 
 
 def quantize(
