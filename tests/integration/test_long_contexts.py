@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from layer_recorder import StandIn, stand_in
+from peft import LoraConfig
 from small_models import ARCHITECTURES, adapted, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config
@@ -28,15 +30,19 @@ def device(request, monkeypatch):
     return request.param
 
 
-def learned(model, device, autocast=False, shape=(2, 17), steps=2):
-    """Losses and gradients of passes that are added up."""
+def learned(model, device, autocast=False, shape=(2, 17), steps=2, **inputs):
+    """Losses and gradients of passes that are added up.
+
+    Args:
+        inputs: of the model beside tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(5)
     losses = []
     for _ in range(steps):
         ids = torch.randint(3, 90, shape, generator=generator).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
         loss.backward()
         losses.append(loss.item())
     return losses, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -87,6 +93,51 @@ def test_by_tiles_numbers_are_the_same_to_rounding(packed_llama, device, tables,
     found = learned(model, device, shape=shape)
     tight = {"rtol": 1e-5, "atol": 1e-6} if device == "cpu" else {"rtol": 2e-2, "atol": 2e-3}
     torch.testing.assert_close(found, usual, **tight)
+
+
+def test_several_adapters_at_once_by_tiles_on_the_host(packed_llama, device):
+    def make():
+        model = adapted(packed_llama, device)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["gate_proj", "q_proj"]))
+        model.base_model.set_adapter(["default", "second"])
+        for name, parameter in model.named_parameters():
+            if "lora_B.second" in name:
+                torch.nn.init.constant_(parameter, 0.02)
+        return model
+
+    assert_as_without(make, device)
+
+
+def test_rows_of_several_conversations_by_tiles_on_the_host(packed_llama, device):
+    """Their attention mask is an input of every layer, and the same one for all."""
+    positions = torch.tensor([[*range(9), *range(14), *range(8)]], device=device)
+    assert_as_without(lambda: adapted(packed_llama, device), device, shape=(1, 31), position_ids=positions)
+    with_it = learned(adapted(packed_llama, device), device, shape=(1, 31), position_ids=positions)
+    assert with_it[0] != learned(adapted(packed_llama, device), device, shape=(1, 31))[0]
+
+
+def assert_as_without(make, device, **inputs):
+    usual = learned(make(), device, **inputs)
+    model = make()
+    lowra.tile_mlps(model)
+    lowra.offload_activations(model)
+    found = learned(model, device, **inputs)
+    assert len(found[1]) == len(usual[1])
+    tight = {"rtol": 1e-5, "atol": 1e-6} if device == "cpu" else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(found, usual, **tight)
+
+
+def test_tiled_layers_are_not_captured_and_train_as_without(packed_llama, monkeypatch, caplog):
+    """`lowra finetune` does not ask for both; where a program does, one line says which of them it gets."""
+    monkeypatch.setattr(tiled_mlp, "TILE", 10)
+    usual = learned(adapted(packed_llama, "cpu"), "cpu", steps=3)
+    model = adapted(packed_llama, "cpu")
+    lowra.tile_mlps(model)
+    lowra.capture_layers(model)
+    stand_in(monkeypatch.setattr)
+    torch.testing.assert_close(learned(model, "cpu", steps=3), usual, rtol=1e-5, atol=1e-6)
+    assert StandIn.recorded == 0
+    assert caplog.text.count("the forward of a module in it has been replaced") == 1
 
 
 def test_checkpointing_and_tiles_compute_each_mlp_twice(packed_llama, device):

@@ -4,11 +4,14 @@ import os
 import pathlib
 import sys
 
+from lowra.integrations import tiled_mlp
+from lowra.integrations.offloading import _Offloading
+from lowra.nn.host_store import HostStore
 from lowra.training import finetune, load_recipe
 from lowra.training.trainer import training_arguments
 
 if __name__ == "__main__":
-    recipe = load_recipe(sys.argv[1])
+    recipe, on_host = load_recipe(sys.argv[1]), []
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     if os.environ.get("ACCELERATE_USE_FSDP"):
         import fsdp_on_cpu
@@ -18,5 +21,11 @@ if __name__ == "__main__":
         from layer_recorder import stand_in
 
         stand_in(setattr)
+    if recipe.offload_activations:
+        _Offloading.takes = staticmethod(lambda device: True)
+        tiled_mlp.TILE, put = 10, HostStore.put
+        HostStore.put = lambda self, tensor: on_host.append(True) or put(self, tensor)
+    if recipe.layer_graphs or recipe.offload_activations:  # which are for GPUs
         training_arguments.__globals__["check_quick_steps"] = lambda recipe, arguments: None
     finetune(recipe, progress=False)
+    assert bool(on_host) == recipe.offload_activations

@@ -13,11 +13,18 @@ from lowra.training import finetune
 WORKER = pathlib.Path(__file__).parent / "ddp_worker.py"
 
 
-@pytest.mark.parametrize("captured", [None, True], ids=["launched", "captured"])
-def test_two_processes_have_the_loss_of_one(recipe, tmp_path, captured):
-    recipe = dataclasses.replace(recipe, bits=1.5, batch_size=2, accumulation=2, gradient_checkpointing=bool(captured))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="launched"),
+        pytest.param({"layer_graphs": True}, id="captured"),
+        pytest.param({"offload_activations": True, "tiled_mlp": True}, id="long", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_have_the_loss_of_one(recipe, tmp_path, options):
+    recipe = dataclasses.replace(recipe, bits=1.5, batch_size=2, accumulation=2, gradient_checkpointing=bool(options))
     alone = finetune(recipe, progress=False)
-    pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"), layer_graphs=captured)
+    pair = dataclasses.replace(recipe, accumulation=1, output=str(tmp_path / "pair"), **options)
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(pair.to_dict()))
     run_pair(WORKER, config)
