@@ -11,7 +11,7 @@ import torch
 
 from bitsandbytes.backends.lowra.ops import DENSE_BYTES
 
-from ..nn.captured import NotCapturable
+from ..nn.captured import NotCapturable, keeping_as_it_is
 from ..nn.linear import LowRALinear
 
 ROOM_BETWEEN = 0.03  # share of what is allocated that is lost between blocks
@@ -52,7 +52,7 @@ def bytes_of_graphs(
     """
     hidden, *others = inputs
     device = hidden.device
-    with torch.random.fork_rng([device]), torch.enable_grad():
+    with torch.random.fork_rng([device]), torch.enable_grad(), keeping_as_it_is():
         before = torch.cuda.memory_allocated(device)
         output = function(hidden.detach().requires_grad_(), *others)
         kept = torch.cuda.memory_allocated(device) - before

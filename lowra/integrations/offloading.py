@@ -75,8 +75,9 @@ class _Offloading(InPlaceOfCheckpoint):
         place, shape = hidden.data_ptr(), hidden.shape  # autograd keeps `pack` too, which must not keep the tensor
 
         def pack(tensor: torch.Tensor) -> Any:
-            # others are the same for all layers, as what an encoder gave
-            return store.put(tensor) if tensor.data_ptr() == place and tensor.shape == shape else tensor
+            if tensor.data_ptr() == place and tensor.shape == shape:
+                return store.put(tensor)
+            return tensor.detach()  # the same for all layers, as what an encoder gave
 
         def unpack(kept: Any) -> torch.Tensor:
             return store.get(kept) if isinstance(kept, Stored) else kept

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .linear import LowRALinear
 from .lora import Shortcuts
@@ -170,7 +171,7 @@ class CapturedLayer:
         self._generator = recorder.generator
         before = self._generator.get_state()
         try:
-            with recorder.beside(), _autocast_as_now(buffers.inputs[0].device.type):
+            with recorder.beside(), _autocast_as_now(buffers.inputs[0].device.type), keeping_as_it_is():
                 with recorder.without_chance():
                     self._leaves = self._trained_by(function)
                     self._doubles = Doubles(layer, self._leaves)
@@ -355,6 +356,15 @@ def leaves_of(output: torch.Tensor) -> list[torch.Tensor]:
             found[id(node.variable)] = node.variable
         todo.extend(following for following, _ in node.next_functions)
     return list(found.values())
+
+
+def keeping_as_it_is() -> saved_tensors_hooks:
+    """Within, what autograd saves stays where it is, whatever a trainer does with it, as TRL's activation_offloading.
+
+    Those copies would become part of a graph, or make it fail. What a replay saves goes through the trainer's hooks.
+    """
+    # Detached: what an operation puts out and saves would else keep itself, and its graph, for ever (PyTorch 2.13).
+    return saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 @contextlib.contextmanager

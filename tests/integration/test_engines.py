@@ -1,5 +1,6 @@
 """Packed models under the engines people train and generate with: Trainer, torch.compile, static cache, FSDP2."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -87,13 +88,30 @@ def test_trainer(packed_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_trainer_of_trl(tiny_llama, tmp_path):
+@pytest.mark.parametrize("offloading", [False, True])
+def test_sft_trainer_of_trl(tiny_llama, tmp_path, offloading, monkeypatch):
     trl = pytest.importorskip("trl")
+    if offloading:  # for a GPU, in whose place a CPU takes part
+        of_trl = importlib.import_module("trl.models.activation_offloading")
 
+        def make_for_cpu(model):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+                return of_trl.get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False)
+
+        trainers = importlib.import_module("trl.trainer.sft_trainer")
+        monkeypatch.setattr(trainers, "get_act_offloading_ctx_manager", make_for_cpu)
+        monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     trainer = trl.SFTTrainer(
         load(tiny_llama, load_in_lowra=True, lowra_bits=1.5),
         args=trl.SFTConfig(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to=[]
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            activation_offloading=offloading,
         ),
         train_dataset=Dataset.from_dict({"text": ["A city on a river."] * 8}),
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),  # bytes

@@ -355,6 +355,23 @@ def test_layers_that_put_out_other_types(packed_llama, device):
     assert_as_without(packed_llama, device, make)
 
 
+def test_what_a_trainer_does_with_saved_tensors_is_no_part_of_a_graph(packed_llama, device):
+    """TRL's activation_offloading copies them to the host, which a capture cannot."""
+    model = adapted(packed_llama, device)
+    lowra.capture_layers(model)
+    saved = []
+    for batch in batches(device, 3):
+        saved.append(0)
+
+        def count(tensor):
+            saved[-1] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+    assert saved[1] == saved[2] > 0  # captured in the second
+
+
 def test_two_passes_before_one_backward(packed_llama, device):
     """As DPO makes them: what is recomputed belongs to its own inputs."""
     model, usual = adapted(packed_llama, device, dropout=0.2), adapted(packed_llama, device, dropout=0.2)
