@@ -97,7 +97,7 @@ def block_ap(stream, bits, passes, seed, rates):
             yield from ((name, weight.packed()) for name, weight in weights.items())
 
 
-def train(block, weights, inputs, wanted, passes, seed, *, rates, batch=2):
+def train(block, weights, inputs, wanted, passes, seed, *, rates, batch=block_training.BATCH):
     own = [weight.weight for weight in weights.values()]
     others = [parameter for weight in weights.values() for parameter in (weight.step, weight.zero)]
     groups = [{"params": own, "lr": rates["weight"]}, {"params": others, "lr": rates["quantiser"]}]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from lowra.quantization import block_training
 
 
-def train(session, trained, sequences, *, steps, batch=16, part=4, rate=0.3, codes=True, seed=0):
+def train(session, trained, sequences, *, steps, batch=16, part=4, rate=0.3, codes=0.1, seed=0):
     """Trains the weights in place.
 
     Args:
@@ -17,8 +17,8 @@ def train(session, trained, sequences, *, steps, batch=16, part=4, rate=0.3, cod
         sequences: token ids [count, T].
         steps, batch: of Adam, with sequences of each.
         part: sequences that are in memory at a time.
-        rate: over `block_training.RATES`.
-        codes: train what the codes are rounded from as well.
+        rate: of tables and adapter over `block_training.RATES`.
+        codes: the same of what the codes are rounded from; 0 leaves them.
 
     Returns:
         mean KL divergence of the tokens in the first and the last steps.
@@ -28,11 +28,11 @@ def train(session, trained, sequences, *, steps, batch=16, part=4, rate=0.3, cod
     model.config.use_cache = False
     groups = []
     for weight in trained.values():
-        weight.dense.requires_grad_(codes)
+        weight.dense.requires_grad_(codes > 0)
         for name, parameter in weight.named_parameters():
             if not parameter.requires_grad or (name in ("lora_A", "lora_B") and not weight.trains_product):
                 continue
-            own = rate * block_training.RATES[name]
+            own = (codes if name == "dense" else rate) * block_training.RATES[name]
             if name not in ("level_change", "scale_change"):
                 own *= float(parameter.detach().square().mean().sqrt())
             groups.append({"params": [parameter], "lr": own})

@@ -95,7 +95,7 @@ class Session:
         self.targets = find_targets(self.model, None)
         self.modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in self.modules.items()}
-        self._own_text = own_text
+        self._own_text = own_text / f"{pathlib.Path(model).name}.safetensors"
         self._count = max(1, calibration_tokens // SEQUENCE)
         self._calibrations = {}
         self._shared = shared
@@ -116,7 +116,7 @@ class Session:
             return self.train[:count]
         while not self._own_text.exists():
             time.sleep(1)
-        own = load_file(self._own_text)["tokens"][HELD_OUT:]
+        own = load_file(self._own_text)["tokens"].long()[HELD_OUT:]
         return (own if origin == "own" else torch.cat([self.train, own]))[:count]
 
     def calibration(self, origin: str):
@@ -160,7 +160,7 @@ class Session:
         """KL divergence from the dense model on text that it wrote, of the model as it is; None without such text."""
         if not self._own_text.exists():
             return None
-        own = load_file(self._own_text)["tokens"][:HELD_OUT]
+        own = load_file(self._own_text)["tokens"].long()[:HELD_OUT]
         self.model.eval()
         total = 0.0
         dense = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device)
@@ -353,19 +353,19 @@ def main():
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--eval-blocks", type=int, default=10_000)
     parser.add_argument("--write-text", type=int, default=0, help="sequences that the model writes, for `own` text")
-    parser.add_argument("--own-text", type=pathlib.Path, help="where to keep them, or where they lie")
+    parser.add_argument("--own-text", type=pathlib.Path, help="folder for them, or where they lie: MODEL.safetensors")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
     variants = json.loads(args.variants.read_text())
     groups = {}  # a process quantises once for variants that differ in their training alone
     for variant in variants:
-        groups.setdefault(json.dumps(stage_of(Variant(**variant), QUANTISED)), []).append(variant)
+        groups.setdefault(json.dumps(stage_of(Variant(**variant), TRAINING)), []).append(variant)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     folder = tempfile.TemporaryDirectory()
     shared = pathlib.Path(folder.name)
-    own_text = args.own_text or shared / "own.safetensors"
+    own_text = args.own_text or shared / "own"
     arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own_text, shared)
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     workers = [
@@ -380,8 +380,12 @@ def main():
     running = min(args.workers, len(waiting))
     del waiting[: args.workers]
     if args.write_text:
-        write(args.model, args.write_text + HELD_OUT, own_text, args.device)
-        print(f"own text written after {time.perf_counter() - start:.0f} s", flush=True)
+        own_text.mkdir(parents=True, exist_ok=True)
+        for model in dict.fromkeys(variant.get("model") or str(args.model) for variant in variants):
+            path = own_text / f"{pathlib.Path(model).name}.safetensors"
+            arguments = (model, args.write_text + HELD_OUT, path, args.device)
+            workers.append(context.Process(target=write, args=arguments, daemon=True))
+            workers[-1].start()
     while running:
         row = _next(results, workers)
         if row is None:

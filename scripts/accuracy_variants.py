@@ -171,7 +171,8 @@ def reconstructed(session, v: Variant, fitted):
     if v.method == "efficientqat":
         return dict(accuracy_efficientqat.block_ap(stream, int(v.bits), v.reconstruct, v.seed, v.rates))
     trained = {}
-    for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed):
+    trained_before = lambda block: None if block.targets else {}  # noqa: E731 - one that is left dense
+    for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed, trained_before):
         trained.update(block.weights)
     return trained
 

@@ -4,9 +4,11 @@ Each sequence begins with a token drawn evenly from the vocabulary, so that no t
 model's own probabilities, unsharpened: what it writes is what it learned, in the shares in which it learned it.
 """
 
+import inspect
+
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 # Sequences that are written side by side: their keys and values are in memory, 0.5 GB each for a 7B.
 BATCH_GPU, BATCH_CPU = 32, 8
@@ -72,17 +74,18 @@ def _write(
     begun = plain[torch.randint(len(plain), (count, 1), generator=generator)]
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         begun = torch.cat([torch.full_like(begun, tokenizer.bos_token_id), begun], dim=1)
-    written, cache, drawing = begun[:, :length].to(table.device), None, None
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} keeps no keys and values, with which text is written here: calibrate on a text of "
+            "your own (--calibrate FILE)."
+        )
+    # of its whole length from the start: one that grows leaves a GPU's memory in pieces, many times its own size
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    written, drawing = begun[:, :length].to(table.device), None
     bar.update(written.numel())
     new = written
     while written.shape[1] < length:
         out = model(input_ids=new, past_key_values=cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
-        if cache is None:
-            raise ValueError(
-                f"{type(model).__name__} keeps no keys and values, with which text is written here: calibrate on a "
-                "text of your own (--calibrate FILE)."
-            )
         logits = out.logits[:, -1, :vocabulary].float()
         drawing = drawing or torch.Generator(logits.device).manual_seed(seed)
         new = torch.multinomial(logits.softmax(dim=-1), 1, generator=drawing).to(table.device)
