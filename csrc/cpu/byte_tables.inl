@@ -97,11 +97,9 @@ void product_by_bytes(const product_rows &p, int64_t row) {
   }
   for (int64_t chunk = 0; chunk < p.in_features; chunk += 8 * kBytesAtOnce) {
     const int64_t first = chunk / 8;
-    if (first % kLineBytes == 0) {  // the processor does not see where so many rows lead, and which come after them
-      for (int r = 0; r < kByteRows; ++r) {
-        __builtin_prefetch(starts[r] + first + kLineBytes);
-        __builtin_prefetch(starts[r] + first + kByteRows * p.row_bytes, 0, 2);
-      }
+    // the next rows lie behind these; the processor does not see it, for it sees as many streams as there are rows
+    for (int i = 0; i < kByteRows * kBytesAtOnce; i += kLineBytes) {
+      __builtin_prefetch(starts[0] + kByteRows * (p.row_bytes + first) + i);
     }
     bytes bits[kBytesAtOnce];
     load_byte_columns(starts, first, bits);

@@ -171,11 +171,13 @@ void attend(const lowra_attention &a, int32_t type, int64_t sequence, int64_t kv
 
 template <int32_t TYPE>
 float dense_row_as(const void *weight, int64_t first, const float *x, int64_t count) {
-  enum { kAtOnce = 8 * kSums };
+  enum { kAtOnce = 2 * kSums, kSize = TYPE == LOWRA_FLOAT32 ? 4 : 2 };
   float sum = 0, wide[kAtOnce], sums[kSums] = {0};
   int64_t i = 0;
   for (; i + kAtOnce <= count; i += kAtOnce) {
-    __builtin_prefetch((const char *)weight + (first + i) * (TYPE == LOWRA_FLOAT32 ? 4 : 2) + 4096);
+    for (int64_t line = 0; line < kAtOnce * kSize; line += 64) {
+      __builtin_prefetch((const char *)weight + (first + i) * kSize + kAhead + line);
+    }
     widen<TYPE>(weight, first + i, kAtOnce, wide);
     for (int k = 0; k < kAtOnce; k += kSums) {
       for (int j = 0; j < kSums; ++j) sums[j] += wide[k + j] * x[i + k + j];

@@ -14,7 +14,7 @@
 
 namespace {
 
-enum { kDigit = 127, kAhead = 2048 };
+enum { kDigit = 127 };
 
 int32_t rounded(float value) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: with it added a float is an integer, rounded to even

@@ -146,15 +146,19 @@ void product_by_levels(const product_rows &p, int64_t row, level_digits *levels)
   }
   bytes words[ROWS];
   const int64_t whole_columns = p.row_bytes / kRegister * kColumns;
-  int64_t k = 0, ahead = ROWS * p.row_bytes;  // where other rows will be at their k
-  while (ahead < kAhead) ahead += ROWS * p.row_bytes;
+  int64_t k = 0;
+  const uint8_t *ahead = codes + kAhead;
   for (; k < whole_columns; k += kColumns) {
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const uint8_t *from = codes + r * p.row_bytes + k * BITS / 8;
       words[r] = load_bytes(from);
-      __builtin_prefetch(from + ahead);
       own[r] = permuted(load_for_lanes(scales + r * groups + (k >> shift)), group_of);
+    }
+    if (ROWS * kRegister >= 64 || k % (2 * kColumns) == 0) {
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS * kRegister || i < 64; i += 64) __builtin_prefetch(ahead + i);
+      ahead += ROWS * kRegister < 64 ? 64 : ROWS * kRegister;
     }
     add_levels<BITS, ROWS, TOKENS>(words, own_levels, own, x, k, sums);
   }

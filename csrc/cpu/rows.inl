@@ -15,6 +15,8 @@
 
 namespace {
 
+enum { kAhead = 8192 };  // bytes from where weights that stream through the caches are read to where they are prefetched
+
 void load_group(const void *weight, int32_t type, int64_t start, int count, float *out) {
   for (int k = 0; k < count; ++k) out[k] = load_element(weight, type, start + k);
 }
