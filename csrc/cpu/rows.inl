@@ -15,7 +15,7 @@
 
 namespace {
 
-enum { kAhead = 8192 };  // bytes from where weights that stream through the caches are read to where they are prefetched
+enum { kAhead = 8192 };  // bytes that weights are prefetched before they are read
 
 void load_group(const void *weight, int32_t type, int64_t start, int count, float *out) {
   for (int k = 0; k < count; ++k) out[k] = load_element(weight, type, start + k);
