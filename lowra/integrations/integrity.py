@@ -19,6 +19,7 @@ from ..checkpoints.dense import safetensors_files
 from ..checkpoints.guarded import read_json
 from ..checkpoints.integrity import (
     DIGESTS_FILE,
+    FoundTensors,
     changed_settings,
     check_tensors,
     find_tensors,
@@ -83,9 +84,12 @@ class IntegrityCheck:
             self._reader = concurrent.futures.ThreadPoolExecutor(1)
             self._found = self._reader.submit(known_tensors, files, self._recorded)
 
-    def finish(self, model: nn.Module, config: LowRAConfig) -> None:
+    def finish(self, model: nn.Module, config: LowRAConfig) -> FoundTensors:
         """Waits for the reading, or has the model's first use wait for it. A config of an earlier version learns what
         packing this is.
+
+        Returns:
+            what the files hold.
 
         Raises:
             ValueError: a tensor is another one than was written, or a table holds NaN or infinite values.
@@ -108,6 +112,7 @@ class IntegrityCheck:
                 self.folder,
                 "; ".join(changes),
             )
+        return found
 
     def _read(self, packing: dict[str, str] | None) -> None:
         found = known_tensors(self._files, self._recorded)

@@ -41,19 +41,20 @@ class StoredStart:
     folder: pathlib.Path
 
 
-def watch_for_start(model: PreTrainedModel, folder: pathlib.Path, config: LowRAConfig) -> None:
-    """Warns at the first forward that runs without the start that a packed checkpoint has, or one trained from it.
+def expect_start(model: PreTrainedModel, start: StoredStart | None) -> None:
+    """Warns at the next forward that runs without the start that a model's packed base needs, or one trained from it.
 
     Args:
-        model: just loaded.
-        folder: of the checkpoint.
-        config: of the packing.
+        model: whose packed weights have just come.
+        start: None where they are the whole base.
     """
-    start = start_of(folder, config)
-    layer = next((module for module in model.modules() if isinstance(module, LowRALinear)), None)
-    if start is not None and layer is not None:
-        setattr(model, _STORED, StoredStart(start, folder / ADAPTER_FOLDER))
-        layer.at_first_forward = _Watch(model, start, folder / ADAPTER_FOLDER)
+    setattr(model, _STORED, start)
+    layers = [module for module in model.modules() if isinstance(module, LowRALinear)]
+    for layer in layers:
+        if isinstance(layer.at_first_forward, _Watch):
+            layer.at_first_forward = None
+    if start is not None and layers:
+        layers[0].at_first_forward = _Watch(model, start.what, start.folder)
 
 
 def stored_start(model: nn.Module) -> StoredStart | None:

@@ -38,7 +38,7 @@ from .direct_loading import DirectLoading, large_dense_tensors
 from .fsdp import check_fsdp
 from .integrity import IntegrityCheck, packing_in_memory, write_digests_of_saved
 from .loose_factors import watch_factors
-from .missing_start import say_of_dequantised, watch_for_start
+from .missing_start import say_of_dequantised
 from .model_patches import (
     declare_ties,
     forget_conversions,
@@ -48,6 +48,7 @@ from .model_patches import (
     use_experts_one_by_one,
 )
 from .modules import make_dense, put_packed, put_stored, share_tied
+from .origins import remember_packed, remember_stored
 from .patching import require_patches
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(LowRAConfig) if field.name not in FILLED_IN)
@@ -100,6 +101,7 @@ class LowRAHfQuantizer(HfQuantizer):
         self._plan: Plan | None = None
         self._loading: DirectLoading | None = None
         self._check: IntegrityCheck | None = None
+        self._packed_files: PackedFiles | None = None
         self._device_map: dict | str | None = None
 
     def validate_environment(self, *args: Any, device_map: dict | str | None = None, **kwargs: Any) -> None:
@@ -164,7 +166,9 @@ class LowRAHfQuantizer(HfQuantizer):
     def _put_stored(self, model: PreTrainedModel, files: list[pathlib.Path]) -> None:
         """Packed modules with the shapes in the files."""
         group_size = self.quantization_config.group_size
-        packed_files = PackedFiles(files, self._targets, group_size, large_dense_tensors(model, self._targets))
+        packed_files = self._packed_files = PackedFiles(
+            files, self._targets, group_size, large_dense_tensors(model, self._targets)
+        )
         self._loading = DirectLoading(model, self._targets, packed_files, self._only_device)
         for module in put_stored(model, self._targets, group_size, packed_files):
             # Layers left on disk never meet the loader: Transformers would draw random numbers into their bytes.
@@ -216,9 +220,7 @@ class LowRAHfQuantizer(HfQuantizer):
             self._loading.finish()
             self._loading = None
         if self._check is not None:
-            self._check.finish(model, self.quantization_config)
-            watch_for_start(model, self._check.folder, self.quantization_config)
-            self._check = None
+            found = self._check.finish(model, self.quantization_config)
         watch_factors(model)
         watch_tables(model)
         for target in self._targets.values():
@@ -233,6 +235,9 @@ class LowRAHfQuantizer(HfQuantizer):
                 nominal += int(self._plan.row_bits[target.weight_name].sum()) * target.in_features
                 stored += module.packed.stored_bits
                 parameters += target.size
+        if self._check is not None and self._packed_files is not None:
+            remember_stored(model, self.quantization_config, self._check.folder, self._packed_files, found)
+            self._check = self._packed_files = None
         if self._plan is not None:
             config = self.quantization_config
             config.nominal_bits = round(nominal / parameters, 6)
@@ -241,6 +246,7 @@ class LowRAHfQuantizer(HfQuantizer):
             config.fingerprint = self._plan.fingerprint
             config.base = str(model.config.name_or_path)
             config.packing = packing_in_memory(model)
+            remember_packed(model, config)
             self._plan = None
             forget_conversions(model)
         return model

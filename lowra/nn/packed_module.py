@@ -11,11 +11,11 @@ from torch import nn
 from bitsandbytes.backends.lowra.checks import check_packed
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 
-from ..weights.packed import TENSOR_DTYPES, TENSOR_NAMES, PackedWeight
+from ..weights.packed import TENSOR_NAMES, PackedWeight
 from .first_use import FirstUse
+from .packed_state import PackedState
 from .row_layout import IN_COMPILED, RowLayout, Seen, Still, is_readable
 
-_CPU = torch.device("cpu")
 _FLOAT_TENSORS = ("scales", "scale_steps", "levels")
 _CAST = (
     "Levels or scales of a packed layer were cast to 16 bits, which loses digits (DeepSpeed does that where bf16 or "
@@ -26,10 +26,9 @@ _FIXED = (
     "to the dense model, and pack it then."
 )
 _ASKED_BY_OPS = ("cuda",)
-_WHOLE = {"weight", "row_bits", "scales", "levels"}  # `scale_steps` go with 8-bit scales only
 
 
-class PackedModule(nn.Module):
+class PackedModule(PackedState):
     """Holds W [N, K] in packed format 1 (csrc/lowra.h).
 
     All packed tensors are frozen parameters: DDP would send buffers at every step, and FSDP2 shards parameters.
@@ -237,13 +236,13 @@ class PackedModule(nn.Module):
                 )
         return self._accept(rows)
 
-    def _accept(self, rows: RowLayout) -> RowLayout:
-        """Takes the tensors as they are now for those that `rows` was made for.
+    def _accept(self, rows: RowLayout, digest: str | None = None) -> RowLayout:
+        """Takes the tensors as they are now for those that `rows`, and a digest of codes, were made for.
 
         Raises:
             ValueError: they do not belong together.
         """
-        self._layout, self._seen, self._watched = rows, {}, None
+        self._layout, self._seen, self._watched, self._digest = rows, {}, None, digest
         if not is_readable(self.row_bits):
             return rows
         with torch.inference_mode(False):
@@ -286,7 +285,7 @@ class PackedModule(nn.Module):
                     parameter.data = parameter.data.view(dtypes[name])
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         if rows is not None:
-            self._accept(rows)
+            self._accept(rows, self._digest)
             if self.weight.device.type != "meta":
                 self.row_order()  # now, so that a compiled forward finds it
         return self
@@ -316,90 +315,6 @@ class PackedModule(nn.Module):
         if is_readable(twin.row_bits):
             twin.prepare()  # from now on, what is written into its codes is noticed
         return twin
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._begin_to_use()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # kept by torch.save, not by safetensors
-            destination._metadata.setdefault(prefix[:-1], {})["group_size"] = self.group_size
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads any packing of the same weight: how many bytes of codes and levels there are, its `row_bits` say."""
-        given = {name: state_dict[prefix + name] for name in TENSOR_NAMES if prefix + name in state_dict}
-        fault = self._fault_of(given, local_metadata.get("group_size", self.group_size)) if given else None
-        if fault is not None:
-            error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {fault}")
-            return
-        if _WHOLE <= given.keys() and is_readable(self.row_bits):
-            self._make_room(given)
-        if given:
-            self._allow_swapping()
-        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(*arguments)
-        if given and is_readable(self.row_bits):
-            try:
-                self._look(accept=True)  # now, so that a compiled forward finds it
-            except ValueError as error:
-                error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
-
-    def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
-        """Why tensors of a state dict cannot be loaded; None where they can, or where PyTorch will say it."""
-        for name, tensor in given.items():
-            allowed = TENSOR_DTYPES[name]
-            if isinstance(tensor, torch.Tensor) and tensor.dtype not in allowed:
-                return (
-                    f"{name} is {tensor.dtype}, expected {' or '.join(map(str, allowed))}: these are dense weights, "
-                    "or codes that were cast or averaged like numbers."
-                )
-        if group_size != self.group_size:
-            return f"it was packed in groups of {group_size}, and this model in groups of {self.group_size}."
-        if not all(is_readable(tensor) for tensor in given.values()):
-            return None
-        for name, other in (("weight", "row_bits"), ("row_bits", "weight")):
-            own = self._parameters[name]
-            if (
-                name in given
-                and other not in given
-                and is_readable(own)
-                and not torch.equal(given[name].cpu(), own.cpu())
-            ):
-                return f"{name} is another packing's and {other} is missing: they are loaded together."
-        if not _WHOLE <= given.keys():
-            return None
-        if given["row_bits"].shape != (self.out_features,):
-            return f"row_bits is {list(given['row_bits'].shape)}, expected [{self.out_features}]."
-        try:
-            rows = self.layout_of(given["row_bits"].cpu())
-            check_packed(self._matrix({name: tensor.cpu() for name, tensor in given.items()}, rows, _CPU))
-        except (ValueError, RuntimeError) as error:
-            return f"its tensors are no packing of a weight [{self.out_features}, {self.in_features}] ({error})."
-        return None
-
-    def _make_room(self, given: dict[str, torch.Tensor]) -> None:
-        """Memory of the sizes and types of other tensors, in the same parameters: tied modules share them."""
-        sharing = [module for module in (self, *self.tied) if module.weight is self.weight]
-        with torch.inference_mode(False):
-            for name in TENSOR_NAMES:
-                own, tensor = self._parameters[name], given.get(name)
-                if tensor is None or own is None:  # steps, which other storages of scales lack
-                    made = None
-                    if tensor is not None:
-                        empty = torch.empty_like(tensor, device=self.weight.device)
-                        made = nn.Parameter(empty, requires_grad=False)
-                    for module in sharing:
-                        module._parameters[name] = made
-                elif own.shape != tensor.shape or (own.dtype != tensor.dtype and name == "scales"):
-                    dtype = tensor.dtype if name == "scales" else own.dtype
-                    own.data = torch.empty(tensor.shape, dtype=dtype, device=own.device)
 
     def _row_counts(self, rows: RowLayout) -> str:
         four, two = rows.counts
