@@ -42,7 +42,7 @@ def place(text: str) -> pathlib.Path:
     Raises:
         argparse.ArgumentTypeError: nothing, of which pathlib would make the folder that one is in.
     """
-    if not text:
+    if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable of the shell is; give a path")
     return pathlib.Path(text)
 

@@ -89,6 +89,15 @@ def test_addresses_are_no_folders(tiny_llama, tmp_path, no_work, monkeypatch, ca
     assert "is an address" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("output", ["a\udcff", "\udce9/b", " ", "\t\n", "a\0b"])
+def test_names_that_no_file_can_have_or_nobody_means(tiny_llama, tmp_path, no_work, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is no UTF-8|is no path"):
+        quantize(tiny_llama, output)
+    assert main(["finetune", "wikitext2", f"model={tiny_llama}", "train_file=x", f"output={output}"]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["empty", "full"])
 def test_the_folder_one_is_in(tiny_llama, tmp_path, no_work, monkeypatch, where):
     if where == "full":

@@ -22,6 +22,7 @@ import torch
 
 from bitsandbytes.backends.lowra import layout
 
+from ..config import LowRAConfig
 from ..weights.digests import ALGORITHM, canonical_digest, digest_of, packing_of_digests
 from ..weights.packed import TABLES, TENSOR_NAMES, row_counts
 from .atomic import save_json
@@ -62,12 +63,13 @@ def known_tensors(files: list[pathlib.Path], recorded: dict | None) -> FoundTens
     Raises:
         ValueError: see there; tables are looked at whatever the digests say.
     """
-    expected, packing = (recorded or {}).get("files"), (recorded or {}).get("packing")
-    if not expected or not isinstance(packing, dict) or expected != digests_of_files(files):
+    if recorded is None or not recorded.get("files") or not isinstance(recorded.get("packing"), dict):
         return find_tensors(files)
     places = [place for path in files for place in stored_tensors(path)]
+    if {place.key for place in places} != recorded["tensors"].keys() or recorded["files"] != digests_of_files(files):
+        return find_tensors(files)
     _refuse_not_finite(not_finite(tables_among(places, TABLES)))
-    return FoundTensors(dict((recorded or {})["tensors"]), dict(packing), [])
+    return FoundTensors(dict(recorded["tensors"]), dict(recorded["packing"]), [])
 
 
 def noted_tensors(files: list[pathlib.Path], recorded: dict) -> FoundTensors:
@@ -159,7 +161,7 @@ def read_digests(path: pathlib.Path) -> dict | None:
 def check_tensors(
     found: FoundTensors,
     recorded: dict | None,
-    packing: dict | None,
+    config: LowRAConfig,
     folder: pathlib.Path,
     variant: str | None = None,
 ) -> None:
@@ -168,14 +170,22 @@ def check_tensors(
     Args:
         found: in the files.
         recorded: the content of `lowra_digests.json`, or None.
-        packing: what config.json says of the packing; None for checkpoints of an earlier version.
+        config: what config.json says of the packing; `packing` is None for checkpoints of an earlier version.
         folder: of the checkpoint.
         variant: of its weights, if any.
 
     Raises:
-        ValueError: a tensor is another one than was written, missing or too many.
+        ValueError: a tensor is another one than was written, missing or too many, or would be read otherwise.
     """
+    packing = config.packing
     if recorded is not None:
+        written = recorded["config"].get("quantization_config")
+        was = written.get("group_size", config.group_size) if isinstance(written, dict) else config.group_size
+        if was != config.group_size:
+            raise ValueError(
+                f"{folder / 'config.json'} says groups of {config.group_size} and the weights were packed in groups of "
+                f"{was}, so that they would be others: put {was} back."
+            )
         expected = recorded["tensors"]
         for names, what in (
             ([name for name in expected if name not in found.digests], "lacks"),

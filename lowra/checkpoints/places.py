@@ -30,7 +30,7 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
         ValueError: not a path, or a user that does not exist.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
+    if not text.strip() or "\0" in text:
         raise ValueError(f"{text!r} is no path.")
     try:
         return pathlib.Path(text).expanduser()
@@ -105,6 +105,10 @@ def _followed(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path with all links followed, the last one too, even where it leads to nothing yet."""
     if _ADDRESS.match(os.fspath(path)):
         raise ValueError(f"{path} is an address, and what is written is written to folders: give one of this machine.")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes of the shell that are no UTF-8
+        raise ValueError(f"{path!r} is no UTF-8, and safetensors files cannot be put there: give another.") from None
     try:
         return expanded(path).resolve()
     except (RuntimeError, OSError) as error:  # the former for a link to itself, before Python 3.13

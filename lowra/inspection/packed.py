@@ -115,7 +115,7 @@ class PackedFolder:
         check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
         self.recorded = read_digests(self.folder / of_variant(DIGESTS_FILE, variant))
         self.found = find_tensors(paths)
-        check_tensors(self.found, self.recorded, self.config.packing, self.folder, variant)
+        check_tensors(self.found, self.recorded, self.config, self.folder, variant)
 
     def weight(self, target: Target) -> PackedWeight:
         """The packed weight of one layer."""

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import functools
 import logging
 import pathlib
@@ -96,14 +97,14 @@ class IntegrityCheck:
         """
         if self._found is None:
             found = noted_tensors(self._files, self._recorded or {})
-            before_use = FirstUse(functools.partial(self._read, config.packing))
+            before_use = FirstUse(functools.partial(self._read, copy.copy(config)))
             for module in model.modules():
                 if isinstance(module, PackedModule):
                     module.at_first_use = before_use
         else:
             found = self._found.result()
             self._reader.shutdown(wait=False)
-        check_tensors(found, self._recorded, config.packing, self.folder, self._variant)
+        check_tensors(found, self._recorded, config, self.folder, self._variant)
         config.packing = found.packing
         changes = [] if self._recorded is None else changed_settings(self._recorded, self.folder)
         if changes:
@@ -114,9 +115,9 @@ class IntegrityCheck:
             )
         return found
 
-    def _read(self, packing: dict[str, str] | None) -> None:
+    def _read(self, config: LowRAConfig) -> None:
         found = known_tensors(self._files, self._recorded)
-        check_tensors(found, self._recorded, packing, self.folder, self._variant)
+        check_tensors(found, self._recorded, config, self.folder, self._variant)
 
 
 def packing_in_memory(model: nn.Module) -> dict[str, str] | None:

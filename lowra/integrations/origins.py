@@ -82,8 +82,8 @@ def _follow_origin(model: Any, incompatible: Any) -> None:
     origin = others[0]
     if any(another != origin for another in origins):
         logger.warning(
-            "lowra: a state dict brought layers of another packing beside those that stay: no model was packed like this, "
-            "and its outputs are nobody's."
+            "lowra: a state dict brought layers of another packing beside those that stay: no model was packed like "
+            "this, and its outputs are nobody's."
         )
     for name in _FIELDS:
         setattr(config, name, origin[name])

@@ -1,5 +1,6 @@
 """Packed token embeddings: the rows that are looked up are decoded, the others stay packed."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -70,10 +71,15 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         """
         packed = self.matrix()
         _, places = self._layout.on(self.weight.device)
-        with torch.autocast(indices.device.type, enabled=False):  # that of CPUs refuses to join float16
+        kind = indices.device.type
+        known = torch.amp.is_autocast_available(kind)  # "meta" has none
+        # that of CPUs refuses to join float16
+        with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
             return rows_of_table(packed, places, indices, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not isinstance(input, torch.Tensor):
+            raise TypeError(f"embedding(): argument 'indices' must be Tensor, not {type(input).__name__}")
         dtype = self.compute_dtype
         rows = self.rows(input.reshape(-1), dtype).view(*input.shape, self.in_features)
         if self.scale == 1.0:

@@ -234,6 +234,8 @@ class PackedModule(PackedState):
                     "others of them. Leave out what requires no gradient; other codes come by load_state_dict, and "
                     "after a change on purpose the layer's prepare() accepts it."
                 )
+        if self._layout is not None and not accept:
+            self._refuse_unknown()
         return self._accept(rows)
 
     def _accept(self, rows: RowLayout, digest: str | None = None) -> RowLayout:

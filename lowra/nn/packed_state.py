@@ -127,6 +127,24 @@ class PackedState(nn.Module):
             "and a file of safetensors do not)."
         )
 
+    def _refuse_unknown(self) -> None:
+        """Looks at codes that were put in as new parameters, in a model that came from somewhere.
+
+        Not where hooks or sharding do so at every forward, nor on a GPU, which would have to wait.
+
+        Raises:
+            ValueError: nothing is known of them.
+        """
+        brought = hasattr(self, "_hf_hook") or torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.origin is None or brought or not self.weight.is_cpu or not is_readable(self.weight):
+            return
+        if not is_known(digest_of_codes(self.packed_tensors())):
+            raise ValueError(
+                f"Codes were put into a packed layer ({self.extra_repr()}) that this process has neither loaded, "
+                f"packed nor read out. {_NO_NUMBERS} Other packings come by load_state_dict, and after a change on "
+                "purpose the layer's prepare() accepts it."
+            )
+
     def _fault_of(self, given: dict[str, torch.Tensor], group_size: int) -> str | None:
         """Why tensors of a state dict cannot be loaded; None where they can, or where PyTorch will say it."""
         for name, tensor in given.items():

@@ -271,3 +271,22 @@ def test_ids_that_a_dense_table_takes(tables, ids):
     _, table = tables
     rows = torch.nn.functional.embedding(ids, table.dequantize())
     torch.testing.assert_close(table(ids), rows * table.scale)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], None, 3], ids=str)
+def test_what_is_no_tensor_is_refused_as_dense_embeddings_do(dense_llama, ids):
+    options = {"quantize_embeddings": True, "bits": 2}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        dense_llama, quantization_config=lowra.LowRAConfig(**options)
+    )
+    for table in (model.get_input_embeddings(), torch.nn.Embedding(4, 4)):
+        with pytest.raises(TypeError, match="must be Tensor, not"):
+            table(ids)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_shapes_without_numbers(dense_llama, embeddings):
+    config = lowra.LowRAConfig(bits=2, quantize_embeddings=embeddings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense_llama, quantization_config=config).to("meta")
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    assert model(input_ids=ids).logits.shape == (2, 5, model.config.vocab_size)

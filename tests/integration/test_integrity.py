@@ -292,3 +292,26 @@ def test_quantising_reads_back_what_it_wrote(dense_llama, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="reads back otherwise in 1 tensor"):
         lowra.quantize_checkpoint(str(dense_llama), tmp_path / "packed", lowra.LowRAConfig(), progress=False)
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("size", [8, 96, 128])
+def test_groups_are_those_that_were_packed(copied, packed, capsys, size):
+    """As many groups as before, of other borders, are other weights: a setting that is nobody's to change."""
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["group_size"] = size
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"groups of (64|{size})"):
+        load(copied)
+    assert main(["verify", str(copied)]) == main(["inspect", str(copied)]) == 2
+    assert "group" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"tensors": {}}, {"files": {}}, {"files": 7}, {"packing": None}, {"packing": [1]}])
+def test_digests_that_lack_something_end_in_a_sentence_or_do_no_harm(copied, packed, change):
+    content = json.loads((copied / DIGESTS_FILE).read_text())
+    (copied / DIGESTS_FILE).write_text(json.dumps({**content, **change}))
+    if "files" in change:
+        assert torch.equal(logits_of(load(copied)), logits_of(load(packed)))
+    else:
+        with pytest.raises(ValueError, match="not written with"):
+            load(copied)

@@ -190,3 +190,22 @@ def test_layers_of_two_packings_are_told(load_packed, caplog):
     with caplog.at_level(logging.WARNING, logger="lowra"):
         model.load_state_dict(mixed)
     assert any("layers of another packing" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_averages_put_in_as_parameters_are_refused(load_packed, data):
+    model, other = load_packed("first"), load_packed("second")
+    logits_of(model)
+    averaged = mean(model.state_dict(), other.state_dict())
+    for name, layer in packed_layers(model).items():
+        for leaf in layer.packed_tensors():
+            parameter = torch.nn.Parameter(averaged[f"{name}.{leaf}"], requires_grad=False)
+            if data:
+                getattr(layer, leaf).data = parameter.data
+            else:
+                setattr(layer, leaf, parameter)
+    with pytest.raises(ValueError, match="no numbers"):
+        logits_of(model)
+    for layer in packed_layers(model).values():
+        layer.prepare()
+    assert torch.isfinite(logits_of(model)).all()

@@ -86,7 +86,7 @@ class PackedConfig(QuantizationConfig):
     def _check_files(self, folder: pathlib.Path) -> list[str]:
         recorded = read_digests(folder / DIGESTS_FILE)
         found = known_tensors(safetensors_files(folder), recorded)
-        check_tensors(found, recorded, self.config.packing, folder)
+        check_tensors(found, recorded, self.config, folder)
         if changes := [] if recorded is None else changed_settings(recorded, folder):
             logger.warning(
                 "lowra: %s of %s was changed after the weights were written: %s.",
