@@ -287,7 +287,7 @@ def cut_short(state):
 def test_changed_state_dicts_are_refused(packed_llama, trained, change):
     source = PeftModel.from_pretrained(load(packed_llama), trained[0]).eval()
     fresh = get_peft_model(load(packed_llama), PeftConfig.from_pretrained(trained[0])).eval()
-    message = {averaged: "cast or averaged", of_other_codes: "belong to other codes", cut_short: "are damaged"}[change]
+    message = {averaged: "cast or averaged", of_other_codes: "lost the metadata", cut_short: "are damaged"}[change]
     with pytest.raises(RuntimeError, match=message):
         fresh.load_state_dict(change(source.state_dict()))
 
