@@ -77,7 +77,8 @@ def start_of(folder: pathlib.Path, config: LowRAConfig) -> str | None:
 
 
 class _Watch:
-    """What one packed layer calls before its forward, which no adapter's forward goes past; once. Can be pickled.
+    """What one packed layer calls before its forward, which no adapter's forward goes past; it speaks once. Can be
+    pickled.
 
     No hook: with one, a layer takes PEFT's own forward, and what a checkpointed block makes again must go the way that
     it went first.
@@ -86,11 +87,15 @@ class _Watch:
     def __init__(self, model: nn.Module, start: str, adapter: pathlib.Path):
         self.model, self.start, self.adapter = model, start, adapter
         self.is_told = False
+        self._satisfied: tuple[weakref.ref[BaseTunerLayer], list[str]] | None = None
         self._register()
 
     def _register(self) -> None:
         self.number = next(_numbers)
         _watches[self.number] = self
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_satisfied": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -99,8 +104,17 @@ class _Watch:
     def __call__(self, layer: LowRALinear) -> None:
         if torch.compiler.is_compiling():
             _tell_while_compiling(self.number)
+        elif self._is_satisfied():  # at every forward
+            return
         elif self.tell():
             layer.at_first_forward = None
+
+    def _is_satisfied(self) -> bool:
+        """Whether the adapters of an earlier forward are still there: they may have been deleted, or unloaded."""
+        if self._satisfied is None:
+            return False
+        layer, active = self._satisfied[0](), self._satisfied[1]
+        return layer is not None and layer.active_adapters == active
 
     def tell(self) -> bool:
         """Says what is missing, if it is; returns whether there is nothing to say later."""
@@ -109,10 +123,13 @@ class _Watch:
             return False  # a reference model; what counts is the next forward
         if self.is_told:
             return True
+        active = [] if tuner is None else list(tuner.active_adapters)
+        if tuner is not None and any(has_arrived(self.model, name) for name in active):
+            self._satisfied = weakref.ref(tuner), active
+            return False
         self.is_told = True
         where = str(self.adapter) if self.adapter.is_dir() else f"the {ADAPTER_FOLDER} of the checkpoint"
         what = f"this base was packed together with an initial adapter ({self.start}) that holds a part of its weights"
-        active = [] if tuner is None else tuner.active_adapters
         if not active:
             logger.warning(
                 "lowra: %s; without it the outputs are far off. Load %s, or an adapter trained from it "
@@ -120,7 +137,7 @@ class _Watch:
                 what,
                 where,
             )
-        elif not any(has_arrived(self.model, name) for name in active):
+        else:
             logger.warning(
                 "lowra: %s, and adapter %s starts anew: training starts far off. Start from %s: "
                 "PeftModel.from_pretrained(model, '%s', is_trainable=True).",

@@ -43,6 +43,7 @@ from .loose_factors import (
     remember_reading,
 )
 from .parameter_counts import uncounted
+from .missing_start import expect_start, stored_start
 from .peft import LowRALoraLinear
 from .peft_limits import (
     check_experts,
@@ -266,7 +267,10 @@ def unloaded(original: Callable) -> Callable:
             if merge:
                 self._check_merge_allowed()  # before anything is changed
             release_adapter_tables(self.model, kwargs.get("adapter_names") if merge else [])
-        return original(self, merge, *args, **kwargs)
+        unloaded = original(self, merge, *args, **kwargs)
+        if not merge and (start := stored_start(self.model)) is not None:
+            expect_start(self.model, start)  # which may have been there until now
+        return unloaded
 
     return _unload_and_optionally_merge
 

@@ -138,3 +138,33 @@ def test_dequantised_it_says_so_unless_an_adapter_was_merged(started, caplog):
     assert not said(caplog)
     with pytest.raises(TypeError, match="expects a PeftModel"):
         lowra.merge_into_dense(load(started))
+
+
+def unload(model):
+    return model.unload()
+
+
+def delete(model):
+    model.delete_adapter("default")
+    return model.base_model.model
+
+
+def to_a_new_one(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    return model
+
+
+@pytest.mark.parametrize("taken_away", [unload, delete, to_a_new_one])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_adapter_that_is_taken_away_again_is_missed(started, caplog, taken_away, used_before):
+    model = PeftModel.from_pretrained(load(started), started / "initial_adapter").eval()
+    if used_before:
+        logits_of(model)
+        logits_of(pickle.loads(pickle.dumps(model)))
+    assert not said(caplog)
+    bare = taken_away(model)
+    logits_of(bare)
+    assert len(said(caplog)) == 1
+    logits_of(bare)
+    assert not said(caplog)
