@@ -42,8 +42,8 @@ from .loose_factors import (
     refuse_unknown_origin,
     remember_reading,
 )
-from .parameter_counts import uncounted
 from .missing_start import expect_start, stored_start
+from .parameter_counts import uncounted
 from .peft import LowRALoraLinear
 from .peft_limits import (
     check_experts,
