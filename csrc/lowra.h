@@ -236,7 +236,8 @@ LOWRA_API int lowra_cuda_gate(const void *gate, const void *up, void *out, int64
                               int32_t type, void *stream);
 
 // Attention of one new token of each sequence, which is put in the cache first. All but the integers is of `type`. A
-// cache is taken in parts of 512 slots for a dim up to 64, 256 up to 128, and 128 up to 256.
+// cache is taken in parts of 512 slots for a dim up to 64, 256 up to 128, and 128 up to 256. On a GPU the cache, slot
+// and first are read while the launch before it on the stream may still run, so that one must not write them.
 typedef struct lowra_attention {
   const void *query;                    // [batch, heads, dim]
   const void *key, *value;              // [batch, kv_heads, dim]

@@ -17,8 +17,17 @@ constexpr int kPieceColumns = 512;
 constexpr int kPatience = 32;  // looks at missing cells before a warp computes them itself
 static_assert(kUnitBits % kPieceColumns == 0, "a block has whole pieces, or the end of a row");
 
-inline size_t adapted_bytes(const single_product &) { return 0; }
-inline size_t adapted_bytes(const product_group &q) { return (size_t)q.ranks * q.tokens * 4; }
+inline size_t inner_bytes(const single_product &) { return 0; }
+inline size_t inner_bytes(const product_group &q) { return (size_t)q.ranks * q.tokens * 4; }
+
+// Of the rows of B that a team of `tiles` tiles stores, all as long as the longest.
+inline size_t bytes_of_b(const product_group &q, int tiles) { return (size_t)tiles * kTileRows * q.most_ranks * 2; }
+
+// What a block needs of its adapters when it stores its rows, in shared memory.
+struct adapter_memory {
+  float *inner;  // [token][rank of all adapters]
+  uint2 *b;      // [row of the team][q.most_ranks], if q.b_is_shared
+};
 
 __device__ __forceinline__ void put_cell(uint64_t *cell, float sum, uint32_t launch) {
   const uint64_t word = (uint64_t)launch << 32 | __float_as_uint(sum);
@@ -48,11 +57,21 @@ struct shared_row_sums {
     const uint16_t *row = row_of_a(number / pieces);
     prefetch_to_l2(row + column, row + min(column + kPieceColumns, q.in_features));
   }
-  // A row of B, which is read when sums are stored. place: see place_of_row.
-  __device__ __forceinline__ void ask_for_b(int part, int row) const {
+  // A row of B, which is read when sums are stored: to `target`, or to the L2 cache. wait_for_copies<0> follows.
+  __device__ __forceinline__ void ask_for_b(int part, int row, uint2 *target) const {
     const lowra_adapter &own = q.adapters.of[part];
     const uint16_t *values = static_cast<const uint16_t *>(own.b) + (size_t)row * own.rank;
-    for (int rank = 0; rank < own.rank; rank += 16) prefetch_to_l2(values + rank);  // 32 bytes each
+    if (!q.b_is_shared) {
+      for (int rank = 0; rank < own.rank; rank += 16) prefetch_to_l2(values + rank);  // 32 bytes each
+      return;
+    }
+#if __CUDA_ARCH__ >= 800
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(target);
+    for (int rank = 0; rank < own.rank; rank += 4) copy_async<8>(address + rank * 2, values + rank);
+    commit_copies();
+#else
+    for (int rank = 0; rank < own.rank; rank += 4) target[rank / 4] = *reinterpret_cast<const uint2 *>(values + rank);
+#endif
   }
 
   // Once they have.
@@ -71,7 +90,7 @@ struct shared_row_sums {
     put(type, number + teams * kWarps, teams * kWarps);
   }
 
-  // Into inner [rank][token], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so
+  // Into inner [token][rank], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so
   // that each of them waits for memory once.
   __device__ __forceinline__ void take_all(int32_t type, int thread, float *inner) const {
     const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns, count = q.ranks * q.tokens;
@@ -96,7 +115,9 @@ struct shared_row_sums {
         if (looks == kPatience) put(type, 0, 1);
       }
       for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (cell < count && at % lanes == 0) inner[cell] = gain == 0.f ? 0.f : gain * sum;
+      if (cell < count && at % lanes == 0) {
+        inner[cell % q.tokens * q.ranks + cell / q.tokens] = gain == 0.f ? 0.f : gain * sum;
+      }
     }
   }
 
@@ -185,25 +206,32 @@ struct shared_row_sums {
   }
 };
 
-// scaling B (A x) of one row of W. inner: what shared_row_sums::take_all made of A x of all adapters.
+// scaling B (A x) of one row of W, which is row `cell` of the team. memory: what shared_row_sums::take_all and
+// ask_for_b brought there.
 template <class T>
-__device__ __forceinline__ float adapter_term(const product_group &q, int part, int row, int token,
-                                              const float *inner) {
+__device__ __forceinline__ float adapter_term(const product_group &q, int part, int row, int token, int cell,
+                                              const adapter_memory &memory) {
   const lowra_adapter &own = q.adapters.of[part];
+  const float *inner = memory.inner + token * q.ranks;
 #pragma unroll
   for (int i = 0; i < kMostParts - 1; ++i) {
-    if (i < part) inner += q.adapters.of[i].rank * q.tokens;
+    if (i < part) inner += q.adapters.of[i].rank;
   }
-  const uint2 *b = reinterpret_cast<const uint2 *>(static_cast<const T *>(own.b) + (size_t)row * own.rank);
+  const uint2 *b = q.b_is_shared
+                       ? memory.b + cell * (q.most_ranks / 4)
+                       : reinterpret_cast<const uint2 *>(static_cast<const T *>(own.b) + (size_t)row * own.rank);
   float sum = 0.f;
 #pragma unroll 4
   for (int rank = 0; rank < own.rank; rank += 4) {
-    const uint2 raw = __ldg(b + rank / 4);
+    // Of a mixed batch's adapters most are not this token's own.
+    const float4 a = *reinterpret_cast<const float4 *>(inner + rank);
+    if (a.x == 0.f && a.y == 0.f && a.z == 0.f && a.w == 0.f) continue;
+    const uint2 raw = b[rank / 4];
     const T *values = reinterpret_cast<const T *>(&raw);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      sum = __fmaf_rn(to_float(values[k]), inner[(rank + k) * q.tokens + token], sum);
-    }
+    sum = __fmaf_rn(to_float(values[0]), a.x, sum);
+    sum = __fmaf_rn(to_float(values[1]), a.y, sum);
+    sum = __fmaf_rn(to_float(values[2]), a.z, sum);
+    sum = __fmaf_rn(to_float(values[3]), a.w, sum);
   }
   return own.scaling * sum;
 }

@@ -73,12 +73,11 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   __shared__ bool is_last;
   const int heads = a.heads / a.kv_heads, kv_head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
-  wait_for_earlier_kernels();
-  let_later_kernels_start();
+  // Where the sequences stand and the cache are at rest: the launch just before makes the query, and no other is under
+  // way.
   const int slot = *a.slot, first = a.first[sequence];
   const int oldest = a.window > 0 ? max(first, slot - a.window + 1) : first;
   const int begin = max(oldest, (int)blockIdx.x * kSlots), end = min(slot + 1, (int)(blockIdx.x + 1) * kSlots);
-  if (begin >= end) return;
   const int before = blockIdx.x - oldest / kSlots, blocks = slot / kSlots - oldest / kSlots + 1;
   const size_t head_of_cache = (size_t)sequence * a.kv_heads + kv_head;
   T *keys = static_cast<T *>(a.keys) + head_of_cache * a.slots * a.dim;
@@ -97,6 +96,9 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
     key[i] = wanted ? *reinterpret_cast<const uint4 *>(keys + (size_t)at * a.dim + column) : make_uint4(0, 0, 0, 0);
     value[i] = wanted ? *reinterpret_cast<const uint4 *>(values + (size_t)at * a.dim + column) : make_uint4(0, 0, 0, 0);
   }
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
+  if (begin >= end) return;
   float *queries = shared, *new_key = shared + HEADS * a.dim;
   for (int h = warp; h < heads; h += kWarps) {
     const T *query = static_cast<const T *>(a.query) + ((size_t)sequence * a.heads + kv_head * heads + h) * a.dim;

@@ -65,7 +65,8 @@ struct product_group : product {
   static constexpr bool GROUP = true;
   lowra_input input;
   lowra_adapters adapters;
-  int ranks;  // of all adapters
+  int ranks, most_ranks;  // of all adapters, of the largest
+  bool b_is_shared;       // the rows of B fit into shared memory
   int parts;
   struct member {
     const uint8_t *codes;

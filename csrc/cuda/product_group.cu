@@ -1,4 +1,6 @@
 // Products of several weights with one x in one launch, up to 8 tokens: a step of decoding.
+#include <algorithm>
+
 #include "product_small.cuh"
 
 namespace lowra {
@@ -41,7 +43,10 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
   }
   if (!adapters) return choose_input<false>(q, type, stream);
   q.adapters = *adapters;
-  for (const lowra_adapter &adapter : adapters->of) q.ranks += adapter.rank;
+  for (const lowra_adapter &adapter : adapters->of) {
+    q.ranks += adapter.rank;
+    q.most_ranks = std::max(q.most_ranks, adapter.rank);
+  }
   return choose_input<true>(q, type, stream);
 }
 

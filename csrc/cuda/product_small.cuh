@@ -158,27 +158,29 @@ __device__ __forceinline__ int row_of_weight(const Q &q, const D &d, const int (
 }
 
 template <class S, class T>
-__device__ __forceinline__ void store_row(const single_product &q, int token, int place, float sum, const float *) {
+__device__ __forceinline__ void store_row(const single_product &q, int token, int place, int, float sum,
+                                          const adapter_memory &) {
   store_output<T>(q, token, place, sum);
 }
 
 template <class S, class T>
-__device__ __forceinline__ void store_row(const product_group &q, int token, int place, float sum, const float *inner) {
+__device__ __forceinline__ void store_row(const product_group &q, int token, int place, int cell, float sum,
+                                          const adapter_memory &memory) {
   const int part = part_of_place(place), row = row_of_place(place);
   const auto &member = q.members[part];
-  if constexpr (S::ADAPTED) sum += adapter_term<T>(q, part, row, token, inner);
+  if constexpr (S::ADAPTED) sum += adapter_term<T>(q, part, row, token, cell, memory);
   if (member.bias) sum += to_float(static_cast<const T *>(member.bias)[row]);
   static_cast<T *>(member.out)[(size_t)token * member.layout.rows() + row] = static_cast<T>(sum);
 }
 
-// inner: A x of all adapters, in shared memory.
+// cell: which row of the team's tiles it is.
 template <class S>
-__device__ __forceinline__ void store_sum(const typename S::PRODUCT &q, int32_t type, int token, int place, float sum,
-                                          const float *inner) {
+__device__ __forceinline__ void store_sum(const typename S::PRODUCT &q, int32_t type, int token, int place, int cell,
+                                          float sum, const adapter_memory &memory) {
   if (type == LOWRA_FLOAT16) {
-    store_row<S, fp16>(q, token, place, sum, inner);
+    store_row<S, fp16>(q, token, place, cell, sum, memory);
   } else {
-    store_row<S, bf16>(q, token, place, sum, inner);
+    store_row<S, bf16>(q, token, place, cell, sum, memory);
   }
 }
 
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float *parts = sums + (d.most_tiles + kWarps) * kCells;                           // [block][tile][token][row]
   int *places = reinterpret_cast<int *>(parts + d.splits * d.most_tiles * kCells);  // row of W, -1 for none
   int *spans = places + d.most_tiles * kTileRows;                                   // first and last warp of a tile
-  float *inner = reinterpret_cast<float *>(spans + 2 * d.most_tiles);               // [rank][token], of adapters
+  adapter_memory adapters = {reinterpret_cast<float *>(spans + (d.most_tiles + 1) / 2 * 4)};
   // Each warp has at least one unit, or none.
   int unit = units < kWarps ? min(units, warp) : units * warp / kWarps;
   const int last_unit = units < kWarps ? min(units, warp + 1) : units * (warp + 1) / kWarps;
@@ -259,7 +261,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
   const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
   if constexpr (S::ADAPTED) {
-    if (cell_place >= 0) row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place));
+    adapters.b = reinterpret_cast<uint2 *>(adapters.inner + q.ranks * q.tokens);
+    if (cell_place >= 0) {
+      uint2 *target = adapters.b + cell * (q.most_ranks / 4);
+      row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
+    }
   }
   uint32_t next[2][4] = {};
   if (unit < last_unit) {
@@ -314,7 +320,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = cell; i < all_tiles * kTileRows; i += kThreads) {
     places[i] = i == cell ? cell_place : row_of_weight(q, d, tiles, team, i);
   }
-  if constexpr (S::ADAPTED) row_sums.take_all(type, thread, inner);
+  if constexpr (S::ADAPTED) {
+    row_sums.take_all(type, thread, adapters.inner);
+    wait_for_copies<0>();
+  }
   __syncthreads();
   if (!alone) team_blocks::wait();  // the other blocks have started: their memory can be written
   // A block adds up what its warps have and hands each sum to the block that will store it.
@@ -325,19 +334,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int w = spans[2 * number]; w <= spans[2 * number + 1]; ++w) sum += sums[w * kCells + i];
     if (!alone) {
       *team_blocks::of_rank(parts + rank * d.most_tiles * kCells + i, i / kTileRows % d.splits) = sum;
-    } else if (token < q.tokens && places[number * kTileRows + i % kTileRows] >= 0) {
-      store_sum<S>(q, type, token, places[number * kTileRows + i % kTileRows], sum, inner);
+    } else {
+      const int own = number * kTileRows + i % kTileRows;
+      if (token < q.tokens && places[own] >= 0) store_sum<S>(q, type, token, places[own], own, sum, adapters);
     }
   }
   if (alone) return;
   team_blocks::sync();
   for (int i = thread; i < all_tiles * kCells; i += kThreads) {
-    const int token = i / kTileRows % TOKENS, stored = places[i / kCells * kTileRows + i % kTileRows];
-    if (i / kTileRows % d.splits != rank || token >= q.tokens || stored < 0) continue;
+    const int token = i / kTileRows % TOKENS, own = i / kCells * kTileRows + i % kTileRows;
+    if (i / kTileRows % d.splits != rank || token >= q.tokens || places[own] < 0) continue;
     float sum = 0.f;
 #pragma unroll 1
     for (int s = 0; s < d.splits; ++s) sum += parts[s * d.most_tiles * kCells + i];
-    store_sum<S>(q, type, token, stored, sum, inner);
+    store_sum<S>(q, type, token, places[own], own, sum, adapters);
   }
 }
 
@@ -345,8 +355,8 @@ template <class S>
 size_t shared_bytes(const typename S::PRODUCT &q, const division &d) {
   const size_t chunks = d.slice / kChunkColumns;
   return 2 * chunks * S::kStride * 16 + (size_t)(d.most_tiles + kWarps) * S::kCells * 4 +
-         (size_t)d.splits * d.most_tiles * S::kCells * 4 + (size_t)d.most_tiles * (kTileRows * 4 + 8) +
-         adapted_bytes(q);
+         (size_t)d.splits * d.most_tiles * S::kCells * 4 + (size_t)d.most_tiles * kTileRows * 4 +
+         (size_t)(d.most_tiles + 1) / 2 * 16 + inner_bytes(q);
 }
 
 // That a launch does not ask for: of norm_factors, for either type of x.
@@ -369,10 +379,15 @@ int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
     if (teams > counts.total()) teams = counts.total();
     if (teams > kMaxTeams) return LOWRA_UNSUPPORTED;
     divide_rows(counts, teams, d);
-    const size_t bytes = shared_bytes<S>(q, d);
+    size_t bytes = shared_bytes<S>(q, d);
     if (bytes + kStaticBytes<S> > (size_t)limits.shared_bytes) continue;
+    typename S::PRODUCT own = q;
+    if constexpr (S::ADAPTED) {
+      own.b_is_shared = bytes + bytes_of_b(q, d.most_tiles) + kStaticBytes<S> <= (size_t)limits.shared_bytes;
+      if (own.b_is_shared) bytes += bytes_of_b(q, d.most_tiles);
+    }
     return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits,
-                        stream, q, d, type);
+                        stream, own, d, type);
   }
   return LOWRA_UNSUPPORTED;
 }

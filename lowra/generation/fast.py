@@ -166,7 +166,15 @@ def _check_against_model(decoder: Decoder, model: PreTrainedModel, ids: torch.Te
         caches[0].slot.fill_(ids.shape[1] - 1)
         found = decoder.step(ids[:, -1], caches)
     deviation = float((found.float() - expected).norm() / expected.norm())
-    if not deviation < _LARGEST_DEVIATION:
+    if deviation < _LARGEST_DEVIATION:
+        return
+    # Deep models of random weights make that much of a rounding, so this one is asked what it makes of one.
+    embedded = model.get_input_embeddings()(ids)
+    step = torch.full_like(embedded[0, 0], torch.finfo(embedded.dtype).eps)
+    step[::2] *= -1  # norms take back what all values have in common
+    rounded = model(inputs_embeds=embedded * (1 + step), use_cache=False).logits[:, -1]
+    own = float((rounded.float() - expected).norm() / expected.norm())
+    if not deviation < 4 * own:
         raise Unsupported(f"its logits differ from the model's own by {deviation:.2g} of their size")
 
 
