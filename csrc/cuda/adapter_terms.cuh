@@ -46,7 +46,7 @@ struct shared_row_sums {
   const uint4 *plain;  // x of the block's columns [begin, end), see stage_x
   int begin, end, team, teams, lane;
   uint32_t launch;    // its number
-  uint2 first[2][2];  // of A, for the first piece of this warp, which is usually the only one
+  uint2 first[2][2];  // of A, for this warp's piece, of which it usually has one
   float first_gain;   // of that row of A for token `lane`
 
   // Before earlier kernels have finished.
@@ -77,22 +77,23 @@ struct shared_row_sums {
   // Once they have.
   __device__ __forceinline__ void fetch_first(int warp) {
     launch = (uint32_t)*q.adapters.launches + (uint32_t)q.adapters.launch;
-    const int pieces = own_pieces(), number = team + teams * warp;
-    if (number >= q.ranks * pieces) return;
-    fetch(number / pieces, number % pieces, first);
-    first_gain = gain_of(number / pieces, lane);
+    const int number = team + teams * warp;
+    if (number < q.ranks * own_pieces()) fetch_piece(number);
   }
 
-  __device__ __forceinline__ void put_own(int32_t type, int warp) const {
-    const int pieces = own_pieces(), number = team + teams * warp;
-    if (number >= q.ranks * pieces) return;
-    put_piece(type, number / pieces, number % pieces, first, first_gain);
-    put(type, number + teams * kWarps, teams * kWarps);
+  __device__ __forceinline__ void put_own(int warp) {
+    const int pieces = own_pieces();
+#pragma unroll 1
+    for (int number = team + teams * warp; number < q.ranks * pieces;) {
+      put_piece(number / pieces, number % pieces, first, first_gain);
+      number += teams * kWarps;
+      if (number < q.ranks * pieces) fetch_piece(number);
+    }
   }
 
   // Into inner [token][rank], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so
   // that each of them waits for memory once.
-  __device__ __forceinline__ void take_all(int32_t type, int thread, float *inner) const {
+  __device__ __forceinline__ void take_all(int thread, float *inner) const {
     const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns, count = q.ranks * q.tokens;
     int lanes = 32;
     while (lanes > 1 && lanes * count > kThreads) lanes /= 2;
@@ -112,7 +113,7 @@ struct shared_row_sums {
           }
         }
         if (__all_sync(0xffffffffu, there)) break;
-        if (looks == kPatience) put(type, 0, 1);
+        if (looks == kPatience) put_all();
       }
       for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (cell < count && at % lanes == 0) {
@@ -139,13 +140,19 @@ struct shared_row_sums {
     }
     return static_cast<const uint16_t *>(q.adapters.of[part].a) + (size_t)rank * q.in_features;
   }
-  __device__ __forceinline__ void put(int32_t type, int from, int step) const {
+  __device__ __forceinline__ void put_all() const {
     const int pieces = own_pieces();
-    for (int number = from; number < q.ranks * pieces; number += step) {
+#pragma unroll 1
+    for (int number = 0; number < q.ranks * pieces; ++number) {
       uint2 a[2][2];
       fetch(number / pieces, number % pieces, a);
-      put_piece(type, number / pieces, number % pieces, a, gain_of(number / pieces, lane));
+      put_piece(number / pieces, number % pieces, a, gain_of(number / pieces, lane));
     }
+  }
+  __device__ __forceinline__ void fetch_piece(int number) {
+    const int pieces = own_pieces();
+    fetch(number / pieces, number % pieces, first);
+    first_gain = gain_of(number / pieces, lane);
   }
   // A lane's columns of half a piece begin here, and go on 16 further on, as those of x that is staged.
   __device__ __forceinline__ int unit_of(int piece, int half) const {
@@ -161,18 +168,9 @@ struct shared_row_sums {
     }
   }
   // gain: of token `lane`.
-  __device__ __forceinline__ void put_piece(int32_t type, int rank, int piece, const uint2 (&a)[2][2],
-                                            float gain) const {
-    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && gain != 0.f);
-    if (type == LOWRA_FLOAT16) {
-      put_sums<fp16>(rank, piece, a, wanted);
-    } else {
-      put_sums<bf16>(rank, piece, a, wanted);
-    }
-  }
-  // wanted: a bit for each token.
-  template <class T>
-  __device__ __forceinline__ void put_sums(int rank, int piece, const uint2 (&a)[2][2], uint32_t wanted) const {
+  __device__ __forceinline__ void put_piece(int rank, int piece, const uint2 (&a)[2][2], float gain) const {
+    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && gain != 0.f);  // a bit for each token
+    using T = typename S::T;
     float sums[S::TOKENS] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

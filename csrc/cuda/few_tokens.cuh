@@ -21,7 +21,8 @@ constexpr int kUnitBits = 512;     // bits of a row in a unit of work: 64 bytes,
 constexpr int kChunkColumns = 64;  // columns of x under one power of two
 constexpr int kChunkUnits = 9;     // 16-byte units of a token's chunk: 8 of x, and one of its power and sums
 constexpr int kMaxTeams = 256;
-constexpr int kKinds = 3;  // kinds of rows: 4, 2 and 1 bits
+constexpr int kMostMadeTokens = 4;  // of a group whose x is normed or gated: every block does that for all of x
+constexpr int kKinds = 3;           // kinds of rows: 4, 2 and 1 bits
 constexpr int kMostParts = LOWRA_MOST_GROUPED;
 
 // Rows of one precision, and how a block counts its share of them.
@@ -98,17 +99,18 @@ __device__ __forceinline__ tile_owner owner_of(const product_group &q, const gro
 
 // How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes
 // of a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of
-// 64, an even number in a row. PRODUCT_: of one weight or of a group. INPUT_: what x is made of, a lowra_input_kind.
-// ADAPTED_: whether weights of the group have adapters.
-template <int TOKENS_, int LANES_, bool DEFAULT_FORM_, class PRODUCT_ = single_product, int INPUT_ = LOWRA_PLAIN,
-          bool ADAPTED_ = false>
+// 64, an even number in a row. T_: type of x. PRODUCT_: of one weight or of a group. ADAPTED_: whether weights of the
+// group have adapters. What x is made of is no part of it: the launches of a decoding step are short, and code that
+// all of them share is fetched once.
+template <int TOKENS_, int LANES_, bool DEFAULT_FORM_, class T_, class PRODUCT_ = single_product, bool ADAPTED_ = false>
 struct setup {
+  using T = T_;
   using PRODUCT = PRODUCT_;
   using DIVISION = typename PRODUCT::DIVISION;
-  static constexpr int INPUT = INPUT_;
   static constexpr int TOKENS = TOKENS_, LANES = LANES_;
   static constexpr bool DEFAULT_FORM = DEFAULT_FORM_, ADAPTED = ADAPTED_;
-  static constexpr int kPerMma = 2 * LANES;  // tokens of one mma
+  static constexpr bool MADE = PRODUCT::GROUP && TOKENS <= kMostMadeTokens;  // whether x may be normed or gated
+  static constexpr int kPerMma = 2 * LANES;                                  // tokens of one mma
   static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;
   static constexpr int kCells = TOKENS * kTileRows;  // sums of a tile
   // 16-byte units between two chunks of x: neighbouring chunks start 32 bytes further round the banks.

@@ -7,23 +7,18 @@ namespace lowra {
 
 namespace {
 
-template <int INPUT, bool ADAPTED>
-int choose_tokens(const product_group &q, int32_t type, cudaStream_t stream) {
-  if (q.tokens == 1) return launch<setup<1, 1, true, product_group, INPUT, ADAPTED>>(q, type, stream);
-  if (q.tokens == 2) return launch<setup<2, 1, true, product_group, INPUT, ADAPTED>>(q, type, stream);
-  if (q.tokens <= 4) return launch<setup<4, 2, true, product_group, INPUT, ADAPTED>>(q, type, stream);
-  // Every block would normalise or gate all of x: with more tokens that takes longer than a launch of its own.
-  if constexpr (INPUT == LOWRA_PLAIN) {
-    if (q.tokens <= 8) return launch<setup<8, 2, true, product_group, INPUT, ADAPTED>>(q, type, stream);
-  }
-  return LOWRA_UNSUPPORTED;
+template <bool ADAPTED, class T>
+int choose_tokens(const product_group &q, cudaStream_t stream) {
+  if (q.tokens == 1) return launch<setup<1, 1, true, T, product_group, ADAPTED>>(q, stream);
+  if (q.tokens == 2) return launch<setup<2, 1, true, T, product_group, ADAPTED>>(q, stream);
+  if (q.tokens <= 4) return launch<setup<4, 2, true, T, product_group, ADAPTED>>(q, stream);
+  if (q.input.kind != LOWRA_PLAIN && q.tokens > kMostMadeTokens) return LOWRA_UNSUPPORTED;
+  return q.tokens <= 8 ? launch<setup<8, 2, true, T, product_group, ADAPTED>>(q, stream) : LOWRA_UNSUPPORTED;
 }
 
 template <bool ADAPTED>
-int choose_input(const product_group &q, int32_t type, cudaStream_t stream) {
-  if (q.input.kind == LOWRA_NORMED) return choose_tokens<LOWRA_NORMED, ADAPTED>(q, type, stream);
-  if (q.input.kind == LOWRA_GATED) return choose_tokens<LOWRA_GATED, ADAPTED>(q, type, stream);
-  return choose_tokens<LOWRA_PLAIN, ADAPTED>(q, type, stream);
+int choose_type(const product_group &q, int32_t type, cudaStream_t stream) {
+  return type == LOWRA_FLOAT16 ? choose_tokens<ADAPTED, fp16>(q, stream) : choose_tokens<ADAPTED, bf16>(q, stream);
 }
 
 }  // namespace
@@ -41,13 +36,13 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
                     w.scale_steps, w.levels,          bias[i],
                     out[i],        layout_of(w.shape)};
   }
-  if (!adapters) return choose_input<false>(q, type, stream);
+  if (!adapters) return choose_type<false>(q, type, stream);
   q.adapters = *adapters;
   for (const lowra_adapter &adapter : adapters->of) {
     q.ranks += adapter.rank;
     q.most_ranks = std::max(q.most_ranks, adapter.rank);
   }
-  return choose_input<true>(q, type, stream);
+  return choose_type<true>(q, type, stream);
 }
 
 }  // namespace lowra

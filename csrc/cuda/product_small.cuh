@@ -157,31 +157,22 @@ __device__ __forceinline__ int row_of_weight(const Q &q, const D &d, const int (
   return place_of_row(q, d, kind, d.first[team][kind] + number, cell % kTileRows);
 }
 
-template <class S, class T>
-__device__ __forceinline__ void store_row(const single_product &q, int token, int place, int, float sum,
+template <class S>
+__device__ __forceinline__ void store_sum(const single_product &q, int token, int place, int, float sum,
                                           const adapter_memory &) {
-  store_output<T>(q, token, place, sum);
+  store_output<typename S::T>(q, token, place, sum);
 }
 
-template <class S, class T>
-__device__ __forceinline__ void store_row(const product_group &q, int token, int place, int cell, float sum,
+// cell: which row of the team's tiles it is.
+template <class S>
+__device__ __forceinline__ void store_sum(const product_group &q, int token, int place, int cell, float sum,
                                           const adapter_memory &memory) {
+  using T = typename S::T;
   const int part = part_of_place(place), row = row_of_place(place);
   const auto &member = q.members[part];
   if constexpr (S::ADAPTED) sum += adapter_term<T>(q, part, row, token, cell, memory);
   if (member.bias) sum += to_float(static_cast<const T *>(member.bias)[row]);
   static_cast<T *>(member.out)[(size_t)token * member.layout.rows() + row] = static_cast<T>(sum);
-}
-
-// cell: which row of the team's tiles it is.
-template <class S>
-__device__ __forceinline__ void store_sum(const typename S::PRODUCT &q, int32_t type, int token, int place, int cell,
-                                          float sum, const adapter_memory &memory) {
-  if (type == LOWRA_FLOAT16) {
-    store_row<S, fp16>(q, token, place, cell, sum, memory);
-  } else {
-    store_row<S, bf16>(q, token, place, cell, sum, memory);
-  }
 }
 
 // The blocks of a cluster; before Hopper a team is one block.
@@ -211,9 +202,8 @@ struct team_blocks {
 
 // S: a setup.
 template <class S>
-__global__ void __launch_bounds__(kThreads, 1)
-    product_small_kernel(const __grid_constant__ typename S::PRODUCT q, const __grid_constant__ typename S::DIVISION d,
-                         int32_t type) {
+__global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid_constant__ typename S::PRODUCT q,
+                                                                    const __grid_constant__ typename S::DIVISION d) {
   constexpr int TOKENS = S::TOKENS, kCells = S::kCells;
   extern __shared__ uint4 memory[];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -239,24 +229,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   tile.place(q, d, spot, team, begin, lane);
   if (unit < last_unit) tile.ask_for_codes(lane % 4);
   if (warp >= kWarps - kKinds && lane == 0) ask_for_facts(q, d, warp - (kWarps - kKinds), team, rank);
-  if constexpr (S::INPUT == LOWRA_NORMED) {
+  if constexpr (S::MADE) {
     const uint16_t *weight = static_cast<const uint16_t *>(q.input.weight);
-    if (thread == 0) prefetch_to_l2(weight, weight + q.in_features);
+    if (weight && thread == 0) prefetch_to_l2(weight, weight + q.in_features);
   }
   shared_row_sums<S> row_sums = {q, plain, begin, end, team, (int)gridDim.x / d.splits, lane};
   if constexpr (S::ADAPTED) row_sums.ask_for_first(warp);
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const x_piece<S::INPUT> first_piece = fetch_x<S>(q, d, begin, end, thread);
+  const x_piece<S> first_piece = fetch_x<S>(q, d, begin, end, thread);
   if constexpr (S::ADAPTED) row_sums.fetch_first(warp);
   float factors[TOKENS] = {};
-  if constexpr (S::INPUT == LOWRA_NORMED) {
-    const bool stores = team == 0 && rank == 0;
-    if (type == LOWRA_FLOAT16) {
-      norm_factors<S, fp16, kThreads>(q, stores, factors);
-    } else {
-      norm_factors<S, bf16, kThreads>(q, stores, factors);
-    }
+  if constexpr (S::MADE) {
+    if (q.input.kind == LOWRA_NORMED) norm_factors<S, kThreads>(q, team == 0 && rank == 0, factors);
   }
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
   const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
@@ -274,13 +259,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   uint4 *wanted_plain = S::ADAPTED || tiles[0] + tiles[1] > 0 ? plain : nullptr,
         *wanted_folded = tiles[2] > 0 ? folded : nullptr;
-  if (type == LOWRA_FLOAT16) {
-    stage_x<S, fp16>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
-  } else {
-    stage_x<S, bf16>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
-  }
+  stage_x<S>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
   __syncthreads();
-  if constexpr (S::ADAPTED) row_sums.put_own(type, warp);
+  if constexpr (S::ADAPTED) row_sums.put_own(warp);
   uint32_t b[2][4] = {};
   const uint32_t plain_at = (uint32_t)__cvta_generic_to_shared(plain);
   const uint32_t folded_at = (uint32_t)__cvta_generic_to_shared(folded);
@@ -321,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     places[i] = i == cell ? cell_place : row_of_weight(q, d, tiles, team, i);
   }
   if constexpr (S::ADAPTED) {
-    row_sums.take_all(type, thread, adapters.inner);
+    row_sums.take_all(thread, adapters.inner);
     wait_for_copies<0>();
   }
   __syncthreads();
@@ -336,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       *team_blocks::of_rank(parts + rank * d.most_tiles * kCells + i, i / kTileRows % d.splits) = sum;
     } else {
       const int own = number * kTileRows + i % kTileRows;
-      if (token < q.tokens && places[own] >= 0) store_sum<S>(q, type, token, places[own], own, sum, adapters);
+      if (token < q.tokens && places[own] >= 0) store_sum<S>(q, token, places[own], own, sum, adapters);
     }
   }
   if (alone) return;
@@ -347,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sum = 0.f;
 #pragma unroll 1
     for (int s = 0; s < d.splits; ++s) sum += parts[s * d.most_tiles * kCells + i];
-    store_sum<S>(q, type, token, places[own], own, sum, adapters);
+    store_sum<S>(q, token, places[own], own, sum, adapters);
   }
 }
 
@@ -359,12 +340,12 @@ size_t shared_bytes(const typename S::PRODUCT &q, const division &d) {
          (size_t)(d.most_tiles + 1) / 2 * 16 + inner_bytes(q);
 }
 
-// That a launch does not ask for: of norm_factors, for either type of x.
+// That a launch does not ask for: of norm_factors.
 template <class S>
-constexpr size_t kStaticBytes = S::INPUT == LOWRA_NORMED ? 2 * S::TOKENS * kWarps * sizeof(float) : 0;
+constexpr size_t kStaticBytes = S::MADE ? S::TOKENS * kWarps * sizeof(float) : 0;
 
 template <class S>
-int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
+int launch(const typename S::PRODUCT &q, cudaStream_t stream) {
   device_limits limits;
   if (const int status = limits_of_current_device(limits)) return status;
   typename S::DIVISION d;
@@ -387,7 +368,7 @@ int launch(const typename S::PRODUCT &q, int32_t type, cudaStream_t stream) {
       if (own.b_is_shared) bytes += bytes_of_b(q, d.most_tiles);
     }
     return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits,
-                        stream, own, d, type);
+                        stream, own, d);
   }
   return LOWRA_UNSUPPORTED;
 }

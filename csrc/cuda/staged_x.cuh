@@ -7,11 +7,10 @@
 namespace lowra {
 
 // 8 values of one token for a thread: one unit of a chunk, see stage_x. raw: of what x is made of.
-template <int INPUT>
+template <class S>
 struct x_piece {
-  static constexpr int kSources = INPUT == LOWRA_PLAIN ? 1 : INPUT == LOWRA_GATED ? 2 : 3;
   int token, unit;
-  uint2 raw[kSources][2];
+  uint2 raw[S::MADE ? 3 : 1][2];
 };
 
 __device__ __forceinline__ void load_two(const void *base, size_t index, uint2 (&out)[2]) {
@@ -22,9 +21,9 @@ __device__ __forceinline__ void load_two(const void *base, size_t index, uint2 (
 
 // number: of the piece, token by token. None past the last.
 template <class S>
-__device__ __forceinline__ x_piece<S::INPUT> fetch_x(const typename S::PRODUCT &q, const division &d, int begin,
-                                                     int end, int number) {
-  x_piece<S::INPUT> piece = {};
+__device__ __forceinline__ x_piece<S> fetch_x(const typename S::PRODUCT &q, const division &d, int begin, int end,
+                                              int number) {
+  x_piece<S> piece = {};
   if (number >= d.slice / 8 * q.tokens) return piece;
   piece.token = S::TOKENS == 1 ? 0 : (int)d.per_token.divide(number);
   piece.unit = number - piece.token * (d.slice / 8);
@@ -32,34 +31,42 @@ __device__ __forceinline__ x_piece<S::INPUT> fetch_x(const typename S::PRODUCT &
   if (column < end) {
     const size_t at = (size_t)piece.token * q.in_features + column;
     load_two(q.x, at, piece.raw[0]);
-    if constexpr (S::INPUT != LOWRA_PLAIN) {
+    if constexpr (S::MADE) {
       if (q.input.second) load_two(q.input.second, at, piece.raw[1]);
+      if (q.input.weight) load_two(q.input.weight, column, piece.raw[2]);
     }
-    if constexpr (S::INPUT == LOWRA_NORMED) load_two(q.input.weight, column, piece.raw[2]);
   }
   return piece;
 }
 
-// Value k of a piece. factor: of its token's norm.
-template <class S, class T>
-__device__ __forceinline__ float value_of(const typename S::PRODUCT &q, const x_piece<S::INPUT> &piece, int k,
-                                          float factor) {
-  const T first = reinterpret_cast<const T *>(piece.raw[0])[k];
-  if constexpr (S::INPUT == LOWRA_GATED) {
-    return to_float(gated(first, reinterpret_cast<const T *>(piece.raw[1])[k], q.input.activation));
-  } else if constexpr (S::INPUT == LOWRA_NORMED) {
-    // without a second part its zeros are added
-    const T sum = static_cast<T>(to_float(first) + to_float(reinterpret_cast<const T *>(piece.raw[1])[k]));
-    return to_float(weighted(to_float(sum) * factor, reinterpret_cast<const T *>(piece.raw[2])[k], q.input.one_plus));
-  } else {
-    return to_float(first);
+// The values of a piece. factor: of its token's norm.
+template <class S>
+__device__ __forceinline__ void values_of(const typename S::PRODUCT &q, const x_piece<S> &piece, float factor,
+                                          float (&x)[8]) {
+  using T = typename S::T;
+  const T *first = reinterpret_cast<const T *>(piece.raw[0]);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) x[k] = to_float(first[k]);
+  if constexpr (S::MADE) {
+    const T *second = reinterpret_cast<const T *>(piece.raw[1]), *weight = reinterpret_cast<const T *>(piece.raw[2]);
+    if (q.input.kind == LOWRA_NORMED) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const T sum = static_cast<T>(x[k] + to_float(second[k]));  // without a second part its zeros are added
+        x[k] = to_float(weighted(to_float(sum) * factor, weight[k], q.input.one_plus));
+      }
+    } else if (q.input.kind == LOWRA_GATED) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[k] = to_float(gated(first[k], second[k], q.input.activation));
+    }
   }
 }
 
 // The norms' factors of all tokens, in shared memory; the block that `stores` writes first + second. THREADS: of the
 // block.
-template <class S, class T, int THREADS>
+template <class S, int THREADS>
 __device__ __forceinline__ void norm_factors(const typename S::PRODUCT &q, bool stores, float (&factors)[S::TOKENS]) {
+  using T = typename S::T;
   __shared__ float of_warps[S::TOKENS][THREADS / 32];
   const int vectors = q.in_features / kVector;
 #pragma unroll
@@ -100,13 +107,13 @@ __device__ __forceinline__ void norm_factors(const typename S::PRODUCT &q, bool 
 // was divided out, and the sum of both sums (the sums are divided as well). `folded`: column j is multiplied by fold(j
 // % 8). plain, folded: null where no row of the block needs them; without `folded` there are no sums. next: piece
 // threadIdx.x, fetched.
-template <class S, class T>
+template <class S>
 __device__ __forceinline__ void stage_x(const typename S::PRODUCT &q, const division &d, int begin, int end,
-                                        int threads, const float (&factors)[S::TOKENS], x_piece<S::INPUT> next,
-                                        uint4 *plain, uint4 *folded) {
+                                        int threads, const float (&factors)[S::TOKENS], x_piece<S> next, uint4 *plain,
+                                        uint4 *folded) {
   const int count = d.slice / 8 * q.tokens;  // a multiple of 64, so a warp is never divided
   for (int number = threadIdx.x; number < count; number += threads) {
-    const x_piece<S::INPUT> now = next;
+    const x_piece<S> now = next;
     next = fetch_x<S>(q, d, begin, end, number + threads);
     float factor_of_token = factors[0];
 #pragma unroll
@@ -114,11 +121,9 @@ __device__ __forceinline__ void stage_x(const typename S::PRODUCT &q, const divi
       if (token == now.token) factor_of_token = factors[token];
     }
     float x[8], largest = 0.f;
+    values_of<S>(q, now, factor_of_token, x);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      x[k] = value_of<S, T>(q, now, k, factor_of_token);
-      largest = fmaxf(largest, fabsf(x[k]));
-    }
+    for (int k = 0; k < 8; ++k) largest = fmaxf(largest, fabsf(x[k]));
 #pragma unroll
     for (int step = 1; step < 8; step <<= 1) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));

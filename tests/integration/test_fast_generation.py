@@ -297,6 +297,20 @@ def test_another_model_behind_the_same_name_is_noticed(folders, monkeypatch, war
     assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "phi3"])
+def test_a_model_that_makes_much_of_a_rounding_is_judged_by_that(folders, name, monkeypatch, warnings):
+    # The same loop is half a rounding away here, which is as far as any difference is taken to be too much.
+    monkeypatch.setattr(fast, "_LARGEST_DEVIATION", 0.0)
+    model = load(folders[name]).to(torch.bfloat16)
+    inputs = batch()
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=lowra.fast_decoding)
+    assert not warnings.text
+    monkeypatch.setattr(fast.Decoder, "step", lambda self, ids, caches: self._head(self._body.embed_tokens(ids)))
+    fast.release(model)
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=lowra.fast_decoding)
+    assert "differ from the model's own" in warnings.text
+
+
 def test_a_prompt_beyond_the_positions_is_refused(folders):
     with pytest.raises(ValueError, match="exceed the 96 positions of llama: shorten the prompt, or lower"):
         both(load(folders["llama"]), batch(padded=False), max_new_tokens=90)
