@@ -145,10 +145,10 @@ struct device_limits {
 int limits_of_current_device(device_limits &limits);
 
 // Programmatic dependent launch (Hopper on): a kernel may be put on the chip while the one before it on the stream
-// drains. Nothing that this one writes may be read, and nothing be written, before wait_for_earlier_kernels, which every
-// block must reach: only then have all earlier kernels finished and their writes arrived. Prefetches into the L2 cache
-// may come before, since they move no value. let_later_kernels_start must come after the wait, so that a kernel that
-// starts early follows at most one unfinished kernel, the one that it waits for.
+// drains. Nothing that this one writes may be read, and nothing be written, before wait_for_earlier_kernels, which
+// every block must reach: only then have all earlier kernels finished and their writes arrived. Prefetches into the L2
+// cache may come before, since they move no value. let_later_kernels_start must come after the wait, so that a kernel
+// that starts early follows at most one unfinished kernel, the one that it waits for.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
