@@ -53,7 +53,7 @@ from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps")
 QUANTISED = (*TRAINING, "end_to_end")
-FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates", "felt")
+FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
 
 

@@ -14,19 +14,24 @@ _SWITCHES = (
     "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
     "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill",
     "distill_blocks", "rank", "train_steps", "reconstruct", "reconstruct_blocks", "rates", "calibrate_on",
-    "reconstruct_on", "felt", "end_to_end", "only",
+    "reconstruct_on", "end_to_end", "only",
 )  # fmt: skip
 _DEFAULTS = {
     "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
     "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
     "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0,
     "distill_blocks": 24, "rank": 8, "train_steps": 120, "reconstruct": 0, "reconstruct_blocks": 24, "rates": {},
-    "calibrate_on": "given", "reconstruct_on": "given", "felt": False, "end_to_end": {}, "only": "",
+    "calibrate_on": "given", "reconstruct_on": "given", "end_to_end": {}, "only": "",
 }  # fmt: skip
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq", "feedback": 1}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
 _TABLES = {"train": "both"}
+_RECONSTRUCTED = {"budget": "true", "group_size": 128, "reconstruct": 4, "reconstruct_blocks": 96}
+_OWN = {"calibrate_on": "own", "reconstruct_on": "own"}
 _NAMES = {
+    "own text, reconstructed, tables trained": {**_CALIBRATED, **_TABLES, **_RECONSTRUCTED, **_OWN},
+    "reconstructed, tables trained": {**_CALIBRATED, **_TABLES, **_RECONSTRUCTED},
+    "reconstructed": {**_CALIBRATED, **_RECONSTRUCTED},
     "calibrated, tables trained": {**_CALIBRATED, **_TABLES},
     "calibrated": _CALIBRATED,
     "data-free, tables trained": {"refine": 2, **_TABLES},
@@ -35,20 +40,19 @@ _NAMES = {
     "LoftQ": _NORMAL_FLOAT,
     "QLoRA": {**_NORMAL_FLOAT, "method": "lora"},
     "HQQ": {"method": "hqq"},
-    "EfficientQAT": {"method": "efficientqat"},
+    "EfficientQAT": {"method": "efficientqat", "reconstruct": 4, "reconstruct_blocks": 96, "train": "steps"},
 }
 _STYLES = {
     "LoftQ": ("tab:gray", "s--"),
     "QLoRA": ("tab:olive", "v--"),
     "HQQ": ("tab:brown", "^--"),
-    "EfficientQAT": ("tab:purple", "D--"),
     "data-free": ("tab:blue", "o-"),
     "data-free, tables trained": ("tab:cyan", "*"),
     "calibrated": ("tab:red", "o-"),
     "calibrated, tables trained": ("tab:orange", "*-"),
 }
 _TEXT = "wikitext-2"  # of rows that name none
-_BASELINES = ("LoftQ", "QLoRA", "HQQ", "EfficientQAT")
+_BASELINES = ("LoftQ", "QLoRA", "HQQ")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """One variant of `accuracy_grid.py`: its switches, and every matrix quantised by them with the start of its adapter."""
 
-import contextlib
 import dataclasses
 import pathlib
 import re
@@ -20,7 +19,6 @@ from lowra.training import hqq
 from lowra.weights.packed import PackedWeight
 
 RATES = dict(block_training.RATES)
-plain_distance = block_training._distance
 
 
 @dataclasses.dataclass
@@ -39,7 +37,6 @@ class Variant:
         rates: of that training, in place of `block_training.RATES`.
         calibrate_on: text of the statistics: "given" (for training) or "own" (written by the model).
         reconstruct_on: text of the blocks' training: "given", "own", or "both", the given one first.
-        felt: weigh the error of a block's output in each channel by the mean squared gradient of the loss there.
         end_to_end: steps, and what else `accuracy_end_to_end.train` takes, of a training of all blocks together.
         only: regular expression for the names of the matrices that are quantised; the others keep 16 bits.
     """
@@ -69,7 +66,6 @@ class Variant:
     rates: dict = dataclasses.field(default_factory=dict)
     calibrate_on: str = "given"
     reconstruct_on: str = "given"
-    felt: bool = False
     end_to_end: dict = dataclasses.field(default_factory=dict)
     only: str = ""
 
@@ -165,9 +161,6 @@ def reconstructed(session, v: Variant, fitted):
         targets = {name: target for name, target in targets.items() if isinstance(fitted[name][0], PackedWeight)}
     sequences = session.text(v.reconstruct_on, v.reconstruct_blocks)
     stream = BlockStream(source, targets, sequences, block_training.BATCH, device)
-    block_training._distance = plain_distance
-    if v.felt:
-        stream = FeltStream(stream, session.calibration(v.calibrate_on).gradients)
     if v.method == "efficientqat":
         return dict(accuracy_efficientqat.block_ap(stream, int(v.bits), v.reconstruct, v.seed, v.rates))
     trained = {}
@@ -175,27 +168,6 @@ def reconstructed(session, v: Variant, fitted):
     for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed, trained_before):
         trained.update(block.weights)
     return trained
-
-
-class FeltStream:
-    """A stream whose blocks are judged by what the loss feels of their outputs."""
-
-    def __init__(self, stream, gradients):
-        self._stream, self._gradients = stream, gradients
-        self.names, self.count, self.inputs = stream.names, stream.count, stream.inputs
-
-    @contextlib.contextmanager
-    def block(self, name):
-        with self._stream.block(name) as block:
-            last = self._gradients[f"{name}.mlp.down_proj.weight"]
-            weights = (last / last.mean()).to(self._stream._device)
-
-            def distance(out, wanted):
-                wanted = wanted.float()
-                return ((out.float() - wanted).square() @ weights) / (wanted.square() @ weights)
-
-            block_training._distance = distance
-            yield block
 
 
 def as_packed(fitted, trained):

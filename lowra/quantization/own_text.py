@@ -39,8 +39,13 @@ def write_text(
     Raises:
         ValueError: a model that does not write token after token.
     """
-    table = model.get_input_embeddings().get_parameter("weight")
-    device = table.device
+    arguments = inspect.signature(model.forward).parameters
+    if "past_key_values" not in arguments or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} does not write token after token from keys and values: calibrate on a text of "
+            "your own (--calibrate FILE)."
+        )
+    device = model.get_input_embeddings().get_parameter("weight").device
     batch = batch or (BATCH_CPU if device.type == "cpu" else BATCH_GPU)
     was_training = model.training
     model.eval()
@@ -74,11 +79,6 @@ def _write(
     begun = plain[torch.randint(len(plain), (count, 1), generator=generator)]
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         begun = torch.cat([torch.full_like(begun, tokenizer.bos_token_id), begun], dim=1)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} keeps no keys and values, with which text is written here: calibrate on a text of "
-            "your own (--calibrate FILE)."
-        )
     # of its whole length from the start: one that grows leaves a GPU's memory in pieces, many times its own size
     cache = StaticCache(config=model.config, max_cache_len=length)
     written, drawing = begun[:, :length].to(table.device), None

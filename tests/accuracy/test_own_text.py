@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lowra.quantization import own_text
 from lowra.quantization.calibration import OWN_TEXT, Calibration, calibrate
@@ -45,6 +45,14 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     written = write(model, count=5, batch=8)
     assert tried == [5, 4, 2, 2, 1] and written.shape == (5, 24)
     assert len({tuple(row.tolist()) for row in written}) == 5
+
+
+def test_models_that_write_otherwise_are_refused():
+    small = {"vocab_size": 256, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    recurrent = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1)
+    for other in (T5ForConditionalGeneration(T5Config(**small)), MambaForCausalLM(recurrent)):
+        with pytest.raises(ValueError, match="text of your own"):
+            write(other)
 
 
 def test_calibrate_self(tiny_llama, tmp_path):
