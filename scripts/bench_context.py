@@ -275,7 +275,8 @@ class Session:
             return 0.0
         row = max(timed, key=lambda row: (row["blocks"] == blocks, row["tokens"]))
         times = tokens / row["tokens"]
-        return row["with_preparation"] * times ** (_GROWTH if times > 1 else 1) * max(1.0, blocks / row["blocks"])
+        step = row["seconds"] * times ** (_GROWTH if times > 1 else 1) * max(1.0, blocks / row["blocks"])
+        return step + row["with_preparation"] - row["seconds"]
 
     def lower_bound(self, card: float, few: int) -> None:
         """What is planned less 3 %, or what is left of it until it fits, through the whole model."""

@@ -110,7 +110,7 @@ def make_model(
                 module.weight = nn.Parameter(torch.randn(rows, columns, dtype=dtype, device=device).mul_(0.02))
         elif isinstance(module, nn.Linear | nn.Embedding):
             module.weight = nn.Parameter(torch.randn(module.weight.shape, dtype=dtype, device=device).mul_(0.02))
-        elif type(module).__name__ == "LlamaRMSNorm":
+        elif type(module).__name__.endswith("RMSNorm"):  # Liger's, where an earlier model of the process has it
             module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=dtype, device=device))
         if kept is not None and list(module.parameters(recurse=False)):
             model.get_submodule(name).to(kept)

@@ -38,7 +38,7 @@ class Card:
             "fits": tokens <= self.fits,
             "with_preparation": tokens * blocks / 1e5,
         }
-        return row | ({"seconds": 1.0, "loss": 1.0} if row["fits"] else {"error": "no memory"})
+        return row | ({"seconds": row["with_preparation"], "loss": 1.0} if row["fits"] else {"error": "no memory"})
 
     def end(self):
         self.asked.append("end")
