@@ -2,6 +2,9 @@
 
 namespace {
 
+enum { kDigitRows = 8 };
+constexpr float kFinest2 = 127, kFinest4 = 16383;  // numbers above the least level
+
 // The levels of a row in digits, for codes in four bits of an index, and what they stand for.
 struct level_digits {
   bytes tables[2];  // 2 bits: of the lower code and of the upper one; 4 bits: the lower digit and the upper one
@@ -18,7 +21,7 @@ level_digits digits_of(const uint16_t *levels) {
     least = level[i] < least ? level[i] : least;
     most = level[i] > most ? level[i] : most;
   }
-  const float range = most - least, finest = BITS == 2 ? 127.0f : 16383.0f, inverse = range > 0 ? finest / range : 0;
+  const float range = most - least, finest = BITS == 2 ? kFinest2 : kFinest4, inverse = range > 0 ? finest / range : 0;
   uint8_t digits[2][16];
   for (int i = 0; i < 16; ++i) {
     if (BITS == 2) {
@@ -35,11 +38,11 @@ level_digits digits_of(const uint16_t *levels) {
 #else
 template <int BITS>
 level_digits digits_of(const uint16_t *levels) {
-  enum { kParts = BITS == 2 ? 1 : 4 };
-  __m128 level[kParts];
-  for (int i = 0; i < kParts; ++i) level[i] = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(levels + 4 * i)));
+  static_assert(BITS == 4, "digits of 2 bits are those of row_digits<2>");
+  __m128 level[4];
+  for (int i = 0; i < 4; ++i) level[i] = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(levels + 4 * i)));
   __m128 least = level[0], most = level[0];
-  for (int i = 1; i < kParts; ++i) {
+  for (int i = 1; i < 4; ++i) {
     least = _mm_min_ps(least, level[i]);
     most = _mm_max_ps(most, level[i]);
   }
@@ -48,27 +51,63 @@ level_digits digits_of(const uint16_t *levels) {
   level_digits found;
   found.least = _mm_cvtss_f32(_mm_min_ss(least, _mm_movehdup_ps(least)));
   const float range = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most))) - found.least;
-  const float finest = BITS == 2 ? 127.0f : 16383.0f;
-  found.step = range / finest;
-  const __m128 inverse = _mm_set1_ps(range > 0 ? finest / range : 0.0f), lowest = _mm_set1_ps(found.least);
+  found.step = range / kFinest4;
+  const __m128 inverse = _mm_set1_ps(range > 0 ? kFinest4 / range : 0.0f), lowest = _mm_set1_ps(found.least);
   __m128i numbers[4];
-  for (int i = 0; i < kParts; ++i) numbers[i] = _mm_cvtps_epi32(_mm_mul_ps(_mm_sub_ps(level[i], lowest), inverse));
-  if (BITS == 2) {
-    const __m128i all = _mm_packus_epi16(_mm_packs_epi32(numbers[0], numbers[0]), _mm_setzero_si128());
-    const __m128i upper = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    found.tables[0] = repeated(_mm_shuffle_epi32(all, 0));
-    found.tables[1] = repeated(_mm_shuffle_epi8(all, upper));
-  } else {
-    const __m128i first = _mm_packs_epi32(numbers[0], numbers[1]),
-                  second = _mm_packs_epi32(numbers[2 % kParts], numbers[3 % kParts]);
-    const __m128i digit = _mm_set1_epi16(kDigit);
-    const __m128i low = _mm_packus_epi16(_mm_and_si128(first, digit), _mm_and_si128(second, digit));
-    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 7), _mm_srli_epi16(second, 7));
-    found.tables[0] = repeated(low);
-    found.tables[1] = repeated(high);
-  }
+  for (int i = 0; i < 4; ++i) numbers[i] = _mm_cvtps_epi32(_mm_mul_ps(_mm_sub_ps(level[i], lowest), inverse));
+  const __m128i first = _mm_packs_epi32(numbers[0], numbers[1]), second = _mm_packs_epi32(numbers[2], numbers[3]);
+  const __m128i digit = _mm_set1_epi16(kDigit);
+  found.tables[0] = repeated(_mm_packus_epi16(_mm_and_si128(first, digit), _mm_and_si128(second, digit)));
+  found.tables[1] = repeated(_mm_packus_epi16(_mm_srli_epi16(first, 7), _mm_srli_epi16(second, 7)));
   return found;
 }
+#endif
+
+// The digits of up to kDigitRows consecutive rows: they take long, and wait for nothing that a row's loop does.
+template <int BITS>
+struct row_digits {
+  level_digits all[kDigitRows];
+
+  void make(const uint16_t *levels, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) all[r] = digits_of<BITS>(levels + (r << BITS));
+  }
+  level_digits of(int64_t r) const { return all[r]; }
+};
+
+#if !defined(__aarch64__)
+// Rows of 2 bits in the quarters of registers, two in each.
+template <>
+struct row_digits<2> {
+  uint32_t numbers[kDigitRows];  // four bytes of a row each; those of even rows come first
+  float least[4 * kDigitRows], step[4 * kDigitRows];
+
+  void make(const uint16_t *levels, int64_t rows) {
+    uint16_t own[4 * kDigitRows] = {0};
+    if (rows < kDigitRows) levels = (const uint16_t *)memcpy(own, levels, 8 * (size_t)rows);
+    const __m256 finest = _mm256_set1_ps(kFinest2);
+    __m256i found[kDigitRows / 2];
+    for (int i = 0; i < kDigitRows / 2; ++i) {
+      const __m256 level = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(levels + 8 * i)));
+      __m256 low = _mm256_min_ps(level, _mm256_permute_ps(level, 0xb1));
+      __m256 high = _mm256_max_ps(level, _mm256_permute_ps(level, 0xb1));
+      low = _mm256_min_ps(low, _mm256_permute_ps(low, 0x4e));
+      high = _mm256_max_ps(high, _mm256_permute_ps(high, 0x4e));
+      const __m256 range = _mm256_sub_ps(high, low);
+      const __m256 some = _mm256_cmp_ps(range, _mm256_setzero_ps(), _CMP_GT_OQ);
+      const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(finest, range));
+      _mm256_storeu_ps(least + 8 * i, low);
+      _mm256_storeu_ps(step + 8 * i, _mm256_div_ps(range, finest));
+      found[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(level, low), inverse));
+    }
+    const __m256i first = _mm256_packs_epi32(found[0], found[1]), second = _mm256_packs_epi32(found[2], found[3]);
+    _mm256_storeu_si256((__m256i *)numbers, _mm256_packus_epi16(first, second));
+  }
+  level_digits of(int64_t r) const {
+    const __m128i upper = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const bytes own = WIDE(set1_epi32)((int)numbers[r % 2 * 4 + r / 2]);
+    return {{own, look_up(own, repeated(upper))}, least[4 * r], step[4 * r]};
+  }
+};
 #endif
 
 // Adds the products of a register of codes of each row; lane e of `sums` gets those of its 32 / BITS columns.
@@ -98,7 +137,7 @@ inline __attribute__((always_inline)) void add_levels(const bytes *codes, const 
   }
 #pragma GCC unroll 4
   for (int t = 0; t < TOKENS; ++t) {
-    const floats steps = load(x.byte_steps[BITS] + (t * x.byte_stride + column) * BITS / 32);
+    const floats steps = load(x.byte_steps[BITS] + (uint64_t)(t * x.byte_stride + column) * BITS / 32);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const bytes sum = BITS == 2 ? digits[r][t][0] : join_words(digits[r][t][0], digits[r][t][1]);
@@ -125,10 +164,10 @@ inline __attribute__((always_inline)) void add_whole(const float *scales, const 
   }
 }
 
-// ROWS rows of 2 or 4 bits from `row` on. `levels` are theirs, and become those of the next rows: what takes long and
-// waits for nothing else comes before the loop.
+// ROWS rows of 2 or 4 bits from `row` on, of which the first is number `own_row` of `digits`.
 template <int BITS, int ROWS, int TOKENS>
-void product_by_levels(const product_rows &p, int64_t row, level_digits *levels) {
+inline __attribute__((always_inline)) void product_by_levels(const product_rows &p, int64_t row,
+                                                             const row_digits<BITS> &digits, int64_t own_row) {
   enum { kColumns = 8 * kRegister / BITS };
   const integer_x &x = *p.integers;
   const int shift = __builtin_ctz((unsigned)p.group_size);
@@ -139,29 +178,32 @@ void product_by_levels(const product_rows &p, int64_t row, level_digits *levels)
   level_digits own_levels[ROWS];
   floats sums[ROWS][TOKENS], whole[ROWS][TOKENS], own[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    own_levels[r] = levels[r];
-    if (row + ROWS + r < p.rows) levels[r] = digits_of<BITS>(p.levels + ((row + ROWS + r) << BITS));
+    own_levels[r] = digits.of(own_row + r);
     add_whole<TOKENS>(scales + r * groups, x.byte_sums, groups, own_levels[r].least, whole[r]);
     for (int t = 0; t < TOKENS; ++t) sums[r][t] = zeros();
   }
   bytes words[ROWS];
-  const int64_t whole_columns = p.row_bytes / kRegister * kColumns;
-  int64_t k = 0;
-  const uint8_t *ahead = codes + kAhead;
-  for (; k < whole_columns; k += kColumns) {
+  const auto take = [&](int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const uint8_t *from = codes + r * p.row_bytes + k * BITS / 8;
-      words[r] = load_bytes(from);
+      words[r] = load_bytes(codes + r * p.row_bytes + k * BITS / 8);
       own[r] = permuted(load_for_lanes(scales + r * groups + (k >> shift)), group_of);
     }
-    if (ROWS * kRegister >= 64 || k % (2 * kColumns) == 0) {
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS * kRegister || i < 64; i += 64) __builtin_prefetch(ahead + i);
-      ahead += ROWS * kRegister < 64 ? 64 : ROWS * kRegister;
-    }
     add_levels<BITS, ROWS, TOKENS>(words, own_levels, own, x, k, sums);
+  };
+  // a cache line at once, or a register of each row
+  enum { kRegisters = ROWS * kRegister < 64 ? 64 / (ROWS * kRegister) : 1 };
+  const int64_t whole_columns = p.row_bytes / kRegister * kColumns;
+  const uint8_t *ahead = codes + kAhead;
+  int64_t k = 0;
+  for (; k + kRegisters * kColumns <= whole_columns; k += kRegisters * kColumns) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegisters * ROWS * kRegister; i += 64) __builtin_prefetch(ahead + i);
+    ahead += kRegisters * ROWS * kRegister;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegisters; ++i) take(k + i * kColumns);
   }
+  for (; k < whole_columns; k += kColumns) take(k);
   if (p.row_bytes % kRegister) {
     for (int r = 0; r < ROWS; ++r) {
       words[r] = load_first_bytes(codes + r * p.row_bytes + k * BITS / 8, p.row_bytes % kRegister);
@@ -179,9 +221,14 @@ void product_by_levels(const product_rows &p, int64_t row, level_digits *levels)
 
 template <int BITS, int ROWS, int TOKENS>
 int64_t product_by_levels(const product_rows &p, int64_t row) {
-  level_digits levels[ROWS];
-  for (int r = 0; r < ROWS && row + r < p.rows; ++r) levels[r] = digits_of<BITS>(p.levels + ((row + r) << BITS));
-  for (; row + ROWS <= p.rows; row += ROWS) product_by_levels<BITS, ROWS, TOKENS>(p, row, levels);
+  row_digits<BITS> digits;
+  while (row + ROWS <= p.rows) {
+    const int64_t left = (p.rows - row) / ROWS * ROWS, end = row + (left < kDigitRows ? left : (int64_t)kDigitRows);
+    digits.make(p.levels + (row << BITS), end - row);
+    for (int64_t own_row = 0; row < end; row += ROWS, own_row += ROWS) {
+      product_by_levels<BITS, ROWS, TOKENS>(p, row, digits, own_row);
+    }
+  }
   return row;
 }
 
