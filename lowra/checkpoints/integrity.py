@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from bitsandbytes.backends.lowra import layout
@@ -29,8 +28,8 @@ from .atomic import save_json
 from .configs import of_variant
 from .guarded import read_json
 from .matching import count_and_names
-from .reading import StoredTensor, stored_tensors
-from .whole_files import digests_of_files, mapped, not_finite, tables_among
+from .reading import StoredTensor
+from .whole_files import OpenFiles
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class FoundTensors:
     not_ascending: list[str]
 
 
-def known_tensors(files: list[pathlib.Path], recorded: dict | None) -> FoundTensors:
+def known_tensors(files: OpenFiles, recorded: dict | None) -> FoundTensors:
     """What files hold: as it was recorded where they are, byte for byte, those that were written; else `find_tensors`.
 
     Raises:
@@ -65,32 +64,31 @@ def known_tensors(files: list[pathlib.Path], recorded: dict | None) -> FoundTens
     """
     if recorded is None or not recorded.get("files") or not isinstance(recorded.get("packing"), dict):
         return find_tensors(files)
-    places = [place for path in files for place in stored_tensors(path)]
-    if {place.key for place in places} != recorded["tensors"].keys() or recorded["files"] != digests_of_files(files):
+    if {place.key for place in files.places} != recorded["tensors"].keys() or recorded["files"] != files.digests():
         return find_tensors(files)
-    _refuse_not_finite(not_finite(tables_among(places, TABLES)))
+    _refuse_not_finite(files.not_finite_tables(TABLES))
     return FoundTensors(dict(recorded["tensors"]), dict(recorded["packing"]), [])
 
 
-def noted_tensors(files: list[pathlib.Path], recorded: dict) -> FoundTensors:
+def noted_tensors(files: OpenFiles, recorded: dict) -> FoundTensors:
     """What files should hold by their headers and by what was recorded, before their bytes are read; tables are.
 
     Raises:
-        ValueError: a file is cut short, or a table holds NaN or infinite values.
+        ValueError: a table holds NaN or infinite values.
     """
-    places = [place for path in files for place in stored_tensors(path)]
-    _refuse_not_finite(not_finite(tables_among(places, TABLES)))
-    return FoundTensors({p.key: recorded["tensors"].get(p.key, "") for p in places}, dict(recorded["packing"]), [])
+    _refuse_not_finite(files.not_finite_tables(TABLES))
+    digests = {place.key: recorded["tensors"].get(place.key, "") for place in files.places}
+    return FoundTensors(digests, dict(recorded["packing"]), [])
 
 
-def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
+def find_tensors(files: OpenFiles) -> FoundTensors:
     """Reads every byte of a checkpoint's tensors, on a few threads.
 
     Raises:
-        ValueError: a file is cut short, two hold a tensor of the same name, or a table holds NaN or infinite values.
+        ValueError: two files hold a tensor of the same name, or a table holds NaN or infinite values.
     """
     places: dict[str, StoredTensor] = {}
-    for place in (place for path in files for place in stored_tensors(path)):
+    for place in files.places:
         if place.key in places:
             raise ValueError(
                 f"{place.key} stands in {places[place.key].path.name} and in {place.path.name}: files of two "
@@ -102,11 +100,9 @@ def find_tensors(files: list[pathlib.Path]) -> FoundTensors:
         {leaf: places.pop(f"{module}.{leaf}") for leaf in TENSOR_NAMES if f"{module}.{leaf}" in places}
         for module in modules
     ]
-    # mapped, and not read into memory of our own: copying takes twice as long as hashing
-    contents = {path: mapped(path) for path in files}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        packed = list(threads.map(lambda weight: _read_packed(weight, contents), weights))
-        dense = list(threads.map(lambda place: _digest(place, contents), places.values()))
+        packed = list(threads.map(lambda weight: _read_packed(weight, files), weights))
+        dense = list(threads.map(lambda place: _digest(place, files), places.values()))
     _refuse_not_finite([name for weight in packed for name in weight.not_finite])
     digests = dict(zip(places, dense, strict=True))
     for weight in packed:
@@ -123,16 +119,14 @@ def _refuse_not_finite(names: list[str]) -> None:
         raise ValueError(f"NaN or infinite values stand in {count_and_names(names)}. {_REMEDY}")
 
 
-def write_digests(
-    folder: pathlib.Path, files: list[pathlib.Path], found: FoundTensors, variant: str | None = None
-) -> None:
+def write_digests(folder: pathlib.Path, files: OpenFiles, found: FoundTensors, variant: str | None = None) -> None:
     """Writes what was found in a finished checkpoint, or a variant of it, beside it, with a copy of its config.json."""
     config = read_json(folder / "config.json", "the config of the checkpoint")
     content = {
         "algorithm": ALGORITHM,
         "tensors": found.digests,
         "config": config,
-        "files": digests_of_files(files),
+        "files": files.digests(),
         "packing": found.packing,
     }
     save_json(content, folder / of_variant(DIGESTS_FILE, variant))
@@ -261,13 +255,13 @@ class _PackedContent:
     not_ascending: list[str]
 
 
-def _read_packed(weight: dict[str, StoredTensor], contents: dict[pathlib.Path, np.ndarray]) -> _PackedContent:
+def _read_packed(weight: dict[str, StoredTensor], files: OpenFiles) -> _PackedContent:
     content = _PackedContent({}, {}, [], [])
     tables: dict[str, torch.Tensor] = {}
     for leaf, place in weight.items():
-        content.digests[place.key] = content.canonical[leaf] = _digest(place, contents)
+        content.digests[place.key] = content.canonical[leaf] = _digest(place, files)
         if leaf in TABLES and place.dtype is not None and place.dtype.is_floating_point or leaf == "row_bits":
-            tables[leaf] = _tensor(place, contents)
+            tables[leaf] = _tensor(place, files)
     for leaf, table in tables.items():
         if leaf != "row_bits":
             content.canonical[leaf] = canonical_digest(table)
@@ -290,12 +284,12 @@ def _ascend(levels: torch.Tensor, row_bits: torch.Tensor) -> bool:
     return True
 
 
-def _digest(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> str:
-    return digest_of(place.stored_as, place.shape, contents[place.path][place.start : place.stop])
+def _digest(place: StoredTensor, files: OpenFiles) -> str:
+    return digest_of(place.stored_as, place.shape, files.bytes_of(place))
 
 
-def _tensor(place: StoredTensor, contents: dict[pathlib.Path, np.ndarray]) -> torch.Tensor:
+def _tensor(place: StoredTensor, files: OpenFiles) -> torch.Tensor:
     if place.dtype is None:
         raise ValueError(f"{place.key} is stored as {place.stored_as}, which no packed weight is. {_REMEDY}")
-    owned = contents[place.path][place.start : place.stop].copy()
+    owned = files.bytes_of(place).copy()
     return torch.from_numpy(owned).view(place.dtype).view(place.shape)

@@ -8,12 +8,13 @@ the lock. Only files that differ are looked through tensor by tensor, for the na
 import concurrent.futures
 import os
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 import xxhash
 
 from ..weights.digests import joined
-from .reading import StoredTensor
+from .reading import StoredTensor, stored_tensors
 
 _PART_BYTES = 128 << 20  # one call of the hash
 _THREADS = min(4, os.cpu_count() or 1)
@@ -21,43 +22,53 @@ _THREADS = min(4, os.cpu_count() or 1)
 _EXPONENTS = {"F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 
 
-def mapped(path: pathlib.Path) -> np.ndarray:
-    """uint8 [bytes] of a file, which is read where it is looked at.
+class OpenFiles:
+    """Weight files as they are now: whatever their names stand for later, these are the bytes that a load maps as well.
 
-    As a plain array: a slice of a memmap costs ten times as much.
+    Attributes:
+        contents: uint8 [bytes] of each file by its path, read where it is looked at.
+        places: of every tensor.
     """
-    return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
+    def __init__(self, files: Iterable[pathlib.Path]):
+        """
+        Raises:
+            ValueError: a file is cut short or damaged.
+        """
+        files = list(files)
+        self.places = [place for path in files for place in stored_tensors(path)]
+        # not read into memory of our own, which takes twice as long as hashing; and as plain arrays, of which a slice
+        # costs a tenth of that of a memmap
+        self.contents = {path: np.asarray(np.memmap(path, np.uint8, mode="r")) for path in files}
 
-def digests_of_files(files: list[pathlib.Path]) -> dict[str, str]:
-    """A digest of each file by its name: of the digests of its parts of 128 MiB, and its length."""
-    contents = [mapped(path) for path in files]
-    parts = [content[start : start + _PART_BYTES] for content in contents for start in _starts(content)]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda part: xxhash.xxh3_128_hexdigest(part.data), parts)
-        return {
-            path.name: joined([str(len(content)), *(next(found) for _ in _starts(content))])
-            for path, content in zip(files, contents, strict=True)
-        }
+    def bytes_of(self, place: StoredTensor) -> np.ndarray:
+        """uint8 [bytes] of a tensor."""
+        return self.contents[place.path][place.start : place.stop]
 
+    def digests(self) -> dict[str, str]:
+        """A digest of each file by its name: of the digests of its parts of 128 MiB, and its length."""
+        whole = self.contents.values()
+        parts = [content[start : start + _PART_BYTES] for content in whole for start in _starts(content)]
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(lambda part: xxhash.xxh3_128_hexdigest(part.data), parts)
+            return {
+                path.name: joined([str(len(content)), *(next(found) for _ in _starts(content))])
+                for path, content in self.contents.items()
+            }
 
-def not_finite(places: list[StoredTensor]) -> list[str]:
-    """The names of tensors among these that hold NaN or infinite values; those of 16-bit and 32-bit floats are read."""
-    contents = {path: mapped(path) for path in {place.path for place in places}}
-    found = []
-    for place in places:
-        if place.stored_as in _EXPONENTS and place.stop > place.start:
-            kind, exponent = _EXPONENTS[place.stored_as]
-            numbers = contents[place.path][place.start : place.stop].view(kind)
-            if ((numbers & exponent) == exponent).any():
-                found.append(place.key)
-    return found
-
-
-def tables_among(places: list[StoredTensor], leaves: tuple[str, ...]) -> list[StoredTensor]:
-    """The tables of packed weights among the tensors of a checkpoint."""
-    packed = {place.key.removesuffix("row_bits") for place in places if place.key.endswith(".row_bits")}
-    return [p for p in places if p.key.rpartition(".")[2] in leaves and f"{p.key.rpartition('.')[0]}." in packed]
+    def not_finite_tables(self, leaves: tuple[str, ...]) -> list[str]:
+        """The names of tables of packed weights that hold NaN or infinite values; 16-bit and 32-bit floats are read."""
+        packed = {place.key.removesuffix("row_bits") for place in self.places if place.key.endswith(".row_bits")}
+        found = []
+        for place in self.places:
+            module, _, leaf = place.key.rpartition(".")
+            if leaf not in leaves or f"{module}." not in packed:
+                continue
+            if place.stored_as in _EXPONENTS and place.stop > place.start:
+                kind, exponent = _EXPONENTS[place.stored_as]
+                if ((self.bytes_of(place).view(kind) & exponent) == exponent).any():
+                    found.append(place.key)
+        return found
 
 
 def _starts(content: np.ndarray) -> range:

@@ -25,6 +25,7 @@ from ..checkpoints.matching import check_packed_names
 from ..checkpoints.packed import PackedFiles
 from ..checkpoints.reading import read
 from ..checkpoints.targets import Target, find_targets
+from ..checkpoints.whole_files import OpenFiles
 from ..integrations.modules import put_stored
 from ..quantization.initial_adapter import ADAPTER_FOLDER
 from ..weights.packed import TENSOR_NAMES, PackedWeight
@@ -114,7 +115,7 @@ class PackedFolder:
         put_stored(skeleton, self.targets, self.config.group_size, self._files)
         check_packed_names(paths, skeleton, self._files.names_by_key(), shapes=True)
         self.recorded = read_digests(self.folder / of_variant(DIGESTS_FILE, variant))
-        self.found = find_tensors(paths)
+        self.found = find_tensors(OpenFiles(paths))
         check_tensors(self.found, self.recorded, self.config, self.folder, variant)
 
     def weight(self, target: Target) -> PackedWeight:

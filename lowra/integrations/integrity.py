@@ -29,6 +29,7 @@ from ..checkpoints.integrity import (
     read_digests,
     write_digests,
 )
+from ..checkpoints.whole_files import OpenFiles
 from ..config import LowRAConfig
 from ..nn.first_use import FirstUse
 from ..nn.packed_module import PackedModule
@@ -76,14 +77,16 @@ class IntegrityCheck:
             ValueError: digests that cannot be read.
         """
         self.folder = files[0].parent
-        self._files = files
         self._variant = variant_of(files[0])
         self._recorded = read_digests(_digests_file(self.folder, of_variant(DIGESTS_FILE, self._variant), config))
         known = (self._recorded or {}).get("packing") is not None and (self._recorded or {}).get("files") is not None
         self._found: concurrent.futures.Future | None = None
-        if not (mapped and known and sum(path.stat().st_size for path in files) > _READ_AT_ONCE):
+        if mapped and known and sum(path.stat().st_size for path in files) > _READ_AT_ONCE:
+            # now: by the time of the first use the folder may be gone, or another's, or relative to somewhere else
+            self._opened = OpenFiles(files)
+        else:
             self._reader = concurrent.futures.ThreadPoolExecutor(1)
-            self._found = self._reader.submit(known_tensors, files, self._recorded)
+            self._found = self._reader.submit(lambda: known_tensors(OpenFiles(files), self._recorded))
 
     def finish(self, model: nn.Module, config: LowRAConfig) -> FoundTensors:
         """Waits for the reading, or has the model's first use wait for it. A config of an earlier version learns what
@@ -96,7 +99,7 @@ class IntegrityCheck:
             ValueError: a tensor is another one than was written, or a table holds NaN or infinite values.
         """
         if self._found is None:
-            found = noted_tensors(self._files, self._recorded or {})
+            found = noted_tensors(self._opened, self._recorded or {})
             before_use = FirstUse(functools.partial(self._read, copy.copy(config)))
             for module in model.modules():
                 if isinstance(module, PackedModule):
@@ -116,7 +119,7 @@ class IntegrityCheck:
         return found
 
     def _read(self, config: LowRAConfig) -> None:
-        found = known_tensors(self._files, self._recorded)
+        found = known_tensors(self._opened, self._recorded)
         check_tensors(found, self._recorded, config, self.folder, self._variant)
 
 
@@ -162,7 +165,7 @@ def write_digests_of_saved(folder: pathlib.Path, config: LowRAConfig, variant: s
     """
     _remove_outdated(folder, variant)
     try:
-        files = safetensors_files(folder, variant)
+        files = OpenFiles(safetensors_files(folder, variant))
     except FileNotFoundError:
         return  # a distributed checkpoint
     found = find_tensors(files)

@@ -9,6 +9,7 @@ from ..checkpoints.dense import safetensors_files
 from ..checkpoints.guarded import open_tensors
 from ..checkpoints.integrity import FoundTensors, find_tensors, write_digests
 from ..checkpoints.matching import count_and_names
+from ..checkpoints.whole_files import OpenFiles
 from ..config import LowRAConfig
 from . import card
 from .calibration import CALIBRATION_FILE
@@ -38,7 +39,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     model.config.quantization_config = reached
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(final)
-    write_digests(final, safetensors_files(final), written)
+    write_digests(final, OpenFiles(safetensors_files(final)), written)
     copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
         kind = TRAINED_ADAPTER if job.config.reconstruct else ADAPTER
@@ -80,7 +81,7 @@ def _read_back(pieces: list[pathlib.Path], final: pathlib.Path) -> FoundTensors:
     Raises:
         ValueError: something else than was computed.
     """
-    written = find_tensors(safetensors_files(final))
+    written = find_tensors(OpenFiles(safetensors_files(final)))
     wrong = [key for key, digest in digests_of_pieces(pieces).items() if written.digests.get(key) != digest]
     if wrong:
         raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,30 @@ def test_what_is_whole_is_read_once(load, use, monkeypatch):
     USES[use](model)
     logits_of(model)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("later", ["gone", "another", "elsewhere"])
+def test_what_is_read_is_what_was_loaded_wherever_its_folder_is_by_then(load, packed, tmp_path, monkeypatch, later):
+    expected = logits_of(load())
+    shutil.copytree(packed, tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("own").eval()
+    if later == "gone":
+        shutil.rmtree("own")
+    elif later == "another":
+        (tmp_path / "other").write_bytes(b"of another packing")
+        (tmp_path / "other").replace(tmp_path / "own" / "model.safetensors")
+    else:
+        monkeypatch.chdir("/")
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_damage_is_found_though_the_file_is_mended_after_the_load(load, packed, tmp_path):
+    model = load(CODES)
+    shutil.copy(packed / "model.safetensors", tmp_path / "whole")
+    (tmp_path / "whole").replace(tmp_path / "damaged" / "model.safetensors")
+    with pytest.raises(ValueError, match=CODES):
+        logits_of(model)
 
 
 def test_a_saved_copy_is_not_made_of_damage(load, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import lowra
 from lowra.checkpoints.integrity import DIGESTS_FILE, find_tensors
+from lowra.checkpoints.whole_files import OpenFiles
 from lowra.commands import main
 from lowra.quantization import assembling
 
@@ -116,7 +117,7 @@ def test_tables_are_finite_whatever_the_digests_say(copied, leaf, value):
     for keep in (True, False):
         if keep:  # digests made anew over the damage
             with pytest.raises(ValueError, match=f"NaN or infinite values stand in 1 tensor.*{name}"):
-                find_tensors([copied / "model.safetensors"])
+                find_tensors(OpenFiles([copied / "model.safetensors"]))
         else:  # a checkpoint of an earlier version
             forget_digests(copied)
         with pytest.raises(ValueError, match=f"NaN or infinite values stand in 1 tensor.*{name}"):

@@ -16,6 +16,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from ...checkpoints.configs import CONFIG_FILE
 from ...checkpoints.dense import safetensors_files
 from ...checkpoints.integrity import DIGESTS_FILE, changed_settings, check_tensors, known_tensors, read_digests
+from ...checkpoints.whole_files import OpenFiles
 from ...config import LowRAConfig
 from ..missing_start import start_of
 from . import TESTED
@@ -85,7 +86,7 @@ class PackedConfig(QuantizationConfig):
 
     def _check_files(self, folder: pathlib.Path) -> list[str]:
         recorded = read_digests(folder / DIGESTS_FILE)
-        found = known_tensors(safetensors_files(folder), recorded)
+        found = known_tensors(OpenFiles(safetensors_files(folder)), recorded)
         check_tensors(found, recorded, self.config, folder)
         if changes := [] if recorded is None else changed_settings(recorded, folder):
             logger.warning(
