@@ -17,6 +17,8 @@ from .tables_in_state import IN_TRAINING, KEY, as_state, from_state
 
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype of autocast where that is on: it does not know our ops and functions."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"linear(): argument 'input' must be Tensor, not {type(x).__name__}")
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # "meta" has none, and says so
     return x.to(torch.get_autocast_dtype(device_type)) if autocast else x

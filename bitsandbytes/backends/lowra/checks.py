@@ -131,6 +131,15 @@ def check_operands(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | N
     )
 
 
+@torch.compiler.disable
+def refuse_width(x: torch.Tensor, packed: PackedMatrix) -> None:
+    """Raises RuntimeError for an x whose last dimension is not the weight's, by the name that PyTorch has for it."""
+    raise RuntimeError(
+        f"mat1 and mat2 shapes cannot be multiplied: x is {list(x.shape)}, and the packed weight "
+        f"[{packed.rows}, {packed.in_features}]"
+    )
+
+
 _checked: set[tuple] = set()
 
 

@@ -171,7 +171,14 @@ def _operands_of(arguments: Sequence[Any]) -> tuple[torch.Tensor, PackedMatrix, 
 
 
 def linear(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`bitsandbytes::lowra_linear`: x [..., K] times the transposed weight [N, K], plus bias: [..., N], as x."""
+    """`bitsandbytes::lowra_linear`: x [..., K] times the transposed weight [N, K], plus bias: [..., N], as x.
+
+    Raises:
+        RuntimeError: x has another last dimension than the weight. The op takes K from x, and rows that are padded to
+            whole bytes and groups would fit a K that is a little smaller.
+    """
+    if x.dim() and x.shape[-1] != packed.in_features:
+        checks.refuse_width(x, packed)
     return torch.ops.bitsandbytes.lowra_linear(
         x, *packed.tensors, bias, packed.rows_4bit, packed.rows_2bit, packed.group_size
     )
