@@ -5,10 +5,11 @@ model's own probabilities, unsharpened: what it writes is what it learned, in th
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 # Sequences that are written side by side: their keys and values are in memory, 0.5 GB each for a 7B.
 BATCH_GPU, BATCH_CPU = 32, 8
@@ -37,23 +38,18 @@ def write_text(
         progress: show a bar.
 
     Raises:
-        ValueError: a model that does not write token after token.
+        ValueError: a model that does not write token after token, or whose probabilities are no numbers.
     """
-    arguments = inspect.signature(model.forward).parameters
-    if "past_key_values" not in arguments or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} does not write token after token from keys and values: calibrate on a text of "
-            "your own (--calibrate FILE)."
-        )
     device = model.get_input_embeddings().get_parameter("weight").device
     batch = batch or (BATCH_CPU if device.type == "cpu" else BATCH_GPU)
     was_training = model.training
     model.eval()
+    new_cache = _caches_of(model, length)
     done: list[torch.Tensor] = []
     with tqdm(total=count * length, desc="writing text", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         while (left := count - sum(map(len, done))) > 0:
             try:
-                done.append(_write(model, tokenizer, min(batch, left), length, seed + len(done), bar))
+                done.append(_write(model, tokenizer, new_cache(), min(batch, left), length, seed + len(done), bar))
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
@@ -63,9 +59,45 @@ def write_text(
     return torch.cat(done)
 
 
+def _caches_of(model: PreTrainedModel, length: int) -> Callable[[], Cache]:
+    """Makes caches of the kind that this model takes, for so many tokens.
+
+    Raises:
+        ValueError: it takes none.
+    """
+
+    def whole() -> Cache:
+        # of its whole length from the start: one that grows leaves a GPU's memory in pieces, many times its own size
+        return StaticCache(config=model.config, max_cache_len=length)
+
+    def growing() -> Cache:
+        return DynamicCache(config=model.config)
+
+    device = model.get_input_embeddings().get_parameter("weight").device
+    reason: Exception | None = None
+    if "past_key_values" in inspect.signature(model.forward).parameters and not model.config.is_encoder_decoder:
+        # a model that is not made for a cache with room to spare may look at the room too (GPT-Neo)
+        for kind in (whole, growing) if model._can_compile_fullgraph else (growing,):
+            try:
+                cache = kind()
+                for _ in range(2):
+                    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+                    model(input_ids=token, past_key_values=cache, use_cache=True)
+                return kind
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                reason = error
+    raise ValueError(
+        f"{type(model).__name__} does not write token after token from keys and values: calibrate on a text of "
+        "your own (--calibrate FILE)."
+    ) from reason
+
+
 def _write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
     count: int,
     length: int,
     seed: int,
@@ -74,13 +106,11 @@ def _write(
     table = model.get_input_embeddings().get_parameter("weight")
     vocabulary = min(len(tokenizer), table.shape[0])
     special = set(tokenizer.all_special_ids)
-    plain = torch.tensor([token for token in range(vocabulary) if token not in special])
+    plain = torch.tensor([token for token in range(vocabulary) if token not in special] or list(range(vocabulary)))
     generator = torch.Generator().manual_seed(seed)
     begun = plain[torch.randint(len(plain), (count, 1), generator=generator)]
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         begun = torch.cat([torch.full_like(begun, tokenizer.bos_token_id), begun], dim=1)
-    # of its whole length from the start: one that grows leaves a GPU's memory in pieces, many times its own size
-    cache = StaticCache(config=model.config, max_cache_len=length)
     written, drawing = begun[:, :length].to(table.device), None
     bar.update(written.numel())
     new = written
@@ -88,7 +118,13 @@ def _write(
         out = model(input_ids=new, past_key_values=cache, use_cache=True)
         logits = out.logits[:, -1, :vocabulary].float()
         drawing = drawing or torch.Generator(logits.device).manual_seed(seed)
-        new = torch.multinomial(logits.softmax(dim=-1), 1, generator=drawing).to(table.device)
+        shares = logits.softmax(dim=-1)
+        if not shares.sum().isfinite():  # on a GPU drawing from them would end the process
+            raise ValueError(
+                f"{type(model).__name__} gives probabilities that are NaN: weights of it are NaN or too large for "
+                f"{table.dtype}. There is no text in it to calibrate on."
+            )
+        new = torch.multinomial(shares, 1, generator=drawing).to(table.device)
         written = torch.cat([written, new], dim=1)
         bar.update(count)
     return written.cpu()

@@ -5,7 +5,21 @@ import argparse
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lowra.quantization import own_text
 from lowra.quantization.calibration import OWN_TEXT, Calibration, calibrate
@@ -21,25 +35,63 @@ def write(model, count=3, length=24, **options):
     return own_text.write_text(model, byte_tokenizer(), count, length, progress=False, **options)
 
 
+def assert_drawn(model, written):
+    """Each token from what the model makes of all before it, without a cache."""
+    with torch.no_grad():
+        shares = model(written, use_cache=False).logits.float().softmax(dim=-1)
+    generator = torch.Generator().manual_seed(0)
+    for place in range(written.shape[1] - 1):
+        assert torch.equal(torch.multinomial(shares[:, place], 1, generator=generator)[:, 0], written[:, place + 1])
+
+
 def test_it_is_drawn_from_the_probabilities_of_the_whole_text_before(model):
     written = write(model)
     assert written.shape == (3, 24) and torch.equal(written, write(model))
     assert not torch.equal(written, write(model, seed=1))
-    with torch.no_grad():
-        shares = model(written).logits.float().softmax(dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    for place in range(23):
-        assert torch.equal(torch.multinomial(shares[:, place], 1, generator=generator)[:, 0], written[:, place + 1])
+    assert_drawn(model, written)
+
+
+def sharp(model):
+    """With probabilities far from even, which tell what attention looks at."""
+    model.get_output_embeddings().weight.data *= 20
+    return model.eval()
+
+
+def test_models_that_take_no_cache_of_fixed_length_have_one_that_grows():
+    small = {"vocab_size": 256, "hidden_size": 16}
+    windows = {"num_layers": 2, "num_heads": 2, "attention_types": [[["local"], 2]], "window_size": 4}
+    torch.manual_seed(0)
+    local = GPTNeoForCausalLM(GPTNeoConfig(**small, **windows, tie_word_embeddings=False))
+    slopes = FalconForCausalLM(FalconConfig(**small, num_hidden_layers=1, num_attention_heads=2, alibi=True))
+    for other in (local, slopes):
+        assert_drawn(sharp(other), write(other))
+
+
+def llama(vocabulary):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
+
+
+def test_a_vocabulary_of_special_tokens_alone():
+    special = min(token for token in range(256) if token not in byte_tokenizer().all_special_ids)
+    assert write(llama(max(special, 1))).shape == (3, 24)
+
+
+def test_probabilities_that_are_no_numbers_are_refused():
+    model = llama(256)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="probabilities that are NaN"):
+        write(model)
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     real, tried = own_text._write, []
 
-    def small(model, tokenizer, count, *others):
+    def small(model, tokenizer, cache, count, *others):
         tried.append(count)
         if count > 2:
             raise torch.OutOfMemoryError
-        return real(model, tokenizer, count, *others)
+        return real(model, tokenizer, cache, count, *others)
 
     monkeypatch.setattr(own_text, "_write", small)
     written = write(model, count=5, batch=8)
@@ -50,7 +102,12 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
 def test_models_that_write_otherwise_are_refused():
     small = {"vocab_size": 256, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
     recurrent = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1)
-    for other in (T5ForConditionalGeneration(T5Config(**small)), MambaForCausalLM(recurrent)):
+    mixed = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for other in (
+        T5ForConditionalGeneration(T5Config(**small)),
+        MambaForCausalLM(recurrent),
+        RecurrentGemmaForCausalLM(RecurrentGemmaConfig(vocab_size=256, **mixed)),
+    ):
         with pytest.raises(ValueError, match="text of your own"):
             write(other)
 
