@@ -84,10 +84,11 @@ class _Watch:
     it went first.
     """
 
+    _satisfied: tuple[weakref.ref[BaseTunerLayer], list[str]] | None = None  # by whom, in the forwards before
+
     def __init__(self, model: nn.Module, start: str, adapter: pathlib.Path):
         self.model, self.start, self.adapter = model, start, adapter
         self.is_told = False
-        self._satisfied: tuple[weakref.ref[BaseTunerLayer], list[str]] | None = None
         self._register()
 
     def _register(self) -> None:
@@ -95,7 +96,7 @@ class _Watch:
         _watches[self.number] = self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_satisfied": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_satisfied"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

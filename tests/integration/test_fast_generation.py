@@ -311,6 +311,15 @@ def test_a_model_that_makes_much_of_a_rounding_is_judged_by_that(folders, name, 
     assert "differ from the model's own" in warnings.text
 
 
+def test_a_model_that_a_rounding_turns_into_noise_vouches_for_no_architecture(folders, monkeypatch, warnings):
+    model = load(folders["llama"]).to(torch.bfloat16)
+    kind = type(model.model.layers[0].mlp)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 100 * torch.sin(1e6 * original(self, x).float()).to(x.dtype))
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
+
+
 def test_a_prompt_beyond_the_positions_is_refused(folders):
     with pytest.raises(ValueError, match="exceed the 96 positions of llama: shorten the prompt, or lower"):
         both(load(folders["llama"]), batch(padded=False), max_new_tokens=90)
