@@ -234,7 +234,8 @@ class PackedModule(PackedState):
                     "others of them. Leave out what requires no gradient; other codes come by load_state_dict, and "
                     "after a change on purpose the layer's prepare() accepts it."
                 )
-        if self._layout is not None and not accept:
+        others = [n for n, seen in self._seen.items() if n != "row_bits" and not seen.is_same(self._parameters[n])]
+        if others and not accept:  # nothing is seen of one that was unpickled, as in a process that was spawned
             self._refuse_unknown()
         return self._accept(rows)
 

@@ -69,6 +69,8 @@ class PackedState(nn.Module):
         """Loads any packing of the same weight: how many bytes of codes and levels there are, its `row_bits` say."""
         given = {name: state_dict[prefix + name] for name in TENSOR_NAMES if prefix + name in state_dict}
         fault = self._fault_of(given, local_metadata.get("group_size", self.group_size)) if given else None
+        if fault is None and given and "weight" not in given:
+            fault = self._astray(given, local_metadata)
         whole = fault is None and _WHOLE <= given.keys() and all(map(is_readable, given.values()))
         digest = self._digest_of_given(given, local_metadata) if whole else None
         if digest is not None:
@@ -125,6 +127,21 @@ class PackedState(nn.Module):
             "metadata that would tell whether they are a packing's own or an average: load the checkpoint's folder "
             "(from_pretrained), or the state dict as state_dict() made it (torch.save keeps its metadata; a new dict "
             "and a file of safetensors do not)."
+        )
+
+    def _astray(self, given: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:
+        """Why scales and levels that come without codes may be those of others; None where they belong to the codes here."""
+        own = self._parameters
+        if not is_readable(own["weight"]) or not all(map(is_readable, given.values())):
+            return None
+        others = [name for name, tensor in given.items() if not _are_equal(own[name], tensor)]
+        if not others:
+            return None
+        if metadata.get("codes") == self.codes_digest():
+            return None
+        return (
+            f"{' and '.join(others)} came without the codes that they belong to, and are not those of the codes here: "
+            "they are loaded together."
         )
 
     def _refuse_unknown(self) -> None:

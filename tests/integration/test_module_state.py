@@ -451,6 +451,9 @@ def test_a_spawned_process_computes_the_same(packing):
     model = packing("tied")
     process = context.Process(target=_logits_to, args=(queue, model))
     process.start()
+    while queue.empty() and process.is_alive():
+        process.join(0.1)
+    assert not queue.empty(), "it ended without a word"
     logits = torch.from_numpy(queue.get())
     process.join()
     assert torch.equal(logits, logits_of(model))

@@ -184,6 +184,26 @@ def test_what_needs_its_start_is_saved_as_that(load_packed, caplog, tmp_path):
     assert any("without it the outputs are far off" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("names", [("levels",), ("scales", "scale_steps"), ("levels", "scales", "scale_steps")])
+def test_tables_without_their_codes_are_refused(load_packed, names):
+    def parts_of(model):
+        return {n: t for n, t in model.state_dict().items() if n.endswith(names)}
+
+    model, before = load_packed("first"), logits_of(load_packed("first"))
+    with pytest.raises(RuntimeError, match="came without the codes"):
+        model.load_state_dict(parts_of(load_packed("second")), strict=False)
+    assert torch.equal(logits_of(model), before)
+    model.load_state_dict(parts_of(model), strict=False)  # its own
+    trained = load_packed("first")
+    for layer in packed_layers(trained).values():
+        layer.levels.data *= 0.5
+    state = trained.state_dict()  # of the same codes, which its metadata says
+    for name in [name for name in state if not name.endswith(names)]:
+        del state[name]
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(logits_of(model), logits_of(trained)) == ("levels" in names)
+
+
 def test_layers_of_two_packings_are_told(load_packed, caplog):
     model, other = load_packed("first"), load_packed("second")
     mixed = {**model.state_dict(), **{k: v for k, v in other.state_dict().items() if ".layers.1." in k}}
