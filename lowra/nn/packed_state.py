@@ -130,7 +130,7 @@ class PackedState(nn.Module):
         )
 
     def _astray(self, given: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str | None:
-        """Why scales and levels that come without codes may be those of others; None where they belong to the codes here."""
+        """Why tables that come without codes may be those of others; None where they belong to the codes here."""
         own = self._parameters
         if not is_readable(own["weight"]) or not all(map(is_readable, given.values())):
             return None
