@@ -71,10 +71,13 @@ class PackedState(nn.Module):
         fault = self._fault_of(given, local_metadata.get("group_size", self.group_size)) if given else None
         if fault is None and given and "weight" not in given:
             fault = self._astray(given, local_metadata)
-        whole = fault is None and _WHOLE <= given.keys() and all(map(is_readable, given.values()))
-        digest = self._digest_of_given(given, local_metadata) if whole else None
-        if digest is not None:
-            fault = self._strange(given, digest, local_metadata)
+        digest = None
+        if fault is None and any(tensor.dtype == torch.uint8 for tensor in given.values()):
+            # a part of them stands for what it makes of those that are here (strict=False)
+            together = given if _WHOLE <= given.keys() else {**self.packed_tensors(), **given}
+            if all(map(is_readable, together.values())):
+                digest = self._digest_of_given(together, local_metadata)
+                fault = None if digest is None else self._strange(together, digest, local_metadata)
         if fault is not None:
             error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {fault}")
             return

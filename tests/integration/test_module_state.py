@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import lowra
 from lowra.nn import packed_module
 from lowra.nn.trained_tables import train_tables
+from lowra.weights.packed import TENSOR_NAMES
 
 # architecture, and what is packed beside its linear layers
 KINDS = {
@@ -570,6 +571,24 @@ def test_half_of_another_packing_is_refused(packing, ending):
         model.load_state_dict(half, strict=False)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(ending)}
     model.load_state_dict(own, strict=False)
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("given", [("weight", "row_bits"), ("scales",), None])
+def test_altered_codes_are_refused_however_few_of_the_tensors_come(packing, given):
+    model, name = packing("linear"), "model.layers.0.mlp.up_proj."
+    before, own = logits_of(model), model.state_dict()
+    some = {key: own[key].clone() for key in own if key.rpartition(name)[2] in (given or TENSOR_NAMES)}
+    model.load_state_dict(some, strict=False)
+    assert torch.equal(logits_of(model), before)
+    altered = some[name + ("scales" if given == ("scales",) else "weight")]
+    if altered.dtype != torch.uint8:
+        pytest.skip("scales of this storage are numbers, and may be trained")
+    altered.view(-1)[3] ^= 1
+    with pytest.raises(
+        RuntimeError, match="codes are none that this process has loaded|without the codes that they belong to"
+    ):
+        model.load_state_dict(some, strict=False)
     assert torch.equal(logits_of(model), before)
 
 
