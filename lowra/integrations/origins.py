@@ -38,7 +38,7 @@ def remember_stored(
         files: where its tensors are.
         found: in them.
     """
-    origin = {name: getattr(config, name) for name in _FIELDS}
+    origin = _origin_by(config)
     start = start_of(folder, config)
     if start is not None:
         origin["start"] = [start, str(folder / ADAPTER_FOLDER)]
@@ -53,12 +53,16 @@ def remember_stored(
 
 def remember_packed(model: PreTrainedModel, config: LowRAConfig) -> None:
     """The same after a dense model was packed while it was loaded."""
-    origin = {name: getattr(config, name) for name in _FIELDS}
+    origin = _origin_by(config)
     for module in _packed(model).values():
         module.origin = origin
         if is_readable(module.row_bits):
             module.codes_digest()
     _watch(model, origin)
+
+
+def _origin_by(config: LowRAConfig) -> Origin:
+    return {name: getattr(config, name) for name in _FIELDS}
 
 
 def _packed(model: nn.Module) -> dict[str, PackedModule]:

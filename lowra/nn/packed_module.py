@@ -234,8 +234,9 @@ class PackedModule(PackedState):
                     "others of them. Leave out what requires no gradient; other codes come by load_state_dict, and "
                     "after a change on purpose the layer's prepare() accepts it."
                 )
-        others = [n for n, seen in self._seen.items() if n != "row_bits" and not seen.is_same(self._parameters[n])]
-        if others and not accept:  # nothing is seen of one that was unpickled, as in a process that was spawned
+        codes = {name: seen for name, seen in self._seen.items() if name != "row_bits"}
+        # Nothing is seen of a module that was unpickled, as in a process that was spawned.
+        if not accept and not all(seen.is_same(self._parameters[name]) for name, seen in codes.items()):
             self._refuse_unknown()
         return self._accept(rows)
 

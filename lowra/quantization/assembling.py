@@ -31,7 +31,8 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     """
     final = job.work.final
     total, packed_bytes = _write_shards(pieces, final, {target.name for target in job.targets.values()})
-    written = _read_back(pieces, final)
+    files = OpenFiles(safetensors_files(final))
+    written = _read_back(pieces, files)
     packed_error, adapted_error = relative_errors(pieces)
     parameters = sum(target.size for target in job.targets.values())
     reached = _reached(job, plan, parameters, packed_bytes, written.packing)
@@ -39,7 +40,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     model.config.quantization_config = reached
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(final)
-    write_digests(final, OpenFiles(safetensors_files(final)), written)
+    write_digests(final, files, written)
     copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
         kind = TRAINED_ADAPTER if job.config.reconstruct else ADAPTER
@@ -75,13 +76,13 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     return report
 
 
-def _read_back(pieces: list[pathlib.Path], final: pathlib.Path) -> FoundTensors:
+def _read_back(pieces: list[pathlib.Path], files: OpenFiles) -> FoundTensors:
     """What the finished files hold.
 
     Raises:
         ValueError: something else than was computed.
     """
-    written = find_tensors(OpenFiles(safetensors_files(final)))
+    written = find_tensors(files)
     wrong = [key for key, digest in digests_of_pieces(pieces).items() if written.digests.get(key) != digest]
     if wrong:
         raise ValueError(

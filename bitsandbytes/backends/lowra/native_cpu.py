@@ -182,9 +182,7 @@ def _asked_for(name: str | None) -> int:
 
 def instructions() -> list[str]:
     """The instruction sets whose kernels run on this processor, the one in use first."""
-    names = [
-        name for name in _INSTRUCTIONS if native.call_cpu("lowra_cpu_instructions", name.encode()) != native.UNSUPPORTED
-    ]
+    names = [name for name in _INSTRUCTIONS if _asked_for(name) != native.UNSUPPORTED]
     chosen = os.environ.get("LOWRA_CPU")
     choose_instructions(chosen)
     return sorted(names, key=lambda name: name != chosen)
