@@ -3,11 +3,11 @@
     pip install gguf
     python scripts/bench_cpu_generation.py --llama llama.cpp/build/bin --shapes tinyllama --bits 1.5 2.0 --threads 1 2
 
-Weights are random; times do not depend on their values. Ours has a head of bfloat16, llama.cpp's files have all layers
-in Q2_K and the head in Q6_K, as its quantiser leaves it. A number is the time of a longer generation less that of a
-shorter one, over the tokens between: loading, prompt and warming up drop out. With one thread it is the process's CPU
-seconds, since other work on the machine does not count there; with more the wall's. Also printed: the largest resident
-memory of ours, over the bytes of its tensors.
+Weights are random; times do not depend on their values. Ours has a head of bfloat16, and with `--heads 16 4` another
+packed at 4 bits; llama.cpp's files have all layers in Q2_K and the head in Q6_K, as its quantiser leaves it. A number
+is the time of a longer generation less that of a shorter one, over the tokens between: loading, prompt and warming up
+drop out. With one thread it is the process's CPU seconds, since other work on the machine does not count there; with
+more the wall's. Also printed: the largest resident memory of ours, over the bytes of its tensors.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import time
 
 import torch
 from kernels.ggml_products import Ggml
-from random_models import SHAPES, make_model
+from random_models import MIXES, SHAPES, make_model, pack_head
 
 import lowra
 
 SHORT, LONG = 16, 80
+DENSE = 16.0  # bits of a head that is not packed
 
 
 def write_gguf(path: pathlib.Path, shape: str, ggml: Ggml) -> None:
@@ -106,19 +107,22 @@ def measure(shape: str, path: pathlib.Path, args: argparse.Namespace) -> None:
     """Prints what ours and llama.cpp take on one shape; its file goes to `path`."""
     if args.llama is not None:
         write_gguf(path, shape, Ggml(args.llama, 1))
-    models = {bits: make_model(shape, bits, device="cpu") for bits in args.bits}
+    models = {(bits, head): make_model(shape, bits, device="cpu") for bits in args.bits for head in args.heads}
+    for (_, head), model in models.items():
+        if head < DENSE:
+            pack_head(model, head, device="cpu")
     for threads in args.threads:
         found: dict[str, list[float]] = {}
         for _ in range(args.repeats):
-            for bits, model in models.items():
-                found.setdefault(f"lowra {bits}", []).append(seconds_of_ours(model, threads))
+            for (bits, head), model in models.items():
+                found.setdefault(f"lowra {bits}, head {head}", []).append(seconds_of_ours(model, threads))
             if args.llama is not None:
-                found.setdefault("Q2_K", []).append(seconds_of_llama(args.llama, path, threads))
+                found.setdefault("Q2_K, head Q6_K", []).append(seconds_of_llama(args.llama, path, threads))
         for kind, seconds in found.items():
             middle = statistics.median(seconds)
             each = " ".join(f"{1e3 * value:.1f}" for value in sorted(seconds))
             print(
-                f"{shape} {threads} threads {kind:9} {1e3 * middle:7.1f} ms {1 / middle:6.1f}/s  ({each})",
+                f"{shape} {threads} threads {kind:18} {1e3 * middle:7.1f} ms {1 / middle:6.1f}/s  ({each})",
                 flush=True,
             )
     tensors = sum(t.nbytes for model in models.values() for t in (*model.parameters(), *model.buffers()))
@@ -131,6 +135,9 @@ def main() -> None:
     parser.add_argument("--llama", help="folder of llama.cpp's libraries and llama-bench; without it it is left out")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tinyllama"])
     parser.add_argument("--bits", nargs="+", type=float, default=[1.5, 2.0])
+    parser.add_argument(
+        "--heads", nargs="+", type=float, choices=[DENSE, *MIXES], default=[DENSE], help="bits of ours; 16: bfloat16"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

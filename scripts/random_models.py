@@ -124,7 +124,12 @@ def pack_tables(model: nn.Module, bits: float, device: str = GPU, dtype: torch.d
     sizes = packed.in_features, packed.row_bits.numel(), packed.group_size
     table = LowRAEmbedding(*sizes, packed.tensors(), dtype)
     table.prepare()
+    model.set_input_embeddings(table)
+    pack_head(model, bits, device, dtype)
+
+
+def pack_head(model: nn.Module, bits: float, device: str = GPU, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A random packed head in the place of a model's own."""
     head = lowra.LowRALinear.from_packed(random_packed(*model.get_output_embeddings().weight.shape, bits, device))
     head.compute_dtype = dtype
-    model.set_input_embeddings(table)
     model.set_output_embeddings(head)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
+from ..nn.linear import LowRALinear
 from .mixed_batches import NO_ADAPTER
-from .projections import Projections, Unsupported
+from .projections import Projections, Unsupported, is_packed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -83,6 +84,7 @@ class Decoder:
         }
         if names and not self._rows:
             raise Unsupported("no sequence of the batch has an adapter")
+        self._packed_head = _packed_head(self._head, self.dtype, exact)
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
@@ -154,13 +156,20 @@ class Decoder:
             opened, up = _halves(outs)
             delta = layer.down.after_gate(opened, up, layer.activation)
             delta_norm = layer.after_feed_forward
-        if len(residual) > batch:  # a prompt: only the last tokens are asked for
+        is_prompt = len(residual) > batch
+        if is_prompt:  # only the last tokens are asked for
             last = slice(len(residual) // batch - 1, None, len(residual) // batch)
             residual = residual[last].contiguous()
             delta = None if delta is None else delta[last].contiguous()
         normal = decoding.add_norm(residual, delta, _norm(self._body.norm), delta_norm)
-        logits = decoding.dense_linear(normal, self._head.weight) if _is_plain(self._head) else self._head(normal)
+        logits = self._logits(normal, is_prompt)
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
+    def _logits(self, normal: torch.Tensor, is_prompt: bool) -> torch.Tensor:
+        """The head's output for that of the last norm; prompts are never rounded."""
+        if self._packed_head is not None and not is_prompt and not _has_hooks(self._head):
+            return decoding.linear_group(normal, self._packed_head)[0]
+        return decoding.dense_linear(normal, self._head.weight) if _is_plain(self._head) else self._head(normal)
 
     def caches(self, batch: int, slots: int, first: torch.Tensor) -> list[Cache]:
         """Empty caches of all layers; they share the slot, which is the first one."""
@@ -192,6 +201,8 @@ class Decoder:
         """Where norm, embeddings and head lie, and which adapters they have."""
         ends = (self._body.norm, self._body.embed_tokens, self._head)
         found: list[Any] = [parameter.data_ptr() for module in ends for parameter in module.parameters()]
+        if isinstance(self._head, LowRALinear):
+            found += [table.data_ptr() for table in self._head.current_tables().values()]
         for module in (part for end in ends for part in end.modules()):
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 chosen = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
@@ -265,7 +276,16 @@ class Decoder:
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is its weight alone: a dense layer that nothing was put around."""
-    return type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
+    return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
+
+
+def _packed_head(head: nn.Module, dtype: torch.dtype, exact: bool) -> decoding.Group | None:
+    """A packed head as steps multiply with it, or None for another."""
+    return decoding.Group([(head.matrix(), head.bias_as(dtype))], exact) if is_packed(head) else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -217,11 +217,14 @@ class _SideBySide:
                 out.addmm_(inner[:, columns], term.b.T, alpha=term.scaling)
 
 
+def is_packed(layer: nn.Module) -> TypeGuard[LowRALinear]:
+    """Whether the kernels take a layer's weight as it is; PEFT's k-bit preparation widens the levels."""
+    return type(layer) is LowRALinear and layer.levels.dtype == torch.float16
+
+
 def _base_of(module: nn.Module) -> nn.Module:
-    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
-    if type(base) is LowRALinear and base.levels.dtype == torch.float16:
-        return base
-    if type(base) is nn.Linear:
+    base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    if is_packed(base) or type(base) is nn.Linear:
         return base
     raise Unsupported(f"it has layers of the kind {type(base).__name__}")
 

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 import lowra
+from bitsandbytes.backends.lowra import reference
+from bitsandbytes.backends.lowra.native_cpu import instructions
 from lowra.generation import fast
 
 SIZES = dict(
@@ -344,6 +346,26 @@ def test_a_packing_loaded_in_place_is_not_generated_from_with_the_old_numbers(fo
         module.levels.mul_(-1)
     expected, found = both(model, batch())
     assert torch.equal(found, expected)
+
+
+def test_a_packed_head_goes_the_way_of_the_layers_in_steps_and_never_in_prompts(folders):
+    config = lowra.LowRAConfig(bits=3, quantize_head=True)
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], quantization_config=config, dtype=torch.bfloat16)
+    model.eval()
+    head, x = model.get_output_embeddings(), torch.randn(2, 128).bfloat16()
+    decoder = fast.Decoder(model, 96)
+    own, found = head(x), decoder._logits(x, is_prompt=False)
+    if instructions()[0] == "generic":
+        assert torch.equal(found, own)
+    else:
+        expected = reference.linear_in_integers(x, head.matrix())
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4 * float(expected.abs().max()))
+        assert not torch.equal(found, own)
+    assert torch.equal(decoder._logits(x, is_prompt=True), own)
+    assert torch.equal(fast.Decoder(model, 96, exact=True)._logits(x, is_prompt=False), own)
+    assert decoder.is_current(model)
+    head.levels = torch.nn.Parameter(-head.levels, requires_grad=False)
+    assert not decoder.is_current(model)
 
 
 def test_commands_speak(tiny_llama, capsys, monkeypatch):
