@@ -22,7 +22,7 @@ from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
 from ..nn.trained_tables import TrainedTablesLinear
 from .checkpointed_layers import InPlaceOfCheckpoint, put_in_place, replace_checkpointing
-from .graph_memory import bytes_of_graphs, check_room
+from .graph_memory import Room, bytes_of_graphs
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class _Checkpointing(InPlaceOfCheckpoint):
             call = _Call(run, args)
             captured = self._of(call)
         except NotCapturable as reason:
-            self._shared.say(reason)
+            self._shared.say(str(reason))
             captured = None
         return self._usual(run, *args) if captured is None else captured(*call.tensors)
 
@@ -95,11 +95,13 @@ class _Checkpointing(InPlaceOfCheckpoint):
             NotCapturable: there are none.
         """
         key = call.key()
-        self._shared.check(key)
+        before = self._captured.get(key)
+        if before is None:
+            self._shared.begins(key, call, self._layer)
+        self._shared.check()
         if hash(key) not in self._seen:
             self._seen.add(hash(key))
             return None
-        before = self._captured.get(key)
         if before is not None and before[0].is_same():
             return before[1]
         if before is not None:
@@ -107,11 +109,16 @@ class _Checkpointing(InPlaceOfCheckpoint):
             self._changes += 1
         if self._changes > _CHANGES:
             raise NotCapturable("its adapters or parameters change again and again")
+        if not self._shared.may_have(key):
+            return None
         decided = _Decided(self._layer)
-        buffers, recorder = self._shared.place_for(key, call, self._layer)
-        self._captured[key] = decided, None  # not tried again if it fails
-        copy_into(buffers.inputs, call.tensors)
         try:
+            place = self._shared.place_for(key, call, self._layer)
+            if place is None:
+                return None
+            self._captured[key] = decided, None  # not tried again if it fails
+            buffers, recorder = place
+            copy_into(buffers.inputs, call.tensors)
             captured = CapturedLayer(self._layer, call.function, buffers, call.tensors[0].requires_grad, recorder)
         except RuntimeError as error:  # without graphs it may well run
             raise NotCapturable(f"a trial of it failed ({str(error).splitlines()[0]})") from error
@@ -173,56 +180,69 @@ class _Shared:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers: dict[Any, Buffers] = {}
-        self._without_room: dict[Any, str] = {}  # no exceptions, whose frames would keep the tensors of a step
+        self._rooms: dict[torch.device, Room] = {}
         self._recorder: Recorder | None = None
         self._said: set[str] = set()
 
-    def check(self, key: Any) -> None:
+    def begins(self, key: Any, call: "_Call", layer: nn.Module) -> None:
+        """Notes a call without graphs."""
+        device = call.tensors[0].device
+        if device.type == "cuda":
+            if device not in self._rooms:
+                self._rooms[device] = Room(self._model, device)
+            self._rooms[device].begins(key, layer)
+
+    def check(self) -> None:
         """
         Raises:
-            NotCapturable: a capture has failed, or there was no room for one of such calls.
+            NotCapturable: a capture has failed.
         """
         if self._recorder is not None:
             self._recorder.check()
-        if key in self._without_room:
-            raise NotCapturable(self._without_room[key])
 
-    def place_for(self, key: Any, call: _Call, layer: nn.Module) -> tuple[Buffers, Recorder]:
-        """Where the graphs of a call take their tensors from, and where they are made.
+    def may_have(self, key: Any) -> bool:
+        """Whether to ask for a place for the graphs of such calls.
 
         Raises:
-            NotCapturable: too many shapes, no GPU, or no room on it.
+            NotCapturable: too many shapes.
+        """
+        if key in self._buffers:
+            return True
+        if len(self._buffers) == _SHAPES:
+            raise NotCapturable(f"{_SHAPES} shapes of batches have graphs already; blocks of one length need one")
+        return all(room.may_have(key) for room in self._rooms.values())
+
+    def place_for(self, key: Any, call: _Call, layer: nn.Module) -> tuple[Buffers, Recorder] | None:
+        """Where the graphs of a call take their tensors from, and where they are made; None where that has to wait.
+
+        Raises:
+            NotCapturable: no GPU, or the layer draws numbers on the host.
         """
         device = call.tensors[0].device
         if self._recorder is None:
             self._recorder = Recorder(device)
         if key not in self._buffers:
-            if len(self._buffers) == _SHAPES:
-                raise NotCapturable(f"{_SHAPES} shapes of batches have graphs already; blocks of one length need one")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # what launched layers worked in, the graphs will need in memory of their own
-                self._look_for_room(key, call, layer, self._recorder)
+            if device in self._rooms and not self._has_room(key, call, layer, self._recorder):
+                return None
             self._buffers[key] = Buffers(call.tensors)
         return self._buffers[key], self._recorder
 
-    def _look_for_room(self, key: Any, call: _Call, layer: nn.Module, recorder: Recorder) -> None:
-        """
-        Raises:
-            NotCapturable: there is none, now and later.
-        """
-        with recorder.without_chance():
-            needed = bytes_of_graphs(call.function, call.tensors, layer.modules())
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        try:
-            check_room(needed, trained, call.tensors[0].device)
-        except NotCapturable as reason:
-            self._without_room[key] = str(reason)
-            raise
+    def _has_room(self, key: Any, call: _Call, layer: nn.Module, recorder: Recorder) -> bool:
+        def bytes_needed() -> float:
+            with recorder.without_chance():
+                return bytes_of_graphs(call.function, call.tensors, layer.modules())
 
-    def say(self, reason: Exception) -> None:
+        lacking = self._rooms[call.tensors[0].device].lacking(key, bytes_needed)
+        if lacking:
+            self.say(lacking)
+            return False
+        torch.cuda.empty_cache()  # what launched layers worked in, the graphs will need in memory of their own
+        return True
+
+    def say(self, reason: str) -> None:
         """Warns, once for each reason."""
-        if str(reason) not in self._said:
-            self._said.add(str(reason))
+        if reason not in self._said:
+            self._said.add(reason)
             logger.warning("A layer is not captured as a CUDA graph, and runs as without: %s.", reason)
 
 
