@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import layout, libraries, native, reference
+from bitsandbytes.backends.lowra import checks, layout, libraries, native, reference
 
 OPS = torch.ops.bitsandbytes
 TENSORS = ("codes", "row_order", "scales", "scale_steps", "levels")
@@ -414,3 +414,24 @@ def test_a_library_of_another_version_is_left_aside(monkeypatch, tmp_path, caplo
     monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Old())
     monkeypatch.setattr(libraries, "left_aside", {})
     assert libraries.load(tmp_path / "libold.so", "cpu") is None and "built from another version" in caplog.text
+
+
+def test_a_row_order_is_known_by_its_memory_while_nobody_writes_there():
+    """A backward pass gets it detached where hooks handle saved tensors; to look again would make a GPU wait."""
+    known, order = checks.KnownOrders(), torch.arange(8, dtype=torch.int32)
+    known.keep(order, 2, 3, True)
+    assert known.what_was_found(order, 2, 3) is True
+    assert known.what_was_found(order.detach(), 2, 3) is True
+    assert known.what_was_found(order.detach(), 3, 2) is None
+    assert known.what_was_found(order[:7], 2, 3) is None
+    assert known.what_was_found(order.clone(), 2, 3) is None
+    alias = order.data  # has a counter of its own
+    order.add_(1)
+    assert known.what_was_found(order, 2, 3) is None
+    assert known.what_was_found(order.detach(), 2, 3) is None
+    assert known.what_was_found(alias, 2, 3) is None
+    known.keep(order, 2, 3, False)
+    detached = order.detach()
+    assert known.what_was_found(detached, 2, 3) is False
+    del order
+    assert known.what_was_found(detached, 2, 3) is None

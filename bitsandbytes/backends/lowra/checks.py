@@ -6,6 +6,7 @@ launch, so arguments that look the same as some before pass at once.
 """
 
 import weakref
+from typing import Any
 
 import torch
 
@@ -250,9 +251,6 @@ def check_gradient(gradient: torch.Tensor, codes: torch.Tensor, row_order: torch
     )
 
 
-_known_orders: dict[int, tuple] = {}
-
-
 def check_watched(row_order: torch.Tensor) -> None:
     """Asks for compiled code, which cannot, whether a packed layer's tensors are those it was compiled for: the row
     order it was given may carry a function that says so.
@@ -276,16 +274,57 @@ def ascends(row_order: torch.Tensor, rows_4bit: int, rows_2bit: int) -> bool:
     """
     if row_order.get_device() < 0:
         return _look_at(row_order, rows_4bit, rows_2bit)
-    key = id(row_order)
-    state = (_version_of(row_order), row_order.data_ptr(), rows_4bit, rows_2bit)
-    tensor, seen, found = _known_orders.get(key, (None, None, None))
-    if tensor is not None and tensor() is row_order and seen == state:
+    found = _known_orders.what_was_found(row_order, rows_4bit, rows_2bit)
+    if found is not None:
         return found
     if row_order.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     found = _look_at(row_order.cpu(), rows_4bit, rows_2bit)
-    _known_orders[key] = (weakref.ref(row_order, lambda _: _known_orders.pop(key, None)), state, found)
+    _known_orders.keep(row_order, rows_4bit, rows_2bit, found)
     return found
+
+
+class KnownOrders:
+    """What was found in row orders, while these live and are not written to."""
+
+    def __init__(self) -> None:
+        self._by_tensor: dict[int, tuple[weakref.ref, tuple, bool]] = {}  # by id
+        self._by_memory: dict[int, int] = {}  # the id of a tensor there
+
+    def what_was_found(self, row_order: torch.Tensor, rows_4bit: int, rows_2bit: int) -> bool | None:
+        """None for a tensor that is not known, nor the same values of one that is: what hooks on saved tensors detach,
+        as in a backward pass, is another tensor each time."""
+        state = _state_of(row_order, rows_4bit, rows_2bit)
+        tensor, seen, found = self._by_tensor.get(id(row_order), _UNKNOWN)
+        if tensor() is row_order and seen == state:
+            return found
+        tensor, seen, found = self._by_tensor.get(self._by_memory.get(row_order.data_ptr(), -1), _UNKNOWN)
+        known = tensor()
+        same = (
+            known is not None
+            and seen == state == _state_of(known, rows_4bit, rows_2bit)
+            and known.untyped_storage()._cdata == row_order.untyped_storage()._cdata
+        )
+        return found if same else None
+
+    def keep(self, row_order: torch.Tensor, rows_4bit: int, rows_2bit: int, found: bool) -> None:
+        key, place = id(row_order), row_order.data_ptr()
+
+        def forget(_: Any) -> None:
+            self._by_tensor.pop(key, None)
+            if self._by_memory.get(place) == key:
+                del self._by_memory[place]
+
+        self._by_tensor[key] = weakref.ref(row_order, forget), _state_of(row_order, rows_4bit, rows_2bit), found
+        self._by_memory[place] = key
+
+
+_UNKNOWN: tuple = (lambda: None, None, None)
+_known_orders = KnownOrders()
+
+
+def _state_of(row_order: torch.Tensor, rows_4bit: int, rows_2bit: int) -> tuple:
+    return _version_of(row_order), row_order.data_ptr(), row_order.shape, row_order.stride(), rows_4bit, rows_2bit
 
 
 def _version_of(tensor: torch.Tensor) -> int | None:
