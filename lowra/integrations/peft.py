@@ -68,7 +68,8 @@ class LowRALoraLinear(LoraLinear):
         x = as_autocast(x)
         a: Any = self.lora_A[adapter].weight
         b: Any = self.lora_B[adapter].weight
-        return lora_linear(x, self.base_layer, a, b, self.scaling[adapter])
+        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype
+        return lora_linear(x, self.base_layer, a, b, self.scaling[adapter], dtype)
 
     def _plain_adapter(self, x: torch.Tensor) -> str | None:
         """Name of the only active adapter, if `lora_linear` covers it here."""
@@ -89,9 +90,14 @@ class LowRALoraLinear(LoraLinear):
             and not _hooked(self.base_layer)
             and a.weight.device == x.device
             and x.dtype != torch.float64  # which the kernels do not know
-            and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype)
+            and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype or self._casts_up(x, a, b))
         )
         return name if plain else None
+
+    def _casts_up(self, x: torch.Tensor, a: nn.Module, b: nn.Module) -> bool:
+        """Whether PEFT makes a float32 of x for the adapter; not looked at on a GPU."""
+        wide = a.weight.dtype == b.weight.dtype == torch.float32
+        return x.device.type == "cpu" and x.is_floating_point() and wide and self.cast_input_dtype_enabled
 
     def orthogonal_init(self, adapter_name: str) -> None:
         """PEFT's, which takes the type of the factors from the base weight."""

@@ -83,16 +83,26 @@ class Shortcuts:
 _shortcuts: contextvars.ContextVar[Shortcuts | None] = contextvars.ContextVar("shortcuts", default=None)
 
 
-def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def lora_linear(
+    x: torch.Tensor,
+    base: LowRALinear,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """The output of a packed layer with one low-rank adapter, differentiable in x, A and B.
 
     Args:
-        x: [..., K]; its dtype is that of the computation and of the result.
+        x: [..., K]; its dtype is that of the base's product and of the result.
         base: packed W [N, K]; a bias must not be trained.
-        a: A [r, K], of any floating dtype, rounded to that of x.
+        a: A [r, K], of any floating dtype.
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
+        dtype: of the adapter's term and of its sum with the base's product, to which A and B are rounded; that of x or
+            a wider one. Without it that of x.
     """
+    dtype = x.dtype if dtype is None else dtype
     if base.at_first_forward is not None:
         base.at_first_forward(base)
     packed, bias = base.matrix(), base.bias_as(x.dtype)
@@ -101,8 +111,21 @@ def lora_linear(x: torch.Tensor, base: LowRALinear, a: torch.Tensor, b: torch.Te
         a, b = shortcuts.of(a), shortcuts.of(b)
         shortcuts.last, unread, fill = base, shortcuts.unread is base, shortcuts.in_its_place
     if is_transformed():
-        return PackedLinear.apply(x, packed, bias) + scaling * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
-    return _LoraLinear.apply(x, a, b, scaling, packed, bias, unread, fill)
+        return PackedLinear.apply(x, packed, bias) + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(
+            x.dtype
+        )
+    return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill)
+
+
+def _scaled_product(like: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling x y, of the shape of `like`.
+
+    On a CPU, where y has fewer columns than x has rows, its transpose is computed: MKL takes up to five times as long
+    for a float32 product with few columns as for one with few rows.
+    """
+    if x.is_cpu and y.shape[1] < len(x):
+        return torch.addmm(like.t(), y.t(), x.t(), beta=0, alpha=scaling).t()
+    return torch.addmm(like, x, y, beta=0, alpha=scaling)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -115,21 +138,26 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         packed: PackedMatrix,
         bias: torch.Tensor | None,
+        dtype: torch.dtype,
         unread: bool,
         fill: float | None,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ a.to(x.dtype).t()
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        inner = (a.to(dtype) @ rows.t()).t() if x.is_cpu else rows @ a.to(dtype).t()  # see _scaled_product
         if unread:
             out = x.new_empty(*x.shape[:-1], packed.rows)
             if fill is not None:
                 out.fill_(fill)
         else:
             out = linear(x, packed, bias)  # returned as it is: a view could not be written into afterwards
-            out.view(-1, out.shape[-1]).addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
+            flat = out.view(-1, out.shape[-1])
+            if dtype == x.dtype:
+                flat.addmm_(inner, b.to(dtype).t(), alpha=scaling)
+            else:
+                flat.copy_(flat.to(dtype).addmm_(inner, b.to(dtype).t(), alpha=scaling))
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
         ctx.save_for_backward(x, inner, a, b, *packed.tensors)
-        ctx.scaling, ctx.sizes = scaling, packed.sizes
+        ctx.scaling, ctx.sizes, ctx.dtype = scaling, packed.sizes, dtype
         return out
 
     @staticmethod
@@ -137,21 +165,21 @@ class _LoraLinear(torch.autograd.Function):
         x, inner, a, b, *tensors = ctx.saved_tensors
         packed = PackedMatrix(*tensors, *ctx.sizes)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
-        rows, shape, grad = x.reshape(-1, x.shape[-1]), x.shape, grad.reshape(-1, grad.shape[-1])
-        a, b = a.to(grad.dtype), b.to(grad.dtype)
+        rows, shape, grad = x.reshape(-1, x.shape[-1]).to(ctx.dtype), x.shape, grad.reshape(-1, grad.shape[-1])
+        a, b, wide = a.to(ctx.dtype), b.to(ctx.dtype), grad.to(ctx.dtype)
         grad_x = grad_a = grad_b = None
         if torch.is_grad_enabled():  # to be differentiated again, so without sums in place and what forward left behind
-            grad_inner = ctx.scaling * (grad @ b)
-            grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (grad.t() @ (rows @ a.t()))
+            grad_inner = ctx.scaling * (wide @ b)
+            grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (wide.t() @ (rows @ a.t()))
             grad_x = (gradient_of_input(grad, packed) + grad_inner @ a).view(shape) if needs_x else None
-            return grad_x, grad_a, grad_b, *[None] * 5
+            return grad_x, grad_a, grad_b, *[None] * 6
         if needs_b:
-            grad_b = torch.addmm(b, grad.t(), inner, beta=0, alpha=ctx.scaling)
+            grad_b = _scaled_product(b, wide.t(), inner, ctx.scaling)
         if needs_x or needs_a:
-            grad_inner = torch.addmm(inner, grad, b, beta=0, alpha=ctx.scaling)
+            grad_inner = _scaled_product(inner, wide, b, ctx.scaling)
         if needs_a:
             grad_a = grad_inner.t() @ rows
         if needs_x:
-            grad_x = gradient_of_input(grad, packed)
-            grad_x = grad_x.addmm_(grad_inner, a).view(shape)
-        return grad_x, grad_a, grad_b, *[None] * 5
+            grad_x = gradient_of_input(grad, packed).to(ctx.dtype)
+            grad_x = grad_x.addmm_(grad_inner, a).to(grad.dtype).view(shape)
+        return grad_x, grad_a, grad_b, *[None] * 6

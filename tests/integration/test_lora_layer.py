@@ -83,6 +83,19 @@ def test_bfloat16_without_autocast():
         assert (mine.float() - peft.float()).norm() < 0.02 * peft.float().norm()
 
 
+def test_float32_adapters_on_a_narrower_model_are_computed_in_float32():
+    _, layer = lora_layer(bias=True)
+    x = torch.randn(7, K, dtype=torch.bfloat16)
+    assert layer._plain_adapter(x) == "default"
+    ours, theirs = both(layer, x, autocast=False)
+    kinds = [(torch.bfloat16, 0.01)] * 2 + [(torch.float32, 1e-5)] * 2
+    for mine, peft, (dtype, bound) in zip(ours, theirs, kinds, strict=True):
+        assert mine.dtype == peft.dtype == dtype
+        assert (mine.float() - peft.float()).norm() < bound * peft.float().norm()
+    layer.cast_input_dtype_enabled = False
+    assert layer._plain_adapter(x) is None
+
+
 def test_only_the_gradients_asked_for_are_made():
     _, layer = lora_layer()
     layer.lora_A["default"].weight.requires_grad_(False)
@@ -98,7 +111,8 @@ def test_what_the_function_does_not_cover_goes_through_peft(monkeypatch):
         _, layer = lora_layer(bias=True, **options)
         layer(x)
     model, layer = lora_layer()
-    layer(x.bfloat16())  # adapters in float32 and no autocast: PEFT casts x up
+    _, narrow = lora_layer(dtype=torch.bfloat16)
+    narrow(x)  # adapters in bfloat16 and no autocast: PEFT casts x down
     layer(x, adapter_names=["default", "__base__", "default"])
     handle = layer.base_layer.register_forward_hook(lambda *_: None)
     layer(x)

@@ -134,7 +134,7 @@ def test_products_with_a_part_of_the_weight_at_a_time(device, at_once):
     x, grad = torch.randn(2, 3, 1056, generator=random), torch.randn(2, 3, 1000, generator=random)
     bias = torch.randn(1000, generator=random)
     packed = case.to(device).packed
-    close_to = {"rtol": 1e-4, "atol": 1e-4}
+    close_to = {"rtol": 1e-4, "atol": 3e-4}
     out = product_by_columns(grad.to(device), packed, at_once)
     torch.testing.assert_close(out.cpu(), grad @ weight, **close_to)
     out = product_by_rows(x.to(device), packed, None, at_once)

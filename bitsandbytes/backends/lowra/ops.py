@@ -4,6 +4,7 @@ The packed tensors of one weight travel as separate arguments (an op cannot take
 `PackedMatrix`.
 """
 
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -326,6 +327,33 @@ def _factor_type(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32  # a CPU that multiplies nothing narrower takes three times as long for bfloat16
 
 
+# PyTorch has MKL multiply float32, which leaves AVX-512 unused on AMD's processors; oneDNN, which it has multiply
+# bfloat16, takes half the time there (docs/lab/kernels/cpu.md).
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _HAS_ONEDNN else None
+
+
+def _takes_onednn(x: torch.Tensor) -> bool:
+    covered = _onednn_linear is not None and x.is_cpu and x.dtype == torch.float32 and len(x) > 0
+    return covered and torch._C._get_mkldnn_enabled()
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Puts x [T, K] times weight [K, N], plus bias, into out [T, N], all of one type."""
+    if (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and _onednn_linear is not None
+        and len(x)
+        and torch.backends.mkldnn.enabled
+    ):
+        out.copy_(_onednn_linear(x, weight.t(), bias, "none", [], ""))
+    elif bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
 def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
     """x [..., K] times the transposed packed weight [N, K], plus bias, with so many rows of the weight dense at a time.
 
@@ -340,10 +368,7 @@ def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | 
         block = slice(first, min(first + rows, packed.rows))
         part = (first, block.stop - first, 0, packed.in_features)
         weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype).t()
-        if bias is None:
-            torch.mm(flat, weight, out=out[:, block])
-        else:
-            torch.addmm(bias[block], flat, weight, out=out[:, block])
+        _multiply(flat, weight, out[:, block], None if bias is None else bias[block])
         del weight  # or two parts would be held while the next is made
     return whole.to(x.dtype)
 
@@ -360,7 +385,7 @@ def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: in
         block = slice(first, min(first + columns, packed.in_features))
         part = (0, packed.rows, first, block.stop - first)
         weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype)
-        torch.mm(flat, weight, out=out[:, block])
+        _multiply(flat, weight, out[:, block])
         del weight
     return out.to(gradient.dtype).view(*gradient.shape[:-1], packed.in_features)
 
