@@ -3,6 +3,7 @@
 import math
 
 import torch
+from accuracy_recording import recorded
 from transformers import AutoModelForCausalLM
 
 from lowra.quantization import block_training
@@ -44,24 +45,25 @@ def train(session, trained, sequences, *, steps, batch=16, part=4, rate=0.3, cod
     passes = math.ceil(steps * batch / len(sequences))
     order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(passes)])
     found = []
-    for step in range(steps):
-        members = sequences[order[step * batch : (step + 1) * batch]]
-        made = {name: weight() for name, weight in trained.items()}
-        leaves = {name: weight.detach().requires_grad_() for name, weight in made.items()}
-        total = torch.zeros((), device=session.device)
-        for ids in members.to(session.device).split(part):
-            with torch.autocast(session.device.type, torch.bfloat16):
-                with torch.no_grad():
-                    wanted = model(input_ids=ids).logits
-                out = torch.func.functional_call(model, leaves, (), {"input_ids": ids}).logits
-            loss = divergence(wanted, out) * len(ids) / len(members)
-            loss.backward()
-            total += loss.detach()
-        torch.autograd.backward(list(made.values()), [leaf.grad for leaf in leaves.values()])
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad(set_to_none=True)
-        found.append(total)
+    with recorded(trained, session.device) as make:
+        for step in range(steps):
+            members = sequences[order[step * batch : (step + 1) * batch]]
+            made = make()
+            leaves = {name: weight.detach().requires_grad_() for name, weight in made.items()}
+            total = torch.zeros((), device=session.device)
+            for ids in members.to(session.device).split(part):
+                with torch.autocast(session.device.type, torch.bfloat16):
+                    with torch.no_grad():
+                        wanted = model(input_ids=ids).logits
+                    out = torch.func.functional_call(model, leaves, (), {"input_ids": ids}).logits
+                loss = divergence(wanted, out) * len(ids) / len(members)
+                loss.backward()
+                total += loss.detach()
+            torch.autograd.backward(list(made.values()), [leaf.grad for leaf in leaves.values()])
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+            found.append(total)
     few = max(1, steps // 16)
     found = torch.stack(found)
     return float(found[:few].mean()), float(found[-few:].mean())

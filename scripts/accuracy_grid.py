@@ -53,7 +53,7 @@ from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps")
 QUANTISED = (*TRAINING, "end_to_end")
-FITTED = (*QUANTISED, "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
+FITTED = (*QUANTISED, "blocks", "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
 
 
@@ -138,7 +138,8 @@ class Session:
         key = stage_of(v, QUANTISED)
         if self._trained[0] != key:
             self._trained = key, reconstructed(self, v, fitted)
-        trained, found = self._trained[1], {}
+        trained, found = self._trained[1]
+        found = dict(found)
         if v.end_to_end:
             trained, options = copy.deepcopy(trained), dict(v.end_to_end)
             sequences = self.text(options.pop("on"), options.pop("blocks"))
@@ -155,6 +156,11 @@ class Session:
                 fitted = quantise(self, v)
                 save_fitted(fitted, path)
         return load_fitted(path)
+
+    def held_out(self):
+        """Token ids [count, T] that the model wrote and nothing is trained on."""
+        self.text("own", 1)
+        return load_file(self._own_text)["tokens"].long()[:HELD_OUT]
 
     def own_divergence(self):
         """KL divergence from the dense model on text that it wrote, of the model as it is; None without such text."""
@@ -337,7 +343,7 @@ def write(folder, count, path, device):
     """Token ids that a model writes, into a file that appears when it is whole."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
     tokens = write_text(model, AutoTokenizer.from_pretrained(folder), count, SEQUENCE, batch=1024, progress=False)
-    save_file({"tokens": tokens}, path.with_suffix(".part"))
+    save_file({"tokens": tokens.int()}, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
 
 
@@ -358,9 +364,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
     variants = json.loads(args.variants.read_text())
-    groups = {}  # a process quantises once for variants that differ in their training alone
+    groups = {}  # a process trains blocks once for variants that differ in what comes after them
     for variant in variants:
-        groups.setdefault(json.dumps(stage_of(Variant(**variant), TRAINING)), []).append(variant)
+        groups.setdefault(json.dumps(stage_of(Variant(**variant), QUANTISED)), []).append(variant)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     folder = tempfile.TemporaryDirectory()

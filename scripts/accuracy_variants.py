@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 
+import accuracy_blocks
 import accuracy_efficientqat
 import torch
 
@@ -37,6 +38,8 @@ class Variant:
         rates: of that training, in place of `block_training.RATES`.
         calibrate_on: text of the statistics: "given" (for training) or "own" (written by the model).
         reconstruct_on: text of the blocks' training: "given", "own", or "both", the given one first.
+        blocks: what `accuracy_blocks.train` takes, in place of the library's training of blocks.
+        emphasis: factor on the assigner's errors in each block, in place of 1.
         end_to_end: steps, and what else `accuracy_end_to_end.train` takes, of a training of all blocks together.
         only: regular expression for the names of the matrices that are quantised; the others keep 16 bits.
     """
@@ -66,6 +69,8 @@ class Variant:
     rates: dict = dataclasses.field(default_factory=dict)
     calibrate_on: str = "given"
     reconstruct_on: str = "given"
+    blocks: dict = dataclasses.field(default_factory=dict)
+    emphasis: tuple = ()
     end_to_end: dict = dataclasses.field(default_factory=dict)
     only: str = ""
 
@@ -74,7 +79,17 @@ DEFAULTS = dataclasses.asdict(Variant())
 
 
 class Experiment(Planner):
-    """The planner with other errors than the learner's."""
+    """The planner with other errors than the learner's.
+
+    Attributes:
+        emphasis: factor for each block, or nothing.
+    """
+
+    emphasis: tuple = ()
+
+    def _sensitivity(self, name: str):
+        factor = self.emphasis[int(re.search(r"\.(\d+)\.", name)[1])] if self.emphasis else 1.0
+        return super()._sensitivity(name) * factor
 
     def see_correction(self, name, fit) -> None:
         """Replaces a matrix's errors [N, 3] by those that `fit(book, row_bits)` leaves in its channels, [N]."""
@@ -101,6 +116,7 @@ def quantise(session, v: Variant):
     )  # fmt: skip
     calibration = session.calibration(v.calibrate_on)
     planner = Experiment(config, None, calibration)
+    planner.emphasis = tuple(v.emphasis)
 
     def fit(name, book, row_bits):
         weight = session.weights[name]
@@ -144,7 +160,7 @@ def true_bits(session, v: Variant, fitted) -> float:
 
 def reconstructed(session, v: Variant, fitted):
     """What `fitted` packs after its blocks were trained on the session's device, by name: `TrainedWeight`, or what
-    EfficientQAT makes of it.
+    EfficientQAT makes of it; and what the training reports.
     """
     device = session.device
 
@@ -162,12 +178,17 @@ def reconstructed(session, v: Variant, fitted):
     sequences = session.text(v.reconstruct_on, v.reconstruct_blocks)
     stream = BlockStream(source, targets, sequences, block_training.BATCH, device)
     if v.method == "efficientqat":
-        return dict(accuracy_efficientqat.block_ap(stream, int(v.bits), v.reconstruct, v.seed, v.rates))
+        return dict(accuracy_efficientqat.block_ap(stream, int(v.bits), v.reconstruct, v.seed, v.rates)), {}
+    if v.blocks:
+        weights, by_blocks = accuracy_blocks.train(
+            session, stream, start, v.reconstruct, v.seed, session.held_out(), **v.blocks
+        )
+        return weights, {"kl_by_blocks": by_blocks}
     trained = {}
     trained_before = lambda block: None if block.targets else {}  # noqa: E731 - one that is left dense
     for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed, trained_before):
         trained.update(block.weights)
-    return trained
+    return trained, {}
 
 
 def as_packed(fitted, trained):

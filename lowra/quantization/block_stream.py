@@ -75,6 +75,7 @@ class BlockStream:
 
     Attributes:
         names: of the blocks, in their order.
+        sequences: token ids [count, T] of the text.
         count: of sequences.
     """
 
@@ -114,7 +115,7 @@ class BlockStream:
         inner = {id(tensor) for tensor in self._model.base_model.state_dict(keep_vars=True).values()}
         head = {key for key, tensor in self._model.state_dict(keep_vars=True).items() if id(tensor) not in inner}
         self._load([name for name in rest if name not in head])
-        self._sequences, self.count = sequences, len(sequences)
+        self.sequences, self.count = sequences, len(sequences)
         self._calls = self._watch(sequences[:batch])
         self._batch = batch
 
@@ -129,7 +130,7 @@ class BlockStream:
             raise _Stop
 
         handle = self._model.get_submodule(self.names[0]).register_forward_pre_hook(stop, with_kwargs=True)
-        for part in self._sequences.split(self._batch):
+        for part in self.sequences.split(self._batch):
             with contextlib.suppress(_Stop):
                 self._run(part)
         handle.remove()

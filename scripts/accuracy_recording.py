@@ -1,0 +1,41 @@
+"""The weights of `TrainedWeight`s made by one CUDA graph, and their way back by another: for `accuracy_grid.py`.
+
+A weight and its way back are a hundred small kernels, and a GPU waits for each to be launched.
+"""
+
+import contextlib
+import sys
+
+import torch
+from torch import nn
+
+
+class _Together(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = nn.ModuleList(weights)
+
+    def forward(self):
+        return tuple(weight() for weight in self.weights)
+
+
+@contextlib.contextmanager
+def recorded(weights, device):
+    """Yields what makes all of the weights by name; each call overwrites what the last one made.
+
+    Args:
+        weights: `TrainedWeight` by name; they are as they were afterwards.
+        device: of the weights.
+    """
+    together = _Together(weights.values())
+    if device.type == "cuda":
+        try:
+            known = [weight.detach().clone() for weight in together()]
+            recording = torch.cuda.make_graphed_callables(together, (), allow_unused_input=True)
+            if not all(torch.equal(a, b) for a, b in zip(known, recording(), strict=True)):
+                raise RuntimeError("a replay makes other weights")
+        except Exception as error:  # slower, and no less right
+            print(f"not recorded: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            torch.cuda.synchronize()
+            together.__dict__.pop("forward", None)
+    yield lambda: dict(zip(weights, together(), strict=True))
