@@ -32,7 +32,7 @@ def recorded(weights, device):
         try:
             known = [weight.detach().clone() for weight in together()]
             recording = torch.cuda.make_graphed_callables(together, (), allow_unused_input=True)
-            if not all(torch.equal(a, b) for a, b in zip(known, recording(), strict=True)):
+            if any((a - b).norm() > 1e-3 * a.norm() for a, b in zip(known, recording(), strict=True)):
                 raise RuntimeError("a replay makes other weights")
         except Exception as error:  # slower, and no less right
             print(f"not recorded: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
