@@ -190,6 +190,7 @@ typedef struct lowra_adapter {
   const void *a;  // [rank, K]
   const void *b;  // [N, rank]
   int32_t rank;   // a multiple of 4; 0 for no adapter
+  int32_t own;    // of these, as many as the token has that has most: a multiple of 4, `rank` without gains
   float scaling;
 } lowra_adapter;
 
@@ -199,7 +200,10 @@ typedef struct lowra_adapters {
   lowra_adapter of[LOWRA_MOST_GROUPED];
   uint64_t *cells;          // [ceil(K / 512), ranks of all adapters, tokens], zeros before the first launch
   const int32_t *launches;  // on the device; with `launch` added, a number that no launch with these cells has had
-  const float *gains;       // [ranks of all adapters, tokens] or null: factors of A x; 0 makes 0 of whatever it is
+  const float *gains;    // [ranks of all adapters, tokens] or null: factors of A x; -0 makes 0 of whatever it is, and
+                         // what has 0 is neither made nor taken: all of four ranks, or none
+  const int32_t *fours;  // [`own` of all adapters / 4, tokens], with gains: fours of ranks that are a token's own,
+                         // counted over all adapters; -1 past the last of each
   int32_t launch;
 } lowra_adapters;
 
@@ -270,7 +274,7 @@ LOWRA_API int lowra_cpu_dense_product(const void *weight, int64_t rows, int64_t 
 
 #ifdef __cplusplus
 static_assert(sizeof(lowra_input) == 48, "lowra_input is mirrored by ctypes in native_decoding.py");
-static_assert(sizeof(lowra_adapters) == 104, "lowra_adapters is mirrored by ctypes in native_decoding.py");
+static_assert(sizeof(lowra_adapters) == 136, "lowra_adapters is mirrored by ctypes in native_decoding.py");
 static_assert(sizeof(lowra_norm) == 64, "lowra_norm is mirrored by ctypes in native_decoding.py");
 static_assert(sizeof(lowra_attention) == 160, "lowra_attention is mirrored by ctypes in native_decoding.py");
 #endif

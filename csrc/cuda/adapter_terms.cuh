@@ -17,16 +17,28 @@ constexpr int kPieceColumns = 512;
 constexpr int kPatience = 32;  // looks at missing cells before a warp computes them itself
 static_assert(kUnitBits % kPieceColumns == 0, "a block has whole pieces, or the end of a row");
 
+// Words of the fours of ranks that are a token's own.
+__host__ __device__ inline int words_of_fours(const product_group &q) {
+  return q.adapters.gains ? (q.own / 4 * q.tokens + 3) / 4 * 4 : 0;
+}
+
 inline size_t inner_bytes(const single_product &) { return 0; }
-inline size_t inner_bytes(const product_group &q) { return (size_t)q.ranks * q.tokens * 4; }
+inline size_t inner_bytes(const product_group &q) { return ((size_t)q.own * q.tokens + words_of_fours(q)) * 4; }
 
 // Of the rows of B that a team of `tiles` tiles stores, all as long as the longest.
 inline size_t bytes_of_b(const product_group &q, int tiles) { return (size_t)tiles * kTileRows * q.most_ranks * 2; }
 
 // What a block needs of its adapters when it stores its rows, in shared memory.
 struct adapter_memory {
-  float *inner;  // [token][rank of all adapters]
+  float *inner;  // [token][a token's own ranks of all adapters]
+  int *fours;    // as lowra_adapters has them
   uint2 *b;      // [row of the team][q.most_ranks], if q.b_is_shared
+
+  __device__ __forceinline__ void lie_at(const product_group &q, int *memory) {
+    inner = reinterpret_cast<float *>(memory);
+    fours = memory + q.own * q.tokens;
+    b = reinterpret_cast<uint2 *>(fours + words_of_fours(q));
+  }
 };
 
 __device__ __forceinline__ void put_cell(uint64_t *cell, float sum, uint32_t launch) {
@@ -48,6 +60,11 @@ struct shared_row_sums {
   uint32_t launch;    // its number
   uint2 first[2][2];  // of A, for this warp's piece, of which it usually has one
   float first_gain;   // of that row of A for token `lane`
+
+  // Cells that a thread looks at before its last unit of the product: they are there by then, and come while it works.
+  static constexpr int kEarly = S::TOKENS <= 2 ? S::TOKENS : 0;
+  const uint64_t *early_cell;  // the first of them, or null
+  uint64_t early[kEarly > 0 ? kEarly : 1];
 
   // Before earlier kernels have finished.
   __device__ __forceinline__ void ask_for_first(int warp) const {
@@ -74,51 +91,72 @@ struct shared_row_sums {
 #endif
   }
 
-  // Once they have.
-  __device__ __forceinline__ void fetch_first(int warp) {
+  // Once they have. A barrier follows.
+  __device__ __forceinline__ void fetch_first(int thread, const adapter_memory &memory) {
     launch = (uint32_t)*q.adapters.launches + (uint32_t)q.adapters.launch;
-    const int number = team + teams * warp;
+    const int number = team + teams * (thread / 32);
     if (number < q.ranks * own_pieces()) fetch_piece(number);
+    for (int i = thread; i < words_of_fours(q); i += kThreads) {
+      memory.fours[i] = i < q.own / 4 * q.tokens ? __ldg(q.adapters.fours + i) : -1;
+    }
   }
 
-  __device__ __forceinline__ void put_own(int warp) {
+  // After it.
+  __device__ __forceinline__ void put_own(int thread, const adapter_memory &memory) {
     const int pieces = own_pieces();
 #pragma unroll 1
-    for (int number = team + teams * warp; number < q.ranks * pieces;) {
+    for (int number = team + teams * (thread / 32); number < q.ranks * pieces;) {
       put_piece(number / pieces, number % pieces, first, first_gain);
       number += teams * kWarps;
       if (number < q.ranks * pieces) fetch_piece(number);
     }
+    if constexpr (kEarly > 0) {
+      early_cell = first_cell_of(thread, memory);
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) early[i] = (uint64_t)~launch << 32;  // not there
+    }
   }
 
-  // Into inner [token][rank], times the gains; to be followed by a barrier. Several lanes share the pieces of a sum, so
-  // that each of them waits for memory once.
-  __device__ __forceinline__ void take_all(int thread, float *inner) const {
-    const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns, count = q.ranks * q.tokens;
-    int lanes = 32;
-    while (lanes > 1 && lanes * count > kThreads) lanes /= 2;
-    for (int at = thread; at - lane < count * lanes; at += kThreads) {
-      const int cell = at / lanes;
-      const float gain = cell < count ? gain_of(0, cell) : 0.f;
+  __device__ __forceinline__ void look_early() {
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+      if (early_cell && piece_of(threadIdx.x, i) < all_pieces()) early[i] = look_at_cell(early_cell + i * step());
+    }
+  }
+
+  // Into memory.inner; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of them waits
+  // for memory once.
+  __device__ __forceinline__ void take_all(int thread, const adapter_memory &memory) const {
+    const int count = q.own * q.tokens;
+#pragma unroll 1
+    for (int at = thread; at - lane < count << q.sharing; at += kThreads) {
+      const uint64_t *const cell = kEarly > 0 && at == thread ? early_cell : first_cell_of(at, memory);
       float sum;
+#pragma unroll 1
       for (int looks = 0;; ++looks) {
         bool there = true;
         sum = 0.f;
-        if (gain != 0.f) {
-#pragma unroll 8
-          for (int piece = at % lanes; piece < pieces; piece += lanes) {
-            const uint64_t word = look_at_cell(q.adapters.cells + (size_t)piece * count + cell);
+        if (cell) {
+          int i = 0;
+          const auto add = [&](uint64_t word) {
             there = there && (uint32_t)(word >> 32) == launch;
             sum += __uint_as_float((uint32_t)word);
+          };
+          if (kEarly > 0 && looks == 0 && at == thread) {
+#pragma unroll
+            for (; i < kEarly; ++i) {
+              if (piece_of(at, i) < all_pieces()) add(early[i]);
+            }
           }
+#pragma unroll(S::TOKENS == 1 ? 2 : 8)
+          for (; piece_of(at, i) < all_pieces(); ++i) add(look_at_cell(cell + i * step()));
         }
         if (__all_sync(0xffffffffu, there)) break;
         if (looks == kPatience) put_all();
       }
-      for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (cell < count && at % lanes == 0) {
-        inner[cell % q.tokens * q.ranks + cell / q.tokens] = gain == 0.f ? 0.f : gain * sum;
-      }
+#pragma unroll 1
+      for (int share = 1 << q.sharing >> 1; share > 0; share /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, share);
+      if (at >> q.sharing < count && piece_of(at, 0) == 0) memory.inner[at >> q.sharing] = sum;
     }
   }
 
@@ -126,11 +164,30 @@ struct shared_row_sums {
   __device__ __forceinline__ int own_pieces() const {
     return (min(end, q.in_features) - begin + kPieceColumns - 1) / kPieceColumns;
   }
-  // rank: counted over all adapters. Sums without a gain are neither made nor taken.
+  __device__ __forceinline__ int all_pieces() const { return (q.in_features + kPieceColumns - 1) / kPieceColumns; }
+  // The cells of a sum are shared out among 1 << q.sharing lanes. Cell i of thread or further number `at` is of this
+  // piece, lies so far behind the one before, and the first here: null where the sum is none of a token's own.
+  __device__ __forceinline__ int piece_of(int at, int i) const {
+    return (i << q.sharing) + (at & ((1 << q.sharing) - 1));
+  }
+  __device__ __forceinline__ size_t step() const { return (size_t)cells_of_piece() << q.sharing; }
+  __device__ __forceinline__ const uint64_t *first_cell_of(int at, const adapter_memory &memory) const {
+    const int number = at >> q.sharing;  // in memory.inner
+    if (number >= q.own * q.tokens) return nullptr;
+    const int token = S::TOKENS == 1 ? 0 : number / q.own;
+    int rank = number - token * q.own;
+    if (q.adapters.gains) {
+      const int four = memory.fours[rank / 4 * q.tokens + token];
+      if (four < 0) return nullptr;
+      rank = four * 4 + rank % 4;
+    }
+    return q.adapters.cells + (size_t)piece_of(at, 0) * cells_of_piece() + token * q.ranks + rank;
+  }
+  __device__ __forceinline__ int cells_of_piece() const { return q.ranks * q.tokens; }  // [token][rank]
+  // Of a rank, counted over all adapters; see lowra_adapters.
   __device__ __forceinline__ float gain_of(int rank, int token) const {
     if (!q.adapters.gains) return 1.f;
-    const int at = rank * q.tokens + token;
-    return at < q.ranks * q.tokens ? __ldg(q.adapters.gains + at) : 0.f;
+    return token < q.tokens ? __ldg(q.adapters.gains + rank * q.tokens + token) : 0.f;
   }
   __device__ __forceinline__ const uint16_t *row_of_a(int rank) const {
     int part = 0;
@@ -169,7 +226,8 @@ struct shared_row_sums {
   }
   // gain: of token `lane`.
   __device__ __forceinline__ void put_piece(int rank, int piece, const uint2 (&a)[2][2], float gain) const {
-    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && gain != 0.f);  // a bit for each token
+    // A bit for each token. -0 is wanted too.
+    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && __float_as_uint(gain) != 0);
     using T = typename S::T;
     float sums[S::TOKENS] = {};
 #pragma unroll
@@ -192,46 +250,47 @@ struct shared_row_sums {
         sums[token] = __fmaf_rn(reinterpret_cast<const float4 *>(chunk + 8)->z, sum, sums[token]);
       }
     }
-    uint64_t *cells = q.adapters.cells + ((size_t)(begin / kPieceColumns + piece) * q.ranks + rank) * q.tokens;
+    uint64_t *cells = q.adapters.cells + (size_t)(begin / kPieceColumns + piece) * cells_of_piece() + rank;
 #pragma unroll
     for (int token = 0; token < S::TOKENS; ++token) {
       if (!(wanted >> token & 1)) continue;
       float sum = sums[token];
 #pragma unroll
       for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == token) put_cell(cells + token, sum, launch);
+      if (lane == token) put_cell(cells + token * q.ranks, gain == 0.f ? 0.f : gain * sum, launch);
     }
   }
 };
 
-// scaling B (A x) of one row of W, which is row `cell` of the team. memory: what shared_row_sums::take_all and
-// ask_for_b brought there.
+// scaling B (A x) of one row of W, which is row `cell` of the team. memory: what shared_row_sums brought there.
 template <class T>
 __device__ __forceinline__ float adapter_term(const product_group &q, int part, int row, int token, int cell,
                                               const adapter_memory &memory) {
-  const lowra_adapter &own = q.adapters.of[part];
-  const float *inner = memory.inner + token * q.ranks;
+  const lowra_adapter &adapter = q.adapters.of[part];
+  int begin = 0, first = 0;  // among a token's own ranks, and among all
 #pragma unroll
   for (int i = 0; i < kMostParts - 1; ++i) {
-    if (i < part) inner += q.adapters.of[i].rank;
+    if (i < part) begin += q.adapters.of[i].own, first += q.adapters.of[i].rank / 4;
   }
-  const uint2 *b = q.b_is_shared
-                       ? memory.b + cell * (q.most_ranks / 4)
-                       : reinterpret_cast<const uint2 *>(static_cast<const T *>(own.b) + (size_t)row * own.rank);
-  float sum = 0.f;
+  if (!q.adapters.gains) first = 0;
+  const float4 *inner = reinterpret_cast<const float4 *>(memory.inner + token * q.own + begin);
+  const int *fours = memory.fours + begin / 4 * q.tokens + token;
+  const uint2 *b = q.b_is_shared ? memory.b + cell * (q.most_ranks / 4)
+                                 : static_cast<const uint2 *>(adapter.b) + (size_t)row * (adapter.rank / 4);
+  float4 sums = {};
 #pragma unroll 4
-  for (int rank = 0; rank < own.rank; rank += 4) {
-    // Of a mixed batch's adapters most are not this token's own.
-    const float4 a = *reinterpret_cast<const float4 *>(inner + rank);
-    if (a.x == 0.f && a.y == 0.f && a.z == 0.f && a.w == 0.f) continue;
-    const uint2 raw = b[rank / 4];
+  for (int i = 0; i < adapter.own / 4; ++i) {
+    const int four = q.adapters.gains ? fours[i * q.tokens] : i;
+    if (four < 0) break;
+    const float4 a = inner[i];
+    const uint2 raw = b[four - first];
     const T *values = reinterpret_cast<const T *>(&raw);
-    sum = __fmaf_rn(to_float(values[0]), a.x, sum);
-    sum = __fmaf_rn(to_float(values[1]), a.y, sum);
-    sum = __fmaf_rn(to_float(values[2]), a.z, sum);
-    sum = __fmaf_rn(to_float(values[3]), a.w, sum);
+    sums.x = __fmaf_rn(to_float(values[0]), a.x, sums.x);
+    sums.y = __fmaf_rn(to_float(values[1]), a.y, sums.y);
+    sums.z = __fmaf_rn(to_float(values[2]), a.z, sums.z);
+    sums.w = __fmaf_rn(to_float(values[3]), a.w, sums.w);
   }
-  return own.scaling * sum;
+  return adapter.scaling * (sums.x + sums.y + (sums.z + sums.w));
 }
 
 }  // namespace lowra

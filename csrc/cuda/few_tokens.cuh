@@ -67,6 +67,7 @@ struct product_group : product {
   lowra_input input;
   lowra_adapters adapters;
   int ranks, most_ranks;  // of all adapters, of the largest
+  int own, sharing;       // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
   bool b_is_shared;       // the rows of B fit into shared memory
   int parts;
   struct member {

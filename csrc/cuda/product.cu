@@ -54,7 +54,10 @@ constexpr int kMostRanks = 4096;  // of all adapters of a group: their A x lies 
 
 int check_adapters(const lowra_adapters &adapters, int count) {
   if (const int status = first_of(check_memory(adapters.cells, 8), check_memory(adapters.launches, 4))) return status;
-  if (const int status = adapters.gains ? check_memory(adapters.gains, 4) : LOWRA_OK) return status;
+  if (adapters.gains) {
+    const int status = first_of(check_memory(adapters.gains, 4), check_memory(adapters.fours, 4));
+    if (status) return status;
+  }
   int64_t ranks = 0;
   for (int i = 0; i < LOWRA_MOST_GROUPED; ++i) {
     const lowra_adapter &own = adapters.of[i];
@@ -62,6 +65,8 @@ int check_adapters(const lowra_adapters &adapters, int count) {
     if (own.rank == 0) continue;
     if (const int status = first_of(check_memory(own.a, 2), check_memory(own.b, 2))) return status;
     if (own.rank % 4 != 0 || !aligned(own.a, 8) || !aligned(own.b, 8)) return LOWRA_UNSUPPORTED;
+    if (own.own < 0 || own.own > own.rank || own.own % 4 != 0) return LOWRA_BAD_SHAPE;
+    if (!adapters.gains && own.own != own.rank) return LOWRA_BAD_SHAPE;
     ranks += own.rank;
   }
   return ranks > kMostRanks ? LOWRA_UNSUPPORTED : LOWRA_OK;

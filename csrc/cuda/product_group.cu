@@ -39,9 +39,10 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
   if (!adapters) return choose_type<false>(q, type, stream);
   q.adapters = *adapters;
   for (const lowra_adapter &adapter : adapters->of) {
-    q.ranks += adapter.rank;
+    q.ranks += adapter.rank, q.own += adapter.own;
     q.most_ranks = std::max(q.most_ranks, adapter.rank);
   }
+  while (q.sharing < 5 && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
   return choose_type<true>(q, type, stream);
 }
 

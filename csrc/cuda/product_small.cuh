@@ -14,10 +14,11 @@ namespace lowra {
 
 // total += `count` units of one tile. unit: of this block's columns. x: address of the staged x.
 // tile: where `next` comes from; next: codes of the first unit, fetched. On return both stand at the last unit.
-template <int BITS, class S>
+// before_last: called before the last of them.
+template <int BITS, class S, class BEFORE_LAST>
 __device__ __forceinline__ void sum_units(const typename S::PRODUCT &q, int begin, int unit, int count, uint32_t x,
                                           int lane, lane_tile<S> &tile, uint32_t (&next)[2][4], uint32_t (&b)[2][4],
-                                          float (&total)[S::kMmas][4]) {
+                                          float (&total)[S::kMmas][4], const BEFORE_LAST &before_last) {
   constexpr int kStride = S::kStride * 16, kToken = kChunkUnits * 16, kUnitColumns = kUnitBits / BITS;
   constexpr int kBlocks = 4 / BITS;
   constexpr int kAtOnce = S::DEFAULT_FORM && S::LANES == 1 && BITS < 4 ? 2 : 1;  // blocks under one scale
@@ -40,6 +41,8 @@ __device__ __forceinline__ void sum_units(const typename S::PRODUCT &q, int begi
     if (count > 1) {
       tile.advance();
       tile.fetch(BITS == 4 ? 0 : BITS == 2 ? 1 : 2, quad, next);
+    } else {
+      before_last();
     }
     float sum[S::kMmas][4];
 #pragma unroll
@@ -220,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   float *parts = sums + (d.most_tiles + kWarps) * kCells;                           // [block][tile][token][row]
   int *places = reinterpret_cast<int *>(parts + d.splits * d.most_tiles * kCells);  // row of W, -1 for none
   int *spans = places + d.most_tiles * kTileRows;                                   // first and last warp of a tile
-  adapter_memory adapters = {reinterpret_cast<float *>(spans + (d.most_tiles + 1) / 2 * 4)};
+  adapter_memory adapters;
+  if constexpr (S::ADAPTED) adapters.lie_at(q, spans + (d.most_tiles + 1) / 2 * 4);
   // Each warp has at least one unit, or none.
   int unit = units < kWarps ? min(units, warp) : units * warp / kWarps;
   const int last_unit = units < kWarps ? min(units, warp + 1) : units * (warp + 1) / kWarps;
@@ -238,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const x_piece<S> first_piece = fetch_x<S>(q, d, begin, end, thread);
-  if constexpr (S::ADAPTED) row_sums.fetch_first(warp);
+  if constexpr (S::ADAPTED) row_sums.fetch_first(thread, adapters);
   float factors[TOKENS] = {};
   if constexpr (S::MADE) {
     if (q.input.kind == LOWRA_NORMED) norm_factors<S, kThreads>(q, team == 0 && rank == 0, factors);
@@ -246,7 +250,6 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
   const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
   if constexpr (S::ADAPTED) {
-    adapters.b = reinterpret_cast<uint2 *>(adapters.inner + q.ranks * q.tokens);
     if (cell_place >= 0) {
       uint2 *target = adapters.b + cell * (q.most_ranks / 4);
       row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
@@ -261,19 +264,24 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
         *wanted_folded = tiles[2] > 0 ? folded : nullptr;
   stage_x<S>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
   __syncthreads();
-  if constexpr (S::ADAPTED) row_sums.put_own(warp);
+  if constexpr (S::ADAPTED) row_sums.put_own(thread, adapters);
   uint32_t b[2][4] = {};
   const uint32_t plain_at = (uint32_t)__cvta_generic_to_shared(plain);
   const uint32_t folded_at = (uint32_t)__cvta_generic_to_shared(folded);
   while (unit < last_unit) {
     const int count = min(last_unit - unit, spot.units - spot.unit);
     float total[S::kMmas][4] = {};
+    const auto before_last = [&] {
+      if constexpr (S::ADAPTED) {
+        if (unit + count == last_unit) row_sums.look_early();
+      }
+    };
     if (spot.kind == 2) {
-      sum_units<1, S>(q, begin, spot.unit, count, folded_at, lane, tile, next, b, total);
+      sum_units<1, S>(q, begin, spot.unit, count, folded_at, lane, tile, next, b, total, before_last);
     } else if (spot.kind == 1) {
-      sum_units<2, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total);
+      sum_units<2, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, before_last);
     } else {
-      sum_units<4, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total);
+      sum_units<4, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, before_last);
     }
     float *mine = sums + (spot.number + warp) * kCells;
     if (lane == 0 && spot.unit == 0) spans[2 * spot.number] = warp;
@@ -302,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     places[i] = i == cell ? cell_place : row_of_weight(q, d, tiles, team, i);
   }
   if constexpr (S::ADAPTED) {
-    row_sums.take_all(thread, adapters.inner);
+    row_sums.take_all(thread, adapters);
     wait_for_copies<0>();
   }
   __syncthreads();

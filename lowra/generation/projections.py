@@ -102,7 +102,7 @@ class Projections:
         if not self._packed or self._in_product is None:
             return bool(self._packed) and not any(self._adapters)
         gains = self._in_product.gains
-        return gains is None or gains.shape[1] == tokens  # a step; a prompt has more tokens than sequences
+        return gains is None or gains.factors.shape[1] == tokens  # a step; a prompt has more tokens than sequences
 
     def _has_several(self) -> bool:
         """Whether sequences or weights go through more than one adapter."""
@@ -167,7 +167,7 @@ class _SideBySide:
 
     Attributes:
         terms: of each layer, all its adapters as one; None for none.
-        gains: see `decoding.Adapters`; [ranks, batch], [ranks, 1] where adapters are for all sequences, or None.
+        gains: of [ranks, batch], [ranks, 1] where adapters are for all sequences, or None.
     """
 
     def __init__(self, adapters: list[list[Adapter]], dtype: torch.dtype):
@@ -195,15 +195,16 @@ class _SideBySide:
             self.terms.append(term)
             self._columns.append(slice(begin, end))
             begin = end
-        self.gains: torch.Tensor | None = None
+        self.gains: decoding.Gains | None = None
         if not alike or any(adapter.rows is not None for adapter in everyone):
             all_sequences = torch.ones(1, dtype=torch.bool, device=first.device)
             each = [
                 (all_sequences if adapter.rows is None else adapter.rows).float() * (1.0 if alike else adapter.scaling)
                 for adapter in everyone
             ]
-            self.gains = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=first.device), dim=0)
-            self._gains = self.gains.T[:, None].to(dtype)  # [batch or 1, 1, ranks]
+            by_rank = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=first.device), dim=0)
+            self.gains = decoding.Gains.of(by_rank, [columns.stop - columns.start for columns in self._columns])
+            self._gains = by_rank.T[:, None].to(dtype)  # [batch or 1, 1, ranks]
             self._others = self._gains == 0  # what is another sequence's, and so may be anything
 
     def add_to(self, outs: list[torch.Tensor], x: torch.Tensor) -> None:

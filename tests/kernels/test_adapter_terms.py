@@ -7,7 +7,7 @@ import torch
 from cases import packed_case
 
 from bitsandbytes.backends.lowra import decoding, native, native_decoding, ops
-from bitsandbytes.backends.lowra.decoding import Adapters, LowRank, Norm
+from bitsandbytes.backends.lowra.decoding import Adapters, Gains, LowRank, Norm
 
 pytestmark = pytest.mark.cuda
 TYPES = [torch.bfloat16, torch.float16]
@@ -80,15 +80,37 @@ def test_a_group_with_adapters(mixes, ranks, in_features, tokens, dtype):
         assert all(torch.equal(one, other) for one, other in zip(outs, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_what_is_not_a_sequences_own_may_be_anything(tokens, dtype):
-    weights, adapters = group_of(*GROUPS[0], 1152, dtype)
-    x = random(tokens, 1152, dtype=dtype)
-    gains = random(24, tokens, dtype=torch.float32).abs()
+def scattered(ranks, tokens):
+    """Gains with zeros here and there, in and between fours."""
+    gains = random(ranks, tokens, dtype=torch.float32).abs()
     gains[5:9] = 0
     gains[20, : tokens - 1] = 0
-    adapters = dataclasses.replace(adapters, gains=gains)
+    gains[12:16, -1] = 0
+    return gains
+
+
+def in_turns(ranks, tokens):
+    """Sequences go through one of four adapters each, whose ranks lie side by side; every fifth through none."""
+    token, rank = torch.arange(tokens), torch.arange(ranks)
+    own = (rank[:, None] // (ranks // 8) % 4 == token % 4) & (token % 5 != 4)
+    return own.float().cuda()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "gains_of, group, in_features",
+    [
+        (scattered, GROUPS[0], 1152),
+        (in_turns, (GROUPS[3][0], [64, 64]), 4096),
+        (in_turns, (GROUPS[4][0], [0, 32, 96]), 128),
+    ],
+)
+def test_what_is_not_a_sequences_own_may_be_anything(gains_of, group, in_features, tokens, dtype):
+    weights, adapters = group_of(*group, in_features, dtype)
+    x, ranks = random(tokens, in_features, dtype=dtype), sum(group[1])
+    gains = gains_of(ranks, tokens)
+    adapters = dataclasses.replace(adapters, gains=Gains.of(gains, group[1]))
     adapters.launches.add_(1)
     outs = native_decoding.linear_group(x, weights, adapters)
     begin = 0
@@ -98,9 +120,10 @@ def test_what_is_not_a_sequences_own_may_be_anything(tokens, dtype):
             end = begin + len(term.a)
             inner = x.double() @ term.a.double().T * gains[begin:end].double().T
             expected += term.scaling * inner @ term.b.double().T
+            nobodys = (gains[begin:end] == 0).all(1)
+            term.a[nobodys] = torch.inf
             begin = end
         assert_close(found, expected)
-    adapters.terms[0].a[5:9] = torch.inf
     adapters.launches.add_(1)
     again = native_decoding.linear_group(x, weights, adapters)
     assert all(torch.equal(one, other) for one, other in zip(outs, again, strict=True))
@@ -168,7 +191,8 @@ def test_factors_and_memory_of_another_size_are_refused():
     weights, adapters = group_of([(20, 40, 300)], [8], 512, torch.bfloat16)
     x = random(4, 512, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="Gains of 8 rows of adapters for 4 tokens, in float32, were expected"):
-        native_decoding.linear_group(x, weights, dataclasses.replace(adapters, gains=torch.ones(8, 3, device="cuda")))
+        of_three = Gains.of(torch.ones(8, 3, device="cuda"), [8])
+        native_decoding.linear_group(x, weights, dataclasses.replace(adapters, gains=of_three))
     short = Adapters(adapters.terms, adapters.cells[:31], adapters.launches, 1)
     with pytest.raises(ValueError, match="need 32 cells; there are 31"):
         native_decoding.linear_group(x, weights, short)

@@ -243,6 +243,42 @@ class LowRank:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gains:
+    """By what A x of adapters is multiplied, where sequences go through different ones.
+
+    Attributes:
+        factors: float32 [ranks of all terms, tokens]. 0 makes 0 of whatever it is: of the ranks that are not a
+            sequence's own. It is -0 where another of the same four ranks is.
+        fours: int32 [sum of `own` / 4, tokens]: the fours of ranks that are a token's own, counted over all terms, in
+            ascending order within each; -1 past its last.
+        own: of each term, as many ranks as the token has that has most, in whole fours.
+    """
+
+    factors: torch.Tensor
+    fours: torch.Tensor
+    own: tuple[int, ...]
+
+    @classmethod
+    def of(cls, factors: torch.Tensor, ranks: Sequence[int]) -> "Gains":
+        """factors: see there, without -0. ranks: of each term, 0 for none. Waits for the device."""
+        host, fours, own, begin = factors.cpu(), [], [], 0
+        wanted = host != 0
+        for rank in ranks:
+            of_term = wanted[begin : begin + rank]
+            of_fours = torch.nn.functional.pad(of_term, (0, 0, 0, -rank % 4)).unflatten(0, (-1, 4)).any(1)
+            of_term |= of_fours.repeat_interleave(4, dim=0)[:rank]
+            most = int(of_fours.sum(0).max()) if rank else 0
+            # A stable sort brings a token's fours to the front, in their order.
+            order = of_fours.byte().sort(dim=0, descending=True, stable=True)
+            numbers = torch.where(order.values.bool(), order.indices + begin // 4, -1)
+            fours.append(numbers[:most].to(torch.int32))
+            own.append(4 * most)
+            begin += rank
+        marked = torch.where((host == 0) & wanted, -0.0, host)
+        return cls(marked.to(factors.device), torch.cat(fours).contiguous().to(factors.device), tuple(own))
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapters:
     """What is added to the products of a group.
 
@@ -252,15 +288,14 @@ class Adapters:
             the same time must be others.
         launches: int32 [1], on the device; with `launch` added it must be another number at each call.
         launch: of this group among those that share the memory.
-        gains: float32 [ranks of all terms, tokens], by which A x is multiplied, or None. 0 makes 0 of whatever it is:
-            where sequences go through different adapters, the ranks of those that are not a sequence's own.
+        gains: where sequences go through different adapters.
     """
 
     terms: Sequence[LowRank | None]
     cells: torch.Tensor
     launches: torch.Tensor
     launch: int
-    gains: torch.Tensor | None = None
+    gains: Gains | None = None
 
 
 def cells_of(in_features: int, ranks: int) -> int:
@@ -288,7 +323,7 @@ def linear_group(x: torch.Tensor, weights: Weights, adapters: Adapters | None = 
             continue
         inner, end = x @ term.a.T, begin + len(term.a)
         if adapters.gains is not None:
-            gains = adapters.gains[begin:end].T
+            gains = adapters.gains.factors[begin:end].T
             inner = torch.where(gains == 0, 0, gains * inner).to(x.dtype)
         out.addmm_(inner, term.b.T, alpha=term.scaling)
         begin = end

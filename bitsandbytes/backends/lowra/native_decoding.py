@@ -30,13 +30,13 @@ class _Input(ctypes.Structure):
 
 
 class _Adapter(ctypes.Structure):
-    _fields_ = [("a", _P), ("b", _P), ("rank", _I), ("scaling", _F)]
+    _fields_ = [("a", _P), ("b", _P), ("rank", _I), ("own", _I), ("scaling", _F)]
 
 
 class _Adapters(ctypes.Structure):
     _fields_ = [
         ("of", _Adapter * native.MOST_GROUPED),
-        *((name, _P) for name in ("cells", "launches", "gains")),
+        *((name, _P) for name in ("cells", "launches", "gains", "fours")),
         ("launch", _I),
     ]
 
@@ -229,11 +229,12 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
     Raises:
         ValueError: a factor or the memory is not of the size that these weights need.
     """
-    tokens, in_features = x.shape
+    (tokens, in_features), gains = x.shape, adapters.gains
     asked = _Adapters(
         cells=adapters.cells.data_ptr(),
         launches=adapters.launches.data_ptr(),
-        gains=_address(adapters.gains),
+        gains=None if gains is None else gains.factors.data_ptr(),
+        fours=None if gains is None else gains.fours.data_ptr(),
         launch=adapters.launch,
     )
     ranks = 0
@@ -250,21 +251,21 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
             if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
                 return None
         ranks += rank
-        asked.of[i] = _Adapter(term.a.data_ptr(), term.b.data_ptr(), rank, term.scaling)
+        own = rank if gains is None else gains.own[i]
+        asked.of[i] = _Adapter(term.a.data_ptr(), term.b.data_ptr(), rank, own, term.scaling)
     if adapters.cells.numel() < cells_of(in_features, ranks, tokens):
         raise ValueError(
             f"{ranks} rows of adapters and {tokens} tokens need {cells_of(in_features, ranks, tokens)} cells; there "
             f"are {adapters.cells.numel()}."
         )
-    gains = adapters.gains
-    if gains is not None and (gains.shape != (ranks, tokens) or gains.dtype != torch.float32):
+    if gains is None:
+        return asked
+    if gains.factors.shape != (ranks, tokens) or gains.factors.dtype != torch.float32:
         raise ValueError(
             f"Gains of {ranks} rows of adapters for {tokens} tokens, in float32, were expected; they are "
-            f"{list(gains.shape)}, {gains.dtype}."
+            f"{list(gains.factors.shape)}, {gains.factors.dtype}."
         )
-    if gains is not None and (gains.device != x.device or not gains.is_contiguous()):
-        return None
-    return asked
+    return asked if gains.factors.device == x.device and gains.factors.is_contiguous() else None
 
 
 def cells_of(in_features: int, ranks: int, tokens: int = _MOST_TOKENS) -> int:
