@@ -84,7 +84,11 @@ struct shared_row_sums {
     }
 #if __CUDA_ARCH__ >= 800
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(target);
-    for (int rank = 0; rank < own.rank; rank += 4) copy_async<8>(address + rank * 2, values + rank);
+    if (q.b_in_16) {
+      for (int rank = 0; rank < own.rank; rank += 8) copy_async<16>(address + rank * 2, values + rank);
+    } else {
+      for (int rank = 0; rank < own.rank; rank += 4) copy_async<8>(address + rank * 2, values + rank);
+    }
     commit_copies();
 #else
     for (int rank = 0; rank < own.rank; rank += 4) target[rank / 4] = *reinterpret_cast<const uint2 *>(values + rank);

@@ -69,6 +69,7 @@ struct product_group : product {
   int ranks, most_ranks;  // of all adapters, of the largest
   int own, sharing;       // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
   bool b_is_shared;       // the rows of B fit into shared memory
+  bool b_in_16;           // they are whole units of 16 bytes
   int parts;
   struct member {
     const uint8_t *codes;

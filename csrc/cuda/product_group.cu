@@ -38,8 +38,10 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
   }
   if (!adapters) return choose_type<false>(q, type, stream);
   q.adapters = *adapters;
+  q.b_in_16 = true;
   for (const lowra_adapter &adapter : adapters->of) {
     q.ranks += adapter.rank, q.own += adapter.own;
+    q.b_in_16 = q.b_in_16 && adapter.rank % 8 == 0 && aligned16(adapter.b);
     q.most_ranks = std::max(q.most_ranks, adapter.rank);
   }
   while (q.sharing < 5 && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;

@@ -249,16 +249,16 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   }
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
   const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
-  if constexpr (S::ADAPTED) {
-    if (cell_place >= 0) {
-      uint2 *target = adapters.b + cell * (q.most_ranks / 4);
-      row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
-    }
-  }
   uint32_t next[2][4] = {};
   if (unit < last_unit) {
     tile.fetch_levels();
     tile.fetch(spot.kind, lane % 4, next);
+  }
+  if constexpr (S::ADAPTED) {  // after all else has been asked for: it waits for the row's place
+    if (cell_place >= 0) {
+      uint2 *target = adapters.b + cell * (q.most_ranks / 4);
+      row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
+    }
   }
   uint4 *wanted_plain = S::ADAPTED || tiles[0] + tiles[1] > 0 ? plain : nullptr,
         *wanted_folded = tiles[2] > 0 ? folded : nullptr;

@@ -139,3 +139,18 @@ def test_the_c_interface_refuses_what_it_cannot_read():
     assert attention(key=None) == attention(slot=None) == null and attention(query=at + 2) == misaligned
     assert native._cpu.lowra_cpu_attention(None, 0, 1) == native._cpu.lowra_cpu_add_norm(None, 0) == null
     assert ctypes.sizeof(native_decoding._Attention) == 160
+
+
+def test_gains_name_the_ranks_that_are_a_tokens_own():
+    factors = torch.zeros(28, 3)
+    factors[0:4, 0], factors[10, 0] = 0.5, 2.0
+    factors[8:16, 1] = 1.0
+    factors[24:28, 2] = 1.0
+    gains = decoding.Gains.of(factors, [16, 0, 12])
+    assert gains.own == (8, 0, 4)
+    assert gains.fours.tolist() == [[0, 2, -1], [2, 3, -1], [-1, -1, 6]]
+    assert torch.equal(gains.factors, factors)
+    beside = torch.tensor([8, 9, 11])  # ranks without a gain in a four that has one
+    assert gains.factors[beside, 0].signbit().all()
+    assert not gains.factors[:, 1:].signbit().any()
+    assert not gains.factors[4:8].signbit().any()

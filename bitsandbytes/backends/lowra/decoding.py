@@ -261,21 +261,19 @@ class Gains:
     @classmethod
     def of(cls, factors: torch.Tensor, ranks: Sequence[int]) -> "Gains":
         """factors: see there, without -0. ranks: of each term, 0 for none. Waits for the device."""
-        host, fours, own, begin = factors.cpu(), [], [], 0
-        wanted = host != 0
-        for rank in ranks:
-            of_term = wanted[begin : begin + rank]
-            of_fours = torch.nn.functional.pad(of_term, (0, 0, 0, -rank % 4)).unflatten(0, (-1, 4)).any(1)
-            of_term |= of_fours.repeat_interleave(4, dim=0)[:rank]
-            most = int(of_fours.sum(0).max()) if rank else 0
-            # A stable sort brings a token's fours to the front, in their order.
-            order = of_fours.byte().sort(dim=0, descending=True, stable=True)
-            numbers = torch.where(order.values.bool(), order.indices + begin // 4, -1)
+        marked, fours, own, begin = [], [], [], 0
+        for of_term in factors.cpu().split(list(ranks)):
+            whole = torch.nn.functional.pad(of_term, (0, 0, 0, -len(of_term) % 4)).unflatten(0, (-1, 4))
+            wanted = (whole != 0).any(1)  # [fours, tokens]
+            marked.append(torch.where((whole == 0) & wanted[:, None], -0.0, whole).flatten(0, 1)[: len(of_term)])
+            most = int(wanted.sum(0).max()) if len(wanted) else 0
+            in_front = wanted.byte().sort(dim=0, descending=True, stable=True)
+            numbers = torch.where(in_front.values.bool(), in_front.indices + begin // 4, -1)
             fours.append(numbers[:most].to(torch.int32))
             own.append(4 * most)
-            begin += rank
-        marked = torch.where((host == 0) & wanted, -0.0, host)
-        return cls(marked.to(factors.device), torch.cat(fours).contiguous().to(factors.device), tuple(own))
+            begin += len(of_term)
+        device = factors.device
+        return cls(torch.cat(marked).to(device), torch.cat(fours).contiguous().to(device), tuple(own))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,7 +265,8 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
             f"Gains of {ranks} rows of adapters for {tokens} tokens, in float32, were expected; they are "
             f"{list(gains.factors.shape)}, {gains.factors.dtype}."
         )
-    return asked if gains.factors.device == x.device and gains.factors.is_contiguous() else None
+    on_device = gains.factors.device == x.device and gains.factors.is_contiguous()
+    return asked if on_device and any(gains.own) else None
 
 
 def cells_of(in_features: int, ranks: int, tokens: int = _MOST_TOKENS) -> int:
