@@ -21,40 +21,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from .buffers import Buffers
 from .linear import LowRALinear
 from .lora import Shortcuts
 from .recording import record
-
-
-class Buffers:
-    """Memory through which the graphs of all layers get and give tensors of one signature.
-
-    Args:
-        inputs: of a call, hidden states first; their values are not kept.
-    """
-
-    def __init__(self, inputs: Sequence[torch.Tensor]):
-        self.inputs = [torch.empty_like(tensor) for tensor in inputs]
-        self.of_hidden = torch.empty_like(inputs[0])
-        self._of_outputs: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._of_leaves: dict[torch.dtype, torch.Tensor] = {}
-
-    def of_output(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For an output like this one, and for its gradient."""
-        kind = output.shape, output.dtype
-        if kind not in self._of_outputs:
-            self._of_outputs[kind] = torch.empty_like(output), torch.empty_like(output)
-        return self._of_outputs[kind]
-
-    def of_leaves(self, leaves: Sequence[torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
-        """A row of numbers for the gradients of the leaves of each dtype."""
-        rows = {}
-        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
-            count = sum(leaf.numel() for leaf in leaves if leaf.dtype == dtype)
-            if dtype not in self._of_leaves or self._of_leaves[dtype].numel() < count:
-                self._of_leaves[dtype] = self.inputs[0].new_empty(count, dtype=dtype)
-            rows[dtype] = self._of_leaves[dtype][:count]
-        return rows
 
 
 class Recorder:
@@ -174,6 +144,8 @@ class CapturedLayer:
             with recorder.beside(), _autocast_as_now(buffers.inputs[0].device.type), keeping_as_it_is():
                 with recorder.without_chance():
                     self._leaves = self._trained_by(function)
+                    dtypes = dict.fromkeys(leaf.dtype for leaf in self._leaves)
+                    self._alike = {kind: [leaf for leaf in self._leaves if leaf.dtype == kind] for kind in dtypes}
                     self._doubles = Doubles(layer, self._leaves)
                     self._try(function, recorder)
                 self._forward = recorder.record(lambda: self._run(function))
@@ -183,7 +155,10 @@ class CapturedLayer:
 
     def _trained_by(self, function: Callable[..., Any]) -> list[torch.Tensor]:
         before = self._generator.get_state()
+        versions = [tensor._version for tensor in self._buffers.inputs]
         hidden, output = self._with_graph(function)
+        if versions != [tensor._version for tensor in self._buffers.inputs]:
+            raise NotCapturable("it writes into its arguments")
         leaves = [leaf for leaf in leaves_of(output) if leaf is not hidden]
         if not leaves and not self._differentiable:
             raise NotCapturable("nothing in it is trained")
@@ -228,7 +203,7 @@ class CapturedLayer:
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the state of the random numbers that it began with, if it used any."""
         state = self._generator.get_state() if self._is_random else None
-        copy_into(self._buffers.inputs, inputs)
+        self._buffers.fill(inputs)
         self._forward()
         return self._output.clone(), state
 
@@ -236,7 +211,7 @@ class CapturedLayer:
         self, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients of the first input and of each leaf."""
-        copy_into([*self._buffers.inputs, self._gradient], [*inputs, gradient])
+        self._buffers.fill(inputs, (self._gradient, gradient))
         if state is None:
             self._backward()
         else:  # the same random numbers as in the forward pass
@@ -245,12 +220,15 @@ class CapturedLayer:
             self._backward()
             self._generator.set_state(now)
         # The next layer's graph writes into the same memory. One copy for all leaves, not one for each.
-        rows = {dtype: iter(self._split(dtype, row.clone())) for dtype, row in self._of_leaves.items()}
-        of_leaves = [next(rows[leaf.dtype]).view(leaf.shape) for leaf in self._leaves]
+        of_leaves = self._by_leaf({dtype: row.clone() for dtype, row in self._of_leaves.items()})
         return self._buffers.of_hidden.clone() if self._differentiable else None, of_leaves
 
-    def _split(self, dtype: torch.dtype, row: torch.Tensor) -> Sequence[torch.Tensor]:
-        return row.split([leaf.numel() for leaf in self._leaves if leaf.dtype == dtype])
+    def _by_leaf(self, rows: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
+        """A view for each leaf, of its shape, on the row of numbers of its dtype."""
+        parts = {
+            dtype: iter(torch._utils._unflatten_dense_tensors(row, self._alike[dtype])) for dtype, row in rows.items()
+        }
+        return [next(parts[leaf.dtype]) for leaf in self._leaves]
 
     def _run(self, function: Callable[..., Any]) -> None:
         with torch.no_grad(), self._doubles.in_place(), self._shortcuts.taken():
@@ -278,10 +256,8 @@ class CapturedLayer:
         with torch.no_grad():
             if self._differentiable:
                 self._buffers.of_hidden.copy_(gradients.pop(0))
-            rows = {dtype: iter(self._split(dtype, row)) for dtype, row in self._of_leaves.items()}
-            places = [next(rows[leaf.dtype]) for leaf in self._leaves]
-            if places:
-                torch._foreach_copy_(places, [gradient.reshape(-1) for gradient in gradients])
+            if self._leaves:
+                torch._foreach_copy_(self._by_leaf(self._of_leaves), gradients)
 
 
 class Doubles:
@@ -335,12 +311,6 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_leaves = ctx.layer.backward(ctx.saved_tensors, gradient, ctx.state)
         return None, None, of_hidden, *[None] * ctx.others, *of_leaves
-
-
-@torch.no_grad()
-def copy_into(buffers: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Copies values into buffers, each into its own."""
-    torch._foreach_copy_(list(buffers), list(values))
 
 
 def leaves_of(output: torch.Tensor) -> list[torch.Tensor]:

@@ -181,10 +181,10 @@ def test_a_step_that_finds_no_room_leaves_none_of_its_tensors_behind(memory, mon
 
     def attempt():
         hidden = types.SimpleNamespace(device=DEVICE, values=torch.ones(2))
-        call = types.SimpleNamespace(tensors=[hidden], function=None)
-        shared.begins("key", call, layer)
+        call = types.SimpleNamespace(tensors=[hidden], function=None, key="key")
+        shared.begins(call, layer)
         assert shared.may_have("key")
-        assert shared.place_for("key", call, layer) is None
+        assert shared.place_for(call, layer) is None
         return weakref.ref(hidden.values)
 
     assert attempt()() is None

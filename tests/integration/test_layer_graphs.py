@@ -353,6 +353,24 @@ def test_layers_that_put_out_other_types(packed_llama, device):
     assert_as_without(packed_llama, device, make)
 
 
+def writing(attention, *args, position_embeddings, **others):
+    position_embeddings[0].add_(0)
+    return type(attention).forward(attention, *args, position_embeddings=position_embeddings, **others)
+
+
+def test_a_layer_that_writes_into_its_arguments(packed_llama, device, caplog):
+    """The next layer would be given what this one was."""
+
+    def make(*args, **kwargs):
+        model = adapted(*args, **kwargs)
+        attention = model.get_base_model().model.layers[0].self_attn
+        attention.forward = types.MethodType(writing, attention)
+        return model
+
+    assert_as_without(packed_llama, device, make, steps=4)
+    assert caplog.text.count("it writes into its arguments") == 1
+
+
 def test_what_a_trainer_does_with_saved_tensors_is_no_part_of_a_graph(packed_llama, device):
     """TRL's activation_offloading copies them to the host, which a capture cannot."""
     model = adapted(packed_llama, device)

@@ -1,0 +1,208 @@
+"""No change of what the host decides by is overlooked at a glance; layers share what they are called with."""
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from lowra.integrations import decided
+from lowra.integrations.decided import Decided
+from lowra.integrations.layer_calls import Calls
+from lowra.nn.buffers import Buffers
+from lowra.nn.captured import NotCapturable
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.activation = nn.Linear(6, 6), nn.SiLU()
+        self.held = nn.ModuleDict({"default": nn.Linear(6, 4)})
+        self.numbers = nn.ParameterDict({"own": nn.Parameter(torch.ones(3))})
+        self.scaling, self.merged, self.names, self.kinds = {"default": 2.0}, [], ["default"], {"a"}
+        self.rates, self.gain, self.shift = {}, 1.0, torch.zeros(())
+        self.config = types.SimpleNamespace(_attn_implementation="sdpa")
+        self.register_buffer("table", torch.zeros(2, 3))
+
+
+def other_data(block):
+    block.linear.weight.data = block.linear.weight.data.clone()
+
+
+def turned(block):
+    block.linear.weight.data = block.linear.weight.data.t()
+
+
+def narrowed(block):
+    block.table.data = block.table.data[:1]
+
+
+def of_other_kind(block):
+    block.table.data = block.table.data.view(torch.int32)
+
+
+def flat(block):
+    block.table.resize_(6)
+
+
+def past_attributes(block):
+    vars(block)["gain"] = 3.0
+
+
+def own_forward(block):
+    block.activation.forward = types.MethodType(lambda self, x: x, block.activation)
+
+
+def other_class(block):
+    block.activation.__class__ = nn.Identity
+
+
+CHANGES = {
+    "address": other_data, "strides": turned, "shape": narrowed, "dtype": of_other_kind, "resized": flat,
+    "frozen": lambda block: block.linear.weight.requires_grad_(False),
+    "other parameter": lambda block: setattr(block.linear, "weight", nn.Parameter(torch.ones(6, 6))),
+    "parameter past PyTorch": lambda block: block.linear._parameters.update(weight=nn.Parameter(torch.ones(6, 6))),
+    "no bias": lambda block: setattr(block.linear, "bias", None),
+    "equal tensor of one number": lambda block: setattr(block, "shift", torch.zeros(())),
+    "other module": lambda block: block.held.update({"default": nn.Linear(6, 4)}),
+    "more modules": lambda block: block.held.update({"second": nn.Linear(6, 4)}),
+    "more parameters": lambda block: block.numbers.update({"second": nn.Parameter(torch.ones(1))}),
+    "a buffer": lambda block: block.register_buffer("second", torch.ones(1)),
+    "number": lambda block: setattr(block, "gain", 2.0),
+    "number in a dictionary": lambda block: block.scaling.update(default=3.0),
+    "first in a dictionary": lambda block: block.rates.update(default=3.0),
+    "first in a list": lambda block: block.merged.append("default"),
+    "in a list": lambda block: block.names.__setitem__(0, "second"), "in a set": lambda block: block.kinds.add("b"),
+    "mode": lambda block: block.eval(), "new attribute": lambda block: setattr(block.activation, "slope", 1.0),
+    "gone attribute": lambda block: delattr(block, "gain"), "past attributes": past_attributes,
+    "class": other_class, "attention": lambda block: setattr(block.config, "_attn_implementation", "eager"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["at a glance", "read in full"])
+def glance(request, monkeypatch):
+    if request.param == "read in full":
+        monkeypatch.setattr(decided, "_are_changes_told", lambda: False)
+    else:
+        assert decided._are_changes_told()
+    return request.param == "at a glance"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_is_overlooked(change, glance):
+    block = Block()
+    was = Decided(block)
+    assert was.is_same() and was.is_same() and (was._untouched is not None) is glance
+    CHANGES[change](block)
+    assert not was.is_same() and not was.is_same()
+
+
+def test_what_was_touched_and_is_the_same(glance, monkeypatch):
+    block = Block()
+    was = Decided(block)
+    assert was.is_same()
+    block.gain = float("1")
+    block.eval().train()
+    assert was.is_same()
+    if glance:  # and is known again from then on
+        monkeypatch.setattr(was, "_read", lambda: pytest.fail("read"))
+        assert was.is_same()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: block.activation.register_forward_hook(print), "it has hooks"),
+        (lambda block: block.activation._forward_hooks.update({0: print}), "it has hooks"),
+        (own_forward, "has been replaced"),
+    ],
+    ids=["hook", "hook past PyTorch", "forward"],
+)
+def test_what_stands_between_is_refused(change, reason, glance):
+    block = Block()
+    was = Decided(block)
+    assert was.is_same() and was.is_same()
+    change(block)
+    for _ in range(2):
+        with pytest.raises(NotCapturable, match=reason):
+            was.is_same()
+
+
+def call(calls, layer, hidden, **keywords):
+    return calls.next(layer, functools.partial(layer, **keywords), (hidden,))
+
+
+def test_calls_of_one_pass_share_a_key():
+    calls, first, second = Calls(), nn.Identity(), nn.Identity()
+    mask, hidden = torch.ones(3), torch.ones(2, 3)
+    one = call(calls, first, hidden, mask=mask, tables=(mask, None), cached=False)
+    calls.keep(one.key)
+    other = call(calls, second, hidden + 1, mask=mask, tables=(mask, None), cached=False)
+    assert other.key == one.key and not other.opens_pass
+    again = call(calls, first, hidden, mask=mask.clone(), tables=(mask, None), cached=False)
+    assert again.key is one.key and again.opens_pass
+    assert [tensor.tolist() for tensor in again.tensors[1:]] == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cached": True}, {"cached": 0}, {"mask": torch.ones(4)}, {"mask": None}, {"other": 1},
+        {"hidden": torch.ones(2, 4)}, {"hidden": torch.ones(3, 2).t()}, {"hidden": torch.ones(2, 3).requires_grad_()},
+        {"hidden": torch.ones(2, 3).double()},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_calls_that_differ_have_other_keys(change):
+    calls, layers = Calls(), [nn.Identity(), nn.Identity()]
+    usual = {"hidden": torch.ones(2, 3), "mask": torch.ones(3), "cached": False}
+    keys = [call(calls, layer, **{**usual, **more}).key for layer, more in zip(layers, ({}, change), strict=True)]
+    assert keys[0] != keys[1]
+
+
+def test_the_state_of_the_host_is_part_of_a_key():
+    calls, mask = Calls(), torch.ones(3)
+    keys = [call(calls, nn.Identity(), mask, mask=mask).key]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(call(calls, nn.Identity(), mask, mask=mask).key)
+    torch.use_deterministic_algorithms(True)
+    try:
+        keys.append(call(calls, nn.Identity(), mask, mask=mask).key)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(set(keys)) == 3
+
+
+def test_lists_may_change_between_layers():
+    calls, held = Calls(), [1]
+    one = call(calls, nn.Identity(), torch.ones(1), held=held)
+    held.append(2)
+    assert call(calls, nn.Identity(), torch.ones(1), held=held).key != one.key
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"a": object()}, {"a": torch.ones(1).requires_grad_()}, {"a": torch.ones(1, device="meta")}]
+)
+def test_calls_that_graphs_cannot_get_are_refused_every_time(keywords):
+    calls = Calls()
+    for _ in range(2):
+        with pytest.raises(NotCapturable):
+            call(calls, nn.Identity(), torch.ones(1), **keywords)
+
+
+def test_inputs_are_copied_where_they_have_changed():
+    mask = torch.zeros(3)
+    buffers = Buffers([torch.ones(2), mask])
+    buffers.fill([torch.ones(2), mask])
+    mask.data = torch.ones(3)  # past its version: not noticed within a pass
+    buffers.fill([torch.full((2,), 2.0), mask])
+    assert buffers.inputs[0].tolist() == [2, 2] and buffers.inputs[1].tolist() == [0, 0, 0]
+    buffers.forget()
+    buffers.fill([torch.ones(2), mask])
+    assert buffers.inputs[1].tolist() == [1, 1, 1]
+    mask.add_(1)
+    buffers.fill([torch.ones(2), mask])
+    assert buffers.inputs[1].tolist() == [2, 2, 2]
+    buffers.fill([torch.ones(2), torch.zeros(3)])
+    assert buffers.inputs[1].tolist() == [0, 0, 0]
