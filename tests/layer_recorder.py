@@ -9,7 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitsandbytes.backends.lowra.checks import KnownOrders
 from lowra.integrations import layer_graphs
+from lowra.nn.captured import NotCapturable
 
 
 def tensors_of(value):
@@ -33,6 +35,33 @@ class Log(TorchDispatchMode):
         return out
 
 
+class Watch(TorchDispatchMode):
+    """Ops on packed weights look at row orders that they do not know yet, for which a GPU has to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self._known = KnownOrders()
+        self._may_wait = True
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = dict(zip((argument.name for argument in operation._schema.arguments), args, strict=False))
+        if operation.namespace == "bitsandbytes" and "rows_4bit" in given:
+            order = given["row_order"], given["rows_4bit"], given["rows_2bit"]
+            if self._known.what_was_found(*order) is None:
+                if not self._may_wait:
+                    raise NotCapturable("it looks at a row order that nothing before it has seen")
+                self._known.keep(*order, True)
+        return operation(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def without_waiting(self):
+        self._may_wait = False
+        try:
+            yield
+        finally:
+            self._may_wait = True
+
+
 class StandIn:
     """In the place of `lowra.nn.captured.Recorder`."""
 
@@ -40,15 +69,17 @@ class StandIn:
     generator = torch.default_generator
 
     def __init__(self, device):
-        pass
+        self._watch = Watch()
+        self.without_waiting = self._watch.without_waiting
 
     def check(self):
         pass
 
     def beside(self):
-        return contextlib.nullcontext()
+        return self._watch
 
-    without_waiting = without_chance = beside
+    def without_chance(self):
+        return contextlib.nullcontext()
 
     def record(self, call):
         StandIn.recorded += 1
