@@ -7,8 +7,8 @@
 //   w = l0 + (l1 - l0) b
 //
 // 2 and 4 bits (levels.inl): x in 8 bits. A permutation of bytes turns codes into levels in 7 bits (4 bits: two digits
-// of 7) above the row's least one, and bytes are multiplied with those of x.
-//   w = least + step (128 digit1 + digit0)
+// of 6) above the row's least one, and bytes are multiplied with those of x.
+//   w = least + step (64 digit1 + digit0)
 
 #include "registers.inl"
 

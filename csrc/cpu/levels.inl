@@ -3,7 +3,8 @@
 namespace {
 
 enum { kDigitRows = 8 };
-constexpr float kFinest2 = 127, kFinest4 = 16383;  // numbers above the least level
+constexpr float kFinest2 = 127, kFinest4 = 4095;  // numbers above the least level
+enum { kLevelDigit = 63 };                        // of 4 bits; four products of such a digit have a sum of 16 bits
 
 // The levels of a row in digits, for codes in four bits of an index, and what they stand for.
 struct level_digits {
@@ -29,8 +30,8 @@ level_digits digits_of(const uint16_t *levels) {
       digits[1][i] = (uint8_t)rounded((level[i / 4 % kLevels] - least) * inverse);
     } else {
       const int32_t number = rounded((level[i % kLevels] - least) * inverse);
-      digits[0][i] = (uint8_t)(number & kDigit);
-      digits[1][i] = (uint8_t)(number >> 7);
+      digits[0][i] = (uint8_t)(number & kLevelDigit);
+      digits[1][i] = (uint8_t)(number >> 6);
     }
   }
   return {{load_bytes(digits[0]), load_bytes(digits[1])}, least, range / finest};
@@ -56,9 +57,9 @@ level_digits digits_of(const uint16_t *levels) {
   __m128i numbers[4];
   for (int i = 0; i < 4; ++i) numbers[i] = _mm_cvtps_epi32(_mm_mul_ps(_mm_sub_ps(level[i], lowest), inverse));
   const __m128i first = _mm_packs_epi32(numbers[0], numbers[1]), second = _mm_packs_epi32(numbers[2], numbers[3]);
-  const __m128i digit = _mm_set1_epi16(kDigit);
+  const __m128i digit = _mm_set1_epi16(kLevelDigit);
   found.tables[0] = repeated(_mm_packus_epi16(_mm_and_si128(first, digit), _mm_and_si128(second, digit)));
-  found.tables[1] = repeated(_mm_packus_epi16(_mm_srli_epi16(first, 7), _mm_srli_epi16(second, 7)));
+  found.tables[1] = repeated(_mm_packus_epi16(_mm_srli_epi16(first, 6), _mm_srli_epi16(second, 6)));
   return found;
 }
 #endif
@@ -121,17 +122,31 @@ inline __attribute__((always_inline)) void add_levels(const bytes *codes, const 
     index[r][0] = lower_nibbles(codes[r]);
     index[r][1] = upper_nibbles(codes[r]);
   }
+  const auto values = [&](int t, int place) __attribute__((always_inline)) {
+    return load_bytes(x.bytes[BITS] + t * x.byte_stride + column + kRegister * place);
+  };
+  if (BITS == 4) {
+#pragma GCC unroll 2
+    for (int digit = 0; digit < 2; ++digit) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // 2 bits: places of a byte; 4 bits: of a place its two digits
-    const int digit = BITS == 4 ? i % 2 : 0;
+      for (int r = 0; r < ROWS; ++r) {
+        const bytes first = look_up(levels[r].tables[digit], index[r][0]);
+        const bytes second = look_up(levels[r].tables[digit], index[r][1]);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const bytes found = look_up(levels[r].tables[i % 2], index[r][i / 2]);
+        for (int t = 0; t < TOKENS; ++t) digits[r][t][digit] = dot_of_two(first, values(t, 0), second, values(t, 1));
+      }
+    }
+  } else {
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) {
-        const int8_t *own = x.bytes[BITS] + t * x.byte_stride + column;
-        const bytes values = load_bytes(own + kRegister * (BITS == 2 ? i : i / 2));
-        digits[r][t][digit] = i == digit ? dot(found, values) : add_dot(digits[r][t][digit], found, values);
+    for (int place = 0; place < 4; ++place) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const bytes found = look_up(levels[r].tables[place % 2], index[r][place / 2]);
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; ++t) {
+          bytes &sum = digits[r][t][0];
+          sum = place == 0 ? dot(found, values(t, place)) : add_dot(sum, found, values(t, place));
+        }
       }
     }
   }
@@ -164,10 +179,29 @@ inline __attribute__((always_inline)) void add_whole(const float *scales, const 
   }
 }
 
+// The sum of the lanes of each of up to kDigitRows rows and of its tokens, to [rows, TOKENS].
+template <int TOKENS>
+inline __attribute__((always_inline)) void store_sums(const floats totals[][TOKENS], int64_t rows, float *sums) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+  if (TOKENS == 1 && rows == kDigitRows) {
+    const auto row = [&](int r) { return totals[r][0]; };
+    const floats first = _mm256_hadd_ps(_mm256_hadd_ps(row(0), row(1)), _mm256_hadd_ps(row(2), row(3)));
+    const floats second = _mm256_hadd_ps(_mm256_hadd_ps(row(4), row(5)), _mm256_hadd_ps(row(6), row(7)));
+    const floats lower = _mm256_permute2f128_ps(first, second, 0x20);
+    _mm256_storeu_ps(sums, _mm256_add_ps(lower, _mm256_permute2f128_ps(first, second, 0x31)));
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int t = 0; t < TOKENS; ++t) sums[r * TOKENS + t] = sum_of(totals[r][t]);
+  }
+}
+
 // ROWS rows of 2 or 4 bits from `row` on, of which the first is number `own_row` of `digits`.
 template <int BITS, int ROWS, int TOKENS>
 inline __attribute__((always_inline)) void product_by_levels(const product_rows &p, int64_t row,
-                                                             const row_digits<BITS> &digits, int64_t own_row) {
+                                                             const row_digits<BITS> &digits, int64_t own_row,
+                                                             floats totals[][TOKENS]) {
   enum { kColumns = 8 * kRegister / BITS };
   const integer_x &x = *p.integers;
   const int shift = __builtin_ctz((unsigned)p.group_size);
@@ -214,7 +248,7 @@ inline __attribute__((always_inline)) void product_by_levels(const product_rows 
   }
   for (int r = 0; r < ROWS; ++r) {
     for (int t = 0; t < TOKENS; ++t) {
-      p.sums[(row + r) * p.tokens + t] = sum_of(fused(sums[r][t], filled(own_levels[r].step), whole[r][t]));
+      totals[own_row + r][t] = fused(sums[r][t], filled(own_levels[r].step), whole[r][t]);
     }
   }
 }
@@ -222,12 +256,15 @@ inline __attribute__((always_inline)) void product_by_levels(const product_rows 
 template <int BITS, int ROWS, int TOKENS>
 int64_t product_by_levels(const product_rows &p, int64_t row) {
   row_digits<BITS> digits;
+  floats totals[kDigitRows][TOKENS];
   while (row + ROWS <= p.rows) {
     const int64_t left = (p.rows - row) / ROWS * ROWS, end = row + (left < kDigitRows ? left : (int64_t)kDigitRows);
     digits.make(p.levels + (row << BITS), end - row);
+    const int64_t first = row;
     for (int64_t own_row = 0; row < end; row += ROWS, own_row += ROWS) {
-      product_by_levels<BITS, ROWS, TOKENS>(p, row, digits, own_row);
+      product_by_levels<BITS, ROWS, TOKENS>(p, row, digits, own_row, totals);
     }
+    store_sums<TOKENS>(totals, end - first, p.sums + first * TOKENS);
   }
   return row;
 }

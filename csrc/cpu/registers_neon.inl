@@ -38,7 +38,7 @@ void join_digits(bytes low, bytes high, bytes *words) {
   words[1] = vreinterpretq_u8_u32(vmlal_n_u16(vmovl_u16(vget_high_u16(a)), vget_high_u16(b), 128));
 }
 bytes join_words(bytes low, bytes high) {
-  const uint32x4_t above = vshlq_n_u32(vreinterpretq_u32_u8(high), 7);
+  const uint32x4_t above = vshlq_n_u32(vreinterpretq_u32_u8(high), 6);
   return vreinterpretq_u8_u32(vaddq_u32(vreinterpretq_u32_u8(low), above));
 }
 bytes interleaved_lower(bytes a, bytes b) { return vzip1q_u8(a, b); }
@@ -62,6 +62,7 @@ bytes add_dot(bytes sum, bytes a, bytes b) {
   return vreinterpretq_u8_s32(vdotq_s32(vreinterpretq_s32_u8(sum), left, right));
 }
 bytes dot(bytes a, bytes b) { return add_dot(repeated_byte(0), a, b); }
+bytes dot_of_two(bytes a, bytes b, bytes c, bytes d) { return add_dot(dot(a, b), c, d); }
 #else
 // Two products have a sum of 16 bits, but they must be of neighbours.
 int16x8_t pairs_of_products(bytes a, bytes b) {
@@ -71,6 +72,9 @@ int16x8_t pairs_of_products(bytes a, bytes b) {
 bytes dot(bytes a, bytes b) { return vreinterpretq_u8_s32(vpaddlq_s16(pairs_of_products(a, b))); }
 bytes add_dot(bytes sum, bytes a, bytes b) {
   return vreinterpretq_u8_s32(vpadalq_s16(vreinterpretq_s32_u8(sum), pairs_of_products(a, b)));
+}
+bytes dot_of_two(bytes a, bytes b, bytes c, bytes d) {
+  return vreinterpretq_u8_s32(vpaddlq_s16(vaddq_s16(pairs_of_products(a, b), pairs_of_products(c, d))));
 }
 #endif
 

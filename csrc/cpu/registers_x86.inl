@@ -72,7 +72,8 @@ void join_digits(bytes low, bytes high, bytes *words) {
   words[0] = WIDE(madd_epi16)(WIDE(unpacklo_epi16)(low, high), digits);
   words[1] = WIDE(madd_epi16)(WIDE(unpackhi_epi16)(low, high), digits);
 }
-bytes join_words(bytes low, bytes high) { return WIDE(add_epi32)(low, WIDE(slli_epi32)(high, 7)); }
+// low + 64 high
+bytes join_words(bytes low, bytes high) { return WIDE(add_epi32)(low, WIDE(slli_epi32)(high, 6)); }
 bytes interleaved_lower(bytes a, bytes b) { return WIDE(unpacklo_epi8)(a, b); }
 bytes interleaved_upper(bytes a, bytes b) { return WIDE(unpackhi_epi8)(a, b); }
 floats interleaved_lower(floats a, floats b) { return WIDE(unpacklo_ps)(a, b); }
@@ -96,8 +97,18 @@ bytes dot(bytes a, bytes b) { return add_dot(bytes{}, a, b); }
 bytes add_dot(bytes sum, bytes a, bytes b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 bytes dot(bytes a, bytes b) { return add_dot(bytes{}, a, b); }
 #else
-bytes dot(bytes a, bytes b) { return WIDE(madd_epi16)(WIDE(maddubs_epi16)(a, b), WIDE(set1_epi16)(1)); }
+bytes sums_of_pairs(bytes halves) { return WIDE(madd_epi16)(halves, WIDE(set1_epi16)(1)); }
+bytes dot(bytes a, bytes b) { return sums_of_pairs(WIDE(maddubs_epi16)(a, b)); }
 bytes add_dot(bytes sum, bytes a, bytes b) { return WIDE(add_epi32)(sum, dot(a, b)); }
+#endif
+
+// dot(a, b) + dot(c, d), where the unsigned ones are at most 63: four products have a sum of 16 bits.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+bytes dot_of_two(bytes a, bytes b, bytes c, bytes d) { return add_dot(dot(a, b), c, d); }
+#else
+bytes dot_of_two(bytes a, bytes b, bytes c, bytes d) {
+  return sums_of_pairs(add_halves(WIDE(maddubs_epi16)(a, b), WIDE(maddubs_epi16)(c, d)));
+}
 #endif
 
 }  // namespace

@@ -75,10 +75,10 @@ def linear_in_integers(x: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
 
     Rows of 1 bit are multiplied with x in 13 bits, q * step with |q| <= 4095 and a step for min(group_size, 128)
     columns; those of 2 and 4 bits with x in 8 bits, |q| <= 127 and a step for 16 columns, and their levels lie on a
-    grid of 128 or of 16384 numbers from the row's least one to its largest.
+    grid of 128 or of 4096 numbers from the row's least one to its largest.
     """
     fine, coarse = rounded(x, min(packed.group_size, 128), 4095).double(), rounded(x, 16, 127).double()
-    levels, spread = packed.levels.float().clone(), {2: 127, 4: 16383}
+    levels, spread = packed.levels.float().clone(), {2: 127, 4: 4095}
     for segment in packed.segments():
         if segment.bits in spread:
             own = levels[segment.levels_of(segment.first, segment.end)].view(-1, 2**segment.bits)
