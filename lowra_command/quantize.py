@@ -48,6 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     calibration.add_argument(
         "--calibration-tokens", type=int, help="tokens of the text to use at most (default: 25000)"
     )
+    calibration.add_argument(
+        "--reconstruct-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of the text for --reconstruct to use at most (default: 131072)",
+    )
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
     recipe.add_argument(
         "--sensitivity", help="weight of an error: layer (default), fisher (default with --calibrate), none"

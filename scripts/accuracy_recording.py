@@ -4,6 +4,7 @@ A weight and its way back are a hundred small kernels, and a GPU waits for each 
 """
 
 import contextlib
+import gc
 import sys
 
 import torch
@@ -29,6 +30,8 @@ def recorded(weights, device):
     """
     together = _Together(weights.values())
     if device.type == "cuda":
+        gc.collect()
+        gc.disable()  # to free an earlier graph would break the capture
         try:
             known = [weight.detach().clone() for weight in together()]
             recording = torch.cuda.make_graphed_callables(together, (), allow_unused_input=True)
@@ -38,4 +41,6 @@ def recorded(weights, device):
             print(f"not recorded: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             torch.cuda.synchronize()
             together.__dict__.pop("forward", None)
+        finally:
+            gc.enable()
     yield lambda: dict(zip(weights, together(), strict=True))

@@ -102,6 +102,10 @@ def test_json_of_quantize_is_the_report(tiny_llama, tmp_path, capsys):
             "--calibration-tokens has no effect beside stored",
         ),
         (
+            "quantize {model} --calibrate x --reconstruct-tokens 9 --output {out}".split(),
+            "--reconstruct-tokens has no effect without --reconstruct",
+        ),
+        (
             "quantize {model} --codebook normal_float --iterations 20 --output {out}".split(),
             "--iterations has no effect with --codebook normal_float",
         ),

@@ -13,7 +13,7 @@ from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
 from .memory import announce_quantising, shape_if_known
-from .ranges import refuse_idle
+from .ranges import check_range, refuse_idle
 
 OWN = "self"  # in place of the name of a text, for one that the model writes; a file of this name is ./self
 
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> dict:
     if args.rank is not None:
         method = args.init or ("cloq" if has_moments else "loftq")
         adapter = AdapterRecipe(args.rank, args.alpha, method, STEPS if args.loftq_steps is None else args.loftq_steps)
+    check_range(args, "reconstruct_tokens", 1)
+    reconstruct_tokens = (args.reconstruct_tokens or RECONSTRUCT_TOKENS) if args.reconstruct else 0
     calibration: Calibration | Callable[[], Calibration] | None = stored
     if args.calibrate and stored is None:
         calibration = functools.partial(
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> dict:
             TOKENS if args.calibration_tokens is None else args.calibration_tokens,
             args.device,
             has_moments,
-            reconstruct_tokens=RECONSTRUCT_TOKENS if args.reconstruct else 0,
+            reconstruct_tokens=reconstruct_tokens,
             head=args.head,
             embeddings=args.embeddings,
             trust_remote_code=args.trust_remote_code,
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> dict:
             rank=args.rank or 0,
             calibrating=callable(calibration),
             moments=callable(calibration) and has_moments,
-            reconstructing=config.reconstruct > 0,
+            reconstruct_tokens=reconstruct_tokens,
         )
     report = quantize_checkpoint(
         args.model,
@@ -122,8 +124,9 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
         [
             (args.rank is None, "alpha init loftq_steps", "without --rank"),
             (no_steps, "loftq_steps", f"with --init {args.init}, which takes no steps"),
-            (not args.calibrate, "calibration_tokens", "without --calibrate"),
-            (stored, "calibration_tokens", "beside stored statistics, whose tokens were read when they were made"),
+            (not args.calibrate, "calibration_tokens reconstruct_tokens", "without --calibrate"),
+            (not args.reconstruct, "reconstruct_tokens", "without --reconstruct"),
+            (stored, "calibration_tokens reconstruct_tokens", "beside stored statistics, whose tokens were read when they were made"),
             (
                 not reads_calibration,
                 "calibrate",

@@ -14,7 +14,6 @@ from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from ..integrations.graph_memory import ROOM_BETWEEN
 from ..integrations.tiled_mlp import TILE as _TILE
-from ..quantization.calibration import RECONSTRUCT_TOKENS
 from ..weights.packed import channel_bits
 from .shapes import ModelShape
 
@@ -307,7 +306,7 @@ def quantising(
     calibrating: bool = False,
     moments: bool = False,
     *,
-    reconstructing: bool = False,
+    reconstruct_tokens: int = 0,
 ) -> Quantising:
     """One matrix is in memory at a time, and the tables of all. A calibration comes before and runs the dense model.
 
@@ -318,14 +317,14 @@ def quantising(
         rank: of the initial adapter; 0 for none.
         calibrating: with a pass over text.
         moments: which collects second moments, [K, K] float32 of every layer.
-        reconstructing: blocks are trained afterwards; their activations are not counted.
+        reconstruct_tokens: on which blocks are trained afterwards, whose activations are not counted; 0: they are not.
     """
     tables = [shape.embedding] * embeddings + [shape.head] * head
     widest = max(linear.size for linear in shape.linears)
     each = _BYTES_QUANTISING if rank else _BYTES_WITHOUT_ADAPTER
     work = max(each * widest, _BYTES_WITHOUT_ADAPTER * max(tables, default=0))
-    if reconstructing:
-        hidden = 3 * RECONSTRUCT_TOKENS * shape.hidden * (2 if on_gpu else _FLOAT)
+    if reconstruct_tokens:
+        hidden = 3 * reconstruct_tokens * shape.hidden * (2 if on_gpu else _FLOAT)
         block = sum(linear.size for linear in shape.linears) / shape.layers
         work = max(work, _BYTES_RECONSTRUCTING * block + hidden + _FLOAT * shape.embedding)
     rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)

@@ -209,6 +209,8 @@ def calibrate(
     length = min(SEQUENCE, getattr(skeleton.config, "max_position_embeddings", SEQUENCE))
     if tokens < length:
         raise ValueError(f"A calibration takes at least one sequence of {length} tokens; got {tokens}.")
+    if 0 < reconstruct_tokens < length:
+        raise ValueError(f"reconstruct takes at least one sequence of {length} tokens; got {reconstruct_tokens}.")
     most = max(tokens, reconstruct_tokens)
     kept = None
     if text is not None:

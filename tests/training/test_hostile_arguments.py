@@ -76,6 +76,7 @@ CASES = [
     *((name, f"{o}={value}") for name, options in _NUMBERS.items() for o in options for value in _NO_NUMBERS),
     *(("calibrated", f"--calibrate={file}") for file in _NO_FILES),
     *(("calibrated", f"--calibrate={{}}/text.txt --calibration-tokens={count}") for count in (-1, 0, "nan")),
+    *(("calibrated", f"--calibrate=self --reconstruct=1 --reconstruct-tokens={count}") for count in (-1, 0, 9, "nan")),
     *(("evaluate", f"--data={file}") for file in _NO_FILES),
     *(("adapter", f"--method=gptq --calibration={file}") for file in _NO_FILES),
     *(("prompt", f"--prompt={prompt}") for prompt in ("", "a" * 1000, "a" * 70, "\udcff", "caf\ud800")),
