@@ -126,7 +126,11 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
             (no_steps, "loftq_steps", f"with --init {args.init}, which takes no steps"),
             (not args.calibrate, "calibration_tokens reconstruct_tokens", "without --calibrate"),
             (not args.reconstruct, "reconstruct_tokens", "without --reconstruct"),
-            (stored, "calibration_tokens reconstruct_tokens", "beside stored statistics, whose tokens were read when they were made"),
+            (
+                stored,
+                "calibration_tokens reconstruct_tokens",
+                "beside stored statistics, whose tokens were read when they were made",
+            ),
             (
                 not reads_calibration,
                 "calibrate",
