@@ -24,6 +24,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..integrations.model_patches import use_one_gpu
 from .curve import LossBar
 from .data import TaskData
+from .fewer_walks import FewerWalks
 from .head_by_parts import HeadByParts, head_by_parts
 from .quick_steps import check_quick_steps
 from .recipe import Recipe
@@ -105,7 +106,7 @@ def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
             raise ValueError(f"{name}={getattr(recipe, name)} cannot be used here: {reason}") from error
 
 
-class _LanguageTrainer(Trainer):
+class _LanguageTrainer(FewerWalks):
     """The Trainer, with the logits of some tokens at a time where the model allows it."""
 
     @functools.cached_property
@@ -115,6 +116,10 @@ class _LanguageTrainer(Trainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.nullcontext() if self._head is None else self._head.active():
             return super().compute_loss(*args, **kwargs)
+
+
+class _SummaryTrainer(FewerWalks, Seq2SeqTrainer):
+    pass
 
 
 def steps_of(recipe: Recipe, rows: int, processes: int) -> int:
@@ -129,7 +134,7 @@ def make_trainer(
     model: PeftModel, recipe: Recipe, data: TaskData, arguments: TrainingArguments, progress: bool = True
 ) -> Trainer:
     """The Trainer of a run, with `training_arguments`."""
-    kind = Seq2SeqTrainer if recipe.task == "summarization" else _LanguageTrainer
+    kind = _SummaryTrainer if recipe.task == "summarization" else _LanguageTrainer
     steps = steps_of(recipe, len(data.train), arguments.world_size)
     if steps == 1:
         arguments.warmup_steps = 0  # or the only step would have the rate at which a warm-up begins, 0

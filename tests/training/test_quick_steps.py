@@ -1,11 +1,13 @@
 """What makes steps quicker: where it applies, what refuses it, and that a run learns the same with it."""
 
+import contextlib
 import dataclasses
 import importlib
 
 import pytest
 import torch
 from layer_recorder import StandIn, stand_in
+from peft import PeftModel
 
 from lowra.integrations import offloading, tiled_mlp
 from lowra.nn.host_store import HostStore
@@ -94,3 +96,24 @@ def test_a_run_with_long_contexts(recipe, without_gpu, monkeypatch):
     result = finetune(run, progress=False)
     assert result["recipe"]["tiled_mlp"] and len(put) == 2  # layers
     assert len(tiles) == 7 + 6 + 2 * 7  # forward, recomputation of blocks, evaluations before and after
+
+
+def test_walks_that_are_left_out_change_nothing(recipe, monkeypatch):
+    """Dropout is active in steps, also after an evaluation, gradients are clipped, and are gone after a step."""
+    run = dataclasses.replace(recipe, max_steps=6, accumulation=2, dropout=0.3, eval_steps=2, max_grad_norm=0.1)
+    walks, found, walk = [], [], torch.nn.Module.train
+
+    def train(module, mode=True):
+        walks[-1] += isinstance(module, PeftModel)
+        return walk(module, mode)
+
+    monkeypatch.setattr(torch.nn.Module, "train", train)
+    for quick in (True, False):
+        walks.append(0)
+        if not quick:
+            module = importlib.import_module("lowra.training.fewer_walks")
+            monkeypatch.setattr(module, "_remembered", lambda trainer: contextlib.nullcontext())
+        found.append(finetune(dataclasses.replace(run, output=f"{run.output}{quick}"), progress=False))
+    assert losses(found[0]) == losses(found[1])
+    assert found[0]["tuned"] == found[1]["tuned"]
+    assert walks[0] < walks[1] - 6
