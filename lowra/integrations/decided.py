@@ -119,7 +119,12 @@ class Decided:
 @functools.cache
 def _are_changes_told() -> bool:
     """Whether PyTorch has what `_Untouched` asks, and knows of attributes that are set as this Python sets them."""
-    if not (hasattr(_GUARDS, "dict_version") and hasattr(_GUARDS, "TensorGuards")):
+    try:
+        of_tensor = _GUARDS.TensorGuards(torch.zeros(2), dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]])
+        if not of_tensor.check(torch.zeros(2)) or of_tensor.check(torch.zeros(3)):
+            return False
+        _GUARDS.dict_version({})
+    except (AttributeError, TypeError, RuntimeError):  # another PyTorch's
         return False
     module: Any = nn.Module()
     version = _GUARDS.dict_version(vars(module))

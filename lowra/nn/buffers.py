@@ -34,10 +34,11 @@ class Buffers:
             given.append(gradient[1])
         for place in range(1, len(inputs)):
             tensor, copied = inputs[place], self._copied[place]
-            if copied is None or copied[0]() is not tensor or copied[1] != tensor._version:
+            version = None if tensor.is_inference() else tensor._version  # where changes are not counted
+            if version is None or copied is None or copied[0]() is not tensor or copied[1] != version:
                 into.append(self.inputs[place])
                 given.append(tensor)
-                self._copied[place] = weakref.ref(tensor), tensor._version
+                self._copied[place] = None if version is None else (weakref.ref(tensor), version)
         with torch.no_grad():
             torch._foreach_copy_(into, given)
 
