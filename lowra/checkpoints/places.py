@@ -38,6 +38,11 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
         raise ValueError(f"{text} starts with a user's home that does not exist ({error}).") from None
 
 
+def lasting_name(model: str | os.PathLike) -> str:
+    """By which a model is found from whatever folder: the whole path of one that lies here, or its name on the hub."""
+    return str(expanded(model).resolve()) if expanded(model).is_dir() else os.fspath(model)
+
+
 def new_folder(output: str | os.PathLike) -> pathlib.Path:
     """The place, links followed, of a folder that another one, made beside it, will be renamed to.
 

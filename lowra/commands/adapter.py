@@ -24,7 +24,7 @@ from ..adapters.storage import PACKED_FILE, PackedAdapter, read_packed, tensor_b
 from ..checkpoints.atomic import written_beside
 from ..checkpoints.companions import companions, copy_companions
 from ..checkpoints.dense import empty_model, read_config
-from ..checkpoints.places import expanded, new_folder
+from ..checkpoints.places import expanded, lasting_name, new_folder
 from ..corpus import check_token_ids, load_tokenizer
 from ..integrations.adapter_records import check_adapter
 
@@ -83,7 +83,9 @@ def run_quantize(args: argparse.Namespace) -> dict:
     for one in packed:
         one.label = make_label(
             one,
-            base_name=str(base_path or adapters[0].config.get("base_model_name_or_path") or "") or None,
+            base_name=lasting_name(base_path)
+            if base_path
+            else adapters[0].config.get("base_model_name_or_path") or None,
             base=base,
             task=args.task,
             training_data=args.training_data,

@@ -42,10 +42,14 @@ def _promised(recipe: Recipe, steps: int) -> str:
 
 def _show(recipe: Recipe, result: dict) -> None:
     print(f"{recipe.method}: {result['nominal_bits']:.3g} nominal bits, {result['true_bits']:.3f} true bits per weight")
-    print(f"{result['steps']} steps in {result['train_seconds']:.1f} s on {result['device']}")
+    evaluating = f", {result['evaluating_seconds']:.1f} s of that evaluating" if result["evaluating_seconds"] else ""
+    print(f"{result['steps']} steps in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")
+    if recipe.task == "language_modeling":  # perplexity depends on it
+        size = result["recipe"]["block_size"]
+        print(f"measured in blocks of {size} tokens: give `lowra evaluate` --block-size {size} to compare")
     print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
     verb = "chat" if recipe.task == "chat" else "generate"
     prompt = "" if recipe.task == "chat" else ' --prompt "..."'

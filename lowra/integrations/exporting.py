@@ -12,6 +12,7 @@ import torch
 from ..checkpoints.atomic import save_json, save_tensors, written_beside
 from ..checkpoints.companions import companions, copy_companions
 from ..checkpoints.guarded import read_json, read_tensors
+from ..checkpoints.places import lasting_name
 from ..checkpoints.records import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -65,12 +66,13 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
             raise FileNotFoundError(f"There is no {initial}, with which {adapter} began: give --initial PATH.")
         tensors = _less_start(tensors, settings, initial, record)
         rank += read_json(initial / ADAPTER_CONFIG, "an adapter's settings")["r"]
+    base = record.get("base")
     exported = {
         **settings,
         "r": rank,
         "lora_alpha": _scaling(settings) * rank,
         "use_rslora": False,
-        "base_model_name_or_path": record.get("base"),
+        "base_model_name_or_path": base and lasting_name(base),
         "init_lora_weights": True,
     }
     with written_beside(output) as folder:

@@ -132,7 +132,7 @@ def write_adapter(
         {
             "peft_type": "LORA",
             "task_type": task_type(model),
-            "base_model_name_or_path": str(base),
+            "base_model_name_or_path": str(base.resolve()),  # found from whatever folder that is loaded
             "r": recipe.rank,
             "lora_alpha": recipe.alpha,
             "lora_dropout": recipe.dropout,

@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 class LossBar(TrainerCallback):
-    """One progress bar with the last loss, in place of a line for each logged step."""
+    """One progress bar with the last loss, in place of a line for each logged step, and one for each evaluation."""
+
+    _evaluating: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,10 +38,47 @@ class LossBar(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._evaluating is None:
+            self._evaluating = tqdm(total=len(eval_dataloader), desc="evaluating", leave=False)
+        self._evaluating.update(1)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._evaluating is not None:
+            self._evaluating.close()
+            self._evaluating = None
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.close()
+
+
+class Evaluations(TrainerCallback):
+    """Of one training run, whose time they are part of.
+
+    Attributes:
+        seconds: that they took.
+    """
+
+    seconds = 0.0
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds += (metrics or {}).get("eval_runtime", 0.0)
 
 
 def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:

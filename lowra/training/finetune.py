@@ -30,7 +30,7 @@ from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
 from .continued import RecipeCheckpoints, check_continued
-from .curve import finite, mean_loss, save_curve
+from .curve import Evaluations, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
@@ -204,6 +204,8 @@ def train(
         trainer.add_callback(OnceSharded(check, untuned_metrics))
     trainer.add_callback(RecipeCheckpoints(recipe))
     trainer.add_callback(WholeCheckpoints())
+    evaluations = Evaluations()
+    trainer.add_callback(evaluations)
     started = time.perf_counter()
     done = None if checkpoint is None else _finished_state(recipe, checkpoint)
     if done is None:
@@ -238,6 +240,7 @@ def train(
             "curve": curve,
             "steps": trainer.state.global_step,
             "train_seconds": round(seconds, 3),
+            "evaluating_seconds": round(evaluations.seconds, 3),  # of these
             "peak_bytes": peak,
             "trainable_parameters": trainable,
             "device": str(arguments.device),

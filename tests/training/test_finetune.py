@@ -8,16 +8,21 @@ import pathlib
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
+from lowra.commands.finetune import _show as show
 from lowra.generation.loading import load_model
 from lowra.training import finetune
+from lowra.training.curve import LossBar
 from lowra.training.finetune import load_data, measure
 
 
-def test_a_run_learns_and_its_adapter_reloads(recipe):
-    result = finetune(dataclasses.replace(recipe, bits=1.5, max_steps=20, eval_steps=10), progress=False)
+def test_a_run_learns_and_its_adapter_reloads(recipe, monkeypatch, tmp_path, capsys):
     output = pathlib.Path(recipe.output)
+    monkeypatch.chdir(output.parent)
+    recipe = dataclasses.replace(recipe, bits=1.5, max_steps=20, eval_steps=10, output=output.name)
+    result = finetune(recipe, progress=False)
+    monkeypatch.chdir("/")  # paths that were written are whole
     assert result["tuned"]["perplexity"] < 0.9 * result["untuned"]["perplexity"]
     assert result == json.loads((output / "metrics.json").read_text())
     assert [entry["step"] for entry in result["curve"] if "loss" in entry] == list(range(1, 21))
@@ -28,6 +33,25 @@ def test_a_run_learns_and_its_adapter_reloads(recipe):
     model = peft.PeftModel.from_pretrained(model, output / "adapter")
     again = measure(model, recipe, load_data(recipe, progress=False), progress=False)
     assert again["perplexity"] == pytest.approx(result["tuned"]["perplexity"], rel=1e-5)
+    for folder in (output / "adapter", output / "base" / "initial_adapter"):
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            output / "base"
+        )
+    assert 0 < result["evaluating_seconds"] < result["train_seconds"]
+    show(recipe, result)
+    shown = capsys.readouterr().out
+    assert "s of that evaluating" in shown and "--block-size 32 to compare" in shown
+
+
+def test_evaluations_on_the_way_have_a_bar(capsys):
+    bar, state = LossBar(), TrainerState(max_steps=2)
+    bar.on_train_begin(None, state, None)
+    for _ in range(2):
+        for _ in range(3):
+            bar.on_prediction_step(None, state, None, eval_dataloader=range(3))
+        bar.on_evaluate(None, state, None)
+    bar.on_train_end(None, state, None)
+    assert capsys.readouterr().err.count("evaluating:") == 2  # one for each
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora16", "hqq"])
