@@ -39,7 +39,8 @@ class Room:
         self._peak = 0
         self._steps = 0
         self._with_states = sys.maxsize  # passes after so many steps had all states beside them that there are
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # the model's, once they have all states
+        # Of each optimiser that has stepped: the model's parameters without a gradient yet; None if it has none of them
+        self._stateless: weakref.WeakKeyDictionary[Optimizer, list | None] = weakref.WeakKeyDictionary()
         self._stepped_with: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         this = weakref.ref(self)
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: _tell(this(), optimizer))
@@ -90,17 +91,17 @@ class Room:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Notes that an optimiser has stepped, which then has states of all parameters that had a gradient."""
-        if optimizer not in self._optimizers:
+        if optimizer not in self._stateless:
             own = set(map(id, self._trained()))
             parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-            if not parameters:
-                return  # of another model
-            stepped = {id(parameter): parameter for parameter in parameters if parameter.grad is not None}
-            if not stepped.keys() <= set(self._stepped_with.keys()):
-                self._with_states = self._steps + 1
+            self._stateless[optimizer] = parameters or None
+        waiting = self._stateless[optimizer]
+        if waiting is None:
+            return  # of another model
+        if stepped := {id(parameter): parameter for parameter in waiting if parameter.grad is not None}:
+            self._stateless[optimizer] = [parameter for parameter in waiting if id(parameter) not in stepped]
             self._stepped_with.update(stepped)
-            if len(stepped) == len(parameters):
-                self._optimizers.add(optimizer)
+            self._with_states = self._steps + 1
         if any(passes.began_after(self._steps) for passes in self._passes.values()):
             self._look_at_peak()
         self._steps += 1
