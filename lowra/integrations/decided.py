@@ -5,6 +5,7 @@ modules, which codes a packed layer has.
 """
 
 import functools
+import types
 from collections.abc import Iterable
 from itertools import chain
 from operator import is_
@@ -24,12 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOKS_OF_ALL = [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
 _CONTAINERS = (dict, list, tuple, set)
 _NAMED = ("_modules", "_parameters", "_buffers")
-_HOLDERS: dict[type, tuple[str, ...]] = {  # modules that compute nothing, and where they have what they hold
-    nn.ModuleDict: ("_modules",),
-    nn.ModuleList: ("_modules",),
-    nn.ParameterDict: ("_parameters",),
-    nn.ParameterList: ("_parameters",),
-}
+_HOLDERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which compute nothing
 # What every module has for itself, and what a packed one makes of its tensors, which `row_layout` looks after.
 _OF_TORCH = {*vars(nn.Module()), "_layout", "_seen", "_watched"} - {"training"}
 
@@ -48,22 +44,19 @@ class Decided:
 
     def __init__(self, layer: nn.Module):
         self._modules = list(layer.modules())
-        self._own = [vars(module) for module in self._modules]
-        self._named = [own[kind] for own in self._own for kind in _NAMED]
         # Rates, factors, names of adapters, functions: also those of which nobody here has heard.
-        places = [(own, name) for own in self._own for name in own if name not in _OF_TORCH]
-        self._values = [(own, name) for own, name in places if not isinstance(own[name], _CONTAINERS)]
-        self._containers = [own[name] for own, name in places if isinstance(own[name], _CONTAINERS)]
+        every = list(map(vars, self._modules))
+        self._names = [[name for name in own if name not in _OF_TORCH] for own in every]
+        self._kinds: list[Any] = list(set(map(type, self._modules)))
         self._packed = [module for module in self._modules if isinstance(module, PackedModule)]
         linears = [module for module in self._modules if isinstance(module, LowRALinear)]
         self._with_tables = [linear for linear in linears if linear.adapter_tables is not None]
-        configs = [own["config"] for own in self._own if "config" in own]
-        self._configs = list({id(config): config for config in configs}.values())
-        self._tensors = list({id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}.values())
+        self._kept, _ = self._held(every)  # because an identity is one only while its object lives
+        tensors = [*layer.parameters(), *layer.buffers(), *filter(_has_memory, self._kept)]
+        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
         if any(map(is_sharded, self._tensors)):
             raise NotCapturable("it has sharded parameters")
-        # kept, because an identity is one only while its object lives
-        self._kept = [own[name] for own, name in self._values] + [list(_entries(held)) for held in self._containers]
+        self._containers: list[Any] = []
         self._was = self._read()
         self._untouched: _Untouched | None = None
 
@@ -78,37 +71,56 @@ class Decided:
             return True
         if self._read() != self._was:
             return False
-        if self._untouched is not None:
+        if self._untouched is not None and self._untouched.is_of(self._containers):
             self._untouched.renew()
         elif _are_changes_told():
             self._untouched = _Untouched(self._modules, self._containers, self._tensors)
         return True
 
+    def _held(self, every: list[dict[str, Any]]) -> tuple[list[Any], dict[int, Any]]:
+        """Values of all attributes, also of those in containers, however deep; and these containers by their places.
+
+        Args:
+            every: module's attributes.
+        """
+        values = [own.get(name) for own, names in zip(every, self._names, strict=True) for name in names]
+        configs = {id(config): config for own in every if (config := own.get("config")) is not None}
+        values += [vars(config) for config in configs.values() if hasattr(config, "__dict__")]
+        containers: dict[int, Any] = {}
+        known: set[int] = set()
+        for place, value in enumerate(values):  # which grow
+            if type(value) not in PLAIN_VALUES and isinstance(value, _CONTAINERS):
+                containers[place] = value
+                if value and id(value) not in known:
+                    known.add(id(value))
+                    values += _entries(value)
+        return values, containers
+
     def _read(self) -> tuple[list[Any], list[Any]]:
-        if any(own[kind] for own in self._own for kind in _HOOKS) or any(_HOOKS_OF_ALL):
+        every = [vars(module) for module in self._modules]
+        if any(own[kind] for own in every for kind in _HOOKS) or any(_HOOKS_OF_ALL):
             raise NotCapturable("it has hooks, which replaying would not call")
-        forwards = [own["forward"] for own in self._own if "forward" in own]
-        # By a function of the module alone, as Liger does, or by one that does more around it.
-        if any("<locals>" in getattr(forward, "__qualname__", "<locals>") for forward in forwards):
+        forwards = [own["forward"] for own in every if "forward" in own]
+        if not all(map(_is_of_module_alone, forwards)):
             raise NotCapturable("the forward of a module in it has been replaced")
         # Identities stand for tensors and the like, whose comparison would not answer with yes or no.
-        found: list[Any] = [id(value) for named in self._named for value in named.values()]
+        found: list[Any] = [id(value) for own in every for kind in _NAMED if own[kind] for value in own[kind].values()]
         found += [module.__class__ for module in self._modules]
-        found += [len(own) for own in self._own]
-        found += map(len, self._containers)
-        values = [own.get(name) for own, name in self._values]
-        for held in self._containers:
-            if held:
-                values += _entries(held)
-        found += [value if type(value) in PLAIN_VALUES else id(value) for value in values]
+        found += map(len, every)
+        values, containers = self._held(every)
+        compared = [value if type(value) in PLAIN_VALUES else id(value) for value in values]
+        for place, container in containers.items():
+            compared[place] = type(container), len(container)
+        found += compared
         for tensor in self._tensors:
             found += (tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride())
         found += [module.row_layout() for module in self._packed]
+        self._containers = list(containers.values())
         return [*found, *forwards], self._read_often()
 
     def _read_often(self) -> list[Any]:
         """What modules of the layer do not have in themselves."""
-        found: list[Any] = [getattr(config, "_attn_implementation", None) for config in self._configs]
+        found: list[Any] = [kind.forward for kind in self._kinds]
         for linear in self._with_tables:
             found += [table.data_ptr() for table in linear.current_tables().values()]
             if isinstance(linear, TrainedTablesLinear):
@@ -126,11 +138,18 @@ def _are_changes_told() -> bool:
         _GUARDS.dict_version({})
     except (AttributeError, TypeError, RuntimeError):  # another PyTorch's
         return False
-    module: Any = nn.Module()
-    version = _GUARDS.dict_version(vars(module))
+    return _is_told_of(nn.Module()) and _is_told_of(types.SimpleNamespace()) and _is_told_of(_Plain())
+
+
+class _Plain:
+    pass
+
+
+def _is_told_of(changing: Any) -> bool:
+    version = _GUARDS.dict_version(vars(changing))
     for value in range(100):  # by then the interpreter has its own way for it
-        module.value = value
-        before, version = version, _GUARDS.dict_version(vars(module))
+        changing.value = value
+        before, version = version, _GUARDS.dict_version(vars(changing))
         if before == version:
             return False
     return True
@@ -149,14 +168,13 @@ class _Untouched:
     """
 
     def __init__(self, modules: list[nn.Module], containers: list[Any], tensors: list[torch.Tensor]):
-        self._modules, self._classes = modules, list(map(type, modules))
+        self._modules, self._classes, self._containers = modules, list(map(type, modules)), containers
+        every = self._every = list(map(vars, modules))
         # Of what is never called itself, nothing counts but what it holds.
-        called = [vars(module) for module in modules if type(module) not in _HOLDERS]
-        held = [own[kind] for own in called for kind in _NAMED] + [
-            vars(module)[kind] for module in modules for kind in _HOLDERS.get(type(module), ())
-        ]
-        changing = [*held, *(container for container in containers if not isinstance(container, tuple))]
-        self._dicts = [*called, *(each for each in changing if each and isinstance(each, dict))]
+        called = [own for own, kind in zip(every, self._classes, strict=True) if kind not in _HOLDERS]
+        self._named = [own[kind] for own in every for kind in _NAMED]
+        changing = [*self._named, *(container for container in containers if not isinstance(container, tuple))]
+        self._dicts = [*every, *(each for each in changing if each and isinstance(each, dict))]
         self._lists = [each for each in changing if each and not isinstance(each, dict)]
         # Most are, and then nothing but their length is looked at.
         self._empty = [*(own[kind] for own in called for kind in _HOOKS), *_HOOKS_OF_ALL]
@@ -177,6 +195,11 @@ class _Untouched:
         self._state, self._pointers = self._read(), self._addresses()
         self._entries = list(chain.from_iterable(self._lists))
 
+    def is_of(self, containers: list[Any]) -> bool:
+        """Whether these are what is looked at: others may hold the same, as the list of active adapters does."""
+        named = [own[kind] for own in map(vars, self._modules) for kind in _NAMED]
+        return all(map(is_, (*named, *containers), (*self._named, *self._containers)))
+
     def is_same(self) -> bool:
         """Whether everything is untouched."""
         # Objects of which none waits for another come from memory side by side, and a copy counts their references.
@@ -187,6 +210,7 @@ class _Untouched:
             and len(entries) == len(self._entries)
             and all(map(is_, entries, self._entries))
             and list(map(type, self._modules)) == self._classes
+            and all(map(is_, map(vars, self._modules), self._every))
             and self._read() == self._state
             and self._are_alike(*self._tensors)
             and self._addresses() == self._pointers
@@ -205,3 +229,16 @@ class _Untouched:
 
 def _entries(held: Any) -> Iterable[Any]:
     return (*held.keys(), *held.values()) if isinstance(held, dict) else held
+
+
+def _has_memory(value: Any) -> bool:
+    return type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided
+
+
+def _is_of_module_alone(forward: Any) -> bool:
+    """By a function of the module alone, as Liger does, and by none that does more around what was there."""
+    function = getattr(forward, "__func__", forward)
+    code = getattr(function, "__code__", None)
+    if code is None or "<locals>" in getattr(function, "__qualname__", "<locals>"):
+        return False
+    return set(code.co_freevars) <= {"__class__"}  # a wrapper may have the name of what it wraps

@@ -66,18 +66,29 @@ class _Checkpointing(InPlaceOfCheckpoint):
         self._seen: set[int] = set()  # hashes of keys, which are long
         self._captured: dict[Key, tuple[Decided, CapturedLayer | None]] = {}
         self._changes = 0
+        self._function: Any = None  # of the layer, which is one that all graphs are of
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
         """What `usual(run, *args)` gives; `run` is the layer's forward with its keywords bound."""
         if not torch.is_grad_enabled() or not isinstance(run, functools.partial) or torch.compiler.is_compiling():
             return self._usual(run, *args)
         try:
+            self._check(run)
             call = self._shared.next_call(self._layer, run, args)
             captured = self._of(call)
         except NotCapturable as reason:
             self._shared.say(str(reason))
             captured = None
         return self._usual(run, *args) if captured is None else captured(*call.tensors)
+
+    def _check(self, run: functools.partial) -> None:
+        """
+        Raises:
+            NotCapturable: it is not one function of all that the layer is called with.
+        """
+        self._function = self._function or run.func
+        if run.func != self._function or any(bound is not self._layer for bound in run.args):
+            raise NotCapturable("it is checkpointed in parts, or by a function of its own")
 
     def _of(self, call: Call) -> CapturedLayer | None:
         """The graphs that compute a call; None where they are not to be made yet.

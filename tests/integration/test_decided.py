@@ -22,6 +22,7 @@ class Block(nn.Module):
         self.numbers = nn.ParameterDict({"own": nn.Parameter(torch.ones(3))})
         self.scaling, self.merged, self.names, self.kinds = {"default": 2.0}, [], ["default"], {"a"}
         self.rates, self.gain, self.shift = {}, 1.0, torch.zeros(())
+        self.branches, self.nested = nn.ModuleList([nn.SiLU()]), {"rates": {"own": 1.0}, "pairs": (1, [2])}
         self.config = types.SimpleNamespace(_attn_implementation="sdpa")
         self.register_buffer("table", torch.zeros(2, 3))
 
@@ -50,8 +51,32 @@ def past_attributes(block):
     vars(block)["gain"] = 3.0
 
 
+def other_dictionary_of_attributes(block):
+    block.__dict__ = {**vars(block), "gain": 3.0}
+
+
+def other_dictionary_of_parameters(block):
+    block.linear._parameters = {**block.linear._parameters, "weight": nn.Parameter(torch.ones(6, 6))}
+
+
+def list_of_modules_made_anew(block):
+    block.branches.append(nn.Identity())
+    del block.branches[-1]
+    block.branches[0] = nn.Tanh()
+
+
+def other_data_of_plain_tensor(block):
+    block.shift.data = torch.zeros(())
+
+
 def own_forward(block):
     block.activation.forward = types.MethodType(lambda self, x: x, block.activation)
+
+
+def wrapped_forward(block):
+    """As accelerate does, under the name of what it wraps."""
+    usual = block.activation.forward
+    block.activation.forward = functools.wraps(usual)(lambda x: 3 * usual(x))
 
 
 def other_class(block):
@@ -76,6 +101,15 @@ CHANGES = {
     "in a list": lambda block: block.names.__setitem__(0, "second"), "in a set": lambda block: block.kinds.add("b"),
     "mode": lambda block: block.eval(), "new attribute": lambda block: setattr(block.activation, "slope", 1.0),
     "gone attribute": lambda block: delattr(block, "gain"), "past attributes": past_attributes,
+    "other dictionary": lambda block: setattr(block, "scaling", {"default": 3.0}),
+    "other list": lambda block: setattr(block, "names", ["second"]),
+    "deep in a dictionary": lambda block: block.nested["rates"].update(own=2.0),
+    "deep in a tuple": lambda block: block.nested["pairs"][1].append(2),
+    "tuple for a list": lambda block: setattr(block, "names", ("default",)),
+    "attributes": other_dictionary_of_attributes, "parameters": other_dictionary_of_parameters,
+    "modules": list_of_modules_made_anew, "plain tensor": other_data_of_plain_tensor,
+    "plain tensor trained": lambda block: block.shift.requires_grad_(True),
+    "config": lambda block: setattr(block.config, "sliding_window", 4),
     "class": other_class, "attention": lambda block: setattr(block.config, "_attn_implementation", "eager"),
 }  # fmt: skip
 
@@ -110,14 +144,36 @@ def test_what_was_touched_and_is_the_same(glance, monkeypatch):
         assert was.is_same()
 
 
+def test_what_holds_the_same_is_the_same_and_watched(glance):
+    """PEFT makes a new list of active adapters whenever they are set, the same ones too."""
+    block = Block()
+    was = Decided(block)
+    for _ in range(2):
+        assert was.is_same() and was.is_same()
+        block.names, block.scaling, block.nested = ["default"], {"default": 2.0}, {**block.nested}
+        block.linear._parameters = dict(block.linear._parameters)
+    assert was.is_same() and was.is_same()
+    block.nested["rates"]["own"] = 2.0
+    assert not was.is_same()
+
+
+def test_a_class_that_computes_something_else(glance, monkeypatch):
+    block = Block()
+    was = Decided(block)
+    assert was.is_same() and was.is_same()
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: x)
+    assert not was.is_same()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda block: block.activation.register_forward_hook(print), "it has hooks"),
         (lambda block: block.activation._forward_hooks.update({0: print}), "it has hooks"),
         (own_forward, "has been replaced"),
+        (wrapped_forward, "has been replaced"),
     ],
-    ids=["hook", "hook past PyTorch", "forward"],
+    ids=["hook", "hook past PyTorch", "forward", "wrapper"],
 )
 def test_what_stands_between_is_refused(change, reason, glance):
     block = Block()

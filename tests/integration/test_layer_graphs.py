@@ -6,6 +6,7 @@ everything but the graphs themselves is tried.
 
 import contextlib
 import copy
+import functools
 import pickle
 import random
 import types
@@ -416,6 +417,34 @@ def test_copies_and_pickles_are_without(packed_llama, device):
         assert not any(isinstance(function, layer_graphs._Checkpointing) for function in functions)
         assert step(found, ids)[0] == pytest.approx(before, rel=1e-5)
     assert step(model, ids)[0] == pytest.approx(before, rel=1e-6)
+
+
+def in_halves(layer, x, **others):
+    """A forward that checkpoints two functions, whose arguments look alike."""
+    checkpoint = layer._gradient_checkpointing_func
+    x = checkpoint(functools.partial(layer.input_layernorm), x)
+    return checkpoint(functools.partial(layer.post_attention_layernorm), x) + checkpoint(
+        functools.partial(torch.add, x.detach()), x
+    )
+
+
+def test_a_layer_that_is_checkpointed_in_parts(packed_llama, device, caplog):
+    models = [adapted(packed_llama, device), adapted(packed_llama, device)]
+    lowra.capture_layers(models[0])
+    models[1].get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for model in models:
+        layer = model.get_base_model().model.layers[0]
+        layer.input_layernorm.weight.data.uniform_(generator=torch.Generator(device).manual_seed(1))
+        layer.input_layernorm.weight.requires_grad_()
+        x = torch.ones(2, 3, 64, device=device).cumsum(-1).requires_grad_()
+        for _ in range(3):
+            out = in_halves(layer, x)
+            found.append((out, *torch.autograd.grad(out.sum(), (x, layer.input_layernorm.weight))))
+    for own, usual in zip(found[:3], found[3:], strict=True):
+        for one, other in zip(own, usual, strict=True):
+            torch.testing.assert_close(one, other)
+    assert caplog.text.count("it is checkpointed in parts") == 1
 
 
 def waiting(mlp, x):
