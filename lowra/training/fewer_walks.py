@@ -10,17 +10,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 
 class FewerWalks(Trainer):
     """A Trainer whose model has the same modules, and the same parameters to train, all through a run.
 
-    Only in one process: several wrap the model in another.
+    Only in a process of its own: several wrap the model in another, and FSDP puts other parameters in it.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with _remembered(self) if self.args.world_size == 1 else contextlib.nullcontext():
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        with _remembered(self) if alone else contextlib.nullcontext():
             return super().train(*args, **kwargs)
 
     @functools.cached_property
@@ -35,18 +37,17 @@ class FewerWalks(Trainer):
 
 @contextlib.contextmanager
 def _remembered(trainer: Trainer) -> Iterator[None]:
-    """Within, the model knows whether all its modules are in training mode, and which parameters have gradients."""
+    """Within, the model knows which modules it has, and which parameters have gradients."""
     model: Any = trainer.model
     accelerator: Any = trainer.accelerator
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    attributes = list(map(vars, model.modules()))
     walk, clip = model.train, accelerator.clip_grad_norm_
-    in_training = False
 
     def train(mode: bool = True) -> torch.nn.Module:
-        nonlocal in_training
-        if not (mode and in_training and model.training):
+        # to look is quick, and whoever evaluates may have put a part of the model in another mode
+        if not all(own["training"] is mode for own in attributes):
             walk(mode)
-            in_training = mode
         return model
 
     def zero_grad(set_to_none: bool = True) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from layer_recorder import StandIn, stand_in
 from peft import PeftModel
+from transformers import TrainerCallback, TrainingArguments
 
 from lowra.integrations import offloading, tiled_mlp
 from lowra.nn.host_store import HostStore
 from lowra.training import finetune, quick_steps
+from lowra.training.fewer_walks import FewerWalks
 from lowra.training.settled import settle
 from lowra.training.trainer import training_arguments
 
@@ -117,3 +119,31 @@ def test_walks_that_are_left_out_change_nothing(recipe, monkeypatch):
     assert losses(found[0]) == losses(found[1])
     assert found[0]["tuned"] == found[1]["tuned"]
     assert walks[0] < walks[1] - 6
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parts_in_another_mode_are_trained_again(tmp_path, fails):
+    """As after a callback that evaluates the model below the adapters, and whatever ends the run."""
+
+    class Samples(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model[0].training)
+            model[0].eval()
+            if fails and state.global_step == 2:
+                raise KeyError("on purpose")
+
+    class Model(torch.nn.Sequential):
+        def forward(self, x, labels=None):
+            return {"loss": super().forward(x).mean()}
+
+    seen, model = [], Model(torch.nn.Sequential(torch.nn.Dropout(0.5)), torch.nn.Linear(3, 1))
+    arguments = TrainingArguments(tmp_path, max_steps=3, report_to=[], save_strategy="no", use_cpu=True)
+    rows = [{"x": torch.ones(3), "labels": 0}] * 8
+    trainer = FewerWalks(model, arguments, train_dataset=rows, callbacks=[Samples()])
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        trainer.train()
+    assert seen == [True] * (2 if fails else 3)
+    assert not {"train", "zero_grad"} & vars(model).keys()
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+    model.train()
+    assert model[0][0].training
