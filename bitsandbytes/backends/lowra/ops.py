@@ -338,6 +338,16 @@ def _takes_onednn(x: torch.Tensor) -> bool:
     return covered and torch._C._get_mkldnn_enabled()
 
 
+def _dense_part(packed: PackedMatrix, part: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """`lowra_dequantize_part`; on a CPU without the dispatcher, which takes half as long as decoding a small weight."""
+    plain = type(packed.codes) in (torch.Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    if plain and packed.codes.is_cpu and native.cpu_available():
+        checks.check_packed_once(packed, dtype)
+        checks.check_memory(*packed.tensors)
+        return native_cpu.dequantize(packed, dtype, part)
+    return torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype)
+
+
 def _multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Puts x [T, K] times weight [K, N], plus bias, into out [T, N], all of one type."""
     if (
@@ -367,7 +377,7 @@ def product_by_rows(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | 
     for first in range(0, packed.rows, rows):
         block = slice(first, min(first + rows, packed.rows))
         part = (first, block.stop - first, 0, packed.in_features)
-        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype).t()
+        weight = _dense_part(packed, part, dtype).t()
         _multiply(flat, weight, out[:, block], None if bias is None else bias[block])
         del weight  # or two parts would be held while the next is made
     return whole.to(x.dtype)
@@ -384,7 +394,7 @@ def product_by_columns(gradient: torch.Tensor, packed: PackedMatrix, columns: in
     for first in range(0, packed.in_features, columns):
         block = slice(first, min(first + columns, packed.in_features))
         part = (0, packed.rows, first, block.stop - first)
-        weight = torch.ops.bitsandbytes.lowra_dequantize_part(*packed, *part, dtype)
+        weight = _dense_part(packed, part, dtype)
         _multiply(flat, weight, out[:, block])
         del weight
     return out.to(gradient.dtype).view(*gradient.shape[:-1], packed.in_features)
