@@ -101,11 +101,13 @@ bool check(const weight &w, int64_t tokens, int32_t type, std::mt19937 &random) 
       if (status == LOWRA_OK && !(std::fabs(rounded - exact) <= bound + 0.05 * size)) return false;
     }
   }
-  std::vector<float> whole(rows * k);
+  const size_t element = type == LOWRA_FLOAT32 ? 4 : 2;
+  std::vector<char> whole(element * rows * k), expected(element);
   const lowra_part part = {0, rows, 0, k};
-  if (lowra_cpu_dequantize(&w.packed, &part, whole.data(), LOWRA_FLOAT32, 2) != LOWRA_OK) return false;
-  for (size_t i = 0; i < whole.size(); ++i) {
-    if (whole[i] != static_cast<float>(w.dense[i])) return false;
+  if (lowra_cpu_dequantize(&w.packed, &part, whole.data(), type, 2) != LOWRA_OK) return false;
+  for (int64_t i = 0; i < rows * k; ++i) {
+    store_element(static_cast<float>(w.dense[i]), type, 0, expected.data());
+    if (!std::equal(expected.begin(), expected.end(), whole.begin() + element * i)) return false;
   }
   return true;
 }
