@@ -166,7 +166,10 @@ def _encoded(rows: list, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, use
     pairs = [(encode(row, tokenizer, recipe), row) for row in rows]
     pairs = [(e, row) for e, row in pairs if e["input_ids"] and any(label != IGNORED for label in e["labels"][first:])]
     if not pairs:
-        raise ValueError(f"None of the {len(rows)} {use} rows has text to train on: all are empty.")
+        why = "all are empty."
+        if recipe.task == "chat":
+            why = f"the assistant says nothing within block_size={recipe.block_size}; a larger one may reach its turns."
+        raise ValueError(f"None of the {len(rows)} {use} rows has text to train on: {why}")
     if len(pairs) < len(rows):
         why = "say nothing within block_size" if recipe.task == "chat" else "are empty"
         logger.warning("%d of %d %s rows %s and are left out.", len(rows) - len(pairs), len(rows), use, why)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import (
     PrinterCallback,
     ProgressCallback,
+    SchedulerType,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -20,6 +21,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 
 from ..integrations.model_patches import use_one_gpu
 from .curve import LossBar
@@ -42,6 +44,7 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
         ValueError: a schedule, an optimiser or a tracker that is not there or needs more than a recipe can say; the
             Trainer itself would find out after the base has been quantised.
     """
+    _check_listed(recipe)
     kind = Seq2SeqTrainingArguments if recipe.task == "summarization" else TrainingArguments
     evaluation = "steps" if recipe.eval_steps else "epoch" if recipe.eval_epochs else "no"
     arguments = kind(
@@ -84,6 +87,13 @@ def training_arguments(recipe: Recipe, checkpoints: pathlib.Path) -> TrainingArg
     _check_names(recipe, arguments)
     check_quick_steps(recipe, arguments)
     return arguments
+
+
+def _check_listed(recipe: Recipe) -> None:
+    for name, listed in (("optimizer", OptimizerNames), ("scheduler", SchedulerType)):
+        values = [value.value for value in listed]
+        if getattr(recipe, name) not in values:
+            raise ValueError(f"{name}={getattr(recipe, name)} is none of those that there are: {', '.join(values)}.")
 
 
 def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:

@@ -142,6 +142,8 @@ def test_a_tokenizer_without_template_and_a_file_that_is_not_there(chat):
         load_data(dataclasses.replace(chat, chat_template=None), progress=False)
     with pytest.raises(FileNotFoundError, match="There is no chat template nowhere.jinja"):
         load_data(dataclasses.replace(chat, chat_template="nowhere.jinja"), progress=False)
+    with pytest.raises(ValueError, match="the assistant says nothing within block_size=2; a larger one"):
+        load_data(dataclasses.replace(chat, block_size=2), progress=False)
     with pytest.raises(ValueError, match="block_size is 4096 tokens, but .* has 128 positions"):
         load_data(dataclasses.replace(chat, block_size=4096), progress=False)
 

@@ -20,7 +20,7 @@ STARTING = {
     "model=./nowhere": "./nowhere is not a folder",
     "train_file=no.jsonl": "There is no data file no.jsonl (train_file)",
     "chat_template=no.jinja": "There is no chat template no.jinja (chat_template)",
-    "optimizer=adam_fo": "adam_fo",
+    "optimizer=adam_fo": "optimizer=adam_fo is none of",
     "num_beams=3": "num_beams=3 has no effect",
     "output=taken": "taken exists and is a file",
 }
