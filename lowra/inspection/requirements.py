@@ -8,7 +8,7 @@ What a card needs on top, the driver's context and room between blocks, stands b
 import dataclasses
 
 from bitsandbytes.backends.lowra import layout
-from bitsandbytes.backends.lowra.ops import DENSE_BYTES
+from bitsandbytes.backends.lowra.dense_parts import DENSE_BYTES
 
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig

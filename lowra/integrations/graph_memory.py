@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from bitsandbytes.backends.lowra.ops import DENSE_BYTES
+from bitsandbytes.backends.lowra.dense_parts import DENSE_BYTES
 
 from ..nn.captured import keeping_as_it_is
 from ..nn.linear import LowRALinear

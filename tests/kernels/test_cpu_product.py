@@ -10,7 +10,7 @@ import torch
 from cases import packed_case
 from product_bounds import check, check_in_integers
 
-from bitsandbytes.backends.lowra import decoding, libraries, native, native_cpu, ops, reference
+from bitsandbytes.backends.lowra import decoding, dense_parts, libraries, native, native_cpu, reference
 
 pytestmark = pytest.mark.skipif(not native.cpu_available(), reason="the CPU library was not built")
 OPS = torch.ops.bitsandbytes
@@ -62,7 +62,7 @@ def test_every_number_of_tokens(instructions, shape):
             torch.testing.assert_close(
                 out.double(),
                 # weights in 16 bits where the processor multiplies these
-                x.double() @ reference.dequantize(case.packed, ops._factor_type(x)).double().T
+                x.double() @ reference.dequantize(case.packed, dense_parts.factor_type(x)).double().T
                 + (0 if bias is None else bias.double()),
                 rtol=1e-2 if dtype != torch.float32 else 1e-4,
                 atol=2e-2 if dtype != torch.float32 else 1e-4,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from cases import packed_case
 
-from bitsandbytes.backends.lowra import native, ops, reference
-from bitsandbytes.backends.lowra.ops import gradient_of_input, product_by_columns, product_by_rows
+from bitsandbytes.backends.lowra import dense_parts, native, reference
+from bitsandbytes.backends.lowra.dense_parts import product_by_columns, product_by_rows
+from bitsandbytes.backends.lowra.ops import gradient_of_input
 
 OPS = torch.ops.bitsandbytes
 SHAPES = [
@@ -146,7 +147,7 @@ def test_products_with_a_part_of_the_weight_at_a_time(device, at_once):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_a_large_weight_is_never_dense_as_a_whole(monkeypatch):
-    monkeypatch.setattr(ops, "DENSE_BYTES", 8 << 20)
+    monkeypatch.setattr(dense_parts, "DENSE_BYTES", 8 << 20)
     case = packed_case(300, 700, 3096, 4096, scales=torch.uint8).to("cuda")
     packed = case.packed
     weight = OPS.lowra_dequantize(*packed, torch.bfloat16)
