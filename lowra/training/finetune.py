@@ -239,6 +239,7 @@ def train(
             "train_loss": mean_loss(curve),
             "curve": curve,
             "steps": trainer.state.global_step,
+            "steps_before": 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
             "train_seconds": round(seconds, 3),
             "evaluating_seconds": round(evaluations.seconds, 3),  # of these
             "peak_bytes": peak,

@@ -169,6 +169,7 @@ def test_a_finished_run_is_not_trained_further(saving, length):
     saving = dataclasses.replace(saving, **length)
     first = finetune(saving, progress=False)
     again = finetune(dataclasses.replace(saving, resume=True), progress=False)
+    assert again["steps_before"] == again["steps"]
     for name in ("tuned", "curve", "steps", "train_loss"):
         assert again[name] == first[name]
     with pytest.raises(ValueError, match="steps behind it and the recipe asks for 2"):
