@@ -21,6 +21,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 from ..integrations.model_patches import use_one_gpu
@@ -28,6 +29,7 @@ from .curve import LossBar
 from .data import TaskData
 from .fewer_walks import FewerWalks
 from .head_by_parts import HeadByParts, head_by_parts
+from .length_groups import LengthGroups
 from .quick_steps import check_quick_steps
 from .recipe import Recipe
 from .whole_checkpoints import partial_folder
@@ -116,8 +118,19 @@ def _check_names(recipe: Recipe, arguments: TrainingArguments) -> None:
             raise ValueError(f"{name}={getattr(recipe, name)} cannot be used here: {reason}") from error
 
 
-class _LanguageTrainer(FewerWalks):
-    """The Trainer, with the logits of some tokens at a time where the model allows it."""
+class _ResumableTrainer(FewerWalks):
+    """The Trainer, whose rows come in the same order where a run is resumed in a later epoch."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroups(sampler.batch_size, sampler.lengths, seed)
+        return sampler
+
+
+class _LanguageTrainer(_ResumableTrainer):
+    """With the logits of some tokens at a time where the model allows it."""
 
     @functools.cached_property
     def _head(self) -> HeadByParts | None:
@@ -128,7 +141,7 @@ class _LanguageTrainer(FewerWalks):
             return super().compute_loss(*args, **kwargs)
 
 
-class _SummaryTrainer(FewerWalks, Seq2SeqTrainer):
+class _SummaryTrainer(_ResumableTrainer, Seq2SeqTrainer):
     pass
 
 

@@ -186,3 +186,17 @@ def test_without_a_whole_checkpoint_the_run_starts_anew(saving, caplog):
         again = finetune(dataclasses.replace(saving, resume=True), progress=False)
     assert "there is no whole checkpoint" in caplog.text
     assert json.dumps(again["curve"][-1]["loss"]) == json.dumps(whole["curve"][-1]["loss"])
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_a_run_resumed_in_a_later_epoch_sees_the_rows_that_are_left(saving, group_by_length):
+    """Four steps an epoch: the second is drawn anew, and its rest is what had not come yet."""
+    run = dataclasses.replace(
+        saving, max_steps=8, max_train_samples=16, group_by_length=group_by_length, tables="frozen", dropout=0.0
+    )
+    alone = finetune(run, progress=False)
+    output = pathlib.Path(run.output)
+    shutil.rmtree(output / "checkpoints" / "checkpoint-8")
+    (output / "metrics.json").unlink()
+    resumed = finetune(dataclasses.replace(run, resume=True), progress=False)
+    assert [e["loss"] for e in resumed["curve"]] == pytest.approx([e["loss"] for e in alone["curve"]], rel=1e-6)
