@@ -58,6 +58,11 @@ def check_continued(recipe: Recipe, output: pathlib.Path) -> None:
         return
     then, now = read_json(checkpoint / RECIPE_FILE, "the recipe of a run"), of_the_run(recipe)
     changed = [name for name in _OF_THE_RUN if then.get(name) != now.get(name)]
+    if not changed and now.get("row_order") != then.get("row_order"):
+        raise ValueError(
+            f"{output} was begun by a version of lowra that put rows of one length in another order "
+            "(group_by_length=true): finish it with that version, or give another output."
+        )
     if changed:
         words = ", ".join(f"{name}={_word(now.get(name))} (was {_word(then.get(name))})" for name in changed)
         raise ValueError(
@@ -72,6 +77,8 @@ def of_the_run(recipe: Recipe) -> dict[str, Any]:
     for name in _PLACES:
         if content.get(name) and (place := expanded(content[name])).exists():
             content[name] = str(place.resolve())
+    if recipe.group_by_length:
+        content["row_order"] = "seed and epoch"  # earlier versions had another
     return json.loads(json.dumps(content))
 
 

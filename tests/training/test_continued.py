@@ -63,6 +63,17 @@ def test_another_recipe_does_not_go_on(begun, tmp_path, change):
         check_continued(settle(dataclasses.replace(begun, **change)), tmp_path / "run")
 
 
+def test_nor_does_one_whose_rows_came_in_another_order(begun, tmp_path):
+    run = dataclasses.replace(begun, group_by_length=True)
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-1" / "recipe.json"
+    content = of_the_run(settle(run))
+    file.write_text(json.dumps(content))
+    check_continued(settle(run), tmp_path / "run")
+    file.write_text(json.dumps({name: value for name, value in content.items() if name != "row_order"}))
+    with pytest.raises(ValueError, match="begun by a version of lowra that put rows of one length in another order"):
+        check_continued(settle(run), tmp_path / "run")
+
+
 def test_nor_other_data_or_another_model(begun, packed_another, tmp_path):
     for change in ({"train_file": str(tmp_path / "other.txt")}, {"model": str(packed_another)}):
         (name,) = change
