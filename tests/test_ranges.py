@@ -83,8 +83,8 @@ COMPARE = {
     "lowra:save_steps=5": "save_steps has no effect",
     "lowra:seed=3": "seed is given twice",
     # the last of several, and what only Transformers knows: before data are read and the first cell runs
-    "lowra,loftq:scheduler=none": "none is not a valid SchedulerType",
-    "lowra,lora16:optimizer=adam": "adam is not a valid OptimizerNames",
+    "lowra,loftq:scheduler=none": "scheduler=none is none of those that there are",
+    "lowra,lora16:optimizer=adam": "optimizer=adam is none of those that there are",
     "lowra,lora16:report_to=nobody": "report_to=nobody cannot be used here",
     "lowra:chat_template=x": "chat_template=x has no effect",
 }
