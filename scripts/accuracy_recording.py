@@ -10,6 +10,8 @@ import sys
 import torch
 from torch import nn
 
+from lowra.nn.recording import collector_at_rest
+
 
 class _Together(nn.Module):
     def __init__(self, weights):
@@ -31,16 +33,14 @@ def recorded(weights, device):
     together = _Together(weights.values())
     if device.type == "cuda":
         gc.collect()
-        gc.disable()  # to free an earlier graph would break the capture
         try:
-            known = [weight.detach().clone() for weight in together()]
-            recording = torch.cuda.make_graphed_callables(together, (), allow_unused_input=True)
-            if any((a - b).norm() > 1e-3 * a.norm() for a, b in zip(known, recording(), strict=True)):
-                raise RuntimeError("a replay makes other weights")
+            with collector_at_rest():
+                known = [weight.detach().clone() for weight in together()]
+                recording = torch.cuda.make_graphed_callables(together, (), allow_unused_input=True)
+                if any((a - b).norm() > 1e-3 * a.norm() for a, b in zip(known, recording(), strict=True)):
+                    raise RuntimeError("a replay makes other weights")
         except Exception as error:  # slower, and no less right
             print(f"not recorded: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             torch.cuda.synchronize()
             together.__dict__.pop("forward", None)
-        finally:
-            gc.enable()
     yield lambda: dict(zip(weights, together(), strict=True))

@@ -16,6 +16,7 @@ from random_models import GPU, SHAPES, random_packed
 
 from bitsandbytes.backends.lowra import decoding
 from lowra.nn.linear import LowRALinear
+from lowra.nn.recording import record
 
 TYPE, REPLAYS = torch.bfloat16, 12
 HIDDEN, INTERMEDIATE, BLOCKS, *_ = SHAPES["7b"]
@@ -80,10 +81,7 @@ def microseconds(step: Step) -> float:
     with torch.cuda.stream(torch.cuda.Stream()):
         step()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        step()
-        graph.capture_end()
+        graph = record(step)
         for _ in range(3):
             graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
@@ -106,7 +104,7 @@ def main() -> None:
     print(torch.cuda.get_device_name())
     blocks = [[group_of(shapes, args.bits) for shapes in GROUPS] for _ in range(BLOCKS)]
     for tokens in args.tokens:
-        counts = [count for count in args.adapters if count <= max(tokens, 1)]
+        counts = [count for count in args.adapters if count <= tokens]
         times = {count: microseconds(Step(blocks, tokens, count, args.rank)) for count in counts}
         print(f"{tokens} tokens:", ", ".join(f"{count} adapters {time:.2f} us" for count, time in times.items()))
 

@@ -43,10 +43,10 @@ def _promised(recipe: Recipe, steps: int) -> str:
 def _show(recipe: Recipe, result: dict) -> None:
     print(f"{recipe.method}: {result['nominal_bits']:.3g} nominal bits, {result['true_bits']:.3f} true bits per weight")
     evaluating = f", {result['evaluating_seconds']:.1f} s of that evaluating" if result["evaluating_seconds"] else ""
-    before = (
+    resumed = (
         f", {result['steps_before']} of them before it was resumed and the others" if result["steps_before"] else ""
     )
-    print(f"{result['steps']} steps{before} in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
+    print(f"{result['steps']} steps{resumed} in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")

@@ -89,7 +89,7 @@ def lora_linear(
     a: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The output of a packed layer with one low-rank adapter, differentiable in x, A and B.
 
@@ -100,9 +100,8 @@ def lora_linear(
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
         dtype: of the adapter's term and of its sum with the base's product, to which A and B are rounded; that of x or
-            a wider one. Without it that of x.
+            a wider one.
     """
-    dtype = x.dtype if dtype is None else dtype
     if base.at_first_forward is not None:
         base.at_first_forward(base)
     packed, bias = base.matrix(), base.bias_as(x.dtype)

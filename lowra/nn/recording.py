@@ -21,7 +21,7 @@ def record(call: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with _collector_at_rest():
+        with collector_at_rest():
             # Other threads (of a loader, of NCCL) may go on with what a capture forbids.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -35,7 +35,7 @@ def record(call: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
 
 
 @contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
+def collector_at_rest() -> Iterator[None]:
     """Python frees no cycles within: to free another graph, as of a model that has gone, would break the capture."""
     resting = gc.isenabled()
     gc.disable()

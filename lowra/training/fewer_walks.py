@@ -25,19 +25,10 @@ class FewerWalks(Trainer):
         with _remembered(self) if alone else contextlib.nullcontext():
             return super().train(*args, **kwargs)
 
-    @functools.cached_property
-    def _counted(self) -> int:
-        model: Any = self.model
-        return model.num_parameters(exclude_embeddings=True)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        name = getattr(self.model, "main_input_name", "input_ids")
-        return 6 * inputs[name].numel() * self._counted if name in inputs else 0
-
 
 @contextlib.contextmanager
 def _remembered(trainer: Trainer) -> Iterator[None]:
-    """Within, the model knows which modules it has, and which parameters have gradients."""
+    """Within, the model knows which modules it has, which parameters have gradients, and how many there are."""
     model: Any = trainer.model
     accelerator: Any = trainer.accelerator
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,8 +51,14 @@ def _remembered(trainer: Trainer) -> Iterator[None]:
     def clip_grad_norm(parameters: Iterable[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         return clip(trained, *args, **kwargs)
 
-    model.train, model.zero_grad, accelerator.clip_grad_norm_ = train, zero_grad, clip_grad_norm
+    remembered: dict[str, Any] = {"train": train, "zero_grad": zero_grad}
+    if hasattr(model, "num_parameters"):
+        remembered["num_parameters"] = functools.cache(model.num_parameters)
+    vars(model).update(remembered)
+    accelerator.clip_grad_norm_ = clip_grad_norm
     try:
         yield
     finally:
-        del model.train, model.zero_grad, accelerator.clip_grad_norm_
+        for name in remembered:
+            del vars(model)[name]
+        del accelerator.clip_grad_norm_
