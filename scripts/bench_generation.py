@@ -1,6 +1,8 @@
 """Generation of a LLaMA-shaped model: tokens a second and time to the first, lowra beside bf16 and NF4, in one run.
 
     python scripts/bench_generation.py --shape 7b --bits 1.5 2 4 --out docs/lab/generation.json
+    python scripts/bench_generation.py --bits 1.5 --peers --batch 1 --prompt 100 --ways fast --ranks 0 16 \
+        --kinds lora packed tables
 
 Weights are random, packed ones of a fixed mix of precisions; times do not depend on their values. Every base generates
 by Transformers' loop as it comes ("eager"), by one decoding step of Transformers captured as a CUDA graph over its
@@ -16,6 +18,7 @@ import itertools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 
 import torch
@@ -26,7 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
 
 import lowra
+from lowra.adapters import LoraQuantSettings, quantize_loraquant, read_adapter
+from lowra.adapters.library import attach
 from lowra.generation.fast import release
+from lowra.nn.trained_tables import bake_tables, train_tables
+
+KINDS = ("lora", "packed", "tables")
 
 
 def step_bytes(model: nn.Module, batch: int, context: float) -> float:
@@ -111,10 +119,14 @@ def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> d
     return row
 
 
-def with_adapters(model: nn.Module, rank: int, count: int) -> nn.Module:
-    """A model with unmerged LoRAs on all linear layers of its blocks, of the size that trained ones have."""
-    if isinstance(model, PeftModel):
-        model = model.unload()
+def with_adapters(model: nn.Module, rank: int, count: int = 1, kind: str = "lora") -> nn.Module:
+    """A model with unmerged adapters on all linear layers of its blocks, of the size that trained ones have.
+
+    Args:
+        kind: "lora"; "packed", each by LoraQuant and as a library holds it; "tables", one with levels and scales of
+            its own, as they are once they were trained.
+    """
+    model = without_adapters(model)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     model = get_peft_model(model, config)
     for number in range(1, count):
@@ -122,24 +134,51 @@ def with_adapters(model: nn.Module, rank: int, count: int) -> nn.Module:
     for name, parameter in model.eval().named_parameters():
         if "lora_" in name:
             parameter.data = torch.nn.init.normal_(parameter.data, std=0.01).to(model.dtype)
+    if kind == "packed":
+        return packed_by_loraquant(model)
+    if kind == "tables":
+        for change in train_tables(model, scales=True).values():
+            torch.nn.init.normal_(change.data, std=0.01)
+        bake_tables(model)
     return model
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    return model.unload() if isinstance(model, PeftModel) else model
+
+
+def packed_by_loraquant(model: PeftModel) -> nn.Module:
+    """The same model with its adapters as they are once they were packed, not refined, and loaded."""
+    names = list(model.peft_config)
+    settings, device = LoraQuantSettings(refine=False), model.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # "default" into the folder itself, others into folders in it
+        folders = [pathlib.Path(folder) / ("" if name == "default" else name) for name in names]
+        packed = [quantize_loraquant(read_adapter(own), settings, device=device) for own in folders]
+    model = without_adapters(model)
+    for name, adapter in zip(names, packed, strict=True):
+        model = attach(model, adapter, name)
+    model.set_adapter(names[0])
+    return model.eval()
 
 
 def measure(base: str | float, args, bandwidth: float) -> list[dict]:
     """All rows of one base."""
     model = make_model(args.shape, base)
     rows = []
-    for rank in args.ranks:
-        if rank:
-            model = with_adapters(model, rank, args.adapters)
+    adapters = [(rank, kind) for rank in args.ranks for kind in (args.kinds if rank else [""])]
+    for rank, kind in adapters:
+        if kind in ("packed", "tables") and not isinstance(base, float):
+            continue  # tables are those of packed layers, and a packed adapter is a LoRA to any other base
+        model = with_adapters(model, rank, args.adapters, kind) if rank else without_adapters(model)
         for batch, prompt, way in itertools.product(args.batch, args.prompt, args.ways):
             if way == "fast" and not isinstance(base, float):
                 continue
             ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
             torch.cuda.reset_peak_memory_stats()
             row = {"shape": args.shape, "base": base, "rank": rank, "batch": batch, "prompt": prompt, "way": way}
-            if rank and args.adapters > 1:
-                row["adapters"] = args.adapters
+            if rank:
+                row |= {"kind": kind, "adapters": args.adapters}
             if way == "graph":
                 row["step_ms"] = 1e3 * bare_graph(model, batch, prompt + args.new)
             else:
@@ -171,12 +210,15 @@ def main():
     parser.add_argument("--prompt", type=int, nargs="*", default=[100, 512, 2048])
     parser.add_argument("--ranks", type=int, nargs="*", default=[0], help="of unmerged adapters, 0 for none")
     parser.add_argument("--adapters", type=int, default=1, help="from two on each sequence goes through one of them")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["lora"], help="of adapters")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--ways", nargs="*", default=["eager", "graph", "fast"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="GPU-busy share and launches of a step")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
+    if args.adapters > 1 and "tables" in args.kinds:
+        parser.error("a batch goes through one set of tables: --adapters 1")
     bandwidth = read_bandwidth()
     print(torch.cuda.get_device_name(), f"reads {bandwidth / 1e9:.0f} GB/s")
     rows = []

@@ -1,0 +1,42 @@
+"""The models of scripts/bench_generation.py: adapters of every kind go through the products of a decoding step."""
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from lowra.generation import fast
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import bench_generation  # noqa: E402
+import random_models  # noqa: E402
+
+
+@pytest.mark.parametrize("kind, count", [("lora", 1), ("packed", 1), ("packed", 2), ("tables", 1)])
+def test_adapters_of_every_kind_go_through_the_products(kind, count, caplog):
+    fast._warn.cache_clear()
+    model = random_models.make_model("tiny", 2.0, device="cpu", dtype=torch.float32)
+    ids = torch.randint(5, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    bare = bench_generation.generate(model, ids, 12, fast=True)
+    model = bench_generation.with_adapters(model, 8, count, kind)
+    assert list(model.peft_config) == ["default", "another-1"][:count]
+    for name, parameter in model.named_parameters():  # of a size that a model of two layers answers to
+        if "lora_B" in name:
+            parameter.data.mul_(30)
+    found = bench_generation.generate(model, ids, 12, fast=True)
+    assert torch.equal(found, bench_generation.generate(model, ids, 12, fast=False))
+    assert not torch.equal(found, bare) and not caplog.records
+    decoder = fast._sessions[model.get_base_model()].decoder
+    for group in decoder._projections():
+        assert group._in_product is not None and group._packed  # one launch on a GPU
+        for weight, term in zip(group._packed, group._in_product.terms, strict=True):
+            assert term.a.is_contiguous() and term.b.is_contiguous() and len(term.a) % 4 == 0
+            assert term.a.dtype == term.b.dtype == model.dtype
+            assert weight[0].scales.dtype == torch.uint8 and weight[0].levels.dtype == torch.float16
+    tables = decoder._blocks[0].mlp.down_proj.base_layer.adapter_tables
+    assert bool(tables and tables.chosen()) == (kind == "tables")
+    fast.release(model)
+    assert torch.equal(bench_generation.generate(bench_generation.without_adapters(model), ids, 12, fast=True), bare)
