@@ -8,12 +8,11 @@ import contextlib
 import math
 
 import torch
-from accuracy_end_to_end import divergence
-from accuracy_recording import recorded
 from transformers import AutoModelForCausalLM
 
 from lowra.quantization import block_training
 from lowra.quantization.block_training import current
+from lowra.quantization.trained_stack import Adam, rates_of, stacked
 from lowra.quantization.trained_weight import TrainedWeight
 
 
@@ -139,18 +138,28 @@ def gradients(model, sequences):
 
 def optimise(weights, inputs, loss, passes, seed, batch):
     steps = math.ceil(passes * len(inputs) / batch)
-    optimiser = torch.optim.Adam(list(block_training._groups(weights)), betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: block_training._factor(step, steps))
+    rates = {name: rates_of(weight, dict.fromkeys(block_training.RATES, 1.0)) for name, weight in weights.items()}
+    stacks = stacked(weights)
+    adams = [Adam(stack, rates) for stack in stacks]
     generator = torch.Generator().manual_seed(seed)
     orders = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(passes)])
-    with recorded(weights, inputs.device) as make:
-        for members in orders.to(inputs.device).split(batch):
-            with halved(inputs.device):
-                value = loss(inputs[members].float(), members, make())
-            value.backward()
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad(set_to_none=True)
+    for step, members in enumerate(orders.to(inputs.device).split(batch)):
+        made = [stack() for stack in stacks]
+        leaves = {name: weight.detach().requires_grad_() for own in made for name, weight in own.items()}
+        with halved(inputs.device):
+            value = loss(inputs[members].float(), members, leaves)
+        gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        for own, adam in zip(made, adams, strict=True):
+            adam.at(step, steps)
+            adam.step(list(own.values()), [gradients[name] for name in own])
+    for stack in stacks:
+        stack.unstack()
+
+
+def divergence(wanted, out):
+    """Mean KL divergence of logits [B, T, V]."""
+    wanted, out = wanted.float().log_softmax(dim=-1), out.float().log_softmax(dim=-1)
+    return (wanted.exp() * (wanted - out)).sum(dim=-1).mean()
 
 
 @torch.no_grad()

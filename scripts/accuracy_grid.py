@@ -27,8 +27,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import accuracy_end_to_end  # noqa: E402
+import accuracy_own_text  # noqa: E402
 import torch  # noqa: E402
+from accuracy_blocks import divergence  # noqa: E402
 from accuracy_efficientqat import SteppedLinear, UniformWeight  # noqa: E402
 from accuracy_variants import (  # noqa: E402
     DEFAULTS,
@@ -48,13 +49,14 @@ from lowra.corpus import read_text  # noqa: E402
 from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
-from lowra.quantization.own_text import write_text  # noqa: E402
+from lowra.quantization.end_to_end import EndToEnd  # noqa: E402
 from lowra.weights.packed import PackedWeight  # noqa: E402
 
-TRAINING = ("train", "table_rate", "lr", "train_steps")
+TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
 QUANTISED = (*TRAINING, "end_to_end")
 FITTED = (*QUANTISED, "blocks", "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
+WRITTEN = 2048  # sequences of one file of them; the first file is shorter, because all wait for it
 
 
 class Adapted(nn.Module):
@@ -95,11 +97,12 @@ class Session:
         self.targets = find_targets(self.model, None)
         self.modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in self.modules.items()}
-        self._own_text = own_text / f"{pathlib.Path(model).name}.safetensors"
+        (self._own_text, self._written), self._own = own_text, []
         self._count = max(1, calibration_tokens // SEQUENCE)
         self._calibrations = {}
         self._shared = shared
         self._trained = None, None  # blocks of the last variant, which the next may train on
+        self._ended = None, None  # the same after their end-to-end training
 
     def _blocks(self, tokenizer, folder, part):
         path = folder / f"{part}.txt"
@@ -114,10 +117,18 @@ class Session:
         """Token ids [count, T], or all that there are; waits for the process that lets the model write."""
         if origin == "given":
             return self.train[:count]
-        while not self._own_text.exists():
-            time.sleep(1)
-        own = load_file(self._own_text)["tokens"].long()[HELD_OUT:]
-        return (own if origin == "own" else torch.cat([self.train, own]))[:count]
+        given = self.train if origin == "both" else self.train[:0]
+        own = self._own_up_to(HELD_OUT + count - len(given))[HELD_OUT:]
+        return torch.cat([given, own])[:count]
+
+    def _own_up_to(self, count):
+        """The first sequences that the model wrote, of which there are so many at least if it writes so many."""
+        while sum(map(len, self._own)) < min(count, self._written):
+            path = own_path(self._own_text, self.folder, len(self._own))
+            while not path.exists():
+                time.sleep(0.5)
+            self._own.append(load_file(path)["tokens"].long())
+        return torch.cat(self._own)
 
     def calibration(self, origin: str):
         """Statistics over the first sequences of a text, from the dense model."""
@@ -139,12 +150,38 @@ class Session:
         if self._trained[0] != key:
             self._trained = key, reconstructed(self, v, fitted)
         trained, found = self._trained[1]
-        found = dict(found)
         if v.end_to_end:
-            trained, options = copy.deepcopy(trained), dict(v.end_to_end)
-            sequences = self.text(options.pop("on"), options.pop("blocks"))
-            found["kl"] = accuracy_end_to_end.train(self, trained, sequences, seed=v.seed, **options)
+            key = stage_of(v, TRAINING)
+            if self._ended[0] != key:
+                self._ended = None, None
+                self._ended = key, self._end_to_end(v, trained)
+            trained, ends = self._ended[1]
+            found = found | ends
         return as_packed(fitted, trained), found
+
+    def _end_to_end(self, v, trained):
+        """What was trained after the blocks, on all of them together, and what that reports."""
+        trained, options = copy.deepcopy(trained), dict(v.end_to_end)
+        sequences = self.text(options.pop("on"), options.pop("blocks"))
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
+        most = options.pop("seconds", math.inf)
+        training = EndToEnd(model, self.targets, trained, sequences, seed=v.seed, **options)
+        found = {"kl_before": training.divergence(self.held_out())}
+        losses = [training.run(min(8, training.steps))]
+        found["kl_recorded"], begun = training.recorded, time.perf_counter()
+        losses.append(training.run(min(40, training.steps)))
+        losses[-1].sum().item()  # waits for the device
+        # fewer where the GPU is shared, or nothing recorded
+        each = (time.perf_counter() - begun) / max(1, len(losses[-1]))
+        training.steps = max(training.done, min(training.steps, int(most / each)))
+        losses.append(training.run(training.steps))
+        found["kl_steps"], found["kl_step_s"] = training.steps, (time.perf_counter() - begun) / training.steps
+        losses, few = torch.cat(losses), max(1, training.steps // 16)
+        found["kl"] = [float(part.mean()) for part in losses.split(few)]
+        found["kl_after"] = training.divergence(self.held_out())
+        training.finish()
+        print(json.dumps({"bits": v.bits, **v.end_to_end, **found}), file=sys.stderr, flush=True)
+        return trained, found
 
     def _fitted(self, v: Variant):
         """What `quantise` returns, made by the first process that needs it and read by the others."""
@@ -159,23 +196,21 @@ class Session:
 
     def held_out(self):
         """Token ids [count, T] that the model wrote and nothing is trained on."""
-        self.text("own", 1)
-        return load_file(self._own_text)["tokens"].long()[:HELD_OUT]
+        return self._own_up_to(HELD_OUT)[:HELD_OUT]
 
     def own_divergence(self):
         """KL divergence from the dense model on text that it wrote, of the model as it is; None without such text."""
-        if not self._own_text.exists():
+        if not self._written:
             return None
-        own = load_file(self._own_text)["tokens"].long()[:HELD_OUT]
         self.model.eval()
         total = 0.0
         dense = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-            for part in own.split(4):
+            for part in self.held_out().split(4):
                 part = part.to(self.device)
                 wanted = dense(input_ids=part, use_cache=False).logits
-                total += float(accuracy_end_to_end.divergence(wanted, self.model(input_ids=part).logits)) * len(part)
-        return total / len(own)
+                total += float(divergence(wanted, self.model(input_ids=part).logits)) * len(part)
+        return total / HELD_OUT
 
     def perplexity(self):
         self.model.eval()
@@ -221,7 +256,7 @@ def stage_of(v: Variant, later: tuple) -> dict:
 
 def run(session: Session, v: Variant) -> dict:
     start = time.perf_counter()
-    torch.manual_seed(v.seed)
+    torch.manual_seed(v.seed + v.tuning_seed)
     device, model = session.device, session.model
     bits, output_error, ends = 16.0, 0.0, {}
     if v.bits < 16:
@@ -231,6 +266,8 @@ def run(session: Session, v: Variant) -> dict:
         weight = session.weights[name]
         if v.bits < 16:
             stored, a, b = fitted[name]
+            if v.tuning_seed and not b.any():  # a start from nothing may start anywhere
+                a, _ = plain_start(weight, v.rank)
             dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
             left, moment = weight - dense - b @ a, session.calibration(v.calibrate_on).moment(name)
             output_error += float(((left @ moment) * left).sum() / ((weight @ moment) * weight).sum())
@@ -290,7 +327,7 @@ def optimise(session, v, batch=8, warmup=0.03):
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    generator = torch.Generator().manual_seed(v.seed)
+    generator = torch.Generator().manual_seed(v.seed + v.tuning_seed)
     order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(8)])
     while len(order) < batch * steps:
         order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
@@ -307,13 +344,15 @@ def optimise(session, v, batch=8, warmup=0.03):
     return tables
 
 
-def _work(jobs, results, threads, arguments):
+def _work(jobs, results, threads, deadline, arguments):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     model, *others = arguments
     sessions = {}
     while True:
         for job in jobs.get():
+            if time.time() > deadline:
+                continue
             try:
                 variant = Variant(**job)
                 folder = variant.model or model
@@ -339,12 +378,13 @@ def _next(results, workers):
                 raise RuntimeError("A worker died; its traceback is above.") from None
 
 
-def write(folder, count, path, device):
-    """Token ids that a model writes, into a file that appears when it is whole."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
-    tokens = write_text(model, AutoTokenizer.from_pretrained(folder), count, SEQUENCE, batch=1024, progress=False)
-    save_file({"tokens": tokens.int()}, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+def own_path(folder, model, number):
+    """A file of the text that a model writes."""
+    return folder / f"{pathlib.Path(model).name}-{number:02d}.safetensors"
+
+
+def write(folder, counts, own_text, device):
+    accuracy_own_text.write(folder, counts, SEQUENCE, lambda number: own_path(own_text, folder, number), device)
 
 
 def main():
@@ -358,8 +398,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--eval-blocks", type=int, default=10_000)
-    parser.add_argument("--write-text", type=int, default=0, help="sequences that the model writes, for `own` text")
-    parser.add_argument("--own-text", type=pathlib.Path, help="folder for them, or where they lie: MODEL.safetensors")
+    parser.add_argument("--write-text", type=int, default=0, help="sequences of `own` text for the model to write")
+    parser.add_argument("--own-text", type=pathlib.Path, help="folder for them")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
     start = time.perf_counter()
@@ -372,10 +412,12 @@ def main():
     folder = tempfile.TemporaryDirectory()
     shared = pathlib.Path(folder.name)
     own_text = args.own_text or shared / "own"
-    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own_text, shared)
+    counts = [min(WRITTEN // 2, args.write_text), *[WRITTEN] * (max(0, args.write_text - WRITTEN // 2) // WRITTEN)]
+    own = own_text, sum(counts) if args.write_text else 0
+    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own, shared)
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     workers = [
-        context.Process(target=_work, args=(jobs, results, threads, arguments), daemon=True)
+        context.Process(target=_work, args=(jobs, results, threads, time.time() + args.seconds, arguments), daemon=True)
         for _ in range(args.workers)
     ]
     for worker in workers:
@@ -388,10 +430,10 @@ def main():
     if args.write_text:
         own_text.mkdir(parents=True, exist_ok=True)
         for model in dict.fromkeys(variant.get("model") or str(args.model) for variant in variants):
-            path = own_text / f"{pathlib.Path(model).name}.safetensors"
-            arguments = (model, args.write_text + HELD_OUT, path, args.device)
-            workers.append(context.Process(target=write, args=arguments, daemon=True))
-            workers[-1].start()
+            if not own_path(own_text, model, len(counts) - 1).exists():
+                arguments = (model, counts, own_text, args.device)
+                workers.append(context.Process(target=write, args=arguments, daemon=True))
+                workers[-1].start()
     while running:
         row = _next(results, workers)
         if row is None:

@@ -40,7 +40,9 @@ class Variant:
         reconstruct_on: text of the blocks' training: "given", "own", or "both", the given one first.
         blocks: what `accuracy_blocks.train` takes, in place of the library's training of blocks.
         emphasis: factor on the assigner's errors in each block, in place of 1.
-        end_to_end: steps, and what else `accuracy_end_to_end.train` takes, of a training of all blocks together.
+        end_to_end: of a training of all blocks together: text ("on" and "blocks", as of `reconstruct_on`), "steps",
+            what else `EndToEnd` takes, and "seconds", after which steps are fewer.
+        tuning_seed: added to `seed` in fine-tuning alone, so that many share one packed model.
         only: regular expression for the names of the matrices that are quantised; the others keep 16 bits.
     """
 
@@ -63,6 +65,7 @@ class Variant:
     rank: int = 8
     lr: float = 4e-3
     seed: int = 0
+    tuning_seed: int = 0
     train_steps: int = 120
     reconstruct: int = 0
     reconstruct_blocks: int = 24

@@ -16,19 +16,24 @@ from bitsandbytes.backends.lowra.layout import Segment
 from bitsandbytes.backends.lowra.reference import decode_scales, pack_codes, rows_of_codes
 
 from ..weights.groups import group_sums, widen
-from ..weights.packed import PackedWeight, store_scales
+from ..weights.packed import STORAGES, PackedWeight, store_scales
 from .loftq import LowRank
 
 # How far inside its code's cell a weight begins, in units of its group's scale: rounding must not move it at once.
 _MARGIN = 1e-3
-# Numbers of the one-hot form of codes that are in memory at a time.
-_ONE_HOT = 2**22
+# Numbers of the one-hot form of codes that are in memory at a time: a GPU waits for launches, a CPU for its cache.
+_ONE_HOT_CPU, _ONE_HOT_GPU = 2**22, 2**26
 
 
 class TrainedWeight(nn.Module):
     """W + scaling * B A [N, K] with W in packed format 1.
 
     Attributes:
+        start: packed, where the training starts.
+        order: int64 [N], the row of W at each packed place.
+        segments: its rows by precision, without precisions that have none.
+        scales: float32 [N, groups], of the start.
+        scaling: by which the product of A and B counts.
         dense: float32 [N, K] in packed row order, what the codes are rounded from.
         level_change: float32 [entries], added to the levels.
         scale_change: float32 [N, groups], relative change of each scale.
@@ -48,16 +53,15 @@ class TrainedWeight(nn.Module):
             scaling: by which their product counts.
         """
         super().__init__()
-        self._start, self._scaling = packed, scaling
-        self._order = layout.row_order(packed.row_bits).long()
-        self._segments = [segment for segment in packed.segments() if segment.end > segment.first]
-        self._scales = decode_scales(packed.scales, packed.scale_steps)
-        self._storage = {torch.uint8: "double_quant", torch.float16: "float16"}.get(packed.scales.dtype, "float32")
+        self.start, self.scaling = packed, scaling
+        self.order = layout.row_order(packed.row_bits).long()
+        self.segments = [segment for segment in packed.segments() if segment.end > segment.first]
+        self.scales = decode_scales(packed.scales, packed.scale_steps)
         if factors is not None:
             weight = weight - scaling * factors.lora_B @ factors.lora_A
-        self.dense = nn.Parameter(self._inside_cells(weight[self._order]))
+        self.dense = nn.Parameter(self._inside_cells(weight[self.order]))
         self.level_change = nn.Parameter(torch.zeros_like(packed.levels, dtype=torch.float32))
-        self.scale_change = nn.Parameter(torch.zeros_like(self._scales))
+        self.scale_change = nn.Parameter(torch.zeros_like(self.scales))
         for name in ("lora_A", "lora_B"):
             factor = None if factors is None else nn.Parameter(getattr(factors, name).clone())
             self.register_parameter(name, factor)
@@ -66,38 +70,33 @@ class TrainedWeight(nn.Module):
     def forward(self) -> torch.Tensor:
         """The sum, float32 [N, K], rows in the order of W."""
         levels, scales = self._tables()
-        stored = _Rounded.apply(self.dense, levels, scales, self._segments, self._start.group_size)
-        weight = torch.empty_like(stored).index_copy(0, self._order, stored)
+        stored = Rounded.apply(self.dense, levels, scales, self.segments, self.start.group_size)
+        weight = torch.empty_like(stored).index_copy(0, self.order, stored)
         if self.lora_A is None or self.lora_B is None:
             return weight
-        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self._scaling)
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scaling)
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels [entries] and scales [N, groups] in the values that are stored of them."""
-        levels = self._start.levels.float() + self.level_change
-        # ascending in every row, because codes are found by the midpoints
-        parts = [levels[s.levels_of(s.first, s.end)].view(-1, 2**s.bits).cummax(dim=1).values for s in self._segments]
-        levels = torch.cat([part.reshape(-1) for part in parts])
-        scales = self._scales * (1 + self.scale_change).clamp(min=0)
-        return _AsStored.apply(levels, levels.half().float()), _AsStored.apply(
-            scales, decode_scales(*self._kept(scales))
-        )
+        levels = stored_levels(self.start.levels.float() + self.level_change, self.segments)
+        scales = self._changed_scales()
+        return levels, AsStored.apply(scales, decode_scales(*self._kept(scales)))
 
     def _kept(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return store_scales(scales.detach(), self._storage)
+        return store_scales(scales.detach(), STORAGES[self.start.scales.dtype])
 
     def _changed_scales(self) -> torch.Tensor:
-        return self._scales * (1 + self.scale_change).clamp(min=0)  # one below zero has no storage
+        return changed_scales(self.scales, self.scale_change)
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """W as it is now."""
         levels, scales = self._tables()
-        codes = _codes(self.dense, levels, scales, self._segments, self._start.group_size)
-        stream = [pack_codes(codes[s.first : s.end], s.bits, s.row_bytes).reshape(-1) for s in self._segments]
-        stored, steps = store_scales(self._changed_scales(), self._storage)
+        codes = _codes(self.dense, levels, scales, self.segments, self.start.group_size)
+        stream = [pack_codes(codes[s.first : s.end], s.bits, s.row_bytes).reshape(-1) for s in self.segments]
+        stored, steps = self._kept(self._changed_scales())
         return dataclasses.replace(
-            self._start, weight=torch.cat(stream), scales=stored, scale_steps=steps, levels=levels.half()
+            self.start, weight=torch.cat(stream), scales=stored, scale_steps=steps, levels=levels.half()
         )
 
     def factors(self) -> LowRank | None:
@@ -109,20 +108,34 @@ class TrainedWeight(nn.Module):
     def _inside_cells(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest to `weight` [N, K], packed row order, whose rounding gives the codes of the start."""
         inside = torch.empty_like(weight)
-        for bits, rows, entries, codes in rows_of_codes(self._start.matrix()):
-            levels = self._start.levels[entries].view(-1, 2**bits).float()
+        for bits, rows, entries, codes in rows_of_codes(self.start.matrix()):
+            levels = self.start.levels[entries].view(-1, 2**bits).float()
             edge = torch.full((len(levels), 1), torch.inf, device=levels.device)
             cuts = torch.cat([-edge, (levels[:, 1:] + levels[:, :-1]) / 2, edge], dim=1)
             low, high = cuts.gather(1, codes.long()), cuts.gather(1, codes.long() + 1)
             margin = ((high - low) / 2).clamp(max=_MARGIN)
-            wide = widen(self._scales[rows], self._start.group_size, self._start.in_features)
+            wide = widen(self.scales[rows], self.start.group_size, self.start.in_features)
             own = weight[rows]
             nearest = torch.minimum(torch.maximum(own, (low + margin) * wide), (high - margin) * wide)
             inside[rows] = torch.where(wide > 0, nearest, own)  # a group of scale 0 has no cells
         return inside
 
 
-class _AsStored(torch.autograd.Function):
+def stored_levels(levels: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """Levels [entries] in the values that are stored of them: ascending in every row, because codes are found by the
+    midpoints, and in float16.
+    """
+    parts = [levels[s.levels_of(s.first, s.end)].view(-1, 2**s.bits).cummax(dim=1).values for s in segments]
+    levels = torch.cat([part.reshape(-1) for part in parts])
+    return AsStored.apply(levels, levels.half().float())
+
+
+def changed_scales(scales: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Scales [N, groups] after a relative change."""
+    return scales * (1 + change).clamp(min=0)  # one below zero has no storage
+
+
+class AsStored(torch.autograd.Function):
     """The second argument, with the gradient of the first: what is stored of a table stands for the table."""
 
     @staticmethod
@@ -134,7 +147,7 @@ class _AsStored(torch.autograd.Function):
         return gradient, None
 
 
-class _Rounded(torch.autograd.Function):
+class Rounded(torch.autograd.Function):
     """The packed weight [N, K] in packed row order: of each dense weight the nearest level, times its group's scale."""
 
     @staticmethod
@@ -181,7 +194,8 @@ def _sums_by_code(values: torch.Tensor, codes: torch.Tensor, count: int) -> torc
     """[n, count]: of each row the sum of the values at each code; always in the same order."""
     sums = torch.empty(len(values), count, device=values.device)
     known = torch.arange(count, dtype=torch.uint8, device=values.device)[:, None]
-    step = max(1, _ONE_HOT // (count * values.shape[1]))
+    most = _ONE_HOT_CPU if values.device.type == "cpu" else _ONE_HOT_GPU
+    step = max(1, most // (count * values.shape[1]))
     for first in range(0, len(values), step):
         rows = slice(first, first + step)
         one_hot = (codes[rows, None] == known).to(values.dtype)
