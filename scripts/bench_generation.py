@@ -174,7 +174,7 @@ def measure(base: str | float, args, bandwidth: float) -> list[dict]:
         for batch, prompt, way in itertools.product(args.batch, args.prompt, args.ways):
             if way == "fast" and not isinstance(base, float):
                 continue
-            ids = torch.randint(5, 1000, (batch, prompt), device=GPU)
+            ids = torch.randint(5, model.config.vocab_size, (batch, prompt), device=GPU)
             torch.cuda.reset_peak_memory_stats()
             row = {"shape": args.shape, "base": base, "rank": rank, "batch": batch, "prompt": prompt, "way": way}
             if rank:
