@@ -14,11 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
 from ..nn.linear import LowRALinear
+from .coverage import check_attention, check_autocast, check_mode, check_written
 from .mixed_batches import NO_ADAPTER
 from .projections import Projections, Unsupported, is_packed
 
@@ -72,11 +74,18 @@ class Decoder:
             raise Unsupported(f"{config.model_type} is none of the architectures {', '.join(FAMILIES)}")
         self.positions, self.names, self.exact = positions, names, exact
         self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
-        weight = self._body.norm.weight
+        weight = _norm(self._body.norm).weight
         self.device, self.dtype = weight.device, weight.dtype
-        if any(parameter.device != self.device for parameter in model.parameters()):
+        modules = list(model.modules())  # some thousand, which this does not go through more often than it must
+        parameters = (p for module in modules for p in module._parameters.values() if p is not None)
+        if any(parameter.device != self.device for parameter in parameters):
             raise Unsupported("the model is spread over several devices")
-        _check_mode(model)
+        check_mode(modules)
+        check_autocast(self.device.type, self.dtype)
+        kinds: set[Any] = set(map(type, modules))
+        self._kinds = {(kind, kind.forward) for kind in kinds}
+        called = {part for end in (self._body.embed_tokens, self._head) for part in end.modules()}
+        check_written(type(model), {type(module) for module in modules if module not in called})
         self._rows = {
             name: torch.tensor([own == name for own in names], device=self.device)
             for name in dict.fromkeys(names)
@@ -88,12 +97,10 @@ class Decoder:
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         cosine, sine = self._rotary(positions)
         self.layers = [self._layer(block, cosine, sine) for block in self._body.layers]
-        self._blocks = list(self._body.layers)
-        self._places = [*self._ends(), *_norms_of(self._blocks)]
-        self._adapted = [group for group in self._projections() if group.cells()]
-        most = max((group.cells() for group in self._adapted), default=0)
-        self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
-        self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if any(norm.weight.dtype != self.dtype for norm in self._norms()):
+            raise Unsupported(f"some of its norms are {self.dtype} and some are not")
+        self._adapted: list[Projections] | None = None  # as long as nobody computes with this
+        self._was = self._state()
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """Runs a prompt and fills the caches.
@@ -145,7 +152,7 @@ class Decoder:
 
     def _run(self, residual: torch.Tensor, attend: Callable[..., torch.Tensor], batch: int) -> torch.Tensor:
         """The blocks and the head. residual: [tokens, hidden]; the last token of each sequence comes out."""
-        if self._adapted:
+        if self._adapted:  # once this was refreshed
             self._launches += len(self._adapted)
         delta: torch.Tensor | None = None
         delta_norm: Norm | None = None
@@ -184,26 +191,42 @@ class Decoder:
         for layer in self.layers:
             yield from (layer.query_key_value, layer.out, layer.gate_up, layer.down)
 
+    def _norms(self) -> Iterator[Norm]:
+        yield _norm(self._body.norm)
+        for layer in self.layers:
+            of_heads = layer.attention.query_norm, layer.attention.key_norm
+            around = layer.before_attention, layer.after_attention, layer.before_feed_forward, layer.after_feed_forward
+            yield from (norm for norm in (*around, *of_heads) if norm is not None)
+
     def is_current(self, model: PreTrainedModel) -> bool:
-        """Whether a captured step still computes what the model does: nothing has moved, the adapters are the same."""
+        """Whether a captured step still computes what the model does: one read from the model now would be the same."""
         try:
-            _check_mode(model)
-            blocks = list(model.get_decoder().layers)
-            if len(blocks) != len(self._blocks) or any(a is not b for a, b in zip(blocks, self._blocks, strict=True)):
-                return False
-            same = [*self._ends(), *_norms_of(blocks)] == self._places
-            parts = same and all(group.is_current() for group in self._projections())
+            now = Decoder(model, self.positions, self.names, self.exact)
         except Unsupported:
             return False
-        return parts
+        if now._was != self._was:
+            return False
+        tables = [(own.layers[0].attention.cosine, own.layers[0].attention.sine) for own in (now, self)]
+        return all(map(torch.equal, *tables))
+
+    def _state(self) -> list[Any]:
+        """Addresses, numbers and objects that a captured step has fixed, but for the values of rotary embeddings."""
+        found: list[Any] = [self.device, self.dtype, self._softcap, self._kinds, *self._ends()]
+        found += ((norm.weight.data_ptr(), norm.epsilon, norm.one_plus) for norm in self._norms())
+        for layer in self.layers:
+            its = layer.attention
+            found += (layer.activation, its.heads, its.kv_heads, its.dim, its.scaling, its.window, its.softcap)
+        for group in self._projections():
+            found += group.state()
+        return found
 
     def _ends(self) -> list[Any]:
-        """Where norm, embeddings and head lie, and which adapters they have."""
-        ends = (self._body.norm, self._body.embed_tokens, self._head)
-        found: list[Any] = [parameter.data_ptr() for module in ends for parameter in module.parameters()]
+        """What embeddings and head are, where they lie, and which adapters they have."""
+        ends = (self._body, self._body.embed_tokens, self._head)
+        found: list[Any] = [*ends, *(parameter.data_ptr() for end in ends[1:] for parameter in end.parameters())]
         if isinstance(self._head, LowRALinear):
             found += [table.data_ptr() for table in self._head.current_tables().values()]
-        for module in (part for end in ends for part in end.modules()):
+        for module in (part for end in ends[1:] for part in end.modules()):
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 chosen = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
                 found.append(repr([getattr(module, name, None) for name in chosen]))
@@ -212,6 +235,11 @@ class Decoder:
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes the adapters' factors, anew where copies are kept of them: they may have been trained on."""
+        if self._adapted is None:
+            self._adapted = [group for group in self._projections() if group.cells()]
+            most = max((group.cells() for group in self._adapted), default=0)
+            self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
+            self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
         kept: list[torch.Tensor] = []
         given: list[torch.Tensor] = []
         for group in self._projections():
@@ -242,6 +270,10 @@ class Decoder:
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in _ACTIVATIONS:
             raise Unsupported(f"its activation is {activation}")
+        own = getattr(feed_forward, "act_fn", getattr(feed_forward, "activation_fn", None))
+        if own is not None and type(own) is not type(ACT2FN[activation]):
+            raise Unsupported(f"its activation is {type(own).__name__}")
+        check_attention(config)
         four_norms = hasattr(block, "pre_feedforward_layernorm")
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         window = getattr(attention if hasattr(attention, "sliding_window") else config, "sliding_window", None)
@@ -307,24 +339,6 @@ def _mask(places: torch.Tensor, first: torch.Tensor, window: int) -> torch.Tenso
         seen = seen & (places[None] > places[:, None] - window)
     seen = seen[None] & (places[None, None] >= first[:, None, None])
     return (seen | torch.eye(len(places), dtype=torch.bool, device=places.device)[None])[:, None]
-
-
-def _check_mode(model: PreTrainedModel) -> None:
-    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
-
-
-def _norms_of(blocks: list[Any]) -> list[Any]:
-    """Where the norms of the blocks lie, and their numbers.
-
-    Raises:
-        Unsupported: another norm than of the root mean square.
-    """
-    norms = []
-    for block in blocks:
-        named = [*block.named_children(), *block.self_attn.named_children()]
-        norms += [_norm(module) for name, module in named if name.endswith(("layernorm", "_norm"))]
-    return [part for norm in norms for part in (norm.weight.data_ptr(), norm.epsilon, norm.one_plus)]
 
 
 def _norm(module: Any) -> Norm:

@@ -4,7 +4,6 @@ A decoding step reads the layers' tensors and calls no module, so whatever else 
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,8 +14,7 @@ from .projections import Unsupported
 NO_ADAPTER = "__base__"  # PEFT's name for a sequence that has none
 
 _OF_NAMES = "_adapter_names_pre_forward_hook"
-_EQUIVALENT = "liger_kernel."
-_WATCHING = "transformers."  # hooks of it look on: inputs that require gradients, states that are asked for
+EQUIVALENT = "liger_kernel."  # whose functions compute the same
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -26,15 +24,19 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
         Unsupported: a module has another hook.
     """
     names: tuple[str, ...] = ()
-    for owner, hook in _hooks(model):
-        if _names_adapters(hook):
-            names = tuple(hook.keywords["adapter_names"])
-        elif not str(getattr(hook, "__module__", "")).startswith(_WATCHING):
-            raise Unsupported(f"{owner} has a hook")
+    of_all = [*all_modules._global_forward_pre_hooks.values(), *all_modules._global_forward_hooks.values()]
+    if any(not _looks_on(hook) for hook in of_all):
+        raise Unsupported("every module has a hook")
     for module in model.modules():
-        forward = vars(module).get("forward")
-        # Liger's functions compute the same; Accelerate's hooks stand in the place of a forward
-        if forward is not None and not str(getattr(forward, "__module__", "")).startswith(_EQUIVALENT):
+        own = vars(module)
+        if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+            for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
+                if _names_adapters(hook):
+                    names = tuple(hook.keywords["adapter_names"])
+                elif not _looks_on(hook):
+                    raise Unsupported(f"{type(module).__name__} has a hook")
+        forward = own.get("forward")  # such as Accelerate's hooks
+        if forward is not None and not str(getattr(forward, "__module__", "")).startswith(EQUIVALENT):
             raise Unsupported(f"the forward of {type(module).__name__} has been replaced")
     return names
 
@@ -51,12 +53,6 @@ def _names_adapters(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") == _OF_NAMES
 
 
-def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Forward hooks, and who has them."""
-    for of_all in (all_modules._global_forward_pre_hooks, all_modules._global_forward_hooks):
-        yield from (("every module", hook) for hook in of_all.values())
-    for module in model.modules():
-        if module._forward_pre_hooks or module._forward_hooks:
-            owner = type(module).__name__
-            yield from ((owner, hook) for hook in module._forward_pre_hooks.values())
-            yield from ((owner, hook) for hook in module._forward_hooks.values())
+def _looks_on(hook: Any) -> bool:
+    """Transformers' own hooks do: inputs that require gradients, states that are asked for."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")

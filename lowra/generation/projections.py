@@ -13,6 +13,7 @@ from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Norm
 
 from ..nn.linear import LowRALinear
+from ..nn.trained_tables import TrainedTablesLinear
 
 
 class Unsupported(Exception):
@@ -60,8 +61,10 @@ class Projections:
         Raises:
             Unsupported: an adapter method or a layer that this path does not know.
         """
-        self._read_from = parent, names, dtype, rows
-        modules = [getattr(parent, name) for name in names]
+        self._dtype = dtype
+        modules: list[nn.Module] = [module for name in names if (module := getattr(parent, name, None)) is not None]
+        if len(modules) < len(names):
+            raise Unsupported(f"{type(parent).__name__} has no layers {', '.join(names)}")
         self._bases = [_base_of(module) for module in modules]
         self._adapters = [list(_adapters_of(module, rows)) for module in modules]
         packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
@@ -119,11 +122,11 @@ class Projections:
         """Factors get memory of their own where they have another type than x or are several; it holds nothing yet."""
         if self._has_several():
             if self._side_by_side is None:
-                self._side_by_side = _SideBySide(self._adapters, self._read_from[2])
+                self._side_by_side = _SideBySide(self._adapters, self._dtype)
             return
         for adapter in self.adapters():
-            if adapter.factors is adapter.source and any(part.dtype != self._read_from[2] for part in adapter.source):
-                a, b = (torch.empty_like(part, dtype=self._read_from[2]) for part in adapter.source)
+            if adapter.factors is adapter.source and any(part.dtype != self._dtype for part in adapter.source):
+                a, b = (torch.empty_like(part, dtype=self._dtype) for part in adapter.source)
                 adapter.factors = a, b
 
     def into_products(self, cells: torch.Tensor, launches: torch.Tensor, launch: int) -> None:
@@ -134,14 +137,6 @@ class Projections:
             terms = [decoding.LowRank(*own[0].factors, own[0].scaling) if own else None for own in self._adapters]
             gains = None
         self._in_product = decoding.Adapters(terms, cells, launches, launch, gains)
-
-    def is_current(self) -> bool:
-        """Whether the modules still hold what was read from them, at the same places.
-
-        Raises:
-            Unsupported: see there.
-        """
-        return tuple(Projections(*self._read_from).state()) == tuple(self.state())
 
     def adapters(self) -> Iterator[Adapter]:
         for adapters in self._adapters:
@@ -227,6 +222,10 @@ def _base_of(module: nn.Module) -> nn.Module:
     base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
     if is_packed(base) or type(base) is nn.Linear:
         return base
+    if isinstance(base, TrainedTablesLinear):
+        raise Unsupported("its levels and scales are being trained: bake_tables(model) ends that")
+    if type(base) is LowRALinear:
+        raise Unsupported("prepare_model_for_kbit_training has widened its levels: take lowra.prepare_for_training")
     raise Unsupported(f"it has layers of the kind {type(base).__name__}")
 
 

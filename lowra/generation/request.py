@@ -31,6 +31,23 @@ _CACHES = ("cache", "past_key_values")  # the latter before Transformers 5.24
 _IGNORED = {"attention_mask", *_CACHES, "cache_position", "use_cache", "logits_to_keep", "position_ids"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What decides how a token is chosen; a session serves requests of one.
+
+    Attributes:
+        settings: of processors that are part of a captured step; None where they are not.
+        samples: at random.
+        ends: tokens that end a sequence.
+        pad: follows in a sequence that has ended; None where tokens are chosen for it as before.
+    """
+
+    settings: list[tuple[str, str]] | None
+    samples: bool
+    ends: list[int]
+    pad: int | None
+
+
 @dataclasses.dataclass
 class Request:
     """What `generate` hands to its loop, and what this loop makes of it."""
@@ -41,13 +58,15 @@ class Request:
     criteria: StoppingCriteriaList
     config: GenerationConfig
     model_kwargs: dict
+    assistant: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
         """
         Raises:
             Unsupported: another mode than sampling, or inputs beside the ids.
+            ValueError: no prompt.
         """
-        mode = self.config.get_generation_mode()
+        mode = self.config.get_generation_mode(self.assistant)
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise Unsupported(f"the mode is {mode.value.replace('_', ' ')}")
         if self.config.return_dict_in_generate:
@@ -63,15 +82,21 @@ class Request:
         """int32 [batch]: the first token of each sequence that is no padding.
 
         Raises:
-            Unsupported: padding elsewhere than on the left.
+            Unsupported: padding elsewhere than on the left, or nothing but padding.
         """
         mask = self.model_kwargs.get("attention_mask")
         if mask is None:
             return torch.zeros(len(self.input_ids), dtype=torch.int32, device=self.input_ids.device)
-        mask = mask.bool()
-        first = (~mask).sum(dim=1)
-        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device)[None] >= first[:, None]):
+        if mask.shape != self.input_ids.shape:
+            raise Unsupported(f"the attention mask is {list(mask.shape)} for ids of {list(self.input_ids.shape)}")
+        seen = mask.bool()
+        if not torch.equal(seen.to(mask.dtype), mask):
+            raise Unsupported("the attention mask has other values than 0 and 1")
+        first = (~seen).sum(dim=1)
+        if not torch.equal(seen, torch.arange(seen.shape[1], device=seen.device)[None] >= first[:, None]):
             raise Unsupported("the batch is padded elsewhere than on the left")
+        if int(first.max()) == seen.shape[1]:
+            raise Unsupported("a sequence is padding alone")
         return first.to(torch.int32)
 
     def positions(self) -> int:
@@ -89,33 +114,45 @@ class Request:
             )
         return self.max_length()
 
-    def choice(self) -> tuple:
-        """What decides how a token is chosen, to be compared; processors outside of a graph are each request's."""
-        eos = [c.eos_token_id.flatten().tolist() for c in self.criteria if isinstance(c, EosTokenCriteria)]
+    def choice(self) -> "Choice":
+        """How a token is chosen; processors outside of a graph are each request's own."""
+        ends = [c.eos_token_id.flatten().tolist() for c in self.criteria if type(c) is EosTokenCriteria]
         pad = self.config._pad_token_tensor
         settings = None
         if self.in_graph():
             settings = [(type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.processors]
-        return settings, self.config.do_sample, eos, None if pad is None else int(pad.flatten()[0])
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)  # as Transformers asks
+        return Choice(
+            settings=settings,
+            samples=bool(self.config.do_sample),
+            ends=sorted({token for tokens in ends for token in tokens}),
+            pad=(0 if pad is None else int(pad.flatten()[0])) if pads else None,
+        )
 
     def in_graph(self) -> bool:
         """Whether all processors can be part of a captured step."""
         return all(type(p) in _CAPTURED and _is_plain(p) for p in self.processors)
 
     def max_length(self) -> int:
-        """Tokens at which to stop: a criterion that the caller gives counts in the place of the configuration's."""
-        given = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
-        return min([self.config.max_length, *given])
+        """Tokens at which to stop; a criterion that the caller gives stands in the place of the configuration's."""
+        given = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
+        return min(given, default=self.config.max_length)
 
     def other_criteria(self) -> StoppingCriteriaList:
-        """What each token is held against beside length and end."""
+        """What each token is held against beside length and end; subclasses of their criteria may stop elsewhere."""
         return StoppingCriteriaList([c for c in self.criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)])
 
     def _check_inputs(self) -> None:
         """
         Raises:
-            Unsupported: they are prepared by somebody else, or their positions are not those of the mask.
+            Unsupported: they are prepared by somebody else, lie elsewhere than the model, or their positions are not
+                those of the mask.
+            ValueError: there are none.
         """
+        if self.input_ids.shape[1] == 0:
+            raise ValueError("The prompt has no tokens: give at least one, such as the tokenizer's bos_token_id.")
+        if self.input_ids.device != self.model.device:
+            raise Unsupported(f"the prompt lies on {self.input_ids.device} and the model on {self.model.device}")
         prepares = vars(self.model).get("prepare_inputs_for_generation")
         if prepares is not None and getattr(prepares, "__self__", None) is not self.model:
             raise Unsupported("inputs are prepared by another than the model, as for prompts that were trained")

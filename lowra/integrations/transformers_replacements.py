@@ -173,13 +173,14 @@ def all_of_generate(original: Callable) -> Callable:
     def _extract_generation_mode_kwargs(
         self: Any, custom_generate: Any, kwargs: Any, synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> Any:
-        tokenizer = kwargs.get("tokenizer")
-        wants_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values")) or None
+        given, function = dict(kwargs), custom_generate
         found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
-        if getattr(custom_generate, "__module__", "").startswith("lowra."):  # fast_decoding
-            kept = {"streamer": streamer, "synced_gpus": synced_gpus, "tokenizer": tokenizer}
-            kept["wants_cache"] = wants_cache  # later, one that `generate` has made looks like one that it was given
-            found |= {name: value for name, value in kept.items() if value is not None}
+        while isinstance(function, functools.partial):  # fast_decoding with exact=True, say
+            function = function.func
+        if getattr(function, "__module__", "").startswith("lowra."):  # fast_decoding
+            # later, a cache that `generate` has made looks like one that it was given
+            found["wants_cache"] = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+            found |= original(self, None, given, synced_gpus, assistant_model, streamer)
         return found
 
     return _extract_generation_mode_kwargs

@@ -290,11 +290,21 @@ def test_other_architectures_and_adapters_fall_back(tiny_llama, folders, warning
     assert torch.equal(found, expected) and "is no LoRA" in warnings.text
 
 
+def another_version(monkeypatch, kind, change):
+    """Puts another forward into a class, as a later Transformers would have it there: `change` of what it gave."""
+    original = kind.forward
+
+    def forward(self, x):
+        return change(original(self, x))
+
+    forward.__module__ = kind.__module__
+    monkeypatch.setattr(kind, "forward", forward)
+
+
 def test_another_model_behind_the_same_name_is_noticed(folders, monkeypatch, warnings):
     """An architecture that changes under us must not generate other tokens."""
     model = load(folders["llama"])
-    original = type(model.model.layers[0].mlp).forward
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * original(self, x) + 1)
+    another_version(monkeypatch, type(model.model.layers[0].mlp), lambda out: 2 * out + 1)
     expected, found = both(model, batch())
     assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
 
@@ -316,8 +326,7 @@ def test_a_model_that_makes_much_of_a_rounding_is_judged_by_that(folders, name, 
 def test_a_model_that_a_rounding_turns_into_noise_vouches_for_no_architecture(folders, monkeypatch, warnings):
     model = load(folders["llama"]).to(torch.bfloat16)
     kind = type(model.model.layers[0].mlp)
-    original = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: 100 * torch.sin(1e6 * original(self, x).float()).to(x.dtype))
+    another_version(monkeypatch, kind, lambda out: 100 * torch.sin(1e6 * out.float()).to(out.dtype))
     expected, found = both(model, batch())
     assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
 

@@ -36,7 +36,7 @@ def test_adapters_of_every_kind_go_through_the_products(kind, count, caplog):
             assert term.a.is_contiguous() and term.b.is_contiguous() and len(term.a) % 4 == 0
             assert term.a.dtype == term.b.dtype == model.dtype
             assert weight[0].scales.dtype == torch.uint8 and weight[0].levels.dtype == torch.float16
-    tables = decoder._blocks[0].mlp.down_proj.base_layer.adapter_tables
+    tables = model.get_base_model().model.layers[0].mlp.down_proj.base_layer.adapter_tables
     assert bool(tables and tables.chosen()) == (kind == "tables")
     fast.release(model)
     assert torch.equal(bench_generation.generate(bench_generation.without_adapters(model), ids, 12, fast=True), bare)
