@@ -4,8 +4,8 @@ import argparse
 
 from ..checkpoints.dense import empty_model
 from ..checkpoints.hub import resolve_folder
-from ..corpus import check_token_ids, load_tokenizer, read_text
-from ..generation.loading import check_adapter_folder, load_model
+from ..corpus import check_token_ids, read_text
+from ..generation.loading import check_adapter_folder, load_model, load_tokenizer_for
 from ..training.data import Collator, text_blocks
 from ..training.evaluation import language_model_metrics
 from .ranges import check_range
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict:
     if limit is not None and args.block_size is not None and args.block_size > limit:
         raise ValueError(f"--block-size is {args.block_size}, but {args.model} has {limit} positions.")
     block_size = args.block_size or min(_BLOCK_SIZE, limit or _BLOCK_SIZE)
-    tokenizer = load_tokenizer(folder, args.trust_remote_code)
+    tokenizer = load_tokenizer_for(folder, args.adapter, args.trust_remote_code)
     blocks = text_blocks(text, tokenizer, block_size)
     ids = {token for block in blocks for token in block["input_ids"]}
     check_token_ids(ids, skeleton.config, tokenizer, args.data)

@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
 from ..checkpoints.dense import read_config
 from ..checkpoints.hub import resolve_folder
-from ..corpus import check_characters, check_token_ids, load_tokenizer
-from ..generation.loading import check_adapter_folder, load_model
+from ..corpus import check_characters, check_token_ids
+from ..generation.loading import check_adapter_folder, load_model, load_tokenizer_for
 from ..generation.text import Continuation, continue_text
 from .ranges import MOST_SEEDS, check_range, refuse_idle
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> dict:
     check_adapter_folder(args.adapter)
     folder = resolve_folder(args.model)
     config = read_config(folder, args.trust_remote_code)
-    tokenizer = load_tokenizer(folder, args.trust_remote_code)
+    tokenizer = load_tokenizer_for(folder, args.adapter, args.trust_remote_code)
     _check_prompt(args, config, tokenizer)
     model = load_model(str(folder), args.adapter, args.device, args.force, args.trust_remote_code)
     printer = TextStreamer(tokenizer, skip_special_tokens=True)

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..adapters import load_packed
 from ..adapters.storage import PACKED_FILE
+from ..checkpoints.companions import with_tokenizer
 from ..checkpoints.dense import read_config
 from ..checkpoints.guarded import read_json
 from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
+from ..corpus import load_tokenizer
 from ..device import choose_device, has_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,18 @@ def load_model(
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
+
+
+def load_tokenizer_for(
+    folder: pathlib.Path | str, adapter: str | pathlib.Path | None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that an adapter was trained with, where it brings one, or else the model's.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    own = with_tokenizer(None if adapter is None else expanded(adapter))
+    return load_tokenizer(own or folder, trust_remote_code)
 
 
 def check_adapter_folder(adapter: str | pathlib.Path | None) -> None:

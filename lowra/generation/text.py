@@ -10,6 +10,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .fast import fast_decoding
 
+# whatever the model's generation_config.json says
+_ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+
 
 @dataclasses.dataclass
 class Continuation:
@@ -67,7 +70,14 @@ def continue_text(
     clock = _Clock(streamer)
     started = time.perf_counter()
     ids = model.generate(
-        **inputs, **sampling, max_new_tokens=new_tokens, custom_generate=fast_decoding, streamer=clock, exact=exact
+        **inputs,
+        **sampling,
+        **_ONE_SEQUENCE,
+        max_new_tokens=new_tokens,
+        custom_generate=fast_decoding,
+        streamer=clock,
+        tokenizer=tokenizer,
+        exact=exact,
     )[0]
     seconds = time.perf_counter() - started
     length = inputs["input_ids"].shape[1]
