@@ -198,7 +198,8 @@ typedef struct lowra_adapter {
 // that may run at the same time need other memory.
 typedef struct lowra_adapters {
   lowra_adapter of[LOWRA_MOST_GROUPED];
-  uint64_t *cells;          // [ceil(K / 512), ranks of all adapters, tokens], zeros before the first launch
+  uint64_t *cells;          // ranks of all adapters * tokens * pieces, zeros before the first launch; pieces: ceil(K /
+                            // 512), rounded up to a power of two or, from 32 on, to a multiple of 32
   const int32_t *launches;  // on the device; with `launch` added, a number that no launch with these cells has had
   const float *gains;    // [ranks of all adapters, tokens] or null: factors of A x; -0 makes 0 of whatever it is, and
                          // what has 0 is neither made nor taken: all of four ranks, or none

@@ -25,14 +25,14 @@ __host__ __device__ inline int words_of_fours(const product_group &q) {
 inline size_t inner_bytes(const single_product &) { return 0; }
 inline size_t inner_bytes(const product_group &q) { return ((size_t)q.own * q.tokens + words_of_fours(q)) * 4; }
 
-// Of the rows of B that a team of `tiles` tiles stores, all as long as the longest.
-inline size_t bytes_of_b(const product_group &q, int tiles) { return (size_t)tiles * kTileRows * q.most_ranks * 2; }
+// Of the rows of B that a team of `tiles` tiles stores.
+inline size_t bytes_of_b(const product_group &q, int tiles) { return (size_t)tiles * kTileRows * q.b_stride * 8; }
 
 // What a block needs of its adapters when it stores its rows, in shared memory.
 struct adapter_memory {
   float *inner;  // [token][a token's own ranks of all adapters]
   int *fours;    // as lowra_adapters has them
-  uint2 *b;      // [row of the team][q.most_ranks], if q.b_is_shared
+  uint2 *b;      // [row of the team][q.b_stride], if q.b_is_shared
 
   __device__ __forceinline__ void lie_at(const product_group &q, int *memory) {
     inner = reinterpret_cast<float *>(memory);
@@ -51,27 +51,38 @@ __device__ __forceinline__ uint64_t look_at_cell(const uint64_t *cell) {
   return word;
 }
 
+// Which piece of which row of A a warp sums, and for which tokens: a bit each. None is wanted of a row below zero.
+struct piece_of_a {
+  int rank, number;
+  uint32_t tokens;
+};
+
 // A x of all adapters of a group, shared out among warps.
 template <class S>
 struct shared_row_sums {
   const typename S::PRODUCT &q;
   const uint4 *plain;  // x of the block's columns [begin, end), see stage_x
-  int begin, end, team, teams, lane;
+  int begin, end, slice, lane;
+  int task, stride;   // this warp's first, of which it usually has no other, and how far it is to the next
   uint32_t launch;    // its number
-  uint2 first[2][2];  // of A, for this warp's piece, of which it usually has one
+  piece_of_a piece;   // of that task
+  uint2 first[2][2];  // of A, for it
   float first_gain;   // of that row of A for token `lane`
+  int four;           // word threadIdx.x of memory.fours
 
   // Cells that a thread looks at before its last unit of the product: they are there by then, and come while it works.
   static constexpr int kEarly = S::TOKENS <= 2 ? S::TOKENS : 0;
   const uint64_t *early_cell;  // the first of them, or null
   uint64_t early[kEarly > 0 ? kEarly : 1];
 
-  // Before earlier kernels have finished.
-  __device__ __forceinline__ void ask_for_first(int warp) const {
-    const int pieces = own_pieces(), number = team + teams * warp;
-    if (number >= q.ranks * pieces || lane != 0) return;
-    const int column = begin + number % pieces * kPieceColumns;
-    const uint16_t *row = row_of_a(number / pieces);
+  // Before earlier kernels have finished. spare: how many warps of the block come before this one when those with
+  // fewest units of the product come first.
+  __device__ __forceinline__ void ask_for_first(int team, int teams, int spare) {
+    task = team + teams * spare, stride = teams * kWarps;
+    piece = piece_of_task(task);
+    if (piece.rank < 0 || lane != 0) return;
+    const int column = begin + piece.number * kPieceColumns;
+    const uint16_t *row = row_of_a(piece.rank);
     prefetch_to_l2(row + column, row + min(column + kPieceColumns, q.in_features));
   }
   // A row of B, which is read when sums are stored: to `target`, or to the L2 cache. wait_for_copies<0> follows.
@@ -95,24 +106,26 @@ struct shared_row_sums {
 #endif
   }
 
-  // Once they have. A barrier follows.
-  __device__ __forceinline__ void fetch_first(int thread, const adapter_memory &memory) {
+  // Once they have.
+  __device__ __forceinline__ void fetch_first(int thread) {
     launch = (uint32_t)*q.adapters.launches + (uint32_t)q.adapters.launch;
-    const int number = team + teams * (thread / 32);
-    if (number < q.ranks * own_pieces()) fetch_piece(number);
-    for (int i = thread; i < words_of_fours(q); i += kThreads) {
-      memory.fours[i] = i < q.own / 4 * q.tokens ? __ldg(q.adapters.fours + i) : -1;
-    }
+    if (piece.rank >= 0) fetch_piece();
+    four = thread < words_of_fours(q) ? four_at(thread) : -1;
+  }
+  // When those words are there. A barrier follows.
+  __device__ __forceinline__ void put_fours(int thread, const adapter_memory &memory) const {
+#pragma unroll 1
+    for (int i = thread; i < words_of_fours(q); i += kThreads) memory.fours[i] = i == thread ? four : four_at(i);
   }
 
   // After it.
   __device__ __forceinline__ void put_own(int thread, const adapter_memory &memory) {
-    const int pieces = own_pieces();
 #pragma unroll 1
-    for (int number = team + teams * (thread / 32); number < q.ranks * pieces;) {
-      put_piece(number / pieces, number % pieces, first, first_gain);
-      number += teams * kWarps;
-      if (number < q.ranks * pieces) fetch_piece(number);
+    while (piece.rank >= 0) {
+      put_piece(piece, first, first_gain);
+      task += stride;
+      piece = piece_of_task(task);
+      if (piece.rank >= 0) fetch_piece();
     }
     if constexpr (kEarly > 0) {
       early_cell = first_cell_of(thread, memory);
@@ -141,19 +154,27 @@ struct shared_row_sums {
         bool there = true;
         sum = 0.f;
         if (cell) {
-          int i = 0;
-          const auto add = [&](uint64_t word) {
-            there = there && (uint32_t)(word >> 32) == launch;
-            sum += __uint_as_float((uint32_t)word);
-          };
-          if (kEarly > 0 && looks == 0 && at == thread) {
+          // All are asked for before the first is waited for.
+          constexpr int kAtOnce = S::TOKENS == 1 ? 2 : 8;
+#pragma unroll 1
+          for (int i = 0; piece_of(at, i) < all_pieces(); i += kAtOnce) {
+            uint64_t words[kAtOnce];
 #pragma unroll
-            for (; i < kEarly; ++i) {
-              if (piece_of(at, i) < all_pieces()) add(early[i]);
+            for (int k = 0; k < kAtOnce; ++k) {
+              words[k] = (uint64_t)launch << 32;
+              if (piece_of(at, i + k) >= all_pieces()) continue;
+              if (k < kEarly && i == 0 && looks == 0 && at == thread) {
+                words[k] = early[k < kEarly ? k : 0];
+              } else {
+                words[k] = look_at_cell(cell + (i + k) * step());
+              }
+            }
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+              there = there && (uint32_t)(words[k] >> 32) == launch;
+              sum += __uint_as_float((uint32_t)words[k]);
             }
           }
-#pragma unroll(S::TOKENS == 1 ? 2 : 8)
-          for (; piece_of(at, i) < all_pieces(); ++i) add(look_at_cell(cell + i * step()));
         }
         if (__all_sync(0xffffffffu, there)) break;
         if (looks == kPatience) put_all();
@@ -165,12 +186,22 @@ struct shared_row_sums {
   }
 
  private:
-  __device__ __forceinline__ int own_pieces() const {
-    return (min(end, q.in_features) - begin + kPieceColumns - 1) / kPieceColumns;
+  // Without gains a row is wanted for all tokens, and several warps share them.
+  static constexpr int kPortion = S::TOKENS <= 2 ? S::TOKENS : 2;  // tokens of a task
+  __device__ __forceinline__ piece_of_a piece_of_task(int number) const {
+    constexpr int kPortions = S::TOKENS / kPortion;
+    constexpr uint32_t kAll = (1u << S::TOKENS) - 1;
+    const bool whole = kPortions == 1 || q.adapters.gains;
+    const int portion = whole ? 0 : number % kPortions, both = whole ? number : number / kPortions;
+    const int rank = (int)q.per_rank.divide(both), piece = both - rank * pieces_of_slice();
+    const bool wanted = rank < q.ranks && begin + piece * kPieceColumns < q.in_features;
+    return {wanted ? rank : -1, piece, whole ? kAll : ((1u << kPortion) - 1) << portion * kPortion};
   }
+  __device__ __forceinline__ int pieces_of_slice() const { return slice / kPieceColumns; }
   __device__ __forceinline__ int all_pieces() const { return (q.in_features + kPieceColumns - 1) / kPieceColumns; }
-  // The cells of a sum are shared out among 1 << q.sharing lanes. Cell i of thread or further number `at` is of this
-  // piece, lies so far behind the one before, and the first here: null where the sum is none of a token's own.
+  // The cells of a sum are shared out among 1 << q.sharing lanes, whose cells lie side by side: all blocks read the
+  // same few lines of memory. Cell i of thread or further number `at` is of this piece, lies so far behind the one
+  // before, and the first here: null where the sum is none of a token's own.
   __device__ __forceinline__ int piece_of(int at, int i) const {
     return (i << q.sharing) + (at & ((1 << q.sharing) - 1));
   }
@@ -185,9 +216,14 @@ struct shared_row_sums {
       if (four < 0) return nullptr;
       rank = four * 4 + rank % 4;
     }
-    return q.adapters.cells + (size_t)piece_of(at, 0) * cells_of_piece() + token * q.ranks + rank;
+    return q.adapters.cells + place_of_cell(piece_of(at, 0), token, rank);
   }
-  __device__ __forceinline__ int cells_of_piece() const { return q.ranks * q.tokens; }  // [token][rank]
+  // Cells are [piece >> q.sharing][token][rank][the other bits of the piece].
+  __device__ __forceinline__ int cells_of_piece() const { return q.ranks * q.tokens; }
+  __device__ __forceinline__ size_t place_of_cell(int piece, int token, int rank) const {
+    const int shared = piece & ((1 << q.sharing) - 1);
+    return (piece >> q.sharing) * step() + ((token * q.ranks + rank) << q.sharing) + shared;
+  }
   // Of a rank, counted over all adapters; see lowra_adapters.
   __device__ __forceinline__ float gain_of(int rank, int token) const {
     if (!q.adapters.gains) return 1.f;
@@ -202,18 +238,23 @@ struct shared_row_sums {
     return static_cast<const uint16_t *>(q.adapters.of[part].a) + (size_t)rank * q.in_features;
   }
   __device__ __forceinline__ void put_all() const {
-    const int pieces = own_pieces();
+    const int pieces = (min(end, q.in_features) - begin + kPieceColumns - 1) / kPieceColumns;
 #pragma unroll 1
-    for (int number = 0; number < q.ranks * pieces; ++number) {
-      uint2 a[2][2];
-      fetch(number / pieces, number % pieces, a);
-      put_piece(number / pieces, number % pieces, a, gain_of(number / pieces, lane));
+    for (int rank = 0; rank < q.ranks; ++rank) {
+#pragma unroll 1
+      for (int number = 0; number < pieces; ++number) {
+        uint2 a[2][2];
+        fetch(rank, number, a);
+        put_piece({rank, number, ~0u}, a, gain_of(rank, lane));
+      }
     }
   }
-  __device__ __forceinline__ void fetch_piece(int number) {
-    const int pieces = own_pieces();
-    fetch(number / pieces, number % pieces, first);
-    first_gain = gain_of(number / pieces, lane);
+  __device__ __forceinline__ void fetch_piece() {
+    fetch(piece.rank, piece.number, first);
+    first_gain = gain_of(piece.rank, lane);
+  }
+  __device__ __forceinline__ int four_at(int word) const {
+    return word < q.own / 4 * q.tokens ? __ldg(q.adapters.fours + word) : -1;
   }
   // A lane's columns of half a piece begin here, and go on 16 further on, as those of x that is staged.
   __device__ __forceinline__ int unit_of(int piece, int half) const {
@@ -229,39 +270,34 @@ struct shared_row_sums {
     }
   }
   // gain: of token `lane`.
-  __device__ __forceinline__ void put_piece(int rank, int piece, const uint2 (&a)[2][2], float gain) const {
-    // A bit for each token. -0 is wanted too.
-    const uint32_t wanted = __ballot_sync(0xffffffffu, lane < q.tokens && __float_as_uint(gain) != 0);
+  __device__ __forceinline__ void put_piece(const piece_of_a &own, const uint2 (&a)[2][2], float gain) const {
     using T = typename S::T;
-    float sums[S::TOKENS] = {};
+    // A bit for each token. -0 is wanted too.
+    uint32_t wanted = own.tokens & __ballot_sync(0xffffffffu, lane < q.tokens && __float_as_uint(gain) != 0);
+    uint64_t *cells = q.adapters.cells + place_of_cell(begin / kPieceColumns + own.number, 0, own.rank);
+#pragma unroll 1
+    for (; wanted; wanted &= wanted - 1) {  // a loop, since code that runs once is slow to come
+      const int token = S::TOKENS == 1 ? 0 : __ffs(wanted) - 1;
+      float sum = 0.f;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int unit = unit_of(piece, half);  // x past the end of the row is zero
-      const T *values = reinterpret_cast<const T *>(a[half]);
-#pragma unroll
-      for (int token = 0; token < S::TOKENS; ++token) {
-        if (!(wanted >> token & 1)) continue;
+      for (int half = 0; half < 2; ++half) {
+        const int unit = unit_of(own.number, half);  // x past the end of the row is zero
+        const T *values = reinterpret_cast<const T *>(a[half]);
         const uint4 *chunk = plain + unit / 8 * S::kStride + token * kChunkUnits;
         const uint4 staged = chunk[unit % 8];
         const __half2 *x = reinterpret_cast<const __half2 *>(&staged);
-        float sum = 0.f;
+        float part = 0.f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float2 both = __half22float2(x[k]);
-          sum = __fmaf_rn(to_float(values[k]), both.x, sum);
-          sum = __fmaf_rn(to_float(values[4 + k]), both.y, sum);
+          part = __fmaf_rn(to_float(values[k]), both.x, part);
+          part = __fmaf_rn(to_float(values[4 + k]), both.y, part);
         }
-        sums[token] = __fmaf_rn(reinterpret_cast<const float4 *>(chunk + 8)->z, sum, sums[token]);
+        sum = __fmaf_rn(reinterpret_cast<const float4 *>(chunk + 8)->z, part, sum);
       }
-    }
-    uint64_t *cells = q.adapters.cells + (size_t)(begin / kPieceColumns + piece) * cells_of_piece() + rank;
-#pragma unroll
-    for (int token = 0; token < S::TOKENS; ++token) {
-      if (!(wanted >> token & 1)) continue;
-      float sum = sums[token];
 #pragma unroll
       for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == token) put_cell(cells + token * q.ranks, gain == 0.f ? 0.f : gain * sum, launch);
+      if (lane == token) put_cell(cells + ((token * q.ranks) << q.sharing), gain == 0.f ? 0.f : gain * sum, launch);
     }
   }
 };
@@ -279,7 +315,7 @@ __device__ __forceinline__ float adapter_term(const product_group &q, int part, 
   if (!q.adapters.gains) first = 0;
   const float4 *inner = reinterpret_cast<const float4 *>(memory.inner + token * q.own + begin);
   const int *fours = memory.fours + begin / 4 * q.tokens + token;
-  const uint2 *b = q.b_is_shared ? memory.b + cell * (q.most_ranks / 4)
+  const uint2 *b = q.b_is_shared ? memory.b + cell * q.b_stride
                                  : static_cast<const uint2 *>(adapter.b) + (size_t)row * (adapter.rank / 4);
   float4 sums = {};
 #pragma unroll 4

@@ -66,10 +66,12 @@ struct product_group : product {
   static constexpr bool GROUP = true;
   lowra_input input;
   lowra_adapters adapters;
-  int ranks, most_ranks;  // of all adapters, of the largest
-  int own, sharing;       // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
-  bool b_is_shared;       // the rows of B fit into shared memory
-  bool b_in_16;           // they are whole units of 16 bytes
+  int ranks;               // of all adapters
+  int own, sharing;        // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
+  small_divisor per_rank;  // divides by the pieces of a row of A in a slice
+  bool b_is_shared;        // the rows of B fit into shared memory
+  bool b_in_16;            // they are whole units of 16 bytes
+  int b_stride;            // from one to the next there, in units of 8 bytes: neighbours begin in other banks
   int parts;
   struct member {
     const uint8_t *codes;

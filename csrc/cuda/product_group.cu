@@ -39,12 +39,15 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
   if (!adapters) return choose_type<false>(q, type, stream);
   q.adapters = *adapters;
   q.b_in_16 = true;
+  int most_ranks = 0;
   for (const lowra_adapter &adapter : adapters->of) {
     q.ranks += adapter.rank, q.own += adapter.own;
     q.b_in_16 = q.b_in_16 && adapter.rank % 8 == 0 && aligned16(adapter.b);
-    q.most_ranks = std::max(q.most_ranks, adapter.rank);
+    most_ranks = std::max(most_ranks, adapter.rank);
   }
-  while (q.sharing < 5 && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
+  q.b_stride = q.b_in_16 ? (most_ranks / 8 | 1) * 2 : most_ranks / 4 | 1;
+  const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns;
+  while (q.sharing < 5 && 1 << q.sharing < pieces && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
   return choose_type<true>(q, type, stream);
 }
 

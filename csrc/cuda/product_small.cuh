@@ -178,6 +178,18 @@ __device__ __forceinline__ void store_sum(const product_group &q, int token, int
   static_cast<T *>(member.out)[(size_t)token * member.layout.rows() + row] = static_cast<T>(sum);
 }
 
+// A block's units before those of a warp: each warp has at least one, or none, and then none after it has any.
+__device__ __forceinline__ int first_unit(int units, int warp) {
+  return units < kWarps ? min(units, warp) : units * warp / kWarps;
+}
+// How many warps come before this one when those with fewer units come first.
+__device__ __forceinline__ int spare_place(int units, int warp) {
+  const int more = units % kWarps;  // so many warps have one more than the others
+  const int before = units < kWarps ? min(units, warp) : more * warp / kWarps;
+  const bool has_more = first_unit(units, warp + 1) - first_unit(units, warp) > units / kWarps;
+  return has_more ? kWarps - more + before : warp - before;
+}
+
 // The blocks of a cluster; before Hopper a team is one block.
 struct team_blocks {
 #if __CUDA_ARCH__ >= 900
@@ -225,9 +237,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   int *spans = places + d.most_tiles * kTileRows;                                   // first and last warp of a tile
   adapter_memory adapters;
   if constexpr (S::ADAPTED) adapters.lie_at(q, spans + (d.most_tiles + 1) / 2 * 4);
-  // Each warp has at least one unit, or none.
-  int unit = units < kWarps ? min(units, warp) : units * warp / kWarps;
-  const int last_unit = units < kWarps ? min(units, warp + 1) : units * (warp + 1) / kWarps;
+  int unit = first_unit(units, warp);
+  const int last_unit = first_unit(units, warp + 1);
   tile_spot spot = spot_of_unit(d, tiles, unit < last_unit ? unit : 0);
   lane_tile<S> tile;
   tile.place(q, d, spot, team, begin, lane);
@@ -237,12 +248,12 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     const uint16_t *weight = static_cast<const uint16_t *>(q.input.weight);
     if (weight && thread == 0) prefetch_to_l2(weight, weight + q.in_features);
   }
-  shared_row_sums<S> row_sums = {q, plain, begin, end, team, (int)gridDim.x / d.splits, lane};
-  if constexpr (S::ADAPTED) row_sums.ask_for_first(warp);
+  shared_row_sums<S> row_sums = {q, plain, begin, end, d.slice, lane};
+  if constexpr (S::ADAPTED) row_sums.ask_for_first(team, (int)gridDim.x / d.splits, spare_place(units, warp));
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const x_piece<S> first_piece = fetch_x<S>(q, d, begin, end, thread);
-  if constexpr (S::ADAPTED) row_sums.fetch_first(thread, adapters);
+  if constexpr (S::ADAPTED) row_sums.fetch_first(thread);
   float factors[TOKENS] = {};
   if constexpr (S::MADE) {
     if (q.input.kind == LOWRA_NORMED) norm_factors<S, kThreads>(q, team == 0 && rank == 0, factors);
@@ -254,15 +265,16 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     tile.fetch_levels();
     tile.fetch(spot.kind, lane % 4, next);
   }
-  if constexpr (S::ADAPTED) {  // after all else has been asked for: it waits for the row's place
-    if (cell_place >= 0) {
-      uint2 *target = adapters.b + cell * (q.most_ranks / 4);
-      row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
-    }
-  }
   uint4 *wanted_plain = S::ADAPTED || tiles[0] + tiles[1] > 0 ? plain : nullptr,
         *wanted_folded = tiles[2] > 0 ? folded : nullptr;
   stage_x<S>(q, d, begin, end, kThreads, factors, first_piece, wanted_plain, wanted_folded);
+  if constexpr (S::ADAPTED) {  // now that what this waits for is there
+    row_sums.put_fours(thread, adapters);
+    if (cell_place >= 0) {
+      uint2 *target = adapters.b + cell * q.b_stride;
+      row_sums.ask_for_b(part_of_place(cell_place), row_of_place(cell_place), target);
+    }
+  }
   __syncthreads();
   if constexpr (S::ADAPTED) row_sums.put_own(thread, adapters);
   uint32_t b[2][4] = {};
@@ -372,6 +384,7 @@ int launch(const typename S::PRODUCT &q, cudaStream_t stream) {
     if (bytes + kStaticBytes<S> > (size_t)limits.shared_bytes) continue;
     typename S::PRODUCT own = q;
     if constexpr (S::ADAPTED) {
+      own.per_rank = divisor_of((uint32_t)d.slice / kPieceColumns);
       own.b_is_shared = bytes + bytes_of_b(q, d.most_tiles) + kStaticBytes<S> <= (size_t)limits.shared_bytes;
       if (own.b_is_shared) bytes += bytes_of_b(q, d.most_tiles);
     }

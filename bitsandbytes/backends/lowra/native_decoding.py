@@ -271,7 +271,9 @@ def _terms(adapters: "Adapters", x: torch.Tensor, weights: "Weights") -> _Adapte
 
 def cells_of(in_features: int, ranks: int, tokens: int = _MOST_TOKENS) -> int:
     """Words of 8 bytes that a group needs whose adapters have so many ranks together (csrc/lowra.h)."""
-    return -(-in_features // _CELL_COLUMNS) * ranks * tokens
+    pieces = -(-in_features // _CELL_COLUMNS)
+    rounded = 1 << (pieces - 1).bit_length() if pieces <= 32 else -(-pieces // 32) * 32
+    return rounded * ranks * tokens
 
 
 def _group(
