@@ -51,7 +51,8 @@ __device__ __forceinline__ uint64_t look_at_cell(const uint64_t *cell) {
   return word;
 }
 
-// Which piece of which row of A a warp sums, and for which tokens: a bit each. None is wanted of a row below zero.
+// Which piece of which row of A a warp sums, and for which tokens: a bit each. A row below zero: none, and none after
+// it.
 struct piece_of_a {
   int rank, number;
   uint32_t tokens;
@@ -62,13 +63,14 @@ template <class S>
 struct shared_row_sums {
   const typename S::PRODUCT &q;
   const uint4 *plain;  // x of the block's columns [begin, end), see stage_x
-  int begin, end, slice, lane;
+  int begin, end, lane;
   int task, stride;   // this warp's first, of which it usually has no other, and how far it is to the next
   uint32_t launch;    // its number
   piece_of_a piece;   // of that task
   uint2 first[2][2];  // of A, for it
   float first_gain;   // of that row of A for token `lane`
   int four;           // word threadIdx.x of memory.fours
+  int taker;          // this thread's place among those that take sums
 
   // Cells that a thread looks at before its last unit of the product: they are there by then, and come while it works.
   static constexpr int kEarly = S::TOKENS <= 2 ? S::TOKENS : 0;
@@ -79,6 +81,7 @@ struct shared_row_sums {
   // fewest units of the product come first.
   __device__ __forceinline__ void ask_for_first(int team, int teams, int spare) {
     task = team + teams * spare, stride = teams * kWarps;
+    taker = spare * 32 + lane;
     piece = piece_of_task(task);
     if (piece.rank < 0 || lane != 0) return;
     const int column = begin + piece.number * kPieceColumns;
@@ -119,7 +122,7 @@ struct shared_row_sums {
   }
 
   // After it.
-  __device__ __forceinline__ void put_own(int thread, const adapter_memory &memory) {
+  __device__ __forceinline__ void put_own(const adapter_memory &memory) {
 #pragma unroll 1
     while (piece.rank >= 0) {
       put_piece(piece, first, first_gain);
@@ -128,7 +131,7 @@ struct shared_row_sums {
       if (piece.rank >= 0) fetch_piece();
     }
     if constexpr (kEarly > 0) {
-      early_cell = first_cell_of(thread, memory);
+      early_cell = first_cell_of(taker, memory);
 #pragma unroll
       for (int i = 0; i < kEarly; ++i) early[i] = (uint64_t)~launch << 32;  // not there
     }
@@ -137,17 +140,17 @@ struct shared_row_sums {
   __device__ __forceinline__ void look_early() {
 #pragma unroll
     for (int i = 0; i < kEarly; ++i) {
-      if (early_cell && piece_of(threadIdx.x, i) < all_pieces()) early[i] = look_at_cell(early_cell + i * step());
+      if (early_cell && piece_of(taker, i) < all_pieces()) early[i] = look_at_cell(early_cell + i * step());
     }
   }
 
   // Into memory.inner; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of them waits
   // for memory once.
-  __device__ __forceinline__ void take_all(int thread, const adapter_memory &memory) const {
+  __device__ __forceinline__ void take_all(const adapter_memory &memory) const {
     const int count = q.own * q.tokens;
 #pragma unroll 1
-    for (int at = thread; at - lane < count << q.sharing; at += kThreads) {
-      const uint64_t *const cell = kEarly > 0 && at == thread ? early_cell : first_cell_of(at, memory);
+    for (int at = taker; at - lane < count << q.sharing; at += kThreads) {
+      const uint64_t *const cell = kEarly > 0 && at == taker ? early_cell : first_cell_of(at, memory);
       float sum;
 #pragma unroll 1
       for (int looks = 0;; ++looks) {
@@ -163,7 +166,7 @@ struct shared_row_sums {
             for (int k = 0; k < kAtOnce; ++k) {
               words[k] = (uint64_t)launch << 32;
               if (piece_of(at, i + k) >= all_pieces()) continue;
-              if (k < kEarly && i == 0 && looks == 0 && at == thread) {
+              if (k < kEarly && i == 0 && looks == 0 && at == taker) {
                 words[k] = early[k < kEarly ? k : 0];
               } else {
                 words[k] = look_at_cell(cell + (i + k) * step());
@@ -193,11 +196,10 @@ struct shared_row_sums {
     constexpr uint32_t kAll = (1u << S::TOKENS) - 1;
     const bool whole = kPortions == 1 || q.adapters.gains;
     const int portion = whole ? 0 : number % kPortions, both = whole ? number : number / kPortions;
-    const int rank = (int)q.per_rank.divide(both), piece = both - rank * pieces_of_slice();
-    const bool wanted = rank < q.ranks && begin + piece * kPieceColumns < q.in_features;
-    return {wanted ? rank : -1, piece, whole ? kAll : ((1u << kPortion) - 1) << portion * kPortion};
+    const int piece = (int)q.per_piece.divide(both), rank = both - piece * q.ranks;
+    const bool is_there = begin + piece * kPieceColumns < end;
+    return {is_there ? rank : -1, piece, whole ? kAll : ((1u << kPortion) - 1) << portion * kPortion};
   }
-  __device__ __forceinline__ int pieces_of_slice() const { return slice / kPieceColumns; }
   __device__ __forceinline__ int all_pieces() const { return (q.in_features + kPieceColumns - 1) / kPieceColumns; }
   // The cells of a sum are shared out among 1 << q.sharing lanes, whose cells lie side by side: all blocks read the
   // same few lines of memory. Cell i of thread or further number `at` is of this piece, lies so far behind the one
@@ -238,7 +240,7 @@ struct shared_row_sums {
     return static_cast<const uint16_t *>(q.adapters.of[part].a) + (size_t)rank * q.in_features;
   }
   __device__ __forceinline__ void put_all() const {
-    const int pieces = (min(end, q.in_features) - begin + kPieceColumns - 1) / kPieceColumns;
+    const int pieces = (end - begin + kPieceColumns - 1) / kPieceColumns;
 #pragma unroll 1
     for (int rank = 0; rank < q.ranks; ++rank) {
 #pragma unroll 1
@@ -302,10 +304,11 @@ struct shared_row_sums {
   }
 };
 
-// scaling B (A x) of one row of W, which is row `cell` of the team. memory: what shared_row_sums brought there.
-template <class T>
-__device__ __forceinline__ float adapter_term(const product_group &q, int part, int row, int token, int cell,
-                                              const adapter_memory &memory) {
+// Adds scaling B (A x) to the sums of ROWS rows of one weight for one token. cell: the first row's among those of the
+// team; the others follow it there. memory: what shared_row_sums brought there.
+template <class T, int ROWS>
+__device__ __forceinline__ void add_adapter_terms(const product_group &q, int part, const int (&rows)[ROWS], int token,
+                                                  int cell, const adapter_memory &memory, float (&out)[ROWS]) {
   const lowra_adapter &adapter = q.adapters.of[part];
   int begin = 0, first = 0;  // among a token's own ranks, and among all
 #pragma unroll
@@ -315,22 +318,30 @@ __device__ __forceinline__ float adapter_term(const product_group &q, int part, 
   if (!q.adapters.gains) first = 0;
   const float4 *inner = reinterpret_cast<const float4 *>(memory.inner + token * q.own + begin);
   const int *fours = memory.fours + begin / 4 * q.tokens + token;
-  const uint2 *b = q.b_is_shared ? memory.b + cell * q.b_stride
-                                 : static_cast<const uint2 *>(adapter.b) + (size_t)row * (adapter.rank / 4);
-  float4 sums = {};
-#pragma unroll 4
+  const uint2 *b[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    b[r] = q.b_is_shared ? memory.b + (cell + r) * q.b_stride
+                         : static_cast<const uint2 *>(adapter.b) + (size_t)rows[r] * (adapter.rank / 4);
+  }
+  float4 sums[ROWS] = {};
+#pragma unroll(ROWS == 1 ? 4 : 1)
   for (int i = 0; i < adapter.own / 4; ++i) {
     const int four = q.adapters.gains ? fours[i * q.tokens] : i;
     if (four < 0) break;
     const float4 a = inner[i];
-    const uint2 raw = b[four - first];
-    const T *values = reinterpret_cast<const T *>(&raw);
-    sums.x = __fmaf_rn(to_float(values[0]), a.x, sums.x);
-    sums.y = __fmaf_rn(to_float(values[1]), a.y, sums.y);
-    sums.z = __fmaf_rn(to_float(values[2]), a.z, sums.z);
-    sums.w = __fmaf_rn(to_float(values[3]), a.w, sums.w);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const uint2 raw = b[r][four - first];
+      const T *values = reinterpret_cast<const T *>(&raw);
+      sums[r].x = __fmaf_rn(to_float(values[0]), a.x, sums[r].x);
+      sums[r].y = __fmaf_rn(to_float(values[1]), a.y, sums[r].y);
+      sums[r].z = __fmaf_rn(to_float(values[2]), a.z, sums[r].z);
+      sums[r].w = __fmaf_rn(to_float(values[3]), a.w, sums[r].w);
+    }
   }
-  return adapter.scaling * (sums.x + sums.y + (sums.z + sums.w));
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) out[r] += adapter.scaling * (sums[r].x + sums[r].y + (sums[r].z + sums[r].w));
 }
 
 }  // namespace lowra

@@ -66,12 +66,12 @@ struct product_group : product {
   static constexpr bool GROUP = true;
   lowra_input input;
   lowra_adapters adapters;
-  int ranks;               // of all adapters
-  int own, sharing;        // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
-  small_divisor per_rank;  // divides by the pieces of a row of A in a slice
-  bool b_is_shared;        // the rows of B fit into shared memory
-  bool b_in_16;            // they are whole units of 16 bytes
-  int b_stride;            // from one to the next there, in units of 8 bytes: neighbours begin in other banks
+  int ranks;                // of all adapters
+  small_divisor per_piece;  // divides by `ranks`
+  int own, sharing;         // ranks that a token has, of all adapters; lanes that share a sum's cells: 1 << sharing
+  bool b_is_shared;         // the rows of B fit into shared memory
+  bool b_in_16;             // they are whole units of 16 bytes
+  int b_stride;             // from one to the next there, in units of 8 bytes: neighbours begin in other banks
   int parts;
   struct member {
     const uint8_t *codes;
@@ -116,7 +116,8 @@ struct setup {
   static constexpr bool MADE = PRODUCT::GROUP && TOKENS <= kMostMadeTokens;  // whether x may be normed or gated
   static constexpr int kPerMma = 2 * LANES;                                  // tokens of one mma
   static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;
-  static constexpr int kCells = TOKENS * kTileRows;  // sums of a tile
+  static constexpr int kCells = TOKENS * kTileRows;        // sums of a tile
+  static constexpr int kRowsAtOnce = TOKENS >= 4 ? 4 : 1;  // that a thread stores, of the same token
   // 16-byte units between two chunks of x: neighbouring chunks start 32 bytes further round the banks.
   static constexpr int kStride = kMmas * kPerMma * kChunkUnits + (10 - kMmas * kPerMma * kChunkUnits % 8) % 8;
   static_assert(kStride % 8 == 2, "32 bytes round the banks");

@@ -45,9 +45,11 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
     q.b_in_16 = q.b_in_16 && adapter.rank % 8 == 0 && aligned16(adapter.b);
     most_ranks = std::max(most_ranks, adapter.rank);
   }
+  q.per_piece = divisor_of((uint32_t)std::max(q.ranks, 1));
   q.b_stride = q.b_in_16 ? (most_ranks / 8 | 1) * 2 : most_ranks / 4 | 1;
   const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns;
-  while (q.sharing < 5 && 1 << q.sharing < pieces && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
+  const int at_once = q.tokens <= 2 ? 1 : 8;  // cells that a thread looks at together
+  while (q.sharing < 5 && at_once << q.sharing < pieces && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
   return choose_type<true>(q, type, stream);
 }
 

@@ -7,7 +7,7 @@
 
 #include <cooperative_groups.h>
 
-#include "adapter_terms.cuh"
+#include "stored_rows.cuh"
 #include "team_shares.cuh"
 
 namespace lowra {
@@ -131,53 +131,6 @@ __device__ __forceinline__ void ask_for_facts(const product_group &q, const grou
   }
 }
 
-// The place of a row in `places`: its number in W and, above kPartShift, the weight of the group. -1 for none.
-constexpr int kPartShift = 28;
-static_assert(kMostParts << kPartShift > 0 && INT32_MAX / 8 < 1 << kPartShift, "a place is not negative");
-__device__ __forceinline__ int part_of_place(int place) { return place >> kPartShift; }
-__device__ __forceinline__ int row_of_place(int place) { return place & ((1 << kPartShift) - 1); }
-
-__device__ __forceinline__ int place_of_row(const single_product &q, const division &d, int kind, int tile, int row) {
-  row += tile * kTileRows;
-  return row < d.kinds[kind].count ? __ldg(q.packed.row_order + d.kinds[kind].first + row) : -1;
-}
-
-__device__ __forceinline__ int place_of_row(const product_group &q, const group_division &d, int kind, int tile,
-                                            int row) {
-  const tile_owner owner = owner_of(q, d, kind, tile);
-  const part_rows &rows = d.parts[owner.part][kind];
-  row += owner.tile * kTileRows;
-  if (row >= rows.count) return -1;
-  return __ldg(q.members[owner.part].row_order + rows.first + row) | owner.part << kPartShift;
-}
-
-// Of row `cell` of the team's tiles.
-template <class Q, class D>
-__device__ __forceinline__ int row_of_weight(const Q &q, const D &d, const int (&tiles)[kKinds], int team, int cell) {
-  int kind = 0, number = cell / kTileRows;
-  if (number >= tiles[0]) number -= tiles[0], kind = 1;
-  if (kind == 1 && number >= tiles[1]) number -= tiles[1], kind = 2;
-  return place_of_row(q, d, kind, d.first[team][kind] + number, cell % kTileRows);
-}
-
-template <class S>
-__device__ __forceinline__ void store_sum(const single_product &q, int token, int place, int, float sum,
-                                          const adapter_memory &) {
-  store_output<typename S::T>(q, token, place, sum);
-}
-
-// cell: which row of the team's tiles it is.
-template <class S>
-__device__ __forceinline__ void store_sum(const product_group &q, int token, int place, int cell, float sum,
-                                          const adapter_memory &memory) {
-  using T = typename S::T;
-  const int part = part_of_place(place), row = row_of_place(place);
-  const auto &member = q.members[part];
-  if constexpr (S::ADAPTED) sum += adapter_term<T>(q, part, row, token, cell, memory);
-  if (member.bias) sum += to_float(static_cast<const T *>(member.bias)[row]);
-  static_cast<T *>(member.out)[(size_t)token * member.layout.rows() + row] = static_cast<T>(sum);
-}
-
 // A block's units before those of a warp: each warp has at least one, or none, and then none after it has any.
 __device__ __forceinline__ int first_unit(int units, int warp) {
   return units < kWarps ? min(units, warp) : units * warp / kWarps;
@@ -248,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     const uint16_t *weight = static_cast<const uint16_t *>(q.input.weight);
     if (weight && thread == 0) prefetch_to_l2(weight, weight + q.in_features);
   }
-  shared_row_sums<S> row_sums = {q, plain, begin, end, d.slice, lane};
+  shared_row_sums<S> row_sums = {q, plain, begin, end, lane};
   if constexpr (S::ADAPTED) row_sums.ask_for_first(team, (int)gridDim.x / d.splits, spare_place(units, warp));
   wait_for_earlier_kernels();
   let_later_kernels_start();
@@ -276,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     }
   }
   __syncthreads();
-  if constexpr (S::ADAPTED) row_sums.put_own(thread, adapters);
+  if constexpr (S::ADAPTED) row_sums.put_own(adapters);
   uint32_t b[2][4] = {};
   const uint32_t plain_at = (uint32_t)__cvta_generic_to_shared(plain);
   const uint32_t folded_at = (uint32_t)__cvta_generic_to_shared(folded);
@@ -322,33 +275,33 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     places[i] = i == cell ? cell_place : row_of_weight(q, d, tiles, team, i);
   }
   if constexpr (S::ADAPTED) {
-    row_sums.take_all(thread, adapters);
+    row_sums.take_all(adapters);
     wait_for_copies<0>();
   }
   __syncthreads();
   if (!alone) team_blocks::wait();  // the other blocks have started: their memory can be written
   // A block adds up what its warps have and hands each sum to the block that will store it.
-  for (int i = thread; i < all_tiles * kCells; i += kThreads) {
-    const int number = i / kCells, token = i / kTileRows % TOKENS;
-    float sum = 0.f;
+  constexpr int ROWS = S::kRowsAtOnce;
+  for (int i = thread * ROWS; i < all_tiles * kCells; i += kThreads * ROWS) {
+    const int number = i / kCells;
+    float sum[ROWS] = {};
 #pragma unroll 1
-    for (int w = spans[2 * number]; w <= spans[2 * number + 1]; ++w) sum += sums[w * kCells + i];
+    for (int w = spans[2 * number]; w <= spans[2 * number + 1]; ++w) add_rows(sums + w * kCells + i, sum);
     if (!alone) {
-      *team_blocks::of_rank(parts + rank * d.most_tiles * kCells + i, i / kTileRows % d.splits) = sum;
+      put_rows(team_blocks::of_rank(parts + rank * d.most_tiles * kCells + i, i / kTileRows % d.splits), sum);
     } else {
-      const int own = number * kTileRows + i % kTileRows;
-      if (token < q.tokens && places[own] >= 0) store_sum<S>(q, token, places[own], own, sum, adapters);
+      store_cells<S>(q, i, places, sum, adapters);
     }
   }
   if (alone) return;
   team_blocks::sync();
-  for (int i = thread; i < all_tiles * kCells; i += kThreads) {
-    const int token = i / kTileRows % TOKENS, own = i / kCells * kTileRows + i % kTileRows;
-    if (i / kTileRows % d.splits != rank || token >= q.tokens || places[own] < 0) continue;
-    float sum = 0.f;
+  for (int at = thread * ROWS;; at += kThreads * ROWS) {
+    const int i = (at / kTileRows * d.splits + rank) * kTileRows + at % kTileRows;  // of those that this block stores
+    if (i >= all_tiles * kCells) break;
+    float sum[ROWS] = {};
 #pragma unroll 1
-    for (int s = 0; s < d.splits; ++s) sum += parts[s * d.most_tiles * kCells + i];
-    store_sum<S>(q, token, places[own], own, sum, adapters);
+    for (int s = 0; s < d.splits; ++s) add_rows(parts + s * d.most_tiles * kCells + i, sum);
+    store_cells<S>(q, i, places, sum, adapters);
   }
 }
 
@@ -384,7 +337,6 @@ int launch(const typename S::PRODUCT &q, cudaStream_t stream) {
     if (bytes + kStaticBytes<S> > (size_t)limits.shared_bytes) continue;
     typename S::PRODUCT own = q;
     if constexpr (S::ADAPTED) {
-      own.per_rank = divisor_of((uint32_t)d.slice / kPieceColumns);
       own.b_is_shared = bytes + bytes_of_b(q, d.most_tiles) + kStaticBytes<S> <= (size_t)limits.shared_bytes;
       if (own.b_is_shared) bytes += bytes_of_b(q, d.most_tiles);
     }
