@@ -63,7 +63,7 @@ def _is_record(value: Any) -> bool:
 _KINDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ("quant_method", "base", "fingerprint", "calibration", "needs", *_CHOICES): (_is_text, "text"),
     ("bits", "nominal_bits", "true_bits", "error"): (_is_number, "a number"),
-    ("group_size", "iterations", "refine", "feedback", "reconstruct", "format_version"): (
+    ("group_size", "iterations", "refine", "feedback", "reconstruct", "end_to_end", "format_version"): (
         _is_whole,
         f"a whole number of at most {_MOST}",
     ),
@@ -113,6 +113,10 @@ class LowRAConfig(QuantizationConfigMixin):
         reconstruct: passes over the text of a calibration in which the blocks, one after the other, are trained to put
             out what the dense ones do (`lowra.quantization.block_training`): codes, levels, scales and the initial
             adapter. No more bits; only with learned codebooks.
+        end_to_end: steps of 16 sequences in which after that all blocks together are trained towards the logits of the
+            dense model (`lowra.quantization.joint_training`), on text of the calibration that the blocks have not seen
+            as far as there is some. What it does not improve on text that was held out stays as it was. No more bits;
+            only with learned codebooks.
         quantize_head: pack the output head as well. Where it is tied to the embeddings, pack those. No adapter on it.
         quantize_embeddings: pack the token embeddings as well, and with them the head that is tied to them. Only the
             rows that are looked up are decoded. No adapter on them.
@@ -143,6 +147,7 @@ class LowRAConfig(QuantizationConfigMixin):
     refine: int = 0
     feedback: int = 0
     reconstruct: int = 0
+    end_to_end: int = 0
     quantize_head: bool = False
     quantize_embeddings: bool = False
     modules_to_not_convert: list[str] | None = None
@@ -180,10 +185,10 @@ class LowRAConfig(QuantizationConfigMixin):
                 raise ValueError("codebook=normal_float has no form at 1 bit: give a menu with 2 or 4, or learned.")
         if self.group_size % 8 or not 8 <= self.group_size <= 256:
             raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
-        for name in ("iterations", "refine", "feedback", "reconstruct"):
+        for name in ("iterations", "refine", "feedback", "reconstruct", "end_to_end"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
-        for name in ("refine", "feedback", "reconstruct"):
+        for name in ("refine", "feedback", "reconstruct", "end_to_end"):
             if getattr(self, name) and self.codebook != "learned":
                 raise ValueError(f"{name} fits levels, which codebook=normal_float keeps fixed: use {name}=0 with it.")
         if self.quant_method != "lowra":

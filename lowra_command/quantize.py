@@ -54,6 +54,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="TOKENS",
         help="tokens of the text for --reconstruct to use at most (default: 131072)",
     )
+    calibration.add_argument(
+        "--end-to-end",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="steps of 16 sequences in which after that all blocks together are trained towards the dense model's "
+        "logits, on as much further text (default: 0, none)",
+    )
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
     recipe.add_argument(
         "--sensitivity", help="weight of an error: layer (default), fisher (default with --calibrate), none"

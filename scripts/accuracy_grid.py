@@ -49,7 +49,7 @@ from lowra.corpus import read_text  # noqa: E402
 from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
-from lowra.quantization.end_to_end import EndToEnd  # noqa: E402
+from lowra.quantization.joint_training import JointTraining  # noqa: E402
 from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
@@ -165,7 +165,7 @@ class Session:
         sequences = self.text(options.pop("on"), options.pop("blocks"))
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
         most = options.pop("seconds", math.inf)
-        training = EndToEnd(model, self.targets, trained, sequences, seed=v.seed, **options)
+        training = JointTraining(model, self.targets, trained, sequences, seed=v.seed, **options)
         found = {"kl_before": training.divergence(self.held_out())}
         losses = [training.run(min(8, training.steps))]
         found["kl_recorded"], begun = training.recorded, time.perf_counter()

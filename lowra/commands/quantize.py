@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> dict:
         refine=(2 if args.calibrate and learned else 0) if args.refine is None else args.refine,
         feedback=int(has_moments and learned) if args.feedback is None else args.feedback,
         reconstruct=args.reconstruct,
+        end_to_end=args.end_to_end,
         modules_to_not_convert=args.keep_dense,
         quantize_head=args.head,
         quantize_embeddings=args.embeddings,
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> dict:
             args.device,
             has_moments,
             reconstruct_tokens=reconstruct_tokens,
+            end_to_end=args.end_to_end,
             head=args.head,
             embeddings=args.embeddings,
             trust_remote_code=args.trust_remote_code,
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> dict:
             calibrating=callable(calibration),
             moments=callable(calibration) and has_moments,
             reconstruct_tokens=reconstruct_tokens,
+            end_to_end=bool(args.end_to_end),
         )
     report = quantize_checkpoint(
         args.model,
@@ -100,6 +103,10 @@ def run(args: argparse.Namespace) -> dict:
         f"  assigner: {assigner['solver']}, {assigner['channels']:,} channels, "
         f"{assigner['gap']:.1e} above the relaxed bound"
     )
+    if report["end_to_end"] is not None:
+        before, after = report["end_to_end"]["divergence"]
+        kept = "" if report["end_to_end"]["kept"] else ", not kept"
+        print(f"  end to end: KL divergence from the dense model {before:.4f} -> {after:.4f}{kept}")
     print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
     if adapter is not None:
         print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
@@ -118,7 +125,7 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
     fixed, by_layers = args.codebook == "normal_float", args.assigner == "layer_order"
     no_steps = args.init in ("pissa", "lora")
     by_fisher = args.sensitivity in (None, "fisher") and not by_layers
-    reads_calibration = _wants_moments(args) or args.reconstruct or by_fisher
+    reads_calibration = _wants_moments(args) or args.reconstruct or args.end_to_end or by_fisher
     refuse_idle(
         args,
         [
@@ -134,7 +141,7 @@ def _refuse_options_without_effect(args: argparse.Namespace, stored: bool) -> No
             (
                 not reads_calibration,
                 "calibrate",
-                "where sensitivity, feedback, --reconstruct and --init do not read it",
+                "where sensitivity, feedback, --reconstruct, --end-to-end and --init do not read it",
             ),
             (fixed, "iterations block_weight thresholds", "with --codebook normal_float, which learns nothing"),
             (args.iterations == 0, "block_weight thresholds", "with --iterations 0, which learns nothing"),

@@ -36,6 +36,8 @@ _BYTES_WITHOUT_ADAPTER = 13.5
 # For each weight of a block while that is trained: dense, packed, rounded, its gradients and the optimiser's moments.
 # Measured on a CPU: 50 to 52 (docs/lab/log.md, "What makes codes a better base").
 _BYTES_RECONSTRUCTING = 52.0
+# The same of all blocks together: dense, what is rounded, Adam's two moments, what is made and its gradient, codes.
+_BYTES_END_TO_END = 30.0
 _BYTES_OF_TABLES = 4 * (22 + 19 + 3) + 3 * 8  # a channel's levels, thresholds, errors and the assigner's costs
 
 
@@ -307,6 +309,7 @@ def quantising(
     moments: bool = False,
     *,
     reconstruct_tokens: int = 0,
+    end_to_end: bool = False,
 ) -> Quantising:
     """One matrix is in memory at a time, and the tables of all. A calibration comes before and runs the dense model.
 
@@ -318,6 +321,7 @@ def quantising(
         calibrating: with a pass over text.
         moments: which collects second moments, [K, K] float32 of every layer.
         reconstruct_tokens: on which blocks are trained afterwards, whose activations are not counted; 0: they are not.
+        end_to_end: all blocks are trained together after that, whose activations are not counted either.
     """
     tables = [shape.embedding] * embeddings + [shape.head] * head
     widest = max(linear.size for linear in shape.linears)
@@ -327,6 +331,9 @@ def quantising(
         hidden = 3 * reconstruct_tokens * shape.hidden * (2 if on_gpu else _FLOAT)
         block = sum(linear.size for linear in shape.linears) / shape.layers
         work = max(work, _BYTES_RECONSTRUCTING * block + hidden + _FLOAT * shape.embedding)
+    if end_to_end:
+        packed = sum(linear.size for linear in shape.linears)
+        work = max(work, _BYTES_END_TO_END * packed + _FLOAT * (shape.parameters - packed))
     rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)
     held = PYTHON_BYTES + _FLOAT * sum(linear.in_features**2 for linear in shape.linears) * moments
     host = held + rows * _BYTES_OF_TABLES + 2 * max(widest, shape.embedding) + (0 if on_gpu else work)

@@ -115,10 +115,11 @@ class LowRAHfQuantizer(HfQuantizer):
                 "DeepSpeed's ZeRO-3 loads and splits weights by itself and does not know packed ones: use FSDP2 "
                 "(`fsdp_version: 2` in accelerate's configuration), or DDP, since a packed model is small."
             )
-        if not self.pre_quantized and (self.quantization_config.feedback or self.quantization_config.reconstruct):
+        asked = self.quantization_config
+        if not self.pre_quantized and (asked.feedback or asked.reconstruct or asked.end_to_end):
             raise ValueError(
-                "Quantising while loading reads no text, which feedback and reconstruct need: write a packed "
-                "checkpoint first with `lowra quantize MODEL --calibrate FILE --output DIR` and load that."
+                "Quantising while loading reads no text, which feedback, reconstruct and end_to_end need: write a "
+                "packed checkpoint first with `lowra quantize MODEL --calibrate FILE --output DIR` and load that."
             )
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(

@@ -18,13 +18,20 @@ from .job import Job
 from .pieces import digests_of_pieces, relative_errors
 from .planning import Plan
 from .reconstruction import block_errors
-from .work import ADAPTER, TRAINED_ADAPTER
+from .work import ADAPTER
 
 SHARD_BYTES = 4 << 30
 
 
-def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
+def assemble(
+    job: Job, plan: Plan, pieces: list[pathlib.Path], adapter: str = ADAPTER, end_to_end: dict | None = None
+) -> dict:
     """Writes the checkpoint into the work folder's `final`, all but the report.
+
+    Args:
+        pieces: of the weights.
+        adapter: kind of the pieces with the factors of the initial adapter.
+        end_to_end: what training all blocks together did, or None.
 
     Returns:
         the report, without the seconds of the stages.
@@ -43,8 +50,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
     write_digests(final, files, written)
     copy_companions(job.folder, job.companions, final)
     if job.adapter is not None:
-        kind = TRAINED_ADAPTER if job.config.reconstruct else ADAPTER
-        factors = [job.work.path(kind, name) for name, target in job.targets.items() if target.adapted]
+        factors = [job.work.path(adapter, name) for name, target in job.targets.items() if target.adapted]
         write_adapter(factors, final / ADAPTER_FOLDER, job.output, model, job.targets, job.adapter, reached)
     if job.calibration is not None:
         job.calibration.save(final / CALIBRATION_FILE)
@@ -60,6 +66,7 @@ def assemble(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> dict:
         "packed_error": packed_error,
         "adapted_error": None if job.adapter is None else adapted_error,
         "block_errors": block_errors(pieces),
+        "end_to_end": end_to_end,
         "calibration_text": None if job.calibration is None else job.calibration.origin,
         "assigner": {
             "solver": plan.assignment.solver,

@@ -25,6 +25,7 @@ from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
+from .joint_training import sequences_of
 from .lowrank import truncated_svd
 from .observers import EmbeddingObserver, ExpertObserver
 from .own_text import write_text
@@ -55,6 +56,7 @@ class Calibration:
         factors: [K, r], F with F F^T + a diagonal for mean x x^T; what a file keeps of the moments.
         sequences: token ids [count, T] of the text, for `LowRAConfig.reconstruct`; in no file, because the text may not
             be for those who get the checkpoint.
+        further: token ids [count, T] of the text behind those, for `LowRAConfig.end_to_end`; in no file either.
         origin: `GIVEN_TEXT`, `OWN_TEXT`, or None where a file of an earlier version does not tell.
     """
 
@@ -63,6 +65,7 @@ class Calibration:
     moments: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     factors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     sequences: torch.Tensor | None = None
+    further: torch.Tensor | None = None
     origin: str | None = None
 
     @property
@@ -113,7 +116,8 @@ class Calibration:
 
     def digest_of_text(self) -> str:
         """Names the sequences."""
-        return _digest({} if self.sequences is None else {"sequences": self.sequences})
+        kept = {"sequences": self.sequences, "further": self.further}
+        return _digest({name: tensor for name, tensor in kept.items() if tensor is not None})
 
     def save(self, path: pathlib.Path) -> None:
         """Writes inputs, gradients and, of the second moments, which are larger than the packed model, a diagonal and
@@ -176,6 +180,7 @@ def calibrate(
     progress: bool = True,
     *,
     reconstruct_tokens: int = RECONSTRUCT_TOKENS,
+    end_to_end: int = 0,
     head: bool = False,
     embeddings: bool = False,
     trust_remote_code: bool = False,
@@ -194,6 +199,7 @@ def calibrate(
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
             `LowRAConfig.feedback` need.
         reconstruct_tokens: of the text to keep at most for `LowRAConfig.reconstruct`, beside the statistics.
+        end_to_end: steps of `LowRAConfig.end_to_end`, for which as much of the text behind those is kept.
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
@@ -201,8 +207,9 @@ def calibrate(
     Raises:
         FileNotFoundError, ValueError: model or text that cannot be used.
     """
-    if reconstruct_tokens < 0:
-        raise ValueError(f"reconstruct_tokens must not be negative; got {reconstruct_tokens}.")
+    for name, count in (("reconstruct_tokens", reconstruct_tokens), ("end_to_end", end_to_end)):
+        if count < 0:
+            raise ValueError(f"{name} must not be negative; got {count}.")
     folder = resolve_folder(model)
     skeleton = empty_model(folder, trust_remote_code)
     targets = find_targets(skeleton, None, head, embeddings)
@@ -211,7 +218,9 @@ def calibrate(
         raise ValueError(f"A calibration takes at least one sequence of {length} tokens; got {tokens}.")
     if 0 < reconstruct_tokens < length:
         raise ValueError(f"reconstruct takes at least one sequence of {length} tokens; got {reconstruct_tokens}.")
-    most = max(tokens, reconstruct_tokens)
+    blocks = reconstruct_tokens // length
+    behind = sequences_of(end_to_end)
+    most = max(tokens, (blocks + behind) * length)
     kept = None
     if text is not None:
         kept = _sequences(folder, text, most, length, skeleton.config, trust_remote_code)
@@ -239,7 +248,8 @@ def calibrate(
                 modules[name] = dense.get_submodule(place)
     calibration = collect(dense, modules, kept[: tokens // kept.shape[1]], moments, progress)
     calibration.origin = OWN_TEXT if text is None else GIVEN_TEXT
-    calibration.sequences = kept[: reconstruct_tokens // kept.shape[1]]
+    calibration.sequences = kept[:blocks]
+    calibration.further = kept[blocks : blocks + behind] if behind else None
     for observer in observers:
         observer.close()
         observer.add_to(calibration, DAMPING)

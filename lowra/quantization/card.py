@@ -114,8 +114,17 @@ def _rows_of_report(config: LowRAConfig, report: dict | None, adapter: AdapterRe
         "squared error / energy": error,
         "assigner": f"{report['assigner']['solver']}: error {report['assigner']['gap']:.2e} above the relaxed bound",
         "adapter": initial,
+        **_row_of_training(report["end_to_end"]),
         **({"text of the calibration": text} if (text := report["calibration_text"]) else {}),
     }
+
+
+def _row_of_training(did: dict | None) -> dict[str, str]:
+    if did is None:
+        return {}
+    before, after = did["divergence"]
+    kept = "" if did["kept"] else "; not kept"
+    return {"trained end to end": f"{did['tokens']:,} tokens: KL divergence {before:.4f} -> {after:.4f}{kept}"}
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

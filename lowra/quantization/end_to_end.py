@@ -1,238 +1,138 @@
-"""All blocks of a packed model trained together towards the dense model's logits: codes, tables and the adapter.
+"""The pieces of a packed checkpoint after all blocks were trained together towards the dense model (`joint_training`).
 
-What a block learned by itself (`block_training`) makes its own output right; here every weight learns what the whole
-model makes of it, as long as its text is new (docs/lab/accuracy.md). Each weight takes some 30 bytes: what its code is
-rounded from, Adam's two moments, the weight that is made of it with its gradient, and the dense model beside it.
+A killed run that is started again goes on from the last state that was kept, every few minutes, and ends in the same
+weights. What the training did not bring nearer to the dense model, on text that was held out, stays as it was.
 """
 
-import contextlib
+import json
 import logging
-import math
-from collections.abc import Callable, Iterator
+import pathlib
+import time
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
-from ..checkpoints.targets import Target
-from ..device import has_bfloat16
-from ..nn.recording import record
-from .block_stream import block_names
-from .trained_stack import Adam, rates_of, stacked
+from ..checkpoints.guarded import open_tensors, read_tensors
+from .job import Job, text_of
+from .joint_training import BATCH, HELD_OUT, JointTraining
+from .pieces import keep_packed
+from .planning import Plan
+from .reconstruction import load_packed
 from .trained_weight import TrainedWeight
+from .work import ADAPTER, END_TO_END, JOINT_ADAPTER, JOINT_PIECES, PIECES, TRAINED_ADAPTER, TRAINED_PIECES
 
 logger = logging.getLogger(__name__)
 
-# Sequences of a step.
-BATCH = 16
-# Of the rates of the blocks' training, where each step sees one block's error alone.
-SHARES = {"dense": 0.1, "level_change": 0.1, "scale_change": 0.1, "lora_A": 0.1, "lora_B": 0.1}
-# Logits that are in memory at a time, a few times over.
-_LOGITS = 2**27
-# Steps before the others are recorded as a CUDA graph: libraries choose their kernels in the first.
-_UNRECORDED = 3
+# Seconds between the states that are kept, each three times as large as the weights in float32.
+KEEP_AFTER = 300.0
+# Of a text that is short.
+_SHARE_HELD_OUT = 1 / 8
+_STATE = "state"
 
 
-class EndToEnd:
-    """A training that can be left after any step and go on from its state.
-
-    Attributes:
-        done: steps so far.
-        steps: of all.
-        recorded: whether steps are replayed from a CUDA graph; None before the first that could be.
+def check_text(job: Job) -> None:
     """
+    Raises:
+        ValueError: there is no text for the training, or less than it takes.
+    """
+    if job.config.end_to_end:
+        _sequences(job)
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        targets: dict[str, Target],
-        weights: dict[str, TrainedWeight],
-        sequences: torch.Tensor,
-        steps: int,
-        *,
-        batch: int = BATCH,
-        shares: dict[str, float] | None = None,
-        seed: int = 0,
-    ):
-        """
-        Args:
-            model: the dense one, in float32 on the device of the weights.
-            targets: its weights that are packed.
-            weights: what is trained of them; empty until `finish`.
-            sequences: token ids [count, T].
-            steps: of the training.
-            batch: sequences of a step.
-            shares: in place of those of `SHARES`.
-            seed: of the order of the sequences.
-        """
-        self._model, self._targets, self._weights = model, targets, weights
-        model.eval().requires_grad_(False)
-        self.device = next(model.parameters()).device
-        self._sequences = sequences.to(self.device, torch.int32)
-        self.steps, self.done = steps, 0
-        generator, passes = torch.Generator().manual_seed(seed), math.ceil(steps * batch / len(sequences))
-        order = [torch.randperm(len(sequences), generator=generator) for _ in range(passes)]
-        self._order = torch.cat(order)[: steps * batch].view(steps, batch).to(self.device)
-        length, vocabulary = sequences.shape[1], model.get_input_embeddings().get_parameter("weight").shape[0]
-        self._part = max(
-            size for size in range(1, batch + 1) if batch % size == 0 and size <= _most(length, vocabulary)
+
+def train_end_to_end(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> tuple[list[pathlib.Path], dict[str, Any]]:
+    """Trains all blocks together, from what was packed before.
+
+    Args:
+        pieces: in the order of the source.
+
+    Returns:
+        the pieces with those after training in their places, if that was for the better; and what it did: steps,
+        tokens, KL divergence on text that was held out before and after, and whether it was kept.
+    """
+    model: Any = type(job.source.model).from_pretrained(job.folder, dtype=torch.float32)
+    model.to(job.device)
+    model.config.use_cache = False
+    inside = [name for name, target in job.targets.items() if target.in_block]
+    kinds = (TRAINED_PIECES, TRAINED_ADAPTER) if job.config.reconstruct else (PIECES, ADAPTER)
+    scaling = job.adapter.scaling if job.adapter else 1.0
+    dense = {name: job.targets[name].as_matrix(model.get_parameter(name)).detach() for name in inside}
+    weights = {name: TrainedWeight(dense[name], *load_packed(job, name, *kinds), scaling) for name in inside}
+    fixed = {name: load_packed(job, name, PIECES, None)[0].dequantize() for name in job.targets if name not in weights}
+    text, held_out = _sequences(job)
+    training = JointTraining(model, job.targets, weights, text, job.config.end_to_end, fixed=fixed)
+    before = _restored(job, training)
+    if before is None:
+        before = training.divergence(held_out)
+    _run(job, training, before)
+    after = training.divergence(held_out)
+    training.finish()
+    did = {
+        "steps": training.steps,
+        "tokens": training.steps * BATCH * text.shape[1],
+        "divergence": [before, after],
+        "kept": after < before,
+    }
+    if not did["kept"]:
+        logger.warning(
+            "lowra: the training of all blocks together was not for the better: KL divergence from the dense model on "
+            "text that was held out %.4g before, %.4g after. What the blocks learned each by itself is kept: give more "
+            "text, or end_to_end=0.",
+            before,
+            after,
         )
-        rates = {name: rates_of(weight, {**SHARES, **(shares or {})}) for name, weight in weights.items()}
-        self._stacks = stacked(weights)
-        self._adam = [Adam(stack, rates) for stack in self._stacks]
-        self._ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
-        self._loss = torch.zeros((), device=self.device)
-        self.recorded: bool | None = None if self.device.type == "cuda" else False
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._unrecorded = 0
-        self._calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
-
-    def run(self, until: int, on_step: Callable[[], None] = lambda: None) -> torch.Tensor:
-        """Trains up to a number of steps.
-
-        Returns:
-            the loss of each step, float32, on the device: mean KL divergence of its tokens.
-        """
-        losses = []
-        with contextlib.ExitStack() as scope:
-            if self.device.type == "cuda":
-                stream = torch.cuda.Stream(self.device)
-                stream.wait_stream(torch.cuda.current_stream(self.device))
-                scope.callback(lambda: torch.cuda.current_stream(self.device).wait_stream(stream))
-                scope.enter_context(torch.cuda.stream(stream))
-                scope.enter_context(self._calls_of_first())
-            while self.done < until:
-                self._ids.copy_(self._sequences[self._order[self.done]])
-                for adam in self._adam:
-                    adam.at(self.done, self.steps)
-                self._advance()
-                losses.append(self._loss.clone())
-                self.done += 1
-                on_step()
-        return torch.stack(losses) if losses else torch.empty(0)
-
-    def _advance(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-            return
-        if self.recorded is False or self._unrecorded < _UNRECORDED:
-            self._unrecorded += 1
-            self._step()
-            return
-        torch.cuda.synchronize(self.device)
-        try:
-            self._graph = record(self._step)
-        except RuntimeError as error:  # slower, and no less right
-            logger.warning("lowra: steps are not recorded as a CUDA graph: %s", str(error).splitlines()[0])
-            self.recorded = False
-            self._step()
-            return
-        self.recorded = True
-        self._graph.replay()
-
-    def _step(self) -> None:
-        """One step of Adam on `_ids`, without waiting for the device."""
-        made = [stack() for stack in self._stacks]
-        leaves = {name: weight.detach().requires_grad_() for own in made for name, weight in own.items()}
-        sums: list[torch.Tensor] = []
-        total = torch.zeros_like(self._loss)
-        parts = self._ids.split(self._part)
-        for ids in parts:
-            value = _Divergence.apply(self._logits(ids, leaves), self._logits(ids, {})) / len(parts)
-            gradients = torch.autograd.grad(value, list(leaves.values()))
-            sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)] if sums else list(gradients)
-            total += value.detach()
-        self._loss.copy_(total)
-        with_gradient = dict(zip(leaves, sums, strict=True))
-        for own, adam in zip(made, self._adam, strict=True):
-            adam.step(list(own.values()), [with_gradient.pop(name) for name in own])
-
-    def _logits(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        own = {name: self._targets[name].as_matrix(weight) for name, weight in weights.items()}
-        with torch.set_grad_enabled(bool(weights)), self._computing():
-            return torch.func.functional_call(self._model, own, (), {"input_ids": ids, "use_cache": False}).logits
-
-    def _computing(self) -> contextlib.AbstractContextManager:
-        """On a GPU bfloat16 products, where it has them."""
-        halved = self.device.type != "cpu" and has_bfloat16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, halved)
-
-    @contextlib.contextmanager
-    def _calls_of_first(self) -> Iterator[None]:
-        """Blocks are called with the mask and the positions of the steps before while a step is recorded: Transformers
-        makes masks then that it leaves out otherwise, and with them attention takes another kernel.
-        """
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[str, Any]]:
-            if not torch.cuda.is_current_stream_capturing():
-                kept = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-                self._calls[name] = args[1:], kept
-                return args, kwargs
-            known_args, known = self._calls[name]
-            return (*args[:1], *known_args), {**kwargs, **known}
-
-        handles = []
-        for name in block_names(self._model, self._targets):
-
-            def named(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str = name) -> Any:
-                return hook(module, args, kwargs, name)
-
-            handles.append(self._model.get_submodule(name).register_forward_pre_hook(named, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def divergence(self, sequences: torch.Tensor) -> float:
-        """Mean KL divergence from the dense model, over the tokens of sequences [count, T], as the weights are."""
-        weights = {name: weight for stack in self._stacks for name, weight in stack().items()}
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for ids in sequences.to(self.device, torch.long).split(self._part):
-            total += _Divergence.apply(self._logits(ids, weights), self._logits(ids, {})) * len(ids)
-        return float(total) / len(sequences)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """All that a run goes on from, by name, not copied; the number of steps is not in it."""
-        return {
-            f"{number}.{key}": tensor for number, adam in enumerate(self._adam) for key, tensor in adam.state().items()
-        }
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, torch.Tensor], done: int) -> None:
-        """Goes on from a state after so many steps."""
-        own = self.state()
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-        self.done = done
-
-    def finish(self) -> None:
-        """Gives the weights what was trained of them."""
-        self._graph = None
-        self._calls.clear()
-        for stack in self._stacks:
-            stack.unstack()
+        return pieces, did
+    for name, weight in weights.items():
+        with open_tensors(job.work.path(kinds[0], name), "a finished piece") as content:
+            errors = {key: value for key, value in (content.metadata() or {}).items() if key == "block_errors"}
+        keep_packed(
+            job, plan, name, dense[name], weight.packed(), weight.factors(), (JOINT_PIECES, JOINT_ADAPTER), **errors
+        )
+    return [job.work.path(JOINT_PIECES, piece.stem) if piece.stem in weights else piece for piece in pieces], did
 
 
-def _most(length: int, vocabulary: int) -> int:
-    """Sequences whose logits are in memory at a time."""
-    return max(1, _LOGITS // (length * vocabulary))
+def _sequences(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [count, T] to train on and to judge by: as far as there are some, those that no block has seen."""
+    text = text_of(job, "end_to_end", further=True)
+    held_out = max(1, min(HELD_OUT, int(len(text) * _SHARE_HELD_OUT)))
+    if len(text) < 2:
+        raise ValueError(
+            "end_to_end trains on some sequences of the text and judges by others, and there is one: give more text, "
+            "or use end_to_end=0."
+        )
+    text, judge = text[:-held_out], text[-held_out:]
+    return text[-job.config.end_to_end * BATCH :], judge
 
 
-class _Divergence(torch.autograd.Function):
-    """Mean KL divergence of logits [B, T, V] from those that are wanted."""
+def _run(job: Job, training: JointTraining, before: float) -> None:
+    """Trains to the end, and keeps the state every few minutes and at the end."""
+    bar = tqdm(total=training.steps, initial=training.done, desc="end to end", unit=" steps", disable=not job.progress)
+    some = 1
+    with bar:
+        while training.done < training.steps:
+            clock, begun = time.perf_counter(), training.done
+            while training.done == begun or training.done < training.steps and time.perf_counter() - clock < KEEP_AFTER:
+                losses = training.run(min(training.steps, training.done + some))
+                bar.set_postfix(KL=f"{float(losses.mean()):.4f}", refresh=False)  # waits for the device
+                bar.update(len(losses))
+                some = max(1, int((training.done - begun) / (time.perf_counter() - clock)))  # those of a second
+            job.work.save(
+                END_TO_END,
+                _STATE,
+                {name: tensor.cpu() for name, tensor in training.state().items()},
+                {"done": json.dumps([training.done, before])},
+            )
 
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        tokens = out.shape[0] * out.shape[1]
-        wanted, found = wanted.float().log_softmax(dim=-1), out.float().log_softmax(dim=-1)
-        shares = wanted.exp()
-        value = wanted.sub_(found).mul_(shares).sum() / tokens
-        ctx.save_for_backward(found.exp_().sub_(shares).div_(tokens).to(out.dtype))
-        return value
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+def _restored(job: Job, training: JointTraining) -> float | None:
+    """Goes on from the state of an earlier run, if there is one.
+
+    Returns:
+        the divergence before the training, as that run found it.
+    """
+    if not job.work.has(END_TO_END, _STATE):
+        return None
+    state, metadata = read_tensors(job.work.path(END_TO_END, _STATE), "how far an earlier run had come")
+    done, before = json.loads(metadata["done"])
+    training.restore(state, done)
+    return before

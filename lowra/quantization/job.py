@@ -48,6 +48,26 @@ class Job:
     progress: bool
 
 
+def text_of(job: Job, stage: str, further: bool = False) -> torch.Tensor:
+    """Token ids [count, T] that the calibration keeps for those who train on them.
+
+    Args:
+        stage: which does, as `LowRAConfig` calls it.
+        further: with those behind them, which the blocks do not see.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    kept = [] if job.calibration is None else [job.calibration.sequences, job.calibration.further][: 1 + further]
+    parts = [part for part in kept if part is not None and len(part)]
+    if not parts:
+        given = "and there is none" if job.calibration is None else "of which a file of statistics holds none"
+        raise ValueError(
+            f"{stage} trains on the text of a calibration, {given}: give the text (--calibrate FILE), or use {stage}=0."
+        )
+    return torch.cat(parts)
+
+
 def with_bar(
     names: list[str], targets: dict[str, Target], finished: set[str], what: str, progress: bool
 ) -> Iterator[str]:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-# Sequences that are written side by side: their keys and values are in memory, 0.5 GB each for a 7B.
-BATCH_GPU, BATCH_CPU = 32, 8
+# Sequences that are written side by side. On a GPU as many as have keys and values of 16 GB, which are 32 of a 7B's.
+BATCH_GPU, MOST_GPU, BATCH_CPU = 32, 512, 8
+_CACHE_BYTES = 2**34
 
 
 @torch.no_grad()
@@ -41,10 +42,10 @@ def write_text(
         ValueError: a model that does not write token after token, or whose probabilities are no numbers.
     """
     device = model.get_input_embeddings().get_parameter("weight").device
-    batch = batch or (BATCH_CPU if device.type == "cpu" else BATCH_GPU)
     was_training = model.training
     model.eval()
     new_cache = _caches_of(model, length)
+    batch = batch or (BATCH_CPU if device.type == "cpu" else side_by_side(model.config, length))
     done: list[torch.Tensor] = []
     with tqdm(total=count * length, desc="writing text", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         while (left := count - sum(map(len, done))) > 0:
@@ -57,6 +58,15 @@ def write_text(
                 bar.n = sum(map(len, done)) * length
     model.train(was_training)
     return torch.cat(done)
+
+
+def side_by_side(config: PreTrainedConfig, length: int) -> int:
+    """Sequences of a length that a GPU writes at once; by the model alone, so that every GPU writes the same."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    bytes_of_one = 2 * 2 * text.num_hidden_layers * heads * width * length
+    return max(BATCH_GPU, min(MOST_GPU, _CACHE_BYTES // bytes_of_one))
 
 
 def _caches_of(model: PreTrainedModel, length: int) -> Callable[[], Cache]:

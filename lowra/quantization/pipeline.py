@@ -26,13 +26,14 @@ from ..version import __version__
 from .assembling import assemble
 from .block_stream import block_names
 from .calibration import Calibration
+from .end_to_end import check_text, train_end_to_end
 from .group_size import best_group_size
 from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
 from .planning import Planner, learn
 from .reconstruction import open_stream, reconstruct
-from .work import WorkFolder
+from .work import ADAPTER, JOINT_ADAPTER, TRAINED_ADAPTER, WorkFolder
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def quantize_checkpoint(
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
     if adapter is not None:
         check_rank(adapter.rank, targets)
-    if config.reconstruct:
+    if config.reconstruct or config.end_to_end:
         block_names(skeleton, targets)
     source = DenseCheckpoint(files, skeleton)
     if source.unplaced:
@@ -156,6 +157,7 @@ def _stream(job: Job) -> dict:
     seconds = {}
     clock = time.perf_counter()
     stream = open_stream(job)  # first, because it may find that the model is none for it
+    check_text(job)
     planner = Planner(job.config, job.work, job.calibration)
     learn(planner, job.source, job.targets, job.device, job.progress)
     seconds["learn"] = time.perf_counter() - clock
@@ -166,13 +168,20 @@ def _stream(job: Job) -> dict:
     pieces = write_pieces(job, plan)
     seconds["quantise and initialise" if job.adapter else "quantise"] = time.perf_counter() - clock
 
+    adapter, together = ADAPTER, None
     if stream is not None:
         clock = time.perf_counter()
-        pieces = reconstruct(job, plan, stream, pieces)
+        pieces, adapter = reconstruct(job, plan, stream, pieces), TRAINED_ADAPTER
         seconds["reconstruct"] = time.perf_counter() - clock
 
+    if job.config.end_to_end:
+        clock = time.perf_counter()
+        pieces, together = train_end_to_end(job, plan, pieces)
+        adapter = JOINT_ADAPTER if together["kept"] else adapter
+        seconds["end to end"] = time.perf_counter() - clock
+
     clock = time.perf_counter()
-    report = assemble(job, plan, pieces)
+    report = assemble(job, plan, pieces, adapter, together)
     seconds["write"] = time.perf_counter() - clock
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     save_json(report, job.work.final / "lowra_report.json")
@@ -181,11 +190,12 @@ def _stream(job: Job) -> dict:
 
 def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
     """All that the pieces depend on."""
+    trains = job.config.reconstruct or job.config.end_to_end
     return {
         "version": __version__,
         "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "config": job.config.to_dict(),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
         "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
-        "text": job.calibration.digest_of_text() if job.calibration and job.config.reconstruct else None,
+        "text": job.calibration.digest_of_text() if job.calibration and trains else None,
     }

@@ -16,7 +16,7 @@ from ..checkpoints.guarded import open_tensors, read_tensors
 from ..weights.packed import PackedWeight
 from .block_stream import Block, BlockStream
 from .block_training import BATCH, steps_of, train_blocks
-from .job import Job
+from .job import Job, text_of
 from .loftq import LowRank
 from .pieces import keep_packed
 from .planning import Plan
@@ -36,13 +36,7 @@ def open_stream(job: Job) -> BlockStream | None:
     """
     if not job.config.reconstruct:
         return None
-    sequences = None if job.calibration is None else job.calibration.sequences
-    if sequences is None or not len(sequences):
-        given = "and there is none" if job.calibration is None else "of which a file of statistics holds none"
-        raise ValueError(
-            f"reconstruct trains on the text of a calibration, {given}: give the text (--calibrate FILE), or use "
-            "reconstruct=0."
-        )
+    sequences = text_of(job, "reconstruct")
     if sequences.numel() < FEW_TOKENS:
         logger.warning(
             "lowra: reconstruct has %d tokens of text, and blocks that are trained on so few learn the text instead of "
@@ -75,7 +69,7 @@ def reconstruct(job: Job, plan: Plan, stream: BlockStream, pieces: list[pathlib.
     with bar:
         for trained in train_blocks(
             stream,
-            lambda name: _load(job, name, PIECES, ADAPTER),
+            lambda name: load_packed(job, name, PIECES, ADAPTER),
             job.adapter.scaling if job.adapter else 1.0,
             job.config.reconstruct,
             finished=lambda block: _sums(job, block) if block.name in done else None,
@@ -94,14 +88,14 @@ def _is_finished(job: Job, names: list[str]) -> bool:
     return all(job.work.has(kind, name) for name in names for kind in kinds)
 
 
-def _load(job: Job, name: str, piece: str, adapter: str) -> tuple[PackedWeight, LowRank | None]:
-    """A packed weight and the factors on it, of pieces of these kinds."""
+def load_packed(job: Job, name: str, piece: str, adapter: str | None) -> tuple[PackedWeight, LowRank | None]:
+    """A packed weight and the factors on it, of pieces of these kinds; no factors of None."""
     target = job.targets[name]
     stored = read_tensors(job.work.path(piece, name), "a finished piece")[0]
     tensors: dict[str, Any] = {key.rpartition(".")[2]: tensor.to(job.device) for key, tensor in stored.items()}
     tensors.setdefault("scale_steps", None)
     packed = PackedWeight(**tensors, in_features=target.in_features, group_size=job.config.group_size)
-    if job.adapter is None:
+    if job.adapter is None or adapter is None:
         return packed, None
     stored = read_tensors(job.work.path(adapter, name), "factors of the initial adapter")[0]
     by_side = {key.split(".")[-2]: tensor.to(job.device) for key, tensor in stored.items()}
@@ -112,7 +106,7 @@ def _sums(job: Job, block: Block) -> dict[str, torch.Tensor]:
     """Trained weights of a block with the product of the factors on them."""
     sums = {}
     for name in block.targets:
-        packed, factors = _load(job, name, TRAINED_PIECES, TRAINED_ADAPTER)
+        packed, factors = load_packed(job, name, TRAINED_PIECES, TRAINED_ADAPTER)
         sums[name] = packed.dequantize()
         if factors is not None and job.adapter is not None:
             sums[name].addmm_(factors.lora_B, factors.lora_A, alpha=job.adapter.scaling)

@@ -5,6 +5,8 @@
     adapter/      factors of the initial adapter on each matrix
     pieces/       packed and dense tensors of each conversion of the source
     trained_adapter/, trained_pieces/   the same of matrices whose blocks were trained
+    end_to_end/   how far the training of all blocks together has come
+    joint_adapter/, joint_pieces/   the same of matrices after that
     final/        the checkpoint that is being put together
 
 Every piece carries the digest of the recipe it was made by, and is taken for that recipe alone: wherever a run was
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 LEARNED, ADAPTER, PIECES = "learned", "adapter", "pieces"
 TRAINED_ADAPTER, TRAINED_PIECES = "trained_adapter", "trained_pieces"
-_KINDS = (LEARNED, ADAPTER, PIECES, TRAINED_ADAPTER, TRAINED_PIECES)
+END_TO_END, JOINT_ADAPTER, JOINT_PIECES = "end_to_end", "joint_adapter", "joint_pieces"
+_KINDS = (LEARNED, ADAPTER, PIECES, TRAINED_ADAPTER, TRAINED_PIECES, END_TO_END, JOINT_ADAPTER, JOINT_PIECES)
 _RECIPE_FILE = "recipe.json"
 _FINAL = "final"
 _OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, *_KINDS, _FINAL}

@@ -51,6 +51,13 @@ def test_it_is_drawn_from_the_probabilities_of_the_whole_text_before(model):
     assert_drawn(model, written)
 
 
+def test_small_models_write_more_at_once():
+    seven = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
+    grouped = LlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8)
+    small = LlamaConfig(hidden_size=576, num_hidden_layers=8, num_attention_heads=9)
+    assert [own_text.side_by_side(config, 1024) for config in (seven, grouped, small)] == [32, 512, 512]
+
+
 def sharp(model):
     """With probabilities far from even, which tell what attention looks at."""
     model.get_output_embeddings().weight.data *= 20

@@ -1,0 +1,247 @@
+"""All blocks of a packed model trained together towards the dense model's logits: codes, tables and the adapter.
+
+What a block learned by itself (`block_training`) makes its own output right; here every weight learns what the whole
+model makes of it, as long as its text is new (docs/lab/accuracy.md). Each weight takes some 30 bytes: what its code is
+rounded from, Adam's two moments, the weight that is made of it with its gradient, and the dense model beside it.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoints.targets import Target
+from ..device import has_bfloat16
+from ..nn.recording import record
+from .block_stream import block_names
+from .trained_stack import Adam, rates_of, stacked
+from .trained_weight import TrainedWeight
+
+logger = logging.getLogger(__name__)
+
+# Sequences of a step, and those by which the training is judged.
+BATCH, HELD_OUT = 16, 16
+# Of the rates of the blocks' training, where each step sees one block's error alone.
+SHARES = {"dense": 0.1, "level_change": 0.1, "scale_change": 0.1, "lora_A": 0.1, "lora_B": 0.1}
+# Logits that are in memory at a time, a few times over.
+_LOGITS = 2**27
+# Steps before the others are recorded as a CUDA graph: libraries choose their kernels in the first.
+_UNRECORDED = 3
+
+
+class JointTraining:
+    """A training that can be left after any step and go on from its state.
+
+    Attributes:
+        done: steps so far.
+        steps: of all.
+        recorded: whether steps are replayed from a CUDA graph; None before the first that could be.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: dict[str, Target],
+        weights: dict[str, TrainedWeight],
+        sequences: torch.Tensor,
+        steps: int,
+        *,
+        batch: int = BATCH,
+        shares: dict[str, float] | None = None,
+        seed: int = 0,
+        fixed: dict[str, torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            model: the dense one, in float32 on the device of the weights.
+            targets: its weights that are packed.
+            weights: what is trained of them; empty until `finish`.
+            sequences: token ids [count, T].
+            steps: of the training.
+            batch: sequences of a step.
+            shares: in place of those of `SHARES`.
+            seed: of the order of the sequences.
+            fixed: packed weights that are not trained, [N, K] by name.
+        """
+        self._fixed = fixed or {}
+        self._model, self._targets, self._weights = model, targets, weights
+        model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self._sequences = sequences.to(self.device, torch.int32)
+        self.steps, self.done = steps, 0
+        generator, passes = torch.Generator().manual_seed(seed), math.ceil(steps * batch / len(sequences))
+        order = [torch.randperm(len(sequences), generator=generator) for _ in range(passes)]
+        self._order = torch.cat(order)[: steps * batch].view(steps, batch).to(self.device)
+        length, vocabulary = sequences.shape[1], model.get_input_embeddings().get_parameter("weight").shape[0]
+        self._part = max(
+            size for size in range(1, batch + 1) if batch % size == 0 and size <= _most(length, vocabulary)
+        )
+        rates = {name: rates_of(weight, {**SHARES, **(shares or {})}) for name, weight in weights.items()}
+        self._stacks = stacked(weights)
+        self._adam = [Adam(stack, rates) for stack in self._stacks]
+        self._ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+        self._loss = torch.zeros((), device=self.device)
+        self.recorded: bool | None = None if self.device.type == "cuda" else False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._unrecorded = 0
+        self._calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
+
+    def run(self, until: int, on_step: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """Trains up to a number of steps.
+
+        Returns:
+            the loss of each step, float32, on the device: mean KL divergence of its tokens.
+        """
+        losses = []
+        with contextlib.ExitStack() as scope:
+            if self.device.type == "cuda":
+                stream = torch.cuda.Stream(self.device)
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+                scope.callback(lambda: torch.cuda.current_stream(self.device).wait_stream(stream))
+                scope.enter_context(torch.cuda.stream(stream))
+                scope.enter_context(self._calls_of_first())
+            while self.done < until:
+                self._ids.copy_(self._sequences[self._order[self.done]])
+                for adam in self._adam:
+                    adam.at(self.done, self.steps)
+                self._advance()
+                losses.append(self._loss.clone())
+                self.done += 1
+                on_step()
+        return torch.stack(losses) if losses else torch.empty(0)
+
+    def _advance(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        if self.recorded is False or self._unrecorded < _UNRECORDED:
+            self._unrecorded += 1
+            self._step()
+            return
+        torch.cuda.synchronize(self.device)
+        try:
+            self._graph = record(self._step)
+        except RuntimeError as error:  # slower, and no less right
+            logger.warning("lowra: steps are not recorded as a CUDA graph: %s", str(error).splitlines()[0])
+            self.recorded = False
+            self._step()
+            return
+        self.recorded = True
+        self._graph.replay()
+
+    def _step(self) -> None:
+        """One step of Adam on `_ids`, without waiting for the device."""
+        made = [stack() for stack in self._stacks]
+        leaves = {name: weight.detach().requires_grad_() for own in made for name, weight in own.items()}
+        sums: list[torch.Tensor] = []
+        total = torch.zeros_like(self._loss)
+        parts = self._ids.split(self._part)
+        for ids in parts:
+            value = _Divergence.apply(self._logits(ids, leaves | self._fixed), self._logits(ids, {})) / len(parts)
+            gradients = torch.autograd.grad(value, list(leaves.values()))
+            sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)] if sums else list(gradients)
+            total += value.detach()
+        self._loss.copy_(total)
+        with_gradient = dict(zip(leaves, sums, strict=True))
+        for own, adam in zip(made, self._adam, strict=True):
+            adam.step(list(own.values()), [with_gradient.pop(name) for name in own])
+
+    def _logits(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the model with these weights, or without any as it is, which is the dense one."""
+        own = {name: self._targets[name].as_matrix(weight) for name, weight in weights.items()}
+        with torch.set_grad_enabled(bool(weights) and torch.is_grad_enabled()), self._computing():
+            return torch.func.functional_call(self._model, own, (), {"input_ids": ids, "use_cache": False}).logits
+
+    def _computing(self) -> contextlib.AbstractContextManager:
+        """On a GPU bfloat16 products, where it has them."""
+        halved = self.device.type != "cpu" and has_bfloat16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, halved)
+
+    @contextlib.contextmanager
+    def _calls_of_first(self) -> Iterator[None]:
+        """Blocks are called with the mask and the positions of the steps before while a step is recorded: Transformers
+        makes masks then that it leaves out otherwise, and with them attention takes another kernel.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict[str, Any]]:
+            if not torch.cuda.is_current_stream_capturing():
+                kept = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                self._calls[name] = args[1:], kept
+                return args, kwargs
+            known_args, known = self._calls[name]
+            return (*args[:1], *known_args), {**kwargs, **known}
+
+        handles = []
+        for name in block_names(self._model, self._targets):
+
+            def named(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str = name) -> Any:
+                return hook(module, args, kwargs, name)
+
+            handles.append(self._model.get_submodule(name).register_forward_pre_hook(named, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def divergence(self, sequences: torch.Tensor) -> float:
+        """Mean KL divergence from the dense model, over the tokens of sequences [count, T], as the weights are."""
+        weights = {name: weight for stack in self._stacks for name, weight in stack().items()} | self._fixed
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for ids in sequences.to(self.device, torch.long).split(self._part):
+            total += _Divergence.apply(self._logits(ids, weights), self._logits(ids, {})) * len(ids)
+        return float(total) / len(sequences)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a run goes on from, by name, not copied; the number of steps is not in it."""
+        return {
+            f"{number}.{key}": tensor for number, adam in enumerate(self._adam) for key, tensor in adam.state().items()
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, torch.Tensor], done: int) -> None:
+        """Goes on from a state after so many steps."""
+        own = self.state()
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+        self.done = done
+
+    def finish(self) -> None:
+        """Gives the weights what was trained of them."""
+        self._graph = None
+        self._calls.clear()
+        for stack in self._stacks:
+            stack.unstack()
+
+
+def sequences_of(steps: int) -> int:
+    """Sequences of a text that steps go through once, with those that are held out."""
+    return steps * BATCH + HELD_OUT if steps else 0
+
+
+def _most(length: int, vocabulary: int) -> int:
+    """Sequences whose logits are in memory at a time."""
+    return max(1, _LOGITS // (length * vocabulary))
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL divergence of logits [B, T, V] from those that are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        tokens = out.shape[0] * out.shape[1]
+        wanted, found = wanted.float().log_softmax(dim=-1), out.float().log_softmax(dim=-1)
+        shares = wanted.exp()
+        value = wanted.sub_(found).mul_(shares).sum() / tokens
+        ctx.save_for_backward(found.exp_().sub_(shares).div_(tokens).to(out.dtype))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0] * gradient, None

@@ -1,0 +1,178 @@
+"""All blocks trained together towards the dense model: what it brings, what is packed of it, and killed runs."""
+
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_reconstruction import CONFIG, SQUARES, packed_and_adapted, quantize
+from transformers import AutoModelForCausalLM
+
+from lowra import AdapterRecipe, LowRAConfig, calibrate
+from lowra.config import PRECISIONS
+from lowra.inspection import requirements
+from lowra.quantization import end_to_end
+from lowra.quantization.calibration import Calibration
+from lowra.quantization.card import CARD_FILE
+from lowra.quantization.initial_adapter import ADAPTER_FOLDER
+from lowra.quantization.learner import learn_codebook
+from lowra.quantization.loftq import LowRank, initialize
+from lowra.quantization.pack import quantize_matrix
+from lowra.quantization.trained_stack import stacked
+from lowra.quantization.trained_weight import TrainedWeight
+from lowra_command import main
+
+TOGETHER = dataclasses.replace(CONFIG, reconstruct=2, end_to_end=12)
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_llama):
+    return calibrate(str(tiny_llama), [SQUARES], 1024, "cpu", True, False, reconstruct_tokens=1024, end_to_end=3)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, calibration, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "llama"
+    return output, quantize(tiny_llama, output, calibration, TOGETHER)
+
+
+def divergence(folder, original, tokens):
+    with torch.no_grad():
+        wanted = original(tokens).logits.log_softmax(dim=-1)
+        found = packed_and_adapted(folder)(tokens).logits.log_softmax(dim=-1)
+        return float((wanted.exp() * (wanted - found)).sum(dim=-1).mean())
+
+
+def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_llama, calibration, trained):
+    output, report = trained
+    did = report["end_to_end"]
+    before, after = did["divergence"]
+    assert did == {"steps": 12, "tokens": 12 * 16 * 128, "divergence": [before, after], "kept": True}
+    assert after < 0.95 * before
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert divergence(output, original, calibration.further[-9:]) == pytest.approx(after, rel=1e-2)
+    assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in (output / CARD_FILE).read_text()
+
+
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_without_an_adapter_or_with_one_that_starts_from_nothing(tiny_llama, calibration, tmp_path, method):
+    """And without the blocks' own training, and with the embeddings packed as well, which stay as they are."""
+    config = dataclasses.replace(TOGETHER, reconstruct=0, quantize_embeddings=True, feedback=0, sensitivity="layer")
+    adapter = None if method is None else AdapterRecipe(4, method=method)
+    before = quantize(tiny_llama, tmp_path / "plain", calibration, dataclasses.replace(config, end_to_end=0), adapter)
+    after = quantize(tiny_llama, tmp_path / "llama", calibration, config, adapter)
+    assert after["end_to_end"]["divergence"][1] < 0.95 * after["end_to_end"]["divergence"][0]
+    assert before["end_to_end"] is None and before["true_bits"] == after["true_bits"]
+    tables = [load_file(tmp_path / run / "model.safetensors") for run in ("plain", "llama")]
+    same = {key for key in tables[0] if torch.equal(tables[0][key], tables[1][key])}
+    assert "model.embed_tokens.weight" in same and "model.layers.0.mlp.up_proj.weight" not in same
+    if method:
+        start = [load_file(tmp_path / run / ADAPTER_FOLDER / "adapter_model.safetensors") for run in ("plain", "llama")]
+        assert all(torch.equal(start[0][key], start[1][key]) for key in start[0])
+
+
+def test_a_killed_run_ends_in_the_same_bytes(tiny_llama, calibration, trained, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    steps = []
+
+    def killing(self, until, real=end_to_end.JointTraining.run):
+        steps.append(self.done)
+        if len(steps) == 4:
+            raise Killed
+        return real(self, self.done + 1)
+
+    monkeypatch.setattr(end_to_end, "KEEP_AFTER", 0.0)
+    monkeypatch.setattr(end_to_end.JointTraining, "run", killing)
+    with pytest.raises(Killed):
+        quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
+    report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
+    assert steps == [*range(4), *range(3, 12)]
+    assert report["end_to_end"] == trained[1]["end_to_end"]
+    for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
+        assert (tmp_path / "llama" / file).read_bytes() == (trained[0] / file).read_bytes(), file
+
+
+def test_what_was_not_for_the_better_is_not_kept(tiny_llama, calibration, trained, tmp_path, monkeypatch, caplog):
+    values = itertools.count(1.0)
+    monkeypatch.setattr(end_to_end.JointTraining, "divergence", lambda self, sequences: next(values))
+    report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
+    blocks = quantize(tiny_llama, tmp_path / "blocks", calibration, dataclasses.replace(TOGETHER, end_to_end=0))
+    assert report["end_to_end"]["divergence"] == [1, 2] and not report["end_to_end"]["kept"]
+    assert "not for the better" in caplog.text and "; not kept" in (tmp_path / "llama" / CARD_FILE).read_text()
+    for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
+        found = [load_file(tmp_path / run / file) for run in ("llama", "blocks")]
+        assert all(torch.equal(found[0][key], found[1][key]) for key in found[1]), file
+    assert report["packed_error"] == blocks["packed_error"]
+
+
+def test_what_cannot_be_trained_is_refused(tiny_llama, calibration, trained, tmp_path):
+    alone = dataclasses.replace(TOGETHER, reconstruct=0)
+    one = dataclasses.replace(calibration, sequences=calibration.sequences[:1], further=None)
+    for given, why in (
+        (Calibration.load(trained[0]), "end_to_end trains on .* holds none: give the text"),
+        (one, "there is one: give more text"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            quantize(tiny_llama, tmp_path / "llama", given, alone)
+    with pytest.raises(ValueError, match="end_to_end must not be negative"):
+        LowRAConfig(end_to_end=-1)
+    with pytest.raises(ValueError, match="use end_to_end=0 with it"):
+        LowRAConfig(codebook="normal_float", end_to_end=1)
+
+
+def test_a_machine_that_is_too_small_is_refused_beforehand(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(requirements, "_BYTES_END_TO_END", 1e9)
+    arguments = ["quantize", str(tiny_llama), "--output", str(tmp_path / "llama"), "--device", "cpu"]
+    assert main([*arguments, "--calibrate", "self", "--end-to-end", "1"]) == 2
+    assert "Quantising this model needs about" in capsys.readouterr().err and not (tmp_path / "llama").exists()
+
+
+def test_the_command_trains_on_text_that_the_model_writes(tiny_llama, tmp_path, capsys):
+    options = "--bits 1.5 --rank 4 --calibrate self --calibration-tokens 256 --end-to-end 1 --device cpu".split()
+    assert main(["quantize", str(tiny_llama), "--output", str(tmp_path / "llama"), *options]) == 0
+    assert "end to end: KL divergence from the dense model" in capsys.readouterr().out
+    packed_and_adapted(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("scales", ["double_quant", "float32"])
+def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
+    torch.manual_seed(0)
+    config = LowRAConfig(scales=scales)
+    weights = {}
+    for number, (rows, columns) in enumerate(((9, 136), (7, 136), (5, 64))):
+        weight = torch.randn(rows, columns)
+        row_bits = torch.tensor(PRECISIONS * 3, dtype=torch.uint8)[:rows]
+        book = learn_codebook(weight, config)
+
+        def pack(part, book=book, row_bits=row_bits):
+            return quantize_matrix(part, book, row_bits, config)
+
+        packed, factors = initialize(weight, pack, 2, 4.0)
+        if number == 1:
+            factors = LowRank(factors.lora_A, torch.zeros_like(factors.lora_B))
+        weights[str(number)] = TrainedWeight(weight, packed, factors, 2.0)
+        with torch.no_grad():
+            for name, parameter in weights[str(number)].named_parameters():
+                parameter += 0.01 * torch.randn_like(parameter) * (number != 1 or "lora" not in name)
+    alone = copy.deepcopy(weights)
+    stacks = stacked(weights)
+    assert [list(stack.weights) for stack in stacks] == [["0", "1"], ["2"]]
+    made = {name: weight for stack in stacks for name, weight in stack().items()}
+    toward = {name: torch.randn_like(weight) for name, weight in made.items()}
+    for name, weight in alone.items():
+        own = weight()
+        assert torch.equal(own, made[name])
+        own.backward(toward[name])
+    torch.autograd.backward(list(made.values()), [toward[name] for name in made])
+    with torch.no_grad():
+        for stack in stacks:
+            for parameter in (stack.dense, stack.level_change, stack.scale_change):
+                parameter.copy_(parameter.grad)
+            stack.unstack()
+    for name, weight in weights.items():
+        for part in ("dense", "level_change", "scale_change"):
+            torch.testing.assert_close(getattr(weight, part).data, getattr(alone[name], part).grad, msg=part)
