@@ -55,6 +55,7 @@ class JointTraining:
         shares: dict[str, float] | None = None,
         seed: int = 0,
         fixed: dict[str, torch.Tensor] | None = None,
+        fixed_cells: bool = False,
     ):
         """
         Args:
@@ -67,6 +68,7 @@ class JointTraining:
             shares: in place of those of `SHARES`.
             seed: of the order of the sequences.
             fixed: packed weights that are not trained, [N, K] by name.
+            fixed_cells: see `stacked`.
         """
         self._fixed = fixed or {}
         self._model, self._targets, self._weights = model, targets, weights
@@ -82,7 +84,7 @@ class JointTraining:
             size for size in range(1, batch + 1) if batch % size == 0 and size <= _most(length, vocabulary)
         )
         rates = {name: rates_of(weight, {**SHARES, **(shares or {})}) for name, weight in weights.items()}
-        self._stacks = stacked(weights)
+        self._stacks = stacked(weights, fixed_cells=fixed_cells)
         self._adam = [Adam(stack, rates) for stack in self._stacks]
         self._ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         self._loss = torch.zeros((), device=self.device)
@@ -113,7 +115,7 @@ class JointTraining:
                 losses.append(self._loss.clone())
                 self.done += 1
                 on_step()
-        return torch.stack(losses) if losses else torch.empty(0)
+        return torch.stack(losses) if losses else torch.empty(0, device=self.device)
 
     def _advance(self) -> None:
         if self._graph is not None:

@@ -23,18 +23,24 @@ _BETAS, _SMALL = (0.9, 0.95), 1e-12
 _WARMUP = 0.05
 
 
-def stacked(weights: dict[str, TrainedWeight], most: int = MOST) -> list["Stack"]:
-    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained."""
+def stacked(weights: dict[str, TrainedWeight], most: int = MOST, fixed_cells: bool = False) -> list["Stack"]:
+    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained.
+
+    Args:
+        weights: by name.
+        most: weights of one stack.
+        fixed_cells: codes are found by the tables of the start, however those move.
+    """
     stacks: list[Stack] = []
     open_ones: dict[tuple, dict[str, TrainedWeight]] = {}
     for name, weight in weights.items():
         key = weight.dense.shape[1], weight.start.group_size, weight.start.scales.dtype
         members = open_ones.setdefault(key, {})
         if members and sum(other.dense.numel() for other in members.values()) + weight.dense.numel() > most:
-            stacks.append(Stack(members))
+            stacks.append(Stack(members, fixed_cells))
             members = open_ones[key] = {}
         members[name] = weight
-    return stacks + [Stack(members) for members in open_ones.values()]
+    return stacks + [Stack(members, fixed_cells) for members in open_ones.values()]
 
 
 class Stack(nn.Module):
@@ -48,7 +54,7 @@ class Stack(nn.Module):
         factors: A and B of the weights whose product is trained, by name and side.
     """
 
-    def __init__(self, weights: dict[str, TrainedWeight]):
+    def __init__(self, weights: dict[str, TrainedWeight], fixed_cells: bool = False):
         super().__init__()
         self.weights = weights
         members = list(weights.values())
@@ -75,6 +81,8 @@ class Stack(nn.Module):
             torch.cat([weights[name].level_change.detach()[_entries(s)] for (name, _), (s, _) in rows.items()])
         )
         self.scale_change = nn.Parameter(self._gathered(weight.scale_change.detach() for weight in members))
+        with torch.no_grad():
+            self._cells = self._tables() if fixed_cells else None
         trained = {name: weight for name, weight in weights.items() if weight.trains_product}
         self.factors = {
             (name, side): getattr(weight, side) for name, weight in trained.items() for side in ("lora_A", "lora_B")
@@ -107,13 +115,19 @@ class Stack(nn.Module):
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The sums by name, float32 [N, K] each, rows in the order of W."""
-        levels = stored_levels(self._levels + self.level_change, self._segments)
-        scales = changed_scales(self._scales, self.scale_change)
-        scales = AsStored.apply(scales, self._kept(scales.detach()))
-        stored = Rounded.apply(self.dense, levels, scales, self._segments, self._group_size)
+        stored = self._rounded()
         whole = torch.empty_like(stored).index_copy(0, self._order, stored)
         parts = whole.split([len(weight.order) for weight in self.weights.values()])
         return {name: self._with_product(name, part) for name, part in zip(self.weights, parts, strict=True)}
+
+    def _rounded(self) -> torch.Tensor:
+        return Rounded.apply(self.dense, *self._tables(), self._segments, self._group_size, self._cells)
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels [entries] and scales [rows of all, groups] in the values that are stored of them."""
+        scales = changed_scales(self._scales, self.scale_change)
+        levels = stored_levels(self._levels + self.level_change, self._segments)
+        return levels, AsStored.apply(scales, self._kept(scales.detach()))
 
     def _with_product(self, name: str, part: torch.Tensor) -> torch.Tensor:
         if (name, "lora_A") not in self.factors:
@@ -133,6 +147,8 @@ class Stack(nn.Module):
     @torch.no_grad()
     def unstack(self) -> None:
         """Gives the weights what was trained of them."""
+        if self._cells is not None:
+            self.dense.copy_(self._rounded())  # which is nearest to itself by the tables of the end too
         for name, weight in self.weights.items():
             pieces = [(s, rows) for (owner, _), (s, rows) in self._rows.items() if owner == name]
             entries = [self._entries_of(bits, rows) for (owner, bits), (_, rows) in self._rows.items() if owner == name]

@@ -148,7 +148,10 @@ class AsStored(torch.autograd.Function):
 
 
 class Rounded(torch.autograd.Function):
-    """The packed weight [N, K] in packed row order: of each dense weight the nearest level, times its group's scale."""
+    """The packed weight [N, K] in packed row order: of each dense weight the nearest level, times its group's scale.
+
+    `cells`: levels and scales by which the nearest is found, in place of the others.
+    """
 
     @staticmethod
     def forward(
@@ -158,8 +161,9 @@ class Rounded(torch.autograd.Function):
         scales: torch.Tensor,
         segments: Sequence[Segment],
         group_size: int,
+        cells: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        codes = _codes(dense, levels, scales, segments, group_size)
+        codes = _codes(dense, *(cells or (levels, scales)), segments, group_size)
         ctx.save_for_backward(codes, levels, scales)
         ctx.segments, ctx.group_size = segments, group_size
         return _normal(codes, levels, segments) * widen(scales, group_size, dense.shape[1])
@@ -173,7 +177,7 @@ class Rounded(torch.autograd.Function):
             rows = slice(s.first, s.end)
             for_levels[s.levels_of(s.first, s.end)] = _sums_by_code(scaled[rows], codes[rows], 2**s.bits).view(-1)
         for_scales = group_sums(gradient * _normal(codes, levels, ctx.segments), ctx.group_size)
-        return gradient, for_levels, for_scales, None, None
+        return gradient, for_levels, for_scales, None, None, None
 
 
 def _codes(
