@@ -170,9 +170,8 @@ class Session:
             options |= self._best_of(best_of)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
         blocks = [model.get_submodule(name) for name in block_names(model, self.targets)]
-        for block in (
-            blocks if self.device.type == "cuda" else ()
-        ):  # norms and rotations are half of a small model's step
+        # norms and rotations are half of a small model's step
+        for block in blocks if self.device.type == "cuda" else ():
             block.forward = torch.compile(block.forward)
         training = JointTraining(model, self.targets, trained, sequences, seed=v.seed, **options)
         found = {"kl_options": options, "kl_before": training.divergence(self.held_out())}
