@@ -48,7 +48,6 @@ from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
 from lowra.corpus import read_text  # noqa: E402
 from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
-from lowra.quantization.block_stream import block_names  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.quantization.joint_training import JointTraining  # noqa: E402
 from lowra.weights.packed import PackedWeight  # noqa: E402
@@ -169,21 +168,9 @@ class Session:
         if best_of:
             options |= self._best_of(best_of)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
-        blocks = [model.get_submodule(name) for name in block_names(model, self.targets)]
-        # norms and rotations are half of a small model's step
-        for block in blocks if self.device.type == "cuda" else ():
-            block.forward = torch.compile(block.forward)
         training = JointTraining(model, self.targets, trained, sequences, seed=v.seed, **options)
         found = {"kl_options": options, "kl_before": training.divergence(self.held_out())}
-        clock = time.perf_counter()
-        try:
-            losses = [training.run(min(8, training.steps))]
-        except Exception as error:
-            print(f"not compiled: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            for block in blocks:
-                block.__dict__.pop("forward", None)
-            losses = [training.run(min(8, training.steps))]
-        found["kl_compiling_s"] = time.perf_counter() - clock
+        losses = [training.run(min(8, training.steps))]
         found["kl_recorded"], begun = training.recorded, time.perf_counter()
         for some in (80, 240, 640):  # fewer steps where the GPU is shared, or nothing recorded
             clock, last = time.perf_counter(), training.done
