@@ -165,6 +165,7 @@ class Session:
         trained, options = copy.deepcopy(trained), dict(v.end_to_end)
         sequences = self.text(options.pop("on"), options.pop("blocks"))
         until, trial, best_of = options.pop("until", math.inf), options.pop("trial", False), options.pop("best_of", 0)
+        until = min(until, time.time() - self._begun + options.pop("seconds", math.inf))
         if best_of:
             options |= self._best_of(best_of)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
