@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
+from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear
 from .coverage import check_attention, check_autocast, check_mode, check_written
 from .mixed_batches import NO_ADAPTER
@@ -174,7 +175,7 @@ class Decoder:
 
     def _logits(self, normal: torch.Tensor, is_prompt: bool) -> torch.Tensor:
         """The head's output for that of the last norm; prompts are never rounded."""
-        if self._packed_head is not None and not is_prompt and not _has_hooks(self._head):
+        if self._packed_head is not None and not is_prompt and not is_awaited(self._head):
             return decoding.linear_group(normal, self._packed_head)[0]
         return decoding.dense_linear(normal, self._head.weight) if _is_plain(self._head) else self._head(normal)
 
@@ -308,16 +309,12 @@ class Decoder:
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is its weight alone: a dense layer that nothing was put around."""
-    return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
+    return type(head) is nn.Linear and head.bias is None and not is_awaited(head)
 
 
 def _packed_head(head: nn.Module, dtype: torch.dtype, exact: bool) -> decoding.Group | None:
     """A packed head as steps multiply with it, or None for another."""
     return decoding.Group([(head.matrix(), head.bias_as(dtype))], exact) if is_packed(head) else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _queries(outs: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:

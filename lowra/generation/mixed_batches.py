@@ -7,8 +7,8 @@ import functools
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as all_modules
 
+from ..nn.hooks import FORWARD_HOOKS, hooks_of_all
 from .projections import Unsupported
 
 NO_ADAPTER = "__base__"  # PEFT's name for a sequence that has none
@@ -24,13 +24,12 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
         Unsupported: a module has another hook.
     """
     names: tuple[str, ...] = ()
-    of_all = [*all_modules._global_forward_pre_hooks.values(), *all_modules._global_forward_hooks.values()]
-    if any(not _looks_on(hook) for hook in of_all):
+    if any(not _looks_on(hook) for hooks in hooks_of_all(FORWARD_HOOKS) for hook in hooks.values()):
         raise Unsupported("every module has a hook")
     for module in model.modules():
         own = vars(module)
-        if own["_forward_pre_hooks"] or own["_forward_hooks"]:
-            for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
+        for hooks in (own[kind] for kind in FORWARD_HOOKS):  # no others are called without gradients
+            for hook in hooks.values():
                 if _names_adapters(hook):
                     names = tuple(hook.keywords["adapter_names"])
                 elif not _looks_on(hook):

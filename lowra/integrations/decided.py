@@ -1,7 +1,7 @@
 """What the host decides by when a layer is called, compared with what it was when the layer was captured.
 
 A graph has fixed all of it: where parameters lie, which adapters are active, what is trained, rates and functions of
-modules, which codes a packed layer has.
+modules and those that these call, which codes a packed layer has.
 """
 
 import functools
@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from ..nn.captured import NotCapturable
+from ..nn.hooks import HOOKS, hooks_of_all
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
 from ..nn.trained_tables import TrainedTablesLinear
+from .called_names import Place, called_names
 from .layer_calls import PLAIN_VALUES
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOKS_OF_ALL = [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
+_HOOKS_OF_ALL = hooks_of_all()
 _CONTAINERS = (dict, list, tuple, set)
 _NAMED = ("_modules", "_parameters", "_buffers")
 _HOLDERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which compute nothing
@@ -47,11 +48,13 @@ class Decided:
         # Rates, factors, names of adapters, functions: also those of which nobody here has heard.
         every = list(map(vars, self._modules))
         self._names = [[name for name in own if name not in _OF_TORCH] for own in every]
-        self._kinds: list[Any] = list(set(map(type, self._modules)))
+        self._kinds: list[Any] = list(dict.fromkeys(map(type, self._modules)))
+        self._places = called_names(tuple(kind.forward for kind in self._kinds))
         self._packed = [module for module in self._modules if isinstance(module, PackedModule)]
         linears = [module for module in self._modules if isinstance(module, LowRALinear)]
         self._with_tables = [linear for linear in linears if linear.adapter_tables is not None]
         self._kept, _ = self._held(every)  # because an identity is one only while its object lives
+        self._called = [space.get(name) for space, name in self._places]  # likewise
         tensors = [*layer.parameters(), *layer.buffers(), *filter(_has_memory, self._kept)]
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
         if any(map(is_sharded, self._tensors)):
@@ -74,7 +77,7 @@ class Decided:
         if self._untouched is not None and self._untouched.is_of(self._containers):
             self._untouched.renew()
         elif _are_changes_told():
-            self._untouched = _Untouched(self._modules, self._containers, self._tensors)
+            self._untouched = _Untouched(self._modules, self._containers, self._tensors, self._places)
         return True
 
     def _held(self, every: list[dict[str, Any]]) -> tuple[list[Any], dict[int, Any]]:
@@ -98,7 +101,7 @@ class Decided:
 
     def _read(self) -> tuple[list[Any], list[Any]]:
         every = [vars(module) for module in self._modules]
-        if any(own[kind] for own in every for kind in _HOOKS) or any(_HOOKS_OF_ALL):
+        if any(own[kind] for own in every for kind in HOOKS) or any(_HOOKS_OF_ALL):
             raise NotCapturable("it has hooks, which replaying would not call")
         forwards = [own["forward"] for own in every if "forward" in own]
         if not all(map(_is_of_module_alone, forwards)):
@@ -115,6 +118,7 @@ class Decided:
         for tensor in self._tensors:
             found += (tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride())
         found += [module.row_layout() for module in self._packed]
+        found += [id(space.get(name)) for space, name in self._places]
         self._containers = list(containers.values())
         return [*found, *forwards], self._read_often()
 
@@ -138,7 +142,7 @@ def _are_changes_told() -> bool:
         _GUARDS.dict_version({})
     except (AttributeError, TypeError, RuntimeError):  # another PyTorch's
         return False
-    return _is_told_of(nn.Module()) and _is_told_of(types.SimpleNamespace()) and _is_told_of(_Plain())
+    return all(map(_is_told_of, (nn.Module(), types.SimpleNamespace(), types.ModuleType("told"), _Plain())))
 
 
 class _Plain:
@@ -165,9 +169,12 @@ class _Untouched:
         modules: of the layer.
         containers: that are attributes of these.
         tensors: theirs, each once.
+        places: by which their forwards find what they call.
     """
 
-    def __init__(self, modules: list[nn.Module], containers: list[Any], tensors: list[torch.Tensor]):
+    def __init__(
+        self, modules: list[nn.Module], containers: list[Any], tensors: list[torch.Tensor], places: tuple[Place, ...]
+    ):
         self._modules, self._classes, self._containers = modules, list(map(type, modules)), containers
         every = self._every = list(map(vars, modules))
         # Of what is never called itself, nothing counts but what it holds.
@@ -175,9 +182,10 @@ class _Untouched:
         self._named = [own[kind] for own in every for kind in _NAMED]
         changing = [*self._named, *(container for container in containers if not isinstance(container, tuple))]
         self._dicts = [*every, *(each for each in changing if each and isinstance(each, dict))]
+        self._dicts += {id(space): space for space, _ in places}.values()
         self._lists = [each for each in changing if each and not isinstance(each, dict)]
         # Most are, and then nothing but their length is looked at.
-        self._empty = [*(own[kind] for own in called for kind in _HOOKS), *_HOOKS_OF_ALL]
+        self._empty = [*(own[kind] for own in called for kind in HOOKS), *_HOOKS_OF_ALL]
         self._empty += [each for each in changing if not each]
         self._tensors = tensors
         self._touched_first = [*self._dicts, *self._empty, *modules, *tensors]

@@ -21,6 +21,7 @@ from ..checkpoints.hub import resolve_folder
 from ..checkpoints.records import ADAPTER_WEIGHTS, digest_of_adapter, digests_of_file
 from ..checkpoints.targets import find_targets, replace_module
 from ..nn.embedding import LowRAEmbedding
+from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
@@ -86,8 +87,8 @@ class LowRALoraLinear(LoraLinear):
             and (bias is None or not bias.requires_grad)
             and (isinstance(dropout, nn.Identity) or not self.training)
             # sharded and offloaded weights come together in the modules' own forward
-            and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and not _hooked(m) for m in (a, b))
-            and not _hooked(self.base_layer)
+            and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and not is_awaited(m) for m in (a, b))
+            and not is_awaited(self.base_layer)
             and a.weight.device == x.device
             and x.dtype != torch.float64  # which the kernels do not know
             and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype or self._casts_up(x, a, b))
@@ -133,12 +134,6 @@ class LowRALoraLinear(LoraLinear):
             device = self.base_layer.weight.device
             self.base_layer = self._packed.pop().to(device)
         self.merged_adapters.clear()
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module's own forward: hooks, or accelerate's offloading in its place."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
 
 
 def prepare_for_training(

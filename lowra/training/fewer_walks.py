@@ -6,6 +6,7 @@ count them and to list them takes the host some 20 ms a step, in which a GPU tha
 
 import contextlib
 import functools
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,30 +36,40 @@ def _remembered(trainer: Trainer) -> Iterator[None]:
     attributes = list(map(vars, model.modules()))
     walk, clip = model.train, accelerator.clip_grad_norm_
 
-    def train(mode: bool = True) -> torch.nn.Module:
+    # Methods of the model: a copy's are those of the copy, which has the class's own done.
+    def train(self: Any, mode: bool = True) -> torch.nn.Module:
+        if self is not model:
+            return type(self).train(self, mode)
         # to look is quick, and whoever evaluates may have put a part of the model in another mode
         if not all(own["training"] is mode for own in attributes):
             walk(mode)
         return model
 
-    def zero_grad(set_to_none: bool = True) -> None:
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        if self is not model:
+            return type(self).zero_grad(self, set_to_none)
         for parameter in trained:
             if set_to_none or parameter.grad is None:
                 parameter.grad = None
             else:
                 parameter.grad.zero_()
+        return None
+
+    def num_parameters(self: Any, *args: Any, **kwargs: Any) -> int:
+        return counted(*args, **kwargs) if self is model else type(self).num_parameters(self, *args, **kwargs)
 
     def clip_grad_norm(parameters: Iterable[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         return clip(trained, *args, **kwargs)
 
-    remembered: dict[str, Any] = {"train": train, "zero_grad": zero_grad}
+    remembered: list[Any] = [train, zero_grad]
     if hasattr(model, "num_parameters"):
-        remembered["num_parameters"] = functools.cache(model.num_parameters)
-    vars(model).update(remembered)
+        counted = functools.cache(model.num_parameters)
+        remembered.append(num_parameters)
+    vars(model).update({method.__name__: types.MethodType(method, model) for method in remembered})
     accelerator.clip_grad_norm_ = clip_grad_norm
     try:
         yield
     finally:
-        for name in remembered:
-            del vars(model)[name]
+        for method in remembered:
+            del vars(model)[method.__name__]
         del accelerator.clip_grad_norm_

@@ -6,6 +6,9 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowra.integrations import decided
 from lowra.integrations.decided import Decided
@@ -163,6 +166,39 @@ def test_a_class_that_computes_something_else(glance, monkeypatch):
     assert was.is_same() and was.is_same()
     monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: x)
     assert not was.is_same()
+
+
+class Attending(nn.Module):
+    """Finds attention as the layers of Transformers do."""
+
+    def forward(self, *args):
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", louder)(*args)
+
+
+def louder(*args):
+    return tuple(2 * part for part in sdpa_attention_forward(*args))
+
+
+REPLACED = {
+    "in a registry": lambda patch: patch.setitem(AttentionInterface._global_mapping, "sdpa", louder),
+    "past a registry": lambda patch: patch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", louder),
+    "under a module's name": lambda patch: patch.setitem(globals(), "ALL_ATTENTION_FUNCTIONS", {"sdpa": louder}),
+    "in PyTorch": lambda patch: patch.setattr(nn.functional, "silu", nn.functional.gelu),
+    "in PyTorch, of what is called": lambda patch: patch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda *args, **keywords: None
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_function_in_the_place_of_another(how, glance, monkeypatch):
+    block = nn.Sequential(Block(), Attending())
+    was = Decided(block)
+    assert was.is_same() and was.is_same()
+    REPLACED[how](monkeypatch)
+    assert not was.is_same()
+    monkeypatch.undo()
+    assert was.is_same()
 
 
 @pytest.mark.parametrize(

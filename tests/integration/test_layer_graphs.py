@@ -9,6 +9,7 @@ import copy
 import functools
 import pickle
 import random
+import sys
 import types
 
 import numpy as np
@@ -19,9 +20,11 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from small_models import adapted
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowra
 from lowra.integrations import layer_graphs
+from lowra.integrations.decided import Decided
 from lowra.nn.captured import NotCapturable, Recorder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -286,6 +289,34 @@ def test_what_changes_between_steps_counts(packed_llama, device, change):
         for own, other in zip(gradients, usual_gradients, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
     assert loss != pytest.approx(before[0], rel=1e-6) or change in (freeze_some, smaller_factors)
+
+
+@pytest.mark.parametrize("where", ["registry", "module"])
+def test_attention_that_is_put_in_the_place_of_another_counts(packed_llama, device, monkeypatch, where):
+    model, ids = captured(adapted(packed_llama, device), device)
+    loss, _ = step(model, ids)
+    kind = type(model.get_base_model().model.layers[0].self_attn)
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if where == "registry":
+
+        def louder(*args, **keywords):
+            return 20 * usual(*args, **keywords)[0], None
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", louder)
+    else:
+        monkeypatch.setattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", lambda q, k, *_: (20 * q, 20 * k))
+    changed, _ = step(model, ids)
+    assert changed == pytest.approx(step(adapted(packed_llama, device), ids)[0], rel=1e-5)
+    assert changed != pytest.approx(loss, rel=1e-4)
+
+
+def test_steps_are_compared_at_a_glance(packed_llama, device, monkeypatch):
+    """Nothing that layers name is written at every step: it would be read in full each time."""
+    model, ids = captured(adapted(packed_llama, device), device)
+    step(model, ids)
+    monkeypatch.setattr(Decided, "_read", lambda self: pytest.fail("read in full"))
+    for _ in range(2):
+        step(model, ids)
 
 
 def test_a_hook_of_all_modules_is_called(packed_llama, device):

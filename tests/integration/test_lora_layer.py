@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lowra import LowRAConfig
 from lowra.integrations import peft as integration
@@ -114,9 +115,10 @@ def test_what_the_function_does_not_cover_goes_through_peft(monkeypatch):
     _, narrow = lora_layer(dtype=torch.bfloat16)
     narrow(x)  # adapters in bfloat16 and no autocast: PEFT casts x down
     layer(x, adapter_names=["default", "__base__", "default"])
-    handle = layer.base_layer.register_forward_hook(lambda *_: None)
-    layer(x)
-    handle.remove()
+    for register in (layer.base_layer.register_forward_hook, register_module_forward_hook):  # of all modules
+        handle = register(lambda *_: None)
+        layer(x)
+        handle.remove()
     with model.disable_adapter():
         layer(x)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["layer"]))

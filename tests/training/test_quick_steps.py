@@ -1,8 +1,10 @@
 """What makes steps quicker: where it applies, what refuses it, and that a run learns the same with it."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -147,3 +149,33 @@ def test_parts_in_another_mode_are_trained_again(tmp_path, fails):
     assert "clip_grad_norm_" not in vars(trainer.accelerator)
     model.train()
     assert model[0][0].training
+
+
+def test_a_copy_made_in_a_run_is_a_model_of_its_own(tmp_path):
+    """As one that keeps a mean of the weights: no call of it may reach the model that is trained."""
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                model[0].weight.grad = torch.ones_like(model[0].weight)
+                copied[0].weight.grad = torch.ones_like(copied[0].weight)
+                assert copied.eval() is copied and not copied.training and not copied[0].training and model.training
+                copied.zero_grad()
+                assert copied[0].weight.grad is None and model[0].weight.grad is not None
+                copied[0] = torch.nn.Identity()
+                assert copied.num_parameters() == 0 and model.num_parameters() == 4
+                seen.append(copied)
+
+    seen, model = [], Counted(torch.nn.Linear(3, 1))
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+    rows = [{"x": torch.ones(3)}] * 4
+    FewerWalks(model, arguments, train_dataset=rows, callbacks=[Copies()]).train()
+    assert len(seen) == 4 and not {"train", "zero_grad", "num_parameters"} & set(vars(model))
+
+
+class Counted(torch.nn.Sequential):
+    def forward(self, x, labels=None):
+        return {"loss": super().forward(x).mean()}
+
+    def num_parameters(self):
+        return sum(parameter.numel() for parameter in self.parameters())
