@@ -35,8 +35,9 @@ from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
+from .problems import Problems
 from .quick_steps import quicken_steps
-from .recipe import Problems, Recipe
+from .recipe import Recipe
 from .settled import check_idle_overrides, on_device, settle, used
 from .sharding import OnceSharded, check_sharded_run, gathered, share_out, untuned_of
 from .table_checkpoints import TableCheckpoints, set_tables_learning_rate

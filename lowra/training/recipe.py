@@ -1,16 +1,11 @@
-"""The recipe of a fine-tuning run: flat YAML and `key=value` overrides, all checked before anything runs.
+"""The recipe of a fine-tuning run: flat YAML and `key=value` overrides, all checked before anything runs."""
 
-Kinds and ranges are pydantic's to check, field by field, because its error for a whole recipe is a list of lines where
-the command line promises one sentence.
-"""
-
-import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import typing
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 import yaml
@@ -18,38 +13,26 @@ import yaml
 from ..checkpoints.guarded import read_text
 from ..checkpoints.places import expanded
 from ..config import check_keys
-from ..quantization.initial_adapter import LEAST_ALPHA, MOST_ALPHA, MOST_RANK
-
-
-def _reject_booleans(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a truth value")  # which pydantic would take for 0 or 1
-    return value
-
-
-def _at_home(path: str) -> str:
-    return str(expanded(path)) if path.startswith("~") else path
-
-
-_NO_BOOLEAN = pydantic.BeforeValidator(_reject_booleans)
-_FINITE = pydantic.Field(allow_inf_nan=False)
-
-_Truth = Annotated[bool, pydantic.Strict()]
-_Place = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_at_home)]
-_MOST = 2**31 - 1  # what Transformers, tokenizers and NumPy count with
-_Count = Annotated[int, pydantic.Field(gt=0, le=_MOST), _NO_BOOLEAN]
-_Limit = Annotated[int, pydantic.Field(ge=1, le=_MOST), _NO_BOOLEAN]
-_Few = Annotated[int, pydantic.Field(gt=0, le=1000), _NO_BOOLEAN]  # more would be a slip of the keyboard, and hours
-_Processes = Annotated[int, pydantic.Field(ge=0, le=256), _NO_BOOLEAN]
-_Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32), _NO_BOOLEAN]  # what NumPy's generators take
-_Number = Annotated[float, _FINITE, _NO_BOOLEAN]
-_Rank = Annotated[int, pydantic.Field(gt=0, le=MOST_RANK), _NO_BOOLEAN]
-_Alpha = Annotated[float, _FINITE, pydantic.Field(gt=0, le=MOST_ALPHA), _NO_BOOLEAN]
-_Rate = Annotated[float, _FINITE, pydantic.Field(gt=0), _NO_BOOLEAN]  # a run that diverges says so
-_Passes = Annotated[float, _FINITE, pydantic.Field(gt=0, le=1e6), _NO_BOOLEAN]
-_RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
-_Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_BOOLEAN]
-_WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_BOOLEAN]
+from ..quantization.initial_adapter import LEAST_ALPHA
+from .kinds import (
+    Alpha,
+    Count,
+    Few,
+    Limit,
+    Number,
+    Passes,
+    Place,
+    Processes,
+    Rank,
+    Rate,
+    RateOr0,
+    Seed,
+    Share,
+    Truth,
+    WholeShare,
+    checked,
+)
+from .problems import Problems
 
 
 @dataclasses.dataclass
@@ -116,76 +99,76 @@ class Recipe:
             effect it is refused, and one of a recipe's file is not (`lowra.training.settled`). No key of the file.
     """
 
-    model: _Place
+    model: Place
     task: Literal["language_modeling", "instruction", "chat", "summarization"] = "language_modeling"
-    output: _Place = "runs/finetune"
+    output: Place = "runs/finetune"
     method: str = "lowra"
-    bits: _Number = 2.0
-    rank: _Rank = 64
-    alpha: _Alpha | None = None
-    dropout: _Share = 0.0
+    bits: Number = 2.0
+    rank: Rank = 64
+    alpha: Alpha | None = None
+    dropout: Share = 0.0
     target_modules: list[str] | None = None
-    rslora: _Truth = False
-    dora: _Truth = False
-    init_steps: _Few = 5
+    rslora: Truth = False
+    dora: Truth = False
+    init_steps: Few = 5
     tables: Literal["frozen", "levels", "levels_and_scales"] = "frozen"
-    tables_learning_rate: _Rate = 4e-3
+    tables_learning_rate: Rate = 4e-3
     quantization: dict = dataclasses.field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
-    train_file: _Place | None = None
-    validation_file: _Place | None = None
+    train_file: Place | None = None
+    validation_file: Place | None = None
     train_split: str = "train"
     validation_split: str | None = "validation"
-    carve_validation: _Count = 1024
+    carve_validation: Count = 1024
     text_column: str = "text"
     source_column: str | None = None
     target_column: str | None = None
-    max_train_samples: _Limit | None = None
-    max_eval_samples: _Limit | None = None
-    block_size: _Count = 1024
-    chat_template: _Place | None = None
-    packing: _Truth = False
-    source_length: _Count = 512
-    target_length: _Count = 128
-    num_beams: _Few | None = None
-    max_steps: _Limit | None = None
-    epochs: _Passes = 1.0
-    batch_size: _Count = 16
-    accumulation: _Count = 4
-    eval_batch_size: _Count = 4
-    learning_rate: _Rate = 3e-4
+    max_train_samples: Limit | None = None
+    max_eval_samples: Limit | None = None
+    block_size: Count = 1024
+    chat_template: Place | None = None
+    packing: Truth = False
+    source_length: Count = 512
+    target_length: Count = 128
+    num_beams: Few | None = None
+    max_steps: Limit | None = None
+    epochs: Passes = 1.0
+    batch_size: Count = 16
+    accumulation: Count = 4
+    eval_batch_size: Count = 4
+    learning_rate: Rate = 3e-4
     scheduler: str = "cosine"
-    warmup_ratio: _WholeShare = 0.03
-    weight_decay: _RateOr0 = 0.1
-    beta2: _Share = 0.999
-    max_grad_norm: _RateOr0 = 0.3
+    warmup_ratio: WholeShare = 0.03
+    weight_decay: RateOr0 = 0.1
+    beta2: Share = 0.999
+    max_grad_norm: RateOr0 = 0.3
     optimizer: str = "adamw_torch"
-    group_by_length: _Truth = False
-    gradient_checkpointing: _Truth = True
-    layer_graphs: _Truth | None = None
-    offload_activations: _Truth = False
-    tiled_mlp: _Truth = False
-    liger: _Truth = False
-    bf16: _Truth = True
-    fp16: _Truth = False
-    seed: _Seed = 0
-    data_seed: _Seed = 42
-    eval_steps: _Limit | None = None
-    eval_epochs: _Truth = False
-    save_steps: _Limit | None = 25
-    logging_steps: _Count = 1
-    workers: _Processes = 0
+    group_by_length: Truth = False
+    gradient_checkpointing: Truth = True
+    layer_graphs: Truth | None = None
+    offload_activations: Truth = False
+    tiled_mlp: Truth = False
+    liger: Truth = False
+    bf16: Truth = True
+    fp16: Truth = False
+    seed: Seed = 0
+    data_seed: Seed = 42
+    eval_steps: Limit | None = None
+    eval_epochs: Truth = False
+    save_steps: Limit | None = 25
+    logging_steps: Count = 1
+    workers: Processes = 0
     report_to: str = "none"
-    resume: _Truth = False
-    trust_remote_code: _Truth = False
+    resume: Truth = False
+    trust_remote_code: Truth = False
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         problems = Problems("The recipe")
         for name, checker in _checkers().items():
             with problems.noted():
-                setattr(self, name, _checked(name, getattr(self, name), checker))
+                setattr(self, name, checked(name, getattr(self, name), checker))
         problems.report()
         for check in (self._check_types, self._check_data, self._check_layers, self._check_quantization):
             with problems.noted():
@@ -251,47 +234,6 @@ class Recipe:
         content = dataclasses.asdict(self)
         del content["given"]
         return content
-
-
-class Problems:
-    """Collects what is wrong, to say it all at once, in one line.
-
-    Attributes:
-        found: one sentence each.
-    """
-
-    def __init__(self, what: str):
-        self.what = what
-        self.found: list[str] = []
-        self._kind: type[Exception] = ValueError
-
-    @contextlib.contextmanager
-    def noted(self) -> typing.Iterator[None]:
-        """Goes on after a ValueError or OSError of the block."""
-        try:
-            yield
-        except _Several as error:
-            self.found += error.found
-        except (ValueError, OSError) as error:
-            self._kind = type(error) if not self.found else ValueError
-            self.found.append(str(error))
-
-    def report(self) -> None:
-        """
-        Raises:
-            ValueError, OSError: something was found.
-        """
-        if len(self.found) == 1:
-            raise self._kind(self.found[0])
-        if self.found:
-            raise _Several(self.what, self.found)
-
-
-class _Several(ValueError):
-    def __init__(self, what: str, found: list[str]):
-        numbered = " ".join(f"({number}) {sentence}" for number, sentence in enumerate(found, 1))
-        super().__init__(f"{what} has {len(found)} problems: {numbered}")
-        self.found = found
 
 
 def load_recipe(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -364,47 +306,3 @@ def _checkers() -> dict[str, pydantic.TypeAdapter]:
     config = pydantic.ConfigDict(coerce_numbers_to_str=True)
     kinds = typing.get_type_hints(Recipe, include_extras=True)
     return {name: pydantic.TypeAdapter(kind, config=config) for name, kind in kinds.items()}
-
-
-def _checked(name: str, value: typing.Any, checker: pydantic.TypeAdapter) -> typing.Any:
-    """The value as the field's kind; YAML reads 1e-4 as text and 2 as int.
-
-    Raises:
-        ValueError: naming the field, what it may be and what came.
-    """
-    try:
-        return checker.validate_python(value)
-    except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-    kind, schema = problem["type"], checker.json_schema()
-    optional = "anyOf" in schema
-    schema = schema["anyOf"][0] if optional else schema
-    if kind == "literal_error":
-        expected = f"one of {', '.join(schema['enum'])}"
-    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        expected = _range(schema, "greater" in kind) + (", or left out" if optional else "")
-    elif kind == "finite_number":
-        expected = "a finite number"
-    elif kind == "string_too_short":
-        expected = "a name or left out"
-    elif kind == "value_error" and isinstance(value, str):
-        expected = f"a folder or file ({problem['ctx']['error']})"
-    else:
-        expected = f"of type {_PYTHON_NAMES[schema['type']]}"
-    raise ValueError(f"{name} must be {expected}; got {value!r:.200}.")
-
-
-_PYTHON_NAMES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}
-_PYTHON_NAMES |= {"object": "dict", "array": "list"}
-
-
-def _range(schema: dict, is_too_low: bool) -> str:
-    """The range of a number in words, of a positive one only the limit that was passed."""
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if above == 0 and high is not None:
-        return "positive" if is_too_low else f"positive and at most {high:g}"
-    if below is not None or schema["type"] == "number" and high is not None:
-        return f"in [{low}, {high}]" if below is None else f"in [{low}, {below})"
-    least = "positive" if above == 0 else "positive or 0" if low == 0 else f"at least {low}"
-    return least if high is None else f"{least} and at most {high}"

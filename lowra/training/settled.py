@@ -14,7 +14,8 @@ from ..checkpoints.hub import resolve_folder
 from ..device import choose_device, has_bfloat16
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config
-from .recipe import Problems, Recipe
+from .problems import Problems
+from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
