@@ -56,7 +56,6 @@ TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
 QUANTISED = (*TRAINING, "end_to_end")
 FITTED = (*QUANTISED, "blocks", "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
-TRIALS = 240  # seconds after the start, when trials that are not finished count no longer
 WRITTEN = 2048  # sequences of one file of them; the first file is shorter, because all wait for it
 
 
@@ -101,7 +100,7 @@ class Session:
         (self._own_text, self._written), self._own = own_text, []
         self._count = max(1, calibration_tokens // SEQUENCE)
         self._calibrations = {}
-        self._shared, self._begun = shared
+        self._shared = shared
         self._trained = None, None  # blocks of the last variant, which the next may train on
         self._ended = None, None  # the same after their end-to-end training
 
@@ -164,41 +163,27 @@ class Session:
         """What was trained after the blocks, on all of them together, and what that reports."""
         trained, options = copy.deepcopy(trained), dict(v.end_to_end)
         sequences = self.text(options.pop("on"), options.pop("blocks"))
-        until, trial, best_of = options.pop("until", math.inf), options.pop("trial", False), options.pop("best_of", 0)
-        until = min(until, time.time() - self._begun + options.pop("seconds", math.inf))
-        if best_of:
-            options |= self._best_of(best_of)
+        seconds = options.pop("seconds", math.inf)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
         training = JointTraining(model, self.targets, trained, sequences, seed=v.seed, **options)
-        found = {"kl_options": options, "kl_before": training.divergence(self.held_out())}
-        losses = [training.run(min(8, training.steps))]
-        found["kl_recorded"], begun = training.recorded, time.perf_counter()
-        for some in (80, 240, 640):  # fewer steps where the GPU is shared, or nothing recorded
+        found = {"kl_before": training.divergence(self.held_out())}
+        losses, begun = [], time.perf_counter()
+        for some in (8, 80, 240, 640):  # fewer steps where the GPU is shared, or nothing recorded
             clock, last = time.perf_counter(), training.done
             losses.append(training.run(min(some, training.steps)))
             losses[-1].sum().item()  # waits for the device
-            each = (time.perf_counter() - clock) / max(1, training.done - last)
-            left = (self._begun + until - time.time()) / max(each, 1e-6)
+            now = time.perf_counter()
+            each = (now - clock) / max(1, training.done - last)
+            left = (begun + seconds - now) / max(each, 1e-6) if some > 8 else math.inf
             training.steps = int(max(training.done, min(training.steps, training.done + left)))
         losses.append(training.run(training.steps))
         losses, few = torch.cat(losses), max(1, training.steps // 16)
         found["kl"] = [float(part.mean()) for part in losses.split(few)]
         found["kl_steps"], found["kl_step_s"] = training.steps, (time.perf_counter() - begun) / training.steps
-        found["kl_after"] = training.divergence(self.held_out())
+        found["kl_recorded"], found["kl_after"] = training.recorded, training.divergence(self.held_out())
         training.finish()
         print(json.dumps({"bits": v.bits, **v.end_to_end, **found}), file=sys.stderr, flush=True)
-        if trial:
-            path = self._shared / f"trial-{len(list(self._shared.glob('trial-*'))):02d}"
-            path.with_suffix(".part").write_text(json.dumps([found["kl_after"], options]))
-            path.with_suffix(".part").rename(path.with_suffix(".json"))
         return trained, found
-
-    def _best_of(self, count):
-        """The options but for the number of steps of the best of so many trials, which another process may make."""
-        while len(found := list(self._shared.glob("trial-*.json"))) < count and time.time() < self._begun + TRIALS:
-            time.sleep(0.5)
-        options = min((json.loads(path.read_text()) for path in found), default=[0.0, {}], key=lambda row: row[0])[1]
-        return {key: value for key, value in options.items() if key not in ("steps", "batch")}
 
     def _fitted(self, v: Variant):
         """What `quantise` returns, made by the first process that needs it and read by the others."""
@@ -431,8 +416,7 @@ def main():
     own_text = args.own_text or shared / "own"
     counts = [min(WRITTEN // 2, args.write_text), *[WRITTEN] * (max(0, args.write_text - WRITTEN // 2) // WRITTEN)]
     own = own_text, sum(counts) if args.write_text else 0
-    made = shared, time.time()
-    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own, made)
+    arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own, shared)
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     workers = [
         context.Process(target=_work, args=(jobs, results, threads, time.time() + args.seconds, arguments), daemon=True)

@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
     if args.add:
-        rows += [compact(row, args.source) for row in json.loads(args.add.read_text()) if "failed" not in row]
+        rows += [compact(row, args.source) for row in json.loads(args.add.read_text()) if "tuned" in row]
         args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     groups = summarize(rows)
     print(markdown(groups), "\n\n", savings(groups), sep="")
@@ -82,6 +82,7 @@ def compact(row: dict, source: str | None) -> dict:
         kept.pop("distill_blocks", None)
     numbers = ("true_bits", "output_error", "untuned", "own_kl", "distilled", "tuned", "tuned_unpacked")
     kept.update({key: round(row[key], 4) for key in numbers if row.get(key) is not None})
+    kept.update({key: row[key] for key in ("tuning_seed", "kl_steps") if row.get(key)})
     if row.get("kl_by_blocks"):
         kept["kl_by_blocks"] = [round(value, 4) for value in row["kl_by_blocks"]]
     model = pathlib.Path(row["model"]).name or "base-30m"

@@ -41,8 +41,7 @@ class Variant:
         blocks: what `accuracy_blocks.train` takes, in place of the library's training of blocks.
         emphasis: factor on the assigner's errors in each block, in place of 1.
         end_to_end: of a training of all blocks together: text ("on" and "blocks", as of `reconstruct_on`), "steps",
-            what else `JointTraining` takes, "until" (seconds after the start, by which steps are fewer), "trial" (its
-            options may be those of others) and "best_of" (so many trials; options from the best of them).
+            what else `JointTraining` takes, and "seconds", by which steps are fewer.
         tuning_seed: added to `seed` in fine-tuning alone, so that many share one packed model.
         only: regular expression for the names of the matrices that are quantised; the others keep 16 bits.
     """

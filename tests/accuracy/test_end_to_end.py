@@ -24,7 +24,7 @@ from lowra.quantization.trained_stack import stacked
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra_command import main
 
-TOGETHER = dataclasses.replace(CONFIG, reconstruct=2, end_to_end=12)
+TOGETHER = dataclasses.replace(CONFIG, reconstruct=2, end_to_end=6)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_ll
     output, report = trained
     did = report["end_to_end"]
     before, after = did["divergence"]
-    assert did == {"steps": 12, "tokens": 12 * 16 * 128, "divergence": [before, after], "kept": True}
+    assert did == {"steps": 6, "tokens": 6 * 16 * 128, "divergence": [before, after], "kept": True}
     assert after < 0.95 * before
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     assert divergence(output, original, calibration.further[-9:]) == pytest.approx(after, rel=1e-2)
-    assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in (output / CARD_FILE).read_text()
+    assert len(report["block_errors"]) == 2 and "trained end to end | 12,288 tokens" in (output / CARD_FILE).read_text()
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
@@ -90,17 +90,17 @@ def test_a_killed_run_ends_in_the_same_bytes(tiny_llama, calibration, trained, t
     with pytest.raises(Killed):
         quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
     report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
-    assert steps == [*range(4), *range(3, 12)]
+    assert steps == [*range(4), *range(3, 6)]
     assert report["end_to_end"] == trained[1]["end_to_end"]
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
         assert (tmp_path / "llama" / file).read_bytes() == (trained[0] / file).read_bytes(), file
 
 
-def test_what_was_not_for_the_better_is_not_kept(tiny_llama, calibration, trained, tmp_path, monkeypatch, caplog):
-    values = itertools.count(1.0)
+def test_what_was_not_for_the_better_is_not_kept(tiny_llama, calibration, tmp_path, monkeypatch, caplog):
+    values, config = itertools.count(1.0), dataclasses.replace(TOGETHER, reconstruct=1, end_to_end=1)
     monkeypatch.setattr(end_to_end.JointTraining, "divergence", lambda self, sequences: next(values))
-    report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
-    blocks = quantize(tiny_llama, tmp_path / "blocks", calibration, dataclasses.replace(TOGETHER, end_to_end=0))
+    report = quantize(tiny_llama, tmp_path / "llama", calibration, config)
+    blocks = quantize(tiny_llama, tmp_path / "blocks", calibration, dataclasses.replace(config, end_to_end=0))
     assert report["end_to_end"]["divergence"] == [1, 2] and not report["end_to_end"]["kept"]
     assert "not for the better" in caplog.text and "; not kept" in (tmp_path / "llama" / CARD_FILE).read_text()
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
