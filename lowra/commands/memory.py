@@ -98,10 +98,13 @@ def announce_quantising(shape: ModelShape, device: torch.device, check: bool, sh
         beside = ", beside the dense model for the calibration" if asked.get("calibrating") and on_gpu else ""
         print(f"memory: quantising holds about {places}{gib(needed.host)} of the host{beside}", flush=True)
     card = card_of(device.index or 0) if on_gpu else None
+    what, less = "Quantising this model", None
+    if asked.get("end_to_end"):
+        what, less = "Training all blocks of this model together", "Leave out --end-to-end"
     if check and card is not None:
-        _refuse("Quantising this model", needed.device, card.name, card.size, "Give --device cpu")
+        _refuse(what, needed.device, card.name, card.size, less or "Give --device cpu")
     if check:
-        _refuse("Quantising this model", needed.host, "this machine", host_bytes(), "Take a machine with more memory")
+        _refuse(what, needed.host, "this machine", host_bytes(), less or "Take a machine with more memory")
 
 
 def announce_finetuning(recipe: Recipe, check: bool, show: bool = True) -> None:

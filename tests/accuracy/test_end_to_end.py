@@ -128,7 +128,9 @@ def test_a_machine_that_is_too_small_is_refused_beforehand(tiny_llama, tmp_path,
     monkeypatch.setattr(requirements, "_BYTES_END_TO_END", 1e9)
     arguments = ["quantize", str(tiny_llama), "--output", str(tmp_path / "llama"), "--device", "cpu"]
     assert main([*arguments, "--calibrate", "self", "--end-to-end", "1"]) == 2
-    assert "Quantising this model needs about" in capsys.readouterr().err and not (tmp_path / "llama").exists()
+    said = capsys.readouterr().err
+    assert "Training all blocks of this model together needs about" in said and "Leave out --end-to-end" in said
+    assert not (tmp_path / "llama").exists()
 
 
 def test_the_command_trains_on_text_that_the_model_writes(tiny_llama, tmp_path, capsys):
