@@ -8,7 +8,7 @@ rounded from, Adam's two moments, the weight that is made of it with its gradien
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class JointTraining:
             fixed_cells: see `stacked`.
         """
         self._fixed = fixed or {}
-        self._model, self._targets, self._weights = model, targets, weights
+        self._model, self._targets = model, targets
         model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self._sequences = sequences.to(self.device, torch.int32)
@@ -93,7 +93,7 @@ class JointTraining:
         self._unrecorded = 0
         self._calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
 
-    def run(self, until: int, on_step: Callable[[], None] = lambda: None) -> torch.Tensor:
+    def run(self, until: int) -> torch.Tensor:
         """Trains up to a number of steps.
 
         Returns:
@@ -114,7 +114,6 @@ class JointTraining:
                 self._advance()
                 losses.append(self._loss.clone())
                 self.done += 1
-                on_step()
         return torch.stack(losses) if losses else torch.empty(0, device=self.device)
 
     def _advance(self) -> None:

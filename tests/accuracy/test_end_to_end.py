@@ -11,12 +11,14 @@ from test_reconstruction import CONFIG, SQUARES, packed_and_adapted, quantize
 from transformers import AutoModelForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, calibrate
+from lowra.checkpoints.targets import find_targets
 from lowra.config import PRECISIONS
 from lowra.inspection import requirements
 from lowra.quantization import end_to_end
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.card import CARD_FILE
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
+from lowra.quantization.joint_training import JointTraining
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
@@ -178,3 +180,27 @@ def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
     for name, weight in weights.items():
         for part in ("dense", "level_change", "scale_change"):
             torch.testing.assert_close(getattr(weight, part).data, getattr(alone[name], part).grad, msg=part)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_steps_on_a_gpu_are_recorded_and_learn_the_same(tiny_llama):
+    losses = []
+    for recorded in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).cuda()
+        targets = find_targets(model, None)
+        weights = {}
+        for name in targets:
+            weight, config = model.get_parameter(name).detach(), LowRAConfig()
+            row_bits = torch.full((len(weight),), 2, dtype=torch.uint8, device="cuda")
+            packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
+            weights[name] = TrainedWeight(weight, packed, None, 1.0)
+        text = torch.randint(256, (64, 128), generator=torch.Generator().manual_seed(0))
+        training = JointTraining(model, targets, weights, text, 12)
+        if not recorded:
+            training.recorded = False
+        losses.append(torch.cat([training.run(8), training.run(12)]).cpu())
+        assert training.recorded is recorded
+        training.finish()
+        assert all(torch.isfinite(weight.packed().dequantize()).all() for weight in weights.values())
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=1e-6)
