@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later, place
+from .parser import Later, add_overrides, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "config", metavar="RECIPE", help="of everything that does not vary: a YAML file or a name of lowra recipes"
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
+    add_overrides(parser)
     parser.add_argument(
         "--methods",
         required=True,

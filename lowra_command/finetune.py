@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later, add_memory_check
+from .parser import Later, add_memory_check, add_overrides
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,6 +17,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "config", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with lowra (lowra recipes)"
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
+    add_overrides(parser)
     add_memory_check(parser)
     parser.set_defaults(run=Later("lowra.commands.finetune:run"))

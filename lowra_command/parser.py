@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+OVERRIDES = "overrides"
+
 
 class CommandParser(argparse.ArgumentParser):
     """Knows no abbreviations, under which a misspelt option would pass for another, and names the nearest instead."""
@@ -19,6 +21,10 @@ class CommandParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
+        if any(action.dest == OVERRIDES for action in self._actions):  # argparse takes those before options alone
+            later = [word for word in unknown if "=" in word and not word.startswith("-")]
+            setattr(namespace, OVERRIDES, [*getattr(namespace, OVERRIDES), *later])
+            unknown = [word for word in unknown if word not in later]
         if unknown:
             options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
             nearest = difflib.get_close_matches(options[0], self._option_string_actions, n=1) if options else []
@@ -45,6 +51,11 @@ def place(text: str) -> pathlib.Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty, as an unset variable of the shell is; give a path")
     return pathlib.Path(text)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """`key=value` after a recipe, before or after options."""
+    parser.add_argument(OVERRIDES, metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

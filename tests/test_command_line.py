@@ -41,6 +41,20 @@ def test_help_needs_no_import_that_takes_seconds(words):
     assert done.stdout.splitlines()[-1] == "imported"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetune", "r", "a=1", "b=2", "--no-memory-check"],
+        ["finetune", "r", "a=1", "--no-memory-check", "b=2"],
+        ["finetune", "--no-memory-check", "r", "a=1", "b=2"],
+        ["compare", "r", "--methods", "lowra", "a=1", "--output", "o", "b=2"],
+    ],
+)
+def test_fields_of_a_recipe_stand_before_options_and_after(words):
+    args = build_parser().parse_args(words)
+    assert args.config == "r" and args.overrides == ["a=1", "b=2"]
+
+
 def test_import_brings_no_package_that_only_commands_need():
     script = "import sys, lowra; print(*{'pydantic', 'datasets', 'matplotlib', 'sklearn', 'pulp'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
