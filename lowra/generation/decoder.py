@@ -26,6 +26,7 @@ from .mixed_batches import NO_ADAPTER
 from .projections import Projections, Unsupported, is_packed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Rotary embeddings that are the same however long the text is.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -77,6 +78,8 @@ class Decoder:
         self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
         weight = _norm(self._body.norm).weight
         self.device, self.dtype = weight.device, weight.dtype
+        if self.dtype not in _TYPES:
+            raise Unsupported(f"the model is {self.dtype}")
         modules = list(model.modules())  # some thousand, which this does not go through more often than it must
         parameters = (p for module in modules for p in module._parameters.values() if p is not None)
         if any(parameter.device != self.device for parameter in parameters):
@@ -112,6 +115,9 @@ class Decoder:
 
         Returns:
             logits of the last tokens, [batch, vocabulary].
+
+        Raises:
+            Unsupported: embeddings are of another type than norms.
         """
         batch, tokens = ids.shape
         places = torch.arange(tokens, device=ids.device)
@@ -133,8 +139,10 @@ class Decoder:
             seen = masks.get(attention.window)  # None: causal
             return decoding.weighted_values(query, key, value, seen, attention).reshape(batch * tokens, -1)
 
-        hidden = self._body.embed_tokens(ids).reshape(batch * tokens, -1).to(self.dtype)
-        return self._run(hidden, attend, batch)
+        hidden = self._body.embed_tokens(ids)
+        if hidden.dtype != self.dtype:
+            raise Unsupported(f"its norms are {self.dtype} and its embeddings {hidden.dtype}")
+        return self._run(hidden.reshape(batch * tokens, -1), attend, batch)
 
     def step(self, ids: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """One new token of each sequence, at the caches' slot.
@@ -149,7 +157,7 @@ class Decoder:
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return decoding.attend(query, key, value, caches[index], self.layers[index].attention)
 
-        return self._run(self._body.embed_tokens(ids).to(self.dtype), attend, len(ids))
+        return self._run(self._body.embed_tokens(ids), attend, len(ids))
 
     def _run(self, residual: torch.Tensor, attend: Callable[..., torch.Tensor], batch: int) -> torch.Tensor:
         """The blocks and the head. residual: [tokens, hidden]; the last token of each sequence comes out."""

@@ -131,7 +131,8 @@ class Request:
 
     def in_graph(self) -> bool:
         """Whether all processors can be part of a captured step."""
-        return all(type(p) in _CAPTURED and _is_plain(p) for p in self.processors)
+        length = self.input_ids.shape[1]
+        return all(type(p) in _CAPTURED and _is_plain(p, length) for p in self.processors)
 
     def max_length(self) -> int:
         """Tokens at which to stop; a criterion that the caller gives stands in the place of the configuration's."""
@@ -167,6 +168,13 @@ class Request:
             raise Unsupported("positions are given (position_ids)")
 
 
-def _is_plain(processor: object) -> bool:
-    """False for a penalty that leaves the prompt out: the buffer's places to come hold a token of the prompt."""
-    return not isinstance(getattr(processor, "prompt_ignore_length", None), int)
+def _is_plain(processor: object, prompt: int) -> bool:
+    """False for a penalty that leaves the prompt out: the buffer's places to come hold its last token.
+
+    Args:
+        prompt: its tokens.
+    """
+    left_out = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(left_out, torch.Tensor):  # padding of each sequence, from `generate` itself
+        return bool((left_out < prompt).all())
+    return not isinstance(left_out, int)

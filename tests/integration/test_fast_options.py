@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -128,6 +129,12 @@ def test_a_prompt_is_there_and_on_the_devices_of_the_model(model):
         fast.Request(model, prompt().to("meta"), *lists, model.generation_config, {})
 
 
+def test_a_penalty_that_leaves_the_prompt_out_leaves_out_its_last_token(model):
+    for left_out in (LENGTH, torch.tensor([LENGTH, LENGTH]), torch.tensor([2, 0])):
+        processor = RepetitionPenaltyLogitsProcessor(1e-6, prompt_ignore_length=left_out)  # prefers what has occurred
+        assert_same(model, logits_processor=LogitsProcessorList([processor]))
+
+
 class Filled(LogitsProcessor):
     def __init__(self, value):
         self.value = value
@@ -227,6 +234,11 @@ def other_interface(model):
     model.config._attn_implementation = "louder"
 
 
+def other_embeddings(model):
+    model.model.embed_tokens.double()
+    model.lm_head.double()
+
+
 def other_norm(model):
     model.model.layers[0].input_layernorm.to(torch.bfloat16)
 
@@ -240,6 +252,7 @@ CHANGES = {
     other_activation: "its activation is ReLU",
     other_class: "the forward of Louder is by",
     other_interface: "attention is computed by a function of its own (louder)",
+    other_embeddings: "its norms are torch.float32 and its embeddings torch.float64",
     other_norm: "some of its norms are torch.float32 and some are not",
 }
 
