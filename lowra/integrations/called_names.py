@@ -6,7 +6,7 @@ module has them (`torch.nn.functional.scaled_dot_product_attention = other`). Ne
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _DEPTH = 2  # a forward, what it calls, and what that calls
@@ -14,8 +14,7 @@ _DEPTH = 2  # a forward, what it calls, and what that calls
 Place = tuple[dict[str, Any], str]
 
 
-@functools.lru_cache(256)
-def called_names(forwards: tuple[Callable[..., Any], ...]) -> tuple[Place, ...]:
+def called_names(forwards: Iterable[Callable[..., Any]]) -> tuple[Place, ...]:
     """Dictionaries, and names in them, by which these functions find others: of modules, and of registries."""
     places: dict[tuple[int, str], Place] = {}
     known: set[Any] = set()
@@ -31,13 +30,21 @@ def called_names(forwards: tuple[Callable[..., Any], ...]) -> tuple[Place, ...]:
     return tuple(places.values())
 
 
-def _with_wrapped(function: Any) -> Iterator[Any]:
-    """Functions of Python in it: of a method, a partial and behind decorators."""
-    while function is not None:
-        function = getattr(function, "__func__", getattr(function, "func", function))
+def _with_wrapped(function: Any) -> Iterator[types.FunctionType]:
+    """Functions of Python in it: of a method, a partial and behind decorators.
+
+    Types are asked, since objects such as `torch.ops` make an attribute of any name that they are asked for.
+    """
+    while True:
         if isinstance(function, types.FunctionType):
             yield function
-        function = getattr(function, "__wrapped__", None)
+            function = vars(function).get("__wrapped__")
+        elif isinstance(function, types.MethodType):
+            function = function.__func__
+        elif isinstance(function, functools.partial):
+            function = function.func
+        else:
+            return
 
 
 def _names(function: types.FunctionType) -> Iterator[Place]:
@@ -54,7 +61,7 @@ def _names(function: types.FunctionType) -> Iterator[Place]:
             value = space[name]
             if isinstance(value, types.ModuleType):
                 spaces.append(vars(value))
-            elif isinstance(getattr(value, "_global_mapping", None), dict):  # of AttentionInterface, say
+            elif isinstance(getattr(type(value), "_global_mapping", None), dict):  # of AttentionInterface, say
                 mappings = value._global_mapping, value._local_mapping
                 yield from ((mapping, key) for mapping in mappings for key in value)
 

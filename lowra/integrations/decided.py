@@ -49,7 +49,7 @@ class Decided:
         every = list(map(vars, self._modules))
         self._names = [[name for name in own if name not in _OF_TORCH] for own in every]
         self._kinds: list[Any] = list(dict.fromkeys(map(type, self._modules)))
-        self._places = called_names(tuple(kind.forward for kind in self._kinds))
+        self._places = called_names(kind.forward for kind in self._kinds)
         self._packed = [module for module in self._modules if isinstance(module, PackedModule)]
         linears = [module for module in self._modules if isinstance(module, LowRALinear)]
         self._with_tables = [linear for linear in linears if linear.adapter_tables is not None]

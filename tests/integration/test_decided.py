@@ -160,6 +160,19 @@ def test_what_holds_the_same_is_the_same_and_watched(glance):
     assert not was.is_same()
 
 
+class Asking(nn.Module):
+    """Names objects of PyTorch that have, or refuse, an attribute of any name."""
+
+    def forward(self, x):
+        return torch.ops.aten.neg(x) if torch.classes else x
+
+
+def test_to_look_at_names_leaves_no_trace():
+    before = dict(vars(torch.ops)), dict(vars(torch.classes))
+    assert Decided(Asking()).is_same()
+    assert (dict(vars(torch.ops)), dict(vars(torch.classes))) == before
+
+
 def test_a_class_that_computes_something_else(glance, monkeypatch):
     block = Block()
     was = Decided(block)
