@@ -14,7 +14,7 @@ from .projections import Unsupported
 NO_ADAPTER = "__base__"  # PEFT's name for a sequence that has none
 
 _OF_NAMES = "_adapter_names_pre_forward_hook"
-EQUIVALENT = "liger_kernel."  # whose functions compute the same
+EQUIVALENT = ("liger_kernel.", "lowra.")  # whose forwards compute the same, such as those of tiled MLPs
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:

@@ -286,6 +286,12 @@ def test_a_forward_that_was_put_into_a_class_is_called(model, caplog, monkeypatc
     assert f"the forward of {kind.__name__} is by" in caplog.text
 
 
+def test_what_lowra_puts_in_the_place_of_forwards_computes_the_same(model, caplog):
+    lowra.tile_mlps(model)
+    assert_same(model.eval())
+    assert FALLBACK not in caplog.text
+
+
 def test_autocast_computes_in_its_own_type(model, caplog):
     assert_same(model)
     with torch.autocast("cpu", torch.bfloat16):
