@@ -1,7 +1,7 @@
 """`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
 
 import argparse
-import functools
+import pathlib
 from collections.abc import Callable
 
 from ..checkpoints.places import expanded
@@ -54,21 +54,25 @@ def run(args: argparse.Namespace) -> dict:
         adapter = AdapterRecipe(args.rank, args.alpha, method, STEPS if args.loftq_steps is None else args.loftq_steps)
     check_range(args, "reconstruct_tokens", 1)
     reconstruct_tokens = (args.reconstruct_tokens or RECONSTRUCT_TOKENS) if args.reconstruct else 0
-    calibration: Calibration | Callable[[], Calibration] | None = stored
+    calibration: Calibration | Callable[[pathlib.Path], Calibration] | None = stored
     if args.calibrate and stored is None:
-        calibration = functools.partial(
-            calibrate,
-            args.model,
-            None if args.calibrate == OWN else args.calibrate,
-            TOKENS if args.calibration_tokens is None else args.calibration_tokens,
-            args.device,
-            has_moments,
-            reconstruct_tokens=reconstruct_tokens,
-            end_to_end=args.end_to_end,
-            head=args.head,
-            embeddings=args.embeddings,
-            trust_remote_code=args.trust_remote_code,
-        )
+
+        def collected(keep_text: pathlib.Path) -> Calibration:
+            return calibrate(
+                args.model,
+                None if args.calibrate == OWN else args.calibrate,
+                TOKENS if args.calibration_tokens is None else args.calibration_tokens,
+                args.device,
+                has_moments,
+                reconstruct_tokens=reconstruct_tokens,
+                end_to_end=args.end_to_end,
+                head=args.head,
+                embeddings=args.embeddings,
+                trust_remote_code=args.trust_remote_code,
+                keep_text=keep_text,
+            )
+
+        calibration = collected
     shape = shape_if_known(args.model, args.trust_remote_code)
     if shape is not None and shape.packed is None:
         announce_quantising(

@@ -26,6 +26,7 @@ from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
 from .joint_training import sequences_of
+from .kept_text import KeptText, writer_of
 from .lowrank import truncated_svd
 from .observers import EmbeddingObserver, ExpertObserver
 from .own_text import write_text
@@ -184,6 +185,7 @@ def calibrate(
     head: bool = False,
     embeddings: bool = False,
     trust_remote_code: bool = False,
+    keep_text: pathlib.Path | None = None,
 ) -> Calibration:
     """Statistics of every linear layer of a dense model's blocks, fused experts included, over running text.
 
@@ -203,6 +205,7 @@ def calibrate(
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
+        keep_text: a folder for text that the model writes, from which a killed call goes on when it is made again.
 
     Raises:
         FileNotFoundError, ValueError: model or text that cannot be used.
@@ -233,7 +236,8 @@ def calibrate(
     dense = type(skeleton).from_pretrained(folder, **where)
     if kept is None:
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        kept = write_text(dense, tokenizer, most // length, length, progress=progress)
+        earlier = None if keep_text is None else KeptText(keep_text, writer_of(folder, dense, device))
+        kept = write_text(dense, tokenizer, most // length, length, progress=progress, kept=earlier)
     if dense.supports_gradient_checkpointing:
         dense.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         dense.train()  # Transformers checkpoints in training mode only

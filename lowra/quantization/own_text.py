@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
+from .kept_text import KeptText
+
 # Sequences that are written side by side. On a GPU as many as have keys and values of 16 GB, which are 32 of a 7B's.
 BATCH_GPU, MOST_GPU, BATCH_CPU = 32, 512, 8
 _CACHE_BYTES = 2**34
@@ -26,6 +28,7 @@ def write_text(
     seed: int = 0,
     batch: int | None = None,
     progress: bool = True,
+    kept: KeptText | None = None,
 ) -> torch.Tensor:
     """Token ids [count, length], int64 on the CPU. The end of a document is a token like others: the next one follows.
 
@@ -37,6 +40,7 @@ def write_text(
         seed: of what is drawn. Another batch or device draws another text.
         batch: sequences side by side at most; fewer where a GPU has not the memory.
         progress: show a bar.
+        kept: what an earlier run has written; what this one writes is put there.
 
     Raises:
         ValueError: a model that does not write token after token, or whose probabilities are no numbers.
@@ -49,8 +53,16 @@ def write_text(
     done: list[torch.Tensor] = []
     with tqdm(total=count * length, desc="writing text", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         while (left := count - sum(map(len, done))) > 0:
+            number, rows = len(done), min(batch, left)
+            found = None if kept is None else kept.load(number, rows, length, seed)
+            if found is not None:
+                done.append(found)
+                bar.update(found.numel())
+                continue
             try:
-                done.append(_write(model, tokenizer, new_cache(), min(batch, left), length, seed + len(done), bar))
+                done.append(_write(model, tokenizer, new_cache(), rows, length, seed + number, bar))
+                if kept is not None:
+                    kept.save(number, done[-1], seed)
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise

@@ -1,6 +1,7 @@
 """The folder in which a quantisation is made, `OUTPUT.partial`: finished pieces on disk, so that a killed run resumes.
 
     recipe.json   what the folder was begun for
+    text/         what the model has written for its calibration, before there is a recipe
     learned/      tables of each matrix
     adapter/      factors of the initial adapter on each matrix
     pieces/       packed and dense tensors of each conversion of the source
@@ -35,8 +36,8 @@ TRAINED_ADAPTER, TRAINED_PIECES = "trained_adapter", "trained_pieces"
 END_TO_END, JOINT_ADAPTER, JOINT_PIECES = "end_to_end", "joint_adapter", "joint_pieces"
 _KINDS = (LEARNED, ADAPTER, PIECES, TRAINED_ADAPTER, TRAINED_PIECES, END_TO_END, JOINT_ADAPTER, JOINT_PIECES)
 _RECIPE_FILE = "recipe.json"
-_FINAL = "final"
-_OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, *_KINDS, _FINAL}
+_TEXT, _FINAL = "text", "final"
+_OWN = {_RECIPE_FILE, f"{_RECIPE_FILE}.tmp", LOCK_FILE, *_KINDS, _TEXT, _FINAL}
 
 
 class WorkFolder:
@@ -45,6 +46,7 @@ class WorkFolder:
     Attributes:
         folder: where they lie.
         final: where the finished checkpoint is put together.
+        text: where text is kept that the model has written.
     """
 
     def __init__(self, place: pathlib.Path):
@@ -55,7 +57,7 @@ class WorkFolder:
         """
         self.place = place
         self.folder = place.with_name(place.name + WORK_SUFFIX)
-        self.final = self.folder / _FINAL
+        self.final, self.text = self.folder / _FINAL, self.folder / _TEXT
         self._digest = ""
         others = {path.name for path in self.folder.iterdir()} - _OWN if self.folder.is_dir() else set()
         if others:

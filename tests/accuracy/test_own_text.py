@@ -1,6 +1,7 @@
 """Text that a model writes itself: by its own probabilities, always the same, and in place of a text of the user's."""
 
 import argparse
+import functools
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lowra.quantization import own_text
+from lowra import LowRAConfig, quantize_checkpoint
+from lowra.quantization import calibration, own_text
 from lowra.quantization.calibration import OWN_TEXT, Calibration, calibrate
+from lowra.quantization.kept_text import KeptText
 from lowra_command import quantize
 
 
@@ -106,6 +109,32 @@ def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
     assert len({tuple(row.tolist()) for row in written}) == 5
 
 
+def test_a_killed_run_goes_on_from_what_was_written(model, tmp_path, monkeypatch):
+    def kept(writer="this"):
+        return KeptText(tmp_path / "text", [writer])
+
+    wanted, real, written = write(model, count=5, batch=2), own_text._write, []
+
+    def killed(*arguments):
+        written.append(real(*arguments))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return written[-1]
+
+    monkeypatch.setattr(own_text, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, count=5, batch=2, kept=kept())
+    assert torch.equal(write(model, count=5, batch=2, kept=kept()), wanted)
+    assert len(written) == 4, "only the first two sequences were finished"
+    (tmp_path / "text" / "00001.safetensors").write_bytes(b"half")
+    assert torch.equal(write(model, count=5, batch=2, kept=kept()), wanted)
+    assert len(written) == 5, "the damaged file is written again"
+    for options, own in (({}, kept("other")), ({"seed": 3}, kept())):
+        begun, given = len(written), {"count": 5, "batch": 2} | options
+        assert torch.equal(write(model, kept=own, **given), write(model, **given))
+        assert len(written) == begun + 6, "nothing of another writer or seed is taken"
+
+
 def test_models_that_write_otherwise_are_refused():
     small = {"vocab_size": 256, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
     recurrent = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1)
@@ -128,6 +157,26 @@ def test_calibrate_self(tiny_llama, tmp_path):
     report = args.run(args)
     assert report["calibration_text"] == OWN_TEXT == Calibration.load(output).origin
     assert f"| text of the calibration | {OWN_TEXT} |" in (output / "README.md").read_text()
+
+
+def test_text_outlives_a_killed_quantisation_and_not_a_finished_one(tiny_llama, tmp_path, monkeypatch):
+    output, written = tmp_path / "packed", []
+    real = own_text._write
+    monkeypatch.setattr(own_text, "_write", lambda *arguments: written.append(1) or real(*arguments))
+    monkeypatch.setattr(calibration, "collect", lambda *arguments: 1 / 0)
+
+    def run():
+        make = functools.partial(calibration.calibrate, str(tiny_llama), None, 256, "cpu", reconstruct_tokens=0)
+        config = LowRAConfig(bits=1.5, sensitivity="fisher")
+        quantize_checkpoint(str(tiny_llama), output, config, None, "cpu", False, lambda folder: make(keep_text=folder))
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert written and list((tmp_path / "packed.partial" / "text").iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(own_text, "_write", lambda *arguments: 1 / 0)
+    run()
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 def test_its_text_serves_reconstruction(tiny_llama):
