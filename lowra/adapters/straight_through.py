@@ -15,11 +15,12 @@ For sign codes the start is already the global minimum: whatever q is, the best 
 |b| up to a factor, and the matrix of products of group means has rank one. Their refinement stops after PATIENCE steps.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+from ..device import one_thread
 
 STEPS = 100  # "converges within one hundred gradient steps"
 PATIENCE = 10  # steps without a better component in the whole batch after which the batch is done
@@ -65,26 +66,12 @@ def refine(
     """
     size = max(1, BATCH_NUMBERS[b.device.type] // max(1, b.shape[1] + a.shape[1]))
     best_b, best_a = torch.empty_like(b), torch.empty_like(a)
-    with _one_thread():
+    with one_thread():
         for first in range(0, len(b), size):
             batch = slice(first, first + size)
             best_b[batch], best_a[batch] = _refine_batch(b[batch], a[batch], quantizer)
             on_batch(len(b[batch]))
     return best_b, best_a
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread: operations of this size meet at a barrier every few microseconds.
-
-    Where another process holds a core, the barriers took the shapes of a 7B adapter from 15 to 276 seconds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

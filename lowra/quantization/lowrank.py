@@ -1,9 +1,14 @@
 """Truncated singular value decomposition: the best low-rank part of a matrix."""
 
+import contextlib
+
 import torch
+
+from ..device import one_thread
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
+_LARGE = 2**21  # elements of a matrix, whose products are worth several threads
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,6 +19,11 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
     of a tall matrix costs more than everything else together, on a CPU as on a GPU. The same seed gives the same
     factors on every device.
     """
+    with one_thread() if matrix.is_cpu and matrix.numel() < _LARGE else contextlib.nullcontext():
+        return _truncated_svd(matrix, rank, seed)
+
+
+def _truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     width = min(rank + _OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
@@ -42,5 +52,6 @@ def _eigenvectors(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A Gram matrix here is at most some hundred wide, where a GPU's solver takes several times as long as the CPU's.
     """
-    values, vectors = torch.linalg.eigh(gram.double().cpu())
+    with one_thread():
+        values, vectors = torch.linalg.eigh(gram.double().cpu())
     return values.to(gram.device), vectors.to(gram.device)
