@@ -8,7 +8,6 @@ every linear layer of the blocks: AdamW, cosine schedule, warmup 0.03, gradients
 """
 
 import argparse
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -50,6 +49,7 @@ from lowra.nn.linear import LowRALinear  # noqa: E402
 from lowra.nn.trained_tables import bake_tables, train_tables  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.quantization.joint_training import JointTraining  # noqa: E402
+from lowra.quantization.trained_weight import TrainedWeight  # noqa: E402
 from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
@@ -161,7 +161,11 @@ class Session:
 
     def _end_to_end(self, v, trained):
         """What was trained after the blocks, on all of them together, and what that reports."""
-        trained, options = copy.deepcopy(trained), dict(v.end_to_end)
+        options = dict(v.end_to_end)
+        trained = {  # as the library begins: from what was packed
+            name: TrainedWeight(self.weights[name].to(self.device), weight.packed(), weight.factors(), weight.scaling)
+            for name, weight in trained.items()
+        }
         sequences = self.text(options.pop("on"), options.pop("blocks"))
         seconds = options.pop("seconds", math.inf)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)

@@ -55,7 +55,6 @@ class JointTraining:
         shares: dict[str, float] | None = None,
         seed: int = 0,
         fixed: dict[str, torch.Tensor] | None = None,
-        fixed_cells: bool = False,
     ):
         """
         Args:
@@ -68,7 +67,6 @@ class JointTraining:
             shares: in place of those of `SHARES`.
             seed: of the order of the sequences.
             fixed: packed weights that are not trained, [N, K] by name.
-            fixed_cells: see `stacked`.
         """
         self._fixed = fixed or {}
         self._model, self._targets = model, targets
@@ -84,7 +82,7 @@ class JointTraining:
             size for size in range(1, batch + 1) if batch % size == 0 and size <= _most(length, vocabulary)
         )
         rates = {name: rates_of(weight, {**SHARES, **(shares or {})}) for name, weight in weights.items()}
-        self._stacks = stacked(weights, fixed_cells=fixed_cells)
+        self._stacks = stacked(weights)
         self._adam = [Adam(stack, rates) for stack in self._stacks]
         self._ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         self._loss = torch.zeros((), device=self.device)

@@ -23,28 +23,26 @@ _BETAS, _SMALL = (0.9, 0.95), 1e-12
 _WARMUP = 0.05
 
 
-def stacked(weights: dict[str, TrainedWeight], most: int = MOST, fixed_cells: bool = False) -> list["Stack"]:
-    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained.
-
-    Args:
-        weights: by name.
-        most: weights of one stack.
-        fixed_cells: codes are found by the tables of the start, however those move.
-    """
+def stacked(weights: dict[str, TrainedWeight], most: int = MOST) -> list["Stack"]:
+    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained."""
     stacks: list[Stack] = []
     open_ones: dict[tuple, dict[str, TrainedWeight]] = {}
     for name, weight in weights.items():
         key = weight.dense.shape[1], weight.start.group_size, weight.start.scales.dtype
         members = open_ones.setdefault(key, {})
         if members and sum(other.dense.numel() for other in members.values()) + weight.dense.numel() > most:
-            stacks.append(Stack(members, fixed_cells))
+            stacks.append(Stack(members))
             members = open_ones[key] = {}
         members[name] = weight
-    return stacks + [Stack(members, fixed_cells) for members in open_ones.values()]
+    return stacks + [Stack(members) for members in open_ones.values()]
 
 
 class Stack(nn.Module):
-    """W + scaling * B A of several matrices, by name; what is trained of each is as `TrainedWeight` says.
+    """W + scaling * B A of several matrices, by name.
+
+    What is trained of each is as `TrainedWeight` says, but that codes are found by the tables of the start, however
+    those move. Weights at a border of two cells would change their codes with a level, of which no gradient knows:
+    tables did more harm than good (docs/lab/accuracy.md).
 
     Attributes:
         weights: by name.
@@ -54,7 +52,7 @@ class Stack(nn.Module):
         factors: A and B of the weights whose product is trained, by name and side.
     """
 
-    def __init__(self, weights: dict[str, TrainedWeight], fixed_cells: bool = False):
+    def __init__(self, weights: dict[str, TrainedWeight]):
         super().__init__()
         self.weights = weights
         members = list(weights.values())
@@ -72,17 +70,17 @@ class Stack(nn.Module):
         whole = layout.segments(sum(sizes.values()), sizes[4], sizes[2], self._columns)
         self._segments = [segment for segment in whole if segment.end > segment.first]
         self._order, self._place, self._padded = self._places()
-        self._scales = self._gathered(weight.scales for weight in members)
+        self._scales = self.gathered(weight.scales for weight in members)
         self._levels = torch.cat(
             [weights[name].start.levels[_entries(s)] for (name, _), (s, _) in rows.items()]
         ).float()
-        self.dense = nn.Parameter(self._gathered(weight.dense.detach() for weight in members))
+        self.dense = nn.Parameter(self.gathered(weight.dense.detach() for weight in members))
         self.level_change = nn.Parameter(
             torch.cat([weights[name].level_change.detach()[_entries(s)] for (name, _), (s, _) in rows.items()])
         )
-        self.scale_change = nn.Parameter(self._gathered(weight.scale_change.detach() for weight in members))
+        self.scale_change = nn.Parameter(self.gathered(weight.scale_change.detach() for weight in members))
         with torch.no_grad():
-            self._cells = self._tables() if fixed_cells else None
+            self._cells = self._tables()
         trained = {name: weight for name, weight in weights.items() if weight.trains_product}
         self.factors = {
             (name, side): getattr(weight, side) for name, weight in trained.items() for side in ("lora_A", "lora_B")
@@ -91,7 +89,7 @@ class Stack(nn.Module):
             for parameter in (weight.dense, weight.level_change, weight.scale_change):
                 parameter.data = parameter.new_empty(0)
 
-    def _gathered(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    def gathered(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         """Rows of tensors [N, ...] in packed row order, one for each weight, in the stack's order."""
         by_name = dict(zip(self.weights, tensors, strict=True))
         return torch.cat([by_name[name][s.first : s.end] for (name, _), (s, _) in self._rows.items()])
@@ -111,7 +109,7 @@ class Stack(nn.Module):
             places[name] = torch.arange(begin, begin + count, device=weight.order.device).view(weight.scales.shape)
             first += len(weight.order)
             begin += -(-count // layout.SCALE_BLOCK) * layout.SCALE_BLOCK
-        return self._gathered(orders.values()), self._gathered(places.values()).view(-1), begin
+        return self.gathered(orders.values()), self.gathered(places.values()).view(-1), begin
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The sums by name, float32 [N, K] each, rows in the order of W."""
@@ -147,8 +145,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def unstack(self) -> None:
         """Gives the weights what was trained of them."""
-        if self._cells is not None:
-            self.dense.copy_(self._rounded())  # which is nearest to itself by the tables of the end too
+        self.dense.copy_(self._rounded())  # which is nearest to itself by the tables of the end too
         for name, weight in self.weights.items():
             pieces = [(s, rows) for (owner, _), (s, rows) in self._rows.items() if owner == name]
             entries = [self._entries_of(bits, rows) for (owner, bits), (_, rows) in self._rows.items() if owner == name]

@@ -142,8 +142,8 @@ def test_the_command_trains_on_text_that_the_model_writes(tiny_llama, tmp_path, 
     packed_and_adapted(tmp_path / "llama")
 
 
-@pytest.mark.parametrize("scales", ["double_quant", "float32"])
-def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
+def some_weights(scales):
+    """Three, of two widths, of which one has an adapter that starts from nothing."""
     torch.manual_seed(0)
     config = LowRAConfig(scales=scales)
     weights = {}
@@ -162,6 +162,12 @@ def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
         with torch.no_grad():
             for name, parameter in weights[str(number)].named_parameters():
                 parameter += 0.01 * torch.randn_like(parameter) * (number != 1 or "lora" not in name)
+    return weights
+
+
+@pytest.mark.parametrize("scales", ["double_quant", "float32"])
+def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
+    weights = some_weights(scales)
     alone = copy.deepcopy(weights)
     stacks = stacked(weights)
     assert [list(stack.weights) for stack in stacks] == [["0", "1"], ["2"]]
@@ -172,14 +178,31 @@ def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
         assert torch.equal(own, made[name])
         own.backward(toward[name])
     torch.autograd.backward(list(made.values()), [toward[name] for name in made])
+    for stack in stacks:
+        for part in ("dense", "scale_change"):
+            wanted = stack.gathered(getattr(alone[name], part).grad for name in stack.weights)
+            torch.testing.assert_close(getattr(stack, part).grad, wanted, msg=part)
+        assert float(stack.level_change.grad.sum()) == pytest.approx(
+            sum(float(alone[name].level_change.grad.sum()) for name in stack.weights), rel=1e-4, abs=1e-3
+        )
+
+
+def test_what_a_stack_learned_is_what_is_packed():
+    """Though codes are found by the tables of the start, and not by those of the end."""
+    weights = some_weights("double_quant")
+    stacks = stacked(weights)
     with torch.no_grad():
-        for stack in stacks:
-            for parameter in (stack.dense, stack.level_change, stack.scale_change):
-                parameter.copy_(parameter.grad)
-            stack.unstack()
+        for parameter in [own for stack in stacks for own in stack.parameters()]:
+            parameter += 0.1 * torch.randn_like(parameter)
+        made = {name: weight.clone() for stack in stacks for name, weight in stack().items()}
+    for stack in stacks:
+        stack.unstack()
     for name, weight in weights.items():
-        for part in ("dense", "level_change", "scale_change"):
-            torch.testing.assert_close(getattr(weight, part).data, getattr(alone[name], part).grad, msg=part)
+        torch.testing.assert_close(weight(), made[name], rtol=0, atol=1e-6)
+        stored = weight.packed()
+        product = 2.0 * weight.factors().lora_B @ weight.factors().lora_A
+        torch.testing.assert_close(stored.dequantize() + product, made[name], rtol=0, atol=1e-6)
+        assert not torch.equal(stored.levels, weight.start.levels)
 
 
 @pytest.mark.cuda
