@@ -139,7 +139,7 @@ def gradients(model, sequences):
 def optimise(weights, inputs, loss, passes, seed, batch):
     steps = math.ceil(passes * len(inputs) / batch)
     rates = {name: rates_of(weight, dict.fromkeys(block_training.RATES, 1.0)) for name, weight in weights.items()}
-    stacks = stacked(weights)
+    stacks = stacked(weights, fixed_cells=False)  # as the library's blocks
     adams = [Adam(stack, rates) for stack in stacks]
     generator = torch.Generator().manual_seed(seed)
     orders = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(passes)])

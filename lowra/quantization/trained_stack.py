@@ -23,26 +23,32 @@ _BETAS, _SMALL = (0.9, 0.95), 1e-12
 _WARMUP = 0.05
 
 
-def stacked(weights: dict[str, TrainedWeight], most: int = MOST) -> list["Stack"]:
-    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained."""
+def stacked(weights: dict[str, TrainedWeight], most: int = MOST, fixed_cells: bool = True) -> list["Stack"]:
+    """Stacks of all weights, which are empty until `Stack.unstack` gives them back what was trained.
+
+    Args:
+        weights: by name.
+        most: weights of one stack.
+        fixed_cells: see `Stack`.
+    """
     stacks: list[Stack] = []
     open_ones: dict[tuple, dict[str, TrainedWeight]] = {}
     for name, weight in weights.items():
         key = weight.dense.shape[1], weight.start.group_size, weight.start.scales.dtype
         members = open_ones.setdefault(key, {})
         if members and sum(other.dense.numel() for other in members.values()) + weight.dense.numel() > most:
-            stacks.append(Stack(members))
+            stacks.append(Stack(members, fixed_cells))
             members = open_ones[key] = {}
         members[name] = weight
-    return stacks + [Stack(members) for members in open_ones.values()]
+    return stacks + [Stack(members, fixed_cells) for members in open_ones.values()]
 
 
 class Stack(nn.Module):
     """W + scaling * B A of several matrices, by name.
 
-    What is trained of each is as `TrainedWeight` says, but that codes are found by the tables of the start, however
-    those move. Weights at a border of two cells would change their codes with a level, of which no gradient knows:
-    tables did more harm than good (docs/lab/accuracy.md).
+    What is trained of each is as `TrainedWeight` says, but that with `fixed_cells` codes are found by the tables of the
+    start, however those move. Otherwise weights at a border of two cells change their codes with a level, of which no
+    gradient knows: where all blocks are trained together tables did more harm than good (docs/lab/accuracy.md).
 
     Attributes:
         weights: by name.
@@ -52,7 +58,7 @@ class Stack(nn.Module):
         factors: A and B of the weights whose product is trained, by name and side.
     """
 
-    def __init__(self, weights: dict[str, TrainedWeight]):
+    def __init__(self, weights: dict[str, TrainedWeight], fixed_cells: bool):
         super().__init__()
         self.weights = weights
         members = list(weights.values())
@@ -80,7 +86,7 @@ class Stack(nn.Module):
         )
         self.scale_change = nn.Parameter(self.gathered(weight.scale_change.detach() for weight in members))
         with torch.no_grad():
-            self._cells = self._tables()
+            self._cells = self._tables() if fixed_cells else None
         trained = {name: weight for name, weight in weights.items() if weight.trains_product}
         self.factors = {
             (name, side): getattr(weight, side) for name, weight in trained.items() for side in ("lora_A", "lora_B")
@@ -145,7 +151,8 @@ class Stack(nn.Module):
     @torch.no_grad()
     def unstack(self) -> None:
         """Gives the weights what was trained of them."""
-        self.dense.copy_(self._rounded())  # which is nearest to itself by the tables of the end too
+        if self._cells is not None:
+            self.dense.copy_(self._rounded())  # which is nearest to itself by the tables of the end too
         for name, weight in self.weights.items():
             pieces = [(s, rows) for (owner, _), (s, rows) in self._rows.items() if owner == name]
             entries = [self._entries_of(bits, rows) for (owner, bits), (_, rows) in self._rows.items() if owner == name]

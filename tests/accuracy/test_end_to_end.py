@@ -187,10 +187,11 @@ def test_weights_of_a_stack_are_made_and_learn_as_each_by_itself(scales):
         )
 
 
-def test_what_a_stack_learned_is_what_is_packed():
-    """Though codes are found by the tables of the start, and not by those of the end."""
+@pytest.mark.parametrize("fixed_cells", [True, False])
+def test_what_a_stack_learned_is_what_is_packed(fixed_cells):
+    """Also where codes are found by the tables of the start, and not by those of the end."""
     weights = some_weights("double_quant")
-    stacks = stacked(weights)
+    stacks = stacked(weights, fixed_cells=fixed_cells)
     with torch.no_grad():
         for parameter in [own for stack in stacks for own in stack.parameters()]:
             parameter += 0.1 * torch.randn_like(parameter)
