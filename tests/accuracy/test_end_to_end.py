@@ -26,7 +26,7 @@ from lowra.quantization.trained_stack import stacked
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra_command import main
 
-TOGETHER = dataclasses.replace(CONFIG, reconstruct=2, end_to_end=6)
+TOGETHER = dataclasses.replace(CONFIG, reconstruct=2, end_to_end=12)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_ll
     output, report = trained
     did = report["end_to_end"]
     before, after = did["divergence"]
-    assert did == {"steps": 6, "tokens": 6 * 16 * 128, "divergence": [before, after], "kept": True}
+    assert did == {"steps": 12, "tokens": 12 * 16 * 128, "divergence": [before, after], "kept": True}
     assert after < 0.95 * before
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     assert divergence(output, original, calibration.further[-9:]) == pytest.approx(after, rel=1e-2)
-    assert len(report["block_errors"]) == 2 and "trained end to end | 12,288 tokens" in (output / CARD_FILE).read_text()
+    assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in (output / CARD_FILE).read_text()
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tiny_llama, calibration, trained, t
     with pytest.raises(Killed):
         quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
     report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
-    assert steps == [*range(4), *range(3, 6)]
+    assert steps == [*range(4), *range(3, 12)]
     assert report["end_to_end"] == trained[1]["end_to_end"]
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
         assert (tmp_path / "llama" / file).read_bytes() == (trained[0] / file).read_bytes(), file
