@@ -1,10 +1,9 @@
 """`lowra quantize`: a dense checkpoint to packed weights, with the initial adapter beside them."""
 
 import argparse
-import pathlib
 from collections.abc import Callable
 
-from ..checkpoints.places import expanded
+from ..checkpoints.places import expanded, new_folder
 from ..config import LowRAConfig
 from ..device import choose_device
 from ..quantization.calibration import RECONSTRUCT_TOKENS, TOKENS, Calibration, calibrate
@@ -12,6 +11,7 @@ from ..quantization.group_size import GROUP_SIZES
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
 from ..quantization.pipeline import quantize_checkpoint
+from ..quantization.work import WorkFolder
 from .memory import announce_quantising, shape_if_known
 from .ranges import check_range, refuse_idle
 
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> dict:
         adapter = AdapterRecipe(args.rank, args.alpha, method, STEPS if args.loftq_steps is None else args.loftq_steps)
     check_range(args, "reconstruct_tokens", 1)
     reconstruct_tokens = (args.reconstruct_tokens or RECONSTRUCT_TOKENS) if args.reconstruct else 0
-    calibration: Calibration | Callable[[pathlib.Path], Calibration] | None = stored
+    calibration: Calibration | Callable[[], Calibration] | None = stored
     if args.calibrate and stored is None:
 
-        def collected(keep_text: pathlib.Path) -> Calibration:
+        def collected() -> Calibration:
             return calibrate(
                 args.model,
                 None if args.calibrate == OWN else args.calibrate,
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
                 head=args.head,
                 embeddings=args.embeddings,
                 trust_remote_code=args.trust_remote_code,
-                keep_text=keep_text,
+                keep_text=WorkFolder(new_folder(expanded(args.output))).text,
             )
 
         calibration = collected

@@ -45,7 +45,7 @@ def quantize_checkpoint(
     adapter: AdapterRecipe | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-    calibration: Calibration | Callable[[pathlib.Path], Calibration] | None = None,
+    calibration: Calibration | Callable[[], Calibration] | None = None,
     *,
     trust_remote_code: bool = False,
     group_sizes: Sequence[int] = (),
@@ -60,8 +60,7 @@ def quantize_checkpoint(
         device: where the arithmetic runs; a GPU if there is one.
         progress: show progress bars.
         calibration: for sensitivity "fisher" and method "cloq"; written to `output/calibration.safetensors`. A function
-            that makes one is called when all that headers tell has been checked, with a folder for what a killed run
-            is to go on from (`calibrate(keep_text=...)`).
+            that makes one is called when all that headers tell has been checked.
         trust_remote_code: run the Python code that the checkpoint brings, where its architecture is its own.
         group_sizes: of which the one is taken that leaves the least error at the budget, which should be a true one;
             with none that of `config`.
@@ -105,7 +104,7 @@ def quantize_checkpoint(
     beside = companions(folder, outside=(work.folder, work.place))
     with work.locked():
         if callable(calibration):
-            calibration = calibration(work.text)
+            calibration = calibration()
         _check_moments(config, adapter, calibration)
         if group_sizes:
             size = best_group_size(group_sizes, config, source, targets, calibration, device, progress)

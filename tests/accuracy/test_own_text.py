@@ -1,7 +1,6 @@
 """Text that a model writes itself: by its own probabilities, always the same, and in place of a text of the user's."""
 
 import argparse
-import functools
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lowra import LowRAConfig, quantize_checkpoint
 from lowra.quantization import calibration, own_text
 from lowra.quantization.calibration import OWN_TEXT, Calibration, calibrate
 from lowra.quantization.kept_text import KeptText
@@ -148,34 +146,28 @@ def test_models_that_write_otherwise_are_refused():
             write(other)
 
 
-def test_calibrate_self(tiny_llama, tmp_path):
-    output = tmp_path / "packed"
-    arguments = [tiny_llama, "--bits", "1.5", "--feedback", "0", "--calibrate", "self", "--calibration-tokens", "256"]
+def quantised_by_own_text(model, output):
+    arguments = [model, "--bits", "1.5", "--feedback", "0", "--calibrate", "self", "--calibration-tokens", "256"]
     parser = argparse.ArgumentParser()
     quantize.add_parser(parser.add_subparsers())
     args = parser.parse_args(["quantize", *map(str, arguments), "--output", str(output), "--device", "cpu"])
-    report = args.run(args)
-    assert report["calibration_text"] == OWN_TEXT == Calibration.load(output).origin
-    assert f"| text of the calibration | {OWN_TEXT} |" in (output / "README.md").read_text()
+    return args.run(args)
+
+
+def test_calibrate_self(tiny_llama, tmp_path):
+    report = quantised_by_own_text(tiny_llama, tmp_path / "packed")
+    assert report["calibration_text"] == OWN_TEXT == Calibration.load(tmp_path / "packed").origin
+    assert f"| text of the calibration | {OWN_TEXT} |" in (tmp_path / "packed" / "README.md").read_text()
 
 
 def test_text_outlives_a_killed_quantisation_and_not_a_finished_one(tiny_llama, tmp_path, monkeypatch):
-    output, written = tmp_path / "packed", []
-    real = own_text._write
-    monkeypatch.setattr(own_text, "_write", lambda *arguments: written.append(1) or real(*arguments))
     monkeypatch.setattr(calibration, "collect", lambda *arguments: 1 / 0)
-
-    def run():
-        make = functools.partial(calibration.calibrate, str(tiny_llama), None, 256, "cpu", reconstruct_tokens=0)
-        config = LowRAConfig(bits=1.5, sensitivity="fisher")
-        quantize_checkpoint(str(tiny_llama), output, config, None, "cpu", False, lambda folder: make(keep_text=folder))
-
     with pytest.raises(ZeroDivisionError):
-        run()
-    assert written and list((tmp_path / "packed.partial" / "text").iterdir())
+        quantised_by_own_text(tiny_llama, tmp_path / "packed")
+    assert list((tmp_path / "packed.partial" / "text").iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(own_text, "_write", lambda *arguments: 1 / 0)
-    run()
+    monkeypatch.setattr(own_text, "_write", lambda *arguments: pytest.fail("written again"))
+    quantised_by_own_text(tiny_llama, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
