@@ -113,7 +113,7 @@ def train_block(
     before = output_error(block, current(weights), inputs, wanted)
     steps = steps_of(len(inputs), passes)
     optimiser = torch.optim.Adam(list(_groups(weights)), betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
         for members in torch.randperm(len(inputs), generator=generator).split(BATCH):
@@ -173,8 +173,8 @@ def _groups(weights: dict[str, TrainedWeight]) -> Iterator[dict]:
             yield {"params": [parameter], "lr": rate}
 
 
-def _factor(step: int, steps: int) -> float:
-    """Warm-up, then half a cosine."""
+def rate_factor(step: int, steps: int) -> float:
+    """Of the learning rates at a step: warm-up, then half a cosine."""
     return min(1.0, (step + 1) / max(1.0, _WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

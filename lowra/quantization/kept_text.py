@@ -12,6 +12,7 @@ from torch import nn
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import read_tensors
 from ..version import __version__
+from .work import identities
 
 
 class KeptText:
@@ -50,7 +51,6 @@ class KeptText:
 
 def writer_of(folder: pathlib.Path, model: nn.Module, device: torch.device) -> list[Any]:
     """All that the text of a model depends on beside its seed, as JSON takes it: files, arithmetic, versions."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    files = identities(sorted(path for path in folder.iterdir() if path.is_file()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return [files, str(next(model.parameters()).dtype), name, torch.__version__, transformers.__version__, __version__]

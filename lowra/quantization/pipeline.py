@@ -33,7 +33,7 @@ from .job import Job
 from .pieces import write_pieces
 from .planning import Planner, learn
 from .reconstruction import open_stream, reconstruct
-from .work import ADAPTER, JOINT_ADAPTER, TRAINED_ADAPTER, WorkFolder
+from .work import ADAPTER, JOINT_ADAPTER, TRAINED_ADAPTER, WorkFolder, identities
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
     trains = job.config.reconstruct or job.config.end_to_end
     return {
         "version": __version__,
-        "source": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "source": identities(files),
         "config": job.config.to_dict(),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
         "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,

@@ -4,7 +4,6 @@ A weight that is made costs a hundred small kernels whatever its size. A model o
 a step of its training a fortieth of the launches.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,13 +13,12 @@ from bitsandbytes.backends.lowra import layout
 from bitsandbytes.backends.lowra.reference import decode_scales
 
 from ..weights.packed import STORAGES, store_scales
-from .block_training import RATES
+from .block_training import RATES, rate_factor
 from .trained_weight import AsStored, Rounded, TrainedWeight, changed_scales, stored_levels
 
 # Weights of one stack: temporaries while it is made are no larger than those of the largest matrix of a 7B.
 MOST = 2**25
 _BETAS, _SMALL = (0.9, 0.95), 1e-12
-_WARMUP = 0.05
 
 
 def stacked(weights: dict[str, TrainedWeight], most: int = MOST, fixed_cells: bool = True) -> list["Stack"]:
@@ -198,9 +196,8 @@ class Adam:
         self._factor, self._correction = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def at(self, step: int, steps: int) -> None:
-        """Sets what depends on the step: warm-up, then half a cosine, and the moments' bias."""
-        factor = min(1.0, (step + 1) / max(1.0, _WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        self._factor.fill_(factor / (1 - _BETAS[0] ** (step + 1)))
+        """Sets what depends on the step: the rates, and the moments' bias."""
+        self._factor.fill_(rate_factor(step, steps) / (1 - _BETAS[0] ** (step + 1)))
         self._correction.fill_((1 - _BETAS[1] ** (step + 1)) ** -0.5)
 
     def step(self, made: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:

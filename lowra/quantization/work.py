@@ -21,7 +21,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -140,6 +140,11 @@ class WorkFolder:
     def clear(self) -> None:
         """Removes the folder."""
         _remove(self.folder)
+
+
+def identities(files: Iterable[pathlib.Path]) -> list[list]:
+    """Where files lie, how large they are and when they were written, as JSON takes it: others are other ones."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _digest(recipe: dict) -> str:
