@@ -8,11 +8,12 @@ rounded from, Adam's two moments, the weight that is made of it with its gradien
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from ..checkpoints.targets import Target
@@ -32,6 +33,8 @@ SHARES = {"dense": 0.2, "level_change": 1.0, "scale_change": 1.0, "lora_A": 0.1,
 _LOGITS = 2**27
 # Steps before the others are recorded as a CUDA graph: libraries choose their kernels in the first.
 _UNRECORDED = 3
+# Fewer steps are over before what compiling takes, some 15 s, is saved (docs/lab/accuracy.md).
+WORTH_COMPILING = 500
 
 
 class JointTraining:
@@ -41,6 +44,8 @@ class JointTraining:
         done: steps so far.
         steps: of all.
         recorded: whether steps are replayed from a CUDA graph; None before the first that could be.
+        compiled: whether blocks and loss are, so that norms, rotations and gates go through memory once; None before
+            the first step that could be.
     """
 
     def __init__(
@@ -90,6 +95,10 @@ class JointTraining:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._unrecorded = 0
         self._calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
+        self._forwards = {name: model.get_submodule(name).forward for name in block_names(model, targets)}
+        self._compared = _compared
+        worth = self.device.type == "cuda" and steps >= WORTH_COMPILING and has_triton()
+        self.compiled: bool | None = None if worth else False
 
     def run(self, until: int) -> torch.Tensor:
         """Trains up to a number of steps.
@@ -120,7 +129,7 @@ class JointTraining:
             return
         if self.recorded is False or self._unrecorded < _UNRECORDED:
             self._unrecorded += 1
-            self._step()
+            self._unrecorded_step()
             return
         torch.cuda.synchronize(self.device)
         try:
@@ -133,6 +142,27 @@ class JointTraining:
         self.recorded = True
         self._graph.replay()
 
+    def _unrecorded_step(self) -> None:
+        if self.compiled is None:
+            self.compiled, self._compared = True, torch.compile(_compared, dynamic=False)
+            for name, forward in self._forwards.items():
+                self._model.get_submodule(name).forward = torch.compile(forward, dynamic=False)
+        try:
+            self._step()
+        except RuntimeError as error:
+            if not self.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            # Without a C compiler, say: slower, and no less right.
+            logger.warning("lowra: blocks are not compiled: %s", str(error).splitlines()[0])
+            self._as_written()
+            self._step()
+
+    def _as_written(self) -> None:
+        """Blocks and loss are computed by PyTorch's own kernels from here on."""
+        self.compiled, self._compared = False, _compared
+        for name, forward in self._forwards.items():
+            self._model.get_submodule(name).forward = forward
+
     def _step(self) -> None:
         """One step of Adam on `_ids`, without waiting for the device."""
         made = [stack() for stack in self._stacks]
@@ -141,7 +171,7 @@ class JointTraining:
         total = torch.zeros_like(self._loss)
         parts = self._ids.split(self._part)
         for ids in parts:
-            value = _Divergence.apply(self._logits(ids, leaves | self._fixed), self._logits(ids, {})) / len(parts)
+            value = self._divergence(ids, leaves | self._fixed) / len(parts)
             gradients = torch.autograd.grad(value, list(leaves.values()))
             sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)] if sums else list(gradients)
             total += value.detach()
@@ -149,6 +179,9 @@ class JointTraining:
         with_gradient = dict(zip(leaves, sums, strict=True))
         for own, adam in zip(made, self._adam, strict=True):
             adam.step(list(own.values()), [with_gradient.pop(name) for name in own])
+
+    def _divergence(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _Divergence.apply(self._logits(ids, weights), self._logits(ids, {}), self._compared)
 
     def _logits(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Of the model with these weights, or without any as it is, which is the dense one."""
@@ -176,7 +209,7 @@ class JointTraining:
             return (*args[:1], *known_args), {**kwargs, **known}
 
         handles = []
-        for name in block_names(self._model, self._targets):
+        for name in self._forwards:
 
             def named(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str = name) -> Any:
                 return hook(module, args, kwargs, name)
@@ -194,7 +227,7 @@ class JointTraining:
         weights = {name: weight for stack in self._stacks for name, weight in stack().items()} | self._fixed
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for ids in sequences.to(self.device, torch.long).split(self._part):
-            total += _Divergence.apply(self._logits(ids, weights), self._logits(ids, {})) * len(ids)
+            total += self._divergence(ids, weights) * len(ids)
         return float(total) / len(sequences)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -215,6 +248,7 @@ class JointTraining:
         """Gives the weights what was trained of them."""
         self._graph = None
         self._calls.clear()
+        self._as_written()
         for stack in self._stacks:
             stack.unstack()
 
@@ -229,18 +263,24 @@ def _most(length: int, vocabulary: int) -> int:
     return max(1, _LOGITS // (length * vocabulary))
 
 
+def _compared(out: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean KL divergence of logits [B, T, V] from those that are wanted, and its gradient in their type."""
+    tokens = out.shape[0] * out.shape[1]
+    wanted, found = wanted.float().log_softmax(dim=-1), out.float().log_softmax(dim=-1)
+    shares = wanted.exp()
+    value = wanted.sub_(found).mul_(shares).sum() / tokens
+    return value, found.exp_().sub_(shares).div_(tokens).to(out.dtype)
+
+
 class _Divergence(torch.autograd.Function):
-    """Mean KL divergence of logits [B, T, V] from those that are wanted."""
+    """What `compared` finds."""
 
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        tokens = out.shape[0] * out.shape[1]
-        wanted, found = wanted.float().log_softmax(dim=-1), out.float().log_softmax(dim=-1)
-        shares = wanted.exp()
-        value = wanted.sub_(found).mul_(shares).sum() / tokens
-        ctx.save_for_backward(found.exp_().sub_(shares).div_(tokens).to(out.dtype))
+    def forward(ctx: Any, out: torch.Tensor, wanted: torch.Tensor, compared: Callable) -> torch.Tensor:
+        value, slope = compared(out, wanted)
+        ctx.save_for_backward(slope)
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None

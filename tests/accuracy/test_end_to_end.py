@@ -14,7 +14,7 @@ from lowra import AdapterRecipe, LowRAConfig, calibrate
 from lowra.checkpoints.targets import find_targets
 from lowra.config import PRECISIONS
 from lowra.inspection import requirements
-from lowra.quantization import end_to_end
+from lowra.quantization import end_to_end, joint_training
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.card import CARD_FILE
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
@@ -206,25 +206,49 @@ def test_what_a_stack_learned_is_what_is_packed(fixed_cells):
         assert not torch.equal(stored.levels, weight.start.levels)
 
 
+def joint(folder, steps, device="cpu"):
+    """A training of a model at 2 bits, and its text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    targets = find_targets(model, None)
+    weights = {}
+    for name in targets:
+        weight, config = model.get_parameter(name).detach(), LowRAConfig()
+        row_bits = torch.full((len(weight),), 2, dtype=torch.uint8, device=device)
+        packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
+        weights[name] = TrainedWeight(weight, packed, None, 1.0)
+    text = torch.randint(256, (64, 128), generator=torch.Generator().manual_seed(0))
+    return JointTraining(model, targets, weights, text, steps), text
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_steps_on_a_gpu_are_recorded_and_learn_the_same(tiny_llama):
+def test_steps_on_a_gpu_are_recorded_and_compiled_and_learn_the_same(tiny_llama, monkeypatch):
     losses = []
-    for recorded in (True, False):
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).cuda()
-        targets = find_targets(model, None)
-        weights = {}
-        for name in targets:
-            weight, config = model.get_parameter(name).detach(), LowRAConfig()
-            row_bits = torch.full((len(weight),), 2, dtype=torch.uint8, device="cuda")
-            packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
-            weights[name] = TrainedWeight(weight, packed, None, 1.0)
-        text = torch.randint(256, (64, 128), generator=torch.Generator().manual_seed(0))
-        training = JointTraining(model, targets, weights, text, 12)
+    for recorded, compiled in ((True, False), (False, False), (True, True)):
+        monkeypatch.setattr(joint_training, "WORTH_COMPILING", 0 if compiled else 500)
+        training, _ = joint(tiny_llama, 12, "cuda")
         if not recorded:
             training.recorded = False
         losses.append(torch.cat([training.run(8), training.run(12)]).cpu())
-        assert training.recorded is recorded
+        assert (training.recorded, training.compiled) == (recorded, compiled)
         training.finish()
-        assert all(torch.isfinite(weight.packed().dequantize()).all() for weight in weights.values())
-    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=1e-6)
+    for other in losses[1:]:
+        torch.testing.assert_close(losses[0], other, rtol=0.05, atol=1e-6)
+
+
+def test_where_nothing_can_be_compiled_steps_are_made_without(tiny_llama, monkeypatch, caplog):
+    def broken(forward, dynamic):
+        def fails(*args, **kwargs):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    losses = []
+    for could in (None, False):
+        training, text = joint(tiny_llama, 3)
+        training.compiled = could
+        losses.append(training.run(3))
+        assert training.compiled is False
+        assert training.divergence(text[:4]) > 0
+    assert torch.equal(*losses) and "not compiled: no compiler here" in caplog.text
