@@ -24,6 +24,7 @@ from ..nn.linear import LowRALinear
 from .coverage import check_attention, check_autocast, check_mode, check_written
 from .mixed_batches import NO_ADAPTER
 from .projections import Projections, Unsupported, is_packed
+from .untouched import Untouched, modules_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,7 +81,7 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         if self.dtype not in _TYPES:
             raise Unsupported(f"the model is {self.dtype}")
-        modules = list(model.modules())  # some thousand, which this does not go through more often than it must
+        modules = modules_of(model)  # some thousand, which this does not go through more often than it must
         parameters = (p for module in modules for p in module._parameters.values() if p is not None)
         if any(parameter.device != self.device for parameter in parameters):
             raise Unsupported("the model is spread over several devices")
@@ -105,6 +106,7 @@ class Decoder:
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
         self._was = self._state()
+        self._untouched: Untouched | None = None  # as the model was when this was compared with it in full
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """Runs a prompt and fills the caches.
@@ -209,14 +211,25 @@ class Decoder:
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether a captured step still computes what the model does: one read from the model now would be the same."""
+        untouched = self._untouched is not None and self._untouched.is_same(model)
         try:
-            now = Decoder(model, self.positions, self.names, self.exact)
+            if untouched:
+                check_autocast(self.device.type, self.dtype)
+                tables = self._rotary(self.positions)
+            else:
+                now = Decoder(model, self.positions, self.names, self.exact)
+                tables = now.layers[0].attention.cosine, now.layers[0].attention.sine
         except Unsupported:
             return False
-        if now._was != self._was:
-            return False
-        tables = [(own.layers[0].attention.cosine, own.layers[0].attention.sine) for own in (now, self)]
-        return all(map(torch.equal, *tables))
+        own = self.layers[0].attention
+        same = (untouched or now._was == self._was) and all(map(torch.equal, tables, (own.cosine, own.sine)))
+        if not untouched:
+            self._untouched = Untouched.of(model) if same else None
+        return same
+
+    def awaited(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Modules of a model for which this is current, among them all that have hooks or forwards of their own."""
+        return modules_of(model) if self._untouched is None else self._untouched.awaited(model)
 
     def _state(self) -> list[Any]:
         """Addresses, numbers and objects that a captured step has fixed, but for the values of rotary embeddings."""

@@ -32,6 +32,7 @@ from .mixed_batches import adapter_names, forget_adapter_names
 from .projections import Unsupported
 from .request import Request
 from .session import Session
+from .untouched import modules_of
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +144,11 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     """
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
-    names = adapter_names(model)
-    if names and len(names) != batch:
-        raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     kept = _sessions.get(model)
     is_known = kept is not None and kept.decoder.is_current(model)
+    names = adapter_names(kept.decoder.awaited(model) if kept is not None and is_known else modules_of(model))
+    if names and len(names) != batch:
+        raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     if kept is not None and is_known and kept.serves(batch, positions, request.choice(), names, exact):
         kept.decoder.refresh()
         return kept, first

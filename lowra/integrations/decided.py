@@ -4,8 +4,6 @@ A graph has fixed all of it: where parameters lie, which adapters are active, wh
 modules and those that these call, which codes a packed layer has.
 """
 
-import functools
-import types
 from collections.abc import Iterable
 from itertools import chain
 from operator import is_
@@ -19,6 +17,7 @@ from ..nn.hooks import HOOKS, hooks_of_all
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
+from ..nn.told_changes import alike, are_changes_told, versions
 from ..nn.trained_tables import TrainedTablesLinear
 from .called_names import Place, called_names
 from .layer_calls import PLAIN_VALUES
@@ -29,10 +28,6 @@ _NAMED = ("_modules", "_parameters", "_buffers")
 _HOLDERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which compute nothing
 # What every module has for itself, and what a packed one makes of its tensors, which `row_layout` looks after.
 _OF_TORCH = {*vars(nn.Module()), "_layout", "_seen", "_watched"} - {"training"}
-
-
-# Whether dictionaries were changed, and tensors' kinds and sizes: what compiled code is guarded by, if PyTorch has it.
-_GUARDS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 
 class Decided:
@@ -76,7 +71,7 @@ class Decided:
             return False
         if self._untouched is not None and self._untouched.is_of(self._containers):
             self._untouched.renew()
-        elif _are_changes_told():
+        elif are_changes_told():
             self._untouched = _Untouched(self._modules, self._containers, self._tensors, self._places)
         return True
 
@@ -132,33 +127,6 @@ class Decided:
         return found
 
 
-@functools.cache
-def _are_changes_told() -> bool:
-    """Whether PyTorch has what `_Untouched` asks, and knows of attributes that are set as this Python sets them."""
-    try:
-        of_tensor = _GUARDS.TensorGuards(torch.zeros(2), dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]])
-        if not of_tensor.check(torch.zeros(2)) or of_tensor.check(torch.zeros(3)):
-            return False
-        _GUARDS.dict_version({})
-    except (AttributeError, TypeError, RuntimeError):  # another PyTorch's
-        return False
-    return all(map(_is_told_of, (nn.Module(), types.SimpleNamespace(), types.ModuleType("told"), _Plain())))
-
-
-class _Plain:
-    pass
-
-
-def _is_told_of(changing: Any) -> bool:
-    version = _GUARDS.dict_version(vars(changing))
-    for value in range(100):  # by then the interpreter has its own way for it
-        changing.value = value
-        before, version = version, _GUARDS.dict_version(vars(changing))
-        if before == version:
-            return False
-    return True
-
-
 class _Untouched:
     """Whether nobody has touched a layer, at a glance: that it is the same is known then, and has to be read otherwise.
 
@@ -189,10 +157,7 @@ class _Untouched:
         self._empty += [each for each in changing if not each]
         self._tensors = tensors
         self._touched_first = [*self._dicts, *self._empty, *modules, *tensors]
-        sizes = [list(tensor.shape) for tensor in tensors]
-        strides = [list(tensor.stride()) for tensor in tensors]
-        guards = _GUARDS.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._are_alike = guards.check
+        self._are_alike = alike(tensors)
         packed = [module for module in modules if isinstance(module, PackedModule)]
         self._watched = [module._parameters[name] for module in packed for name in module._seen]
         self._whole = [module.row_bits for module in packed]
@@ -226,7 +191,7 @@ class _Untouched:
 
     def _read(self) -> list[int]:
         return [
-            *map(_GUARDS.dict_version, self._dicts),
+            *versions(self._dicts),
             *(tensor._version for tensor in self._watched),
             *(bits.untyped_storage()._cdata for bits in self._whole),
         ]

@@ -120,9 +120,9 @@ CHANGES = {
 @pytest.fixture(params=["at a glance", "read in full"])
 def glance(request, monkeypatch):
     if request.param == "read in full":
-        monkeypatch.setattr(decided, "_are_changes_told", lambda: False)
+        monkeypatch.setattr(decided, "are_changes_told", lambda: False)
     else:
-        assert decided._are_changes_told()
+        assert decided.are_changes_told()
     return request.param == "at a glance"
 
 
