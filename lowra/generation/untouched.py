@@ -56,9 +56,13 @@ class Untouched:
         linears = [module for module in modules if isinstance(module, LowRALinear)]
         self._with_tables = [linear for linear in linears if linear.adapter_tables is not None]
         adapted = [own for own, kind in zip(self._attributes, self._classes, strict=True) if _has_adapters(kind)]
-        held = [value for own in adapted for name, value in own.items() if name not in _OF_TORCH]
+        held: list[Any] = [value for own in adapted for name, value in own.items() if name not in _OF_TORCH]
         self._lists = [value for value in held if isinstance(value, list | set)]
-        self._dicts = [*self._attributes, vars(self._config), *(value for value in held if isinstance(value, dict))]
+        self._dicts: list[Any] = [
+            *self._attributes,
+            vars(self._config),
+            *(value for value in held if isinstance(value, dict)),
+        ]
         self._dicts += [*self._of_model, *(own["_modules"] for own in self._attributes)]
         self._dicts += [own["_parameters"] for own in self._attributes]
         tensors = [tensor for module in every for tensor in module._parameters.values() if tensor is not None]

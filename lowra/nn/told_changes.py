@@ -5,7 +5,7 @@ A dictionary has a number that is another one after every change, so thousands o
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def versions(dictionaries: Iterable[dict[Any, Any]]) -> list[int]:
     return list(map(_GUARDS.dict_version, dictionaries))
 
 
-def alike(tensors: list[torch.Tensor]) -> Callable[..., bool]:
+def alike(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """A function of as many tensors: whether types, devices, sizes, strides and `requires_grad` are those of these."""
     sizes = [list(tensor.shape) for tensor in tensors]
     strides = [list(tensor.stride()) for tensor in tensors]
