@@ -23,7 +23,7 @@ from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear
 from .coverage import check_attention, check_autocast, check_mode, check_written
 from .mixed_batches import NO_ADAPTER
-from .projections import Projections, Unsupported, is_packed
+from .projections import KnownShares, Projections, Unsupported, is_packed
 from .untouched import Untouched, modules_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
@@ -227,6 +227,18 @@ class Decoder:
             self._untouched = Untouched.of(model) if same else None
         return same
 
+    def reach(self, positions: int) -> None:
+        """Makes rotary embeddings for more positions, where those that there are do not suffice.
+
+        What a step was captured with lies elsewhere then.
+        """
+        if positions <= self.positions:
+            return
+        cosine, sine = self._rotary(positions)
+        self.positions = positions
+        for layer in self.layers:
+            layer.attention = dataclasses.replace(layer.attention, cosine=cosine, sine=sine)
+
     def awaited(self, model: PreTrainedModel) -> list[nn.Module]:
         """Modules of a model for which this is current, among them all that have hooks or forwards of their own."""
         return modules_of(model) if self._untouched is None else self._untouched.awaited(model)
@@ -262,15 +274,12 @@ class Decoder:
             most = max((group.cells() for group in self._adapted), default=0)
             self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
             self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
-        kept: list[torch.Tensor] = []
-        given: list[torch.Tensor] = []
-        for group in self._projections():
-            group.make_room()
-            for adapter in group.adapters():
-                if adapter.factors is not adapter.source:
-                    kept.extend(adapter.factors)
-                    given.extend(adapter.source)
-        if kept:
+            known: KnownShares = {}
+            for group in self._projections():
+                group.make_room(known)
+        pairs = [pair for group in self._projections() for pair in group.refresh()]
+        if pairs:
+            kept, given = map(list, zip(*pairs, strict=True))
             torch._foreach_copy_(kept, given)
         for number, group in enumerate(self._adapted, start=1):
             group.into_products(self._cells, self._launches, number)

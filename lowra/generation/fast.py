@@ -153,7 +153,11 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
         kept.decoder.refresh()
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
-    decoder = Decoder(model, slots, names, exact)
+    if kept is not None and is_known and (names, exact) == (kept.decoder.names, kept.decoder.exact):
+        decoder = kept.decoder
+        decoder.reach(slots)
+    else:
+        decoder = Decoder(model, slots, names, exact)
     decoder.refresh()
     if not is_known:
         tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))

@@ -28,7 +28,8 @@ class Adapter:
         source: the parameters A [r, K] and B [N, r].
         scaling: alpha / r, or what the adapter has in its place.
         rows: bool [batch], the sequences of a mixed batch that it is for; None for all.
-        factors: A and B in the type of x once `Projections.make_room` was called; until then the parameters.
+        factors: A and B in the type of x once `Projections.make_room` was called, unless they lie side by side with
+            others; until then the parameters.
     """
 
     source: tuple[torch.Tensor, torch.Tensor]
@@ -118,16 +119,29 @@ class Projections:
         matrix, _ = self._packed[0]
         return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
 
-    def make_room(self) -> None:
-        """Factors get memory of their own where they have another type than x or are several; it holds nothing yet."""
+    def make_room(self, known: "KnownShares") -> None:
+        """Factors get memory of their own where they have another type than x or are several; it holds nothing yet.
+
+        Args:
+            known: of the decoder.
+        """
         if self._has_several():
             if self._side_by_side is None:
-                self._side_by_side = _SideBySide(self._adapters, self._dtype)
+                self._side_by_side = _SideBySide(self._adapters, self._dtype, known)
             return
         for adapter in self.adapters():
             if adapter.factors is adapter.source and any(part.dtype != self._dtype for part in adapter.source):
                 a, b = (torch.empty_like(part, dtype=self._dtype) for part in adapter.source)
                 adapter.factors = a, b
+
+    def refresh(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies factors that lie side by side, and says what else is to be copied where."""
+        if self._side_by_side is not None:
+            yield from self._side_by_side.refresh()
+            return
+        for adapter in self.adapters():
+            if adapter.factors is not adapter.source:
+                yield from zip(adapter.factors, adapter.source, strict=True)
 
     def into_products(self, cells: torch.Tensor, launches: torch.Tensor, launch: int) -> None:
         """Adapters go into the products from now on, by their present factors; see `decoding.Adapters`."""
@@ -154,6 +168,41 @@ class Projections:
             yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """Which of the ranks of adapters that lie side by side are a sequence's own.
+
+    Attributes:
+        of_steps: see there.
+        of_prompts: [batch or 1, 1, ranks], of the type of x; None where all are 0 or 1.
+        others: bool, likewise: what is another sequence's, and so may be anything.
+    """
+
+    of_steps: decoding.Gains
+    of_prompts: torch.Tensor | None
+    others: torch.Tensor
+
+    @classmethod
+    def of(cls, adapters: list[list[Adapter]], alike: bool, dtype: torch.dtype) -> "_Shares":
+        """Waits for the device. alike: scalings of all adapters are the same, and left out."""
+        everyone = [adapter for own in adapters for adapter in own]
+        ranks = [len(adapter.source[0]) for adapter in everyone]
+        device = everyone[0].source[0].device
+        all_sequences = torch.ones(1, dtype=torch.bool, device=device)
+        each = [
+            (all_sequences if adapter.rows is None else adapter.rows).float() * (1.0 if alike else adapter.scaling)
+            for adapter in everyone
+        ]
+        by_rank = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=device), dim=0)
+        of_steps = decoding.Gains.of(by_rank, [sum(len(adapter.source[0]) for adapter in own) for own in adapters])
+        of_prompts = by_rank.T[:, None].to(dtype)
+        return cls(of_steps, None if alike else of_prompts, of_prompts == 0)
+
+
+# By the ranks, scalings and sequences of adapters: those of all layers of a decoder are a few.
+KnownShares = dict[tuple, _Shares]
+
+
 class _SideBySide:
     """All adapters of the layers: one product with all A, and one with the B of each layer.
 
@@ -162,52 +211,58 @@ class _SideBySide:
 
     Attributes:
         terms: of each layer, all its adapters as one; None for none.
-        gains: of [ranks, batch], [ranks, 1] where adapters are for all sequences, or None.
+        gains: of steps, where some ranks are not for all sequences or scalings differ; else None.
     """
 
-    def __init__(self, adapters: list[list[Adapter]], dtype: torch.dtype):
+    def __init__(self, adapters: list[list[Adapter]], dtype: torch.dtype, known: KnownShares):
         """
         Args:
-            adapters: of each layer. Their factors become views of the memory here.
+            adapters: of each layer.
             dtype: of x.
+            known: what was made for other layers, to which what is made here is added.
         """
         everyone = [adapter for own in adapters for adapter in own]
         (first, _), ranks = everyone[0].source, [len(adapter.source[0]) for adapter in everyone]
         alike = len({adapter.scaling for adapter in everyone}) == 1
+        self._adapters = adapters
         self._a = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)
         self._columns: list[slice] = []
         self.terms: list[decoding.LowRank | None] = []
         begin = 0
         for own in adapters:
-            widths = [len(adapter.source[0]) for adapter in own]
-            end = begin + sum(widths)
-            a, term = self._a[begin:end], None
+            end = begin + sum(len(adapter.source[0]) for adapter in own)
+            term = None
             if own:
                 b = own[0].source[1].new_empty(len(own[0].source[1]), end - begin, dtype=dtype)
-                for adapter, *factors in zip(own, a.split(widths), b.split(widths, dim=1), strict=True):
-                    adapter.factors = tuple(factors)
-                term = decoding.LowRank(a, b, everyone[0].scaling if alike else 1.0)
+                term = decoding.LowRank(self._a[begin:end], b, everyone[0].scaling if alike else 1.0)
             self.terms.append(term)
             self._columns.append(slice(begin, end))
             begin = end
-        self.gains: decoding.Gains | None = None
+        self._parts_of_a = self._a.split(ranks)
+        self._shares: _Shares | None = None
         if not alike or any(adapter.rows is not None for adapter in everyone):
-            all_sequences = torch.ones(1, dtype=torch.bool, device=first.device)
-            each = [
-                (all_sequences if adapter.rows is None else adapter.rows).float() * (1.0 if alike else adapter.scaling)
-                for adapter in everyone
-            ]
-            by_rank = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=first.device), dim=0)
-            self.gains = decoding.Gains.of(by_rank, [columns.stop - columns.start for columns in self._columns])
-            self._gains = by_rank.T[:, None].to(dtype)  # [batch or 1, 1, ranks]
-            self._others = self._gains == 0  # what is another sequence's, and so may be anything
+            key = tuple(tuple((len(one.source[0]), one.scaling, id(one.rows)) for one in own) for own in adapters)
+            if key not in known:
+                known[key] = _Shares.of(adapters, alike, dtype)
+            self._shares = known[key]
+        self.gains = None if self._shares is None else self._shares.of_steps
+
+    def refresh(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies B, row by row beside those of others, at once for a layer; yields what of A is to be copied where."""
+        for own, term in zip(self._adapters, self.terms, strict=True):
+            if term is not None:
+                torch.cat([adapter.source[1] for adapter in own], dim=1, out=term.b)
+        everyone = (adapter for own in self._adapters for adapter in own)
+        yield from zip(self._parts_of_a, (adapter.source[0] for adapter in everyone), strict=True)
 
     def add_to(self, outs: list[torch.Tensor], x: torch.Tensor) -> None:
         """Adds the adapters' terms for x [batch * tokens, K] to outputs [batch * tokens, N] of the layers."""
         inner = x @ self._a.T
-        if self.gains is not None:
-            by_sequence = inner.view(len(self._gains), -1, len(self._a))
-            by_sequence.mul_(self._gains).masked_fill_(self._others, 0)
+        if self._shares is not None:
+            by_sequence = inner.view(len(self._shares.others), -1, len(self._a))
+            if self._shares.of_prompts is not None:
+                by_sequence.mul_(self._shares.of_prompts)
+            by_sequence.masked_fill_(self._shares.others, 0)
         for out, columns, term in zip(outs, self._columns, self.terms, strict=True):
             if term is not None:
                 out.addmm_(inner[:, columns], term.b.T, alpha=term.scaling)

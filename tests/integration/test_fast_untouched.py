@@ -164,6 +164,20 @@ def test_what_nobody_touched_is_not_read_again(model, monkeypatch, caplog, names
     assert torch.equal(tokens(model, **options), before) and not caplog.records
 
 
+def test_a_request_of_another_shape_reads_nothing_again(model, monkeypatch):
+    monkeypatch.setattr(fast, "_SLOTS", 8)
+    options = [{}, {"max_new_tokens": 30}, {"max_new_tokens": 3}, {"do_sample": True, "max_new_tokens": 2}]
+    expected = [tokens(model, custom_generate=None, **own) for own in options[:3]]
+    fast.release(model)
+    for _ in range(2):
+        tokens(model)
+    monkeypatch.setattr(fast.Decoder, "__init__", lambda *_: pytest.fail("read"))
+    for own, plain in zip(options, expected, strict=False):
+        assert torch.equal(tokens(model, **own), plain)
+    tokens(model, **options[-1])
+    assert torch.equal(tokens(model), expected[0])
+
+
 def test_hooks_and_forwards_count_in_a_model_that_is_untouched_otherwise(model, caplog):
     fast._warn.cache_clear()
     for _ in range(2):
