@@ -11,6 +11,7 @@ from lowra.weights.packed import PackedWeight
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 512),  # to try a script on a CPU
+    "narrow": (256, 704, 32, 4, 4, 512),  # as many layers as a 7B, whose products take a CPU next to nothing
     "tinyllama": (2048, 5632, 22, 32, 4, 32000),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "7b": (4096, 11008, 32, 32, 32, 32000),

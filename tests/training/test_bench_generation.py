@@ -11,6 +11,7 @@ from lowra.generation import fast
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 
+import bench_first_token  # noqa: E402
 import bench_generation  # noqa: E402
 import random_models  # noqa: E402
 
@@ -40,3 +41,13 @@ def test_adapters_of_every_kind_go_through_the_products(kind, count, caplog):
     assert bool(tables and tables.chosen()) == (kind == "tables")
     fast.release(model)
     assert torch.equal(bench_generation.generate(bench_generation.without_adapters(model), ids, 12, fast=True), bare)
+
+
+@pytest.mark.parametrize("count, batch", [(1, 1), (2, 4)])
+def test_a_first_token_reads_no_model_again(count, batch):
+    model = bench_generation.with_adapters(random_models.make_model("tiny", 1.5, device="cpu"), 8, count)
+    row = bench_first_token.first_token(model, torch.arange(5, 5 + 6 * batch).view(batch, 6), repeats=2)
+    assert row["kept"] and row["reads"] == 0 < row["current"]
+    assert count == 1 or row["hooks"] > 0
+    parts = sum(value for name, value in row.items() if name not in ("kept", "first"))
+    assert parts == pytest.approx(row["first"], abs=0.1)
