@@ -101,6 +101,8 @@ def write(folder, counts, length, path_of, device):
     plain = torch.tensor([token for token in range(len(tokenizer)) if token not in set(tokenizer.all_special_ids)])
     fast, writers = tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id], {}
     for number, count in enumerate(counts):
+        if path_of(number).exists():  # of a run before, since each file has a seed of its own
+            continue
         torch.manual_seed(number)
         tokens = None
         if fast:

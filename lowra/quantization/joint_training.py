@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Sequences of a step, and those by which the training is judged.
 BATCH, HELD_OUT = 16, 16
 # Of the rates of the blocks' training, where each step sees one block's error alone (docs/lab/accuracy.md).
-SHARES = {"dense": 0.2, "level_change": 1.0, "scale_change": 1.0, "lora_A": 0.1, "lora_B": 0.1}
+SHARES = {"dense": 0.1, "level_change": 1.0, "scale_change": 1.0, "lora_A": 0.1, "lora_B": 0.1}
 # Logits that are in memory at a time, a few times over.
 _LOGITS = 2**27
 # Steps before the others are recorded as a CUDA graph: libraries choose their kernels in the first.
