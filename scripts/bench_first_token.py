@@ -29,7 +29,7 @@ from lowra.generation.session import Session
 PARTS = {
     "names": (fast, "adapter_names"),
     "reads": (Decoder, "__init__"),
-    "current": (Decoder, "is_current"),
+    "current": (Decoder, "read_again"),
     "refresh": (Decoder, "refresh"),
     "session": (fast, "_session"),
     "prompt": (Decoder, "prompt"),

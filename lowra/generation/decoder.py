@@ -60,6 +60,7 @@ class Decoder:
         positions: that rotary embeddings were made for.
         exact: steps on a CPU do not round activations; see `decoding.Group`.
         device, dtype: of the model.
+        untouched: the model as it was when a decoder was last compared with it in full; None before.
     """
 
     def __init__(self, model: PreTrainedModel, positions: int, names: tuple[str, ...] = (), exact: bool = False):
@@ -106,7 +107,7 @@ class Decoder:
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
         self._was = self._state()
-        self._untouched: Untouched | None = None  # as the model was when this was compared with it in full
+        self.untouched: Untouched | None = None
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
         """Runs a prompt and fills the caches.
@@ -211,21 +212,32 @@ class Decoder:
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether a captured step still computes what the model does: one read from the model now would be the same."""
-        untouched = self._untouched is not None and self._untouched.is_same(model)
+        return self.read_again(model) is self
+
+    def read_again(self, model: PreTrainedModel) -> "Decoder | None":
+        """A decoder of the model as it is now, for the same adapters: this one while it is current.
+
+        Returns:
+            None where the model is not covered any more.
+        """
+        untouched = self.untouched is not None and self.untouched.is_same(model)
         try:
             if untouched:
                 check_autocast(self.device.type, self.dtype)
-                tables = self._rotary(self.positions)
-            else:
-                now = Decoder(model, self.positions, self.names, self.exact)
-                tables = now.layers[0].attention.cosine, now.layers[0].attention.sine
+            now = self if untouched else Decoder(model, self.positions, self.names, self.exact)
+            tables = self._rotary(self.positions) if untouched else now._rotary_tables()
         except Unsupported:
-            return False
-        own = self.layers[0].attention
-        same = (untouched or now._was == self._was) and all(map(torch.equal, tables, (own.cosine, own.sine)))
+            return None
+        same = now._was == self._was and all(map(torch.equal, tables, self._rotary_tables()))
+        if not same:
+            return now if now is not self else Decoder(model, self.positions, self.names, self.exact)
         if not untouched:
-            self._untouched = Untouched.of(model) if same else None
-        return same
+            self.untouched = Untouched.of(model)
+        return self
+
+    def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = self.layers[0].attention  # the same for all layers
+        return attention.cosine, attention.sine
 
     def reach(self, positions: int) -> None:
         """Makes rotary embeddings for more positions, where those that there are do not suffice.
@@ -241,7 +253,7 @@ class Decoder:
 
     def awaited(self, model: PreTrainedModel) -> list[nn.Module]:
         """Modules of a model for which this is current, among them all that have hooks or forwards of their own."""
-        return modules_of(model) if self._untouched is None else self._untouched.awaited(model)
+        return modules_of(model) if self.untouched is None else self.untouched.awaited(model)
 
     def _state(self) -> list[Any]:
         """Addresses, numbers and objects that a captured step has fixed, but for the values of rotary embeddings."""

@@ -145,19 +145,20 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
     kept = _sessions.get(model)
-    is_known = kept is not None and kept.decoder.is_current(model)
-    names = adapter_names(kept.decoder.awaited(model) if kept is not None and is_known else modules_of(model))
+    decoder = None if kept is None else kept.decoder.read_again(model)
+    is_known = kept is not None and kept.decoder is decoder
+    names = adapter_names(decoder.awaited(model) if decoder is not None and is_known else modules_of(model))
     if names and len(names) != batch:
         raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     if kept is not None and is_known and kept.serves(batch, positions, request.choice(), names, exact):
         kept.decoder.refresh()
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
-    if kept is not None and is_known and (names, exact) == (kept.decoder.names, kept.decoder.exact):
-        decoder = kept.decoder
-        decoder.reach(slots)
-    else:
+    if decoder is None or (names, exact) != (decoder.names, decoder.exact):
+        untouched = None if decoder is None else decoder.untouched
         decoder = Decoder(model, slots, names, exact)
+        decoder.untouched = untouched
+    decoder.reach(slots)
     decoder.refresh()
     if not is_known:
         tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))

@@ -137,14 +137,14 @@ def test_no_change_is_overlooked(model, change, monkeypatch):
     bare = model.get_base_model()
     with torch.inference_mode():
         decoder = fast.Decoder(bare, 96)
-        assert decoder.is_current(bare) and decoder._untouched.is_same(bare) and decoder.is_current(bare)
+        assert decoder.is_current(bare) and decoder.untouched.is_same(bare) and decoder.is_current(bare)
     if change in CHANGES:
         CHANGES[change](model)
     else:
         monkeypatch.setattr(*CHANGES_OF_CLASSES[change])
     bare = model.get_base_model()
     with torch.inference_mode():
-        assert not decoder._untouched.is_same(bare) or change == "frequencies"
+        assert not decoder.untouched.is_same(bare) or change == "frequencies"
         found = decoder.is_current(bare)
         monkeypatch.setattr(untouched, "are_changes_told", lambda: False)
         assert decoder.is_current(bare) == found == (change == "other config")
@@ -176,6 +176,24 @@ def test_a_request_of_another_shape_reads_nothing_again(model, monkeypatch):
         assert torch.equal(tokens(model, **own), plain)
     tokens(model, **options[-1])
     assert torch.equal(tokens(model), expected[0])
+
+
+def test_other_adapters_are_read_once(model, monkeypatch):
+    reads, read = [], fast.Decoder.__init__
+    monkeypatch.setattr(fast.Decoder, "__init__", lambda self, *given: reads.append(given[2:]) or read(self, *given))
+    for number in range(4):
+        names = ["a", "b"] if number % 2 else ["b", "__base__"]
+        del reads[:]
+        found = tokens(model, adapter_names=names)
+        assert len(reads) == (2 if number == 1 else 1)  # with the second request it is known what to look at
+        assert torch.equal(found, tokens(model, adapter_names=names, custom_generate=None))
+    model.set_adapter("b")
+    for number in range(4):
+        model.set_adapter("ab"[number % 2])
+        del reads[:]
+        found = tokens(model)
+        assert len(reads) == (2 if number == 0 else 1)
+        assert torch.equal(found, tokens(model, custom_generate=None))
 
 
 def test_hooks_and_forwards_count_in_a_model_that_is_untouched_otherwise(model, caplog):
@@ -216,8 +234,8 @@ def test_tables_of_adapters_count(packed_llama):
     bare = model.get_base_model()
     with torch.inference_mode():
         decoder = fast.Decoder(bare, 96)
-        assert decoder.is_current(bare) and decoder._untouched.is_same(bare)
+        assert decoder.is_current(bare) and decoder.untouched.is_same(bare)
         tables = query(model).base_layer.adapter_tables
         held = tables.of_adapter("a")
         tables.put("a", {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in held.items()})
-        assert not decoder._untouched.is_same(bare) and not decoder.is_current(bare)
+        assert not decoder.untouched.is_same(bare) and not decoder.is_current(bare)
