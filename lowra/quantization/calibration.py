@@ -25,7 +25,7 @@ from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
-from .joint_training import sequences_of
+from .joint_training import MOST_WRITTEN, sequences_of
 from .kept_text import KeptText, writer_of
 from .lowrank import truncated_svd
 from .observers import EmbeddingObserver, ExpertObserver
@@ -201,7 +201,8 @@ def calibrate(
         moments: collect mean x x^T as well, [K, K] float32 per layer, which `AdapterRecipe(method="cloq")` and
             `LowRAConfig.feedback` need.
         reconstruct_tokens: of the text to keep at most for `LowRAConfig.reconstruct`, beside the statistics.
-        end_to_end: steps of `LowRAConfig.end_to_end`, for which as much of the text behind those is kept.
+        end_to_end: steps of `LowRAConfig.end_to_end`, for which as much of the text behind those is kept; the model
+            writes no more than 16,384 sequences for them.
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
@@ -222,7 +223,7 @@ def calibrate(
     if 0 < reconstruct_tokens < length:
         raise ValueError(f"reconstruct takes at least one sequence of {length} tokens; got {reconstruct_tokens}.")
     blocks = reconstruct_tokens // length
-    behind = sequences_of(end_to_end)
+    behind = sequences_of(end_to_end) if text is not None else min(sequences_of(end_to_end), MOST_WRITTEN)
     most = max(tokens, (blocks + behind) * length)
     kept = None
     if text is not None:

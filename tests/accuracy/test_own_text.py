@@ -174,3 +174,9 @@ def test_text_outlives_a_killed_quantisation_and_not_a_finished_one(tiny_llama, 
 def test_its_text_serves_reconstruction(tiny_llama):
     found = calibrate(str(tiny_llama), None, 256, "cpu", progress=False, reconstruct_tokens=512)
     assert found.sequences.shape == (4, 128) and found.origin == OWN_TEXT
+
+
+def test_long_training_goes_over_its_text_again(tiny_llama, monkeypatch):
+    monkeypatch.setattr(calibration, "MOST_WRITTEN", 3)
+    found = calibrate(str(tiny_llama), None, 128, "cpu", progress=False, reconstruct_tokens=128, end_to_end=100)
+    assert found.further.shape == (3, 128)
