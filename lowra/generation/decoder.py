@@ -212,15 +212,18 @@ class Decoder:
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether a captured step still computes what the model does: one read from the model now would be the same."""
-        return self.read_again(model) is self
+        return self.read_again(model, modules_of(model)) is self
 
-    def read_again(self, model: PreTrainedModel) -> "Decoder | None":
+    def read_again(self, model: PreTrainedModel, modules: list[nn.Module]) -> "Decoder | None":
         """A decoder of the model as it is now, for the same adapters: this one while it is current.
+
+        Args:
+            modules: `modules_of` the model.
 
         Returns:
             None where the model is not covered any more.
         """
-        untouched = self.untouched is not None and self.untouched.is_same(model)
+        untouched = self.untouched is not None and self.untouched.is_same(model, modules)
         try:
             if untouched:
                 check_autocast(self.device.type, self.dtype)
@@ -232,7 +235,7 @@ class Decoder:
         if not same:
             return now if now is not self else Decoder(model, self.positions, self.names, self.exact)
         if not untouched:
-            self.untouched = Untouched.of(model)
+            self.untouched = Untouched.of(model, modules)
         return self
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,10 +253,6 @@ class Decoder:
         self.positions = positions
         for layer in self.layers:
             layer.attention = dataclasses.replace(layer.attention, cosine=cosine, sine=sine)
-
-    def awaited(self, model: PreTrainedModel) -> list[nn.Module]:
-        """Modules of a model for which this is current, among them all that have hooks or forwards of their own."""
-        return modules_of(model) if self.untouched is None else self.untouched.awaited(model)
 
     def _state(self) -> list[Any]:
         """Addresses, numbers and objects that a captured step has fixed, but for the values of rotary embeddings."""

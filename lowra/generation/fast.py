@@ -144,10 +144,11 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     """
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
-    kept = _sessions.get(model)
-    decoder = None if kept is None else kept.decoder.read_again(model)
+    modules, kept = modules_of(model), _sessions.get(model)
+    decoder = None if kept is None else kept.decoder.read_again(model, modules)
     is_known = kept is not None and kept.decoder is decoder
-    names = adapter_names(decoder.awaited(model) if decoder is not None and is_known else modules_of(model))
+    untouched = decoder.untouched if decoder is not None and is_known else None
+    names = adapter_names(modules if untouched is None else untouched.awaited(modules))
     if names and len(names) != batch:
         raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     if kept is not None and is_known and kept.serves(batch, positions, request.choice(), names, exact):
@@ -155,7 +156,6 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
     if decoder is None or (names, exact) != (decoder.names, decoder.exact):
-        untouched = None if decoder is None else decoder.untouched
         decoder = Decoder(model, slots, names, exact)
         decoder.untouched = untouched
     decoder.reach(slots)

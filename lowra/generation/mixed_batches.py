@@ -4,7 +4,6 @@ A decoding step reads the layers' tensors and calls no module, so whatever else 
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,11 +17,11 @@ _OF_NAMES = "_adapter_names_pre_forward_hook"
 EQUIVALENT = ("liger_kernel.", "lowra.")  # whose forwards compute the same, such as those of tiled MLPs
 
 
-def adapter_names(modules: Iterable[nn.Module]) -> tuple[str, ...]:
+def adapter_names(modules: list[nn.Module]) -> tuple[str, ...]:
     """The adapter of each sequence, while PEFT's `adapter_names=` holds; empty where the active ones are for all.
 
     Args:
-        modules: of a model, all but those that have neither hooks nor another forward than their class.
+        modules: of a model, but for those that have neither hooks nor another forward than their class.
 
     Raises:
         Unsupported: a module has another hook.
@@ -30,14 +29,15 @@ def adapter_names(modules: Iterable[nn.Module]) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     if any(not _looks_on(hook) for hooks in hooks_of_all(FORWARD_HOOKS) for hook in hooks.values()):
         raise Unsupported("every module has a hook")
-    for module in modules:
-        own = vars(module)
-        for kind in FORWARD_HOOKS:  # no others are called without gradients
-            for hook in own[kind].values() if own[kind] else ():
-                if _names_adapters(hook):
-                    names = tuple(hook.keywords["adapter_names"])
-                elif not _looks_on(hook):
-                    raise Unsupported(f"{type(module).__name__} has a hook")
+    before, after = FORWARD_HOOKS  # no others are called without gradients
+    for module, own in zip(modules, map(vars, modules), strict=True):
+        if not own[before] and not own[after] and "forward" not in own:  # some thousand
+            continue
+        for hook in (*own[before].values(), *own[after].values()):
+            if _names_adapters(hook):
+                names = tuple(hook.keywords["adapter_names"])
+            elif not _looks_on(hook):
+                raise Unsupported(f"{type(module).__name__} has a hook")
         forward = own.get("forward")  # such as Accelerate's hooks
         if forward is not None and not str(getattr(forward, "__module__", "")).startswith(EQUIVALENT):
             raise Unsupported(f"the forward of {type(module).__name__} has been replaced")
