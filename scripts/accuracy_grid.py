@@ -71,7 +71,8 @@ class Session:
         self.targets = find_targets(self.model, None)
         self.modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in self.modules.items()}
-        (self._own_text, self._written), self._own = own_text, []
+        self._own_text, texts = own_text
+        self._written, self._own = texts.get(str(model), 0), []
         self._count = max(1, calibration_tokens // SEQUENCE)
         self._calibrations = {}
         self._shared = shared
@@ -305,6 +306,17 @@ def _next(results, workers):
                 raise RuntimeError("A worker died; its traceback is above.") from None
 
 
+def writers_of(variants, model):
+    """Folders of the models of which some variant takes text of their own; `model` where it names none."""
+    uses = {
+        variant.get("model") or model: None
+        for variant in variants
+        for key in ("calibrate_on", "reconstruct_on", "end_to_end")
+        if (variant[key].get("on") if isinstance(variant.get(key), dict) else variant.get(key)) in ("own", "both")
+    }
+    return list(uses)
+
+
 def own_path(folder, model, number):
     """A file of the text that a model writes."""
     return folder / f"{pathlib.Path(model).name}-{number:02d}.safetensors"
@@ -325,7 +337,12 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--eval-blocks", type=int, default=10_000)
-    parser.add_argument("--write-text", type=int, default=0, help="sequences of `own` text for the model to write")
+    parser.add_argument(
+        "--write-text",
+        type=int,
+        default=0,
+        help="sequences for each model to write, if a variant of it takes text of its own",
+    )
     parser.add_argument("--own-text", type=pathlib.Path, help="folder for them")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # at exit the workers are ended too
@@ -340,7 +357,8 @@ def main():
     shared = pathlib.Path(folder.name)
     own_text = args.own_text or shared / "own"
     counts = [min(WRITTEN // 2, args.write_text), *[WRITTEN] * (max(0, args.write_text - WRITTEN // 2) // WRITTEN)]
-    own = own_text, sum(counts) if args.write_text else 0
+    texts = {name: sum(counts) for name in writers_of(variants, str(args.model))} if args.write_text else {}
+    own = own_text, texts
     arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own, shared)
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     workers = [
@@ -354,9 +372,9 @@ def main():
         jobs.put(group)
     running = min(args.workers, len(waiting))
     del waiting[: args.workers]
-    if args.write_text:
+    if texts:
         own_text.mkdir(parents=True, exist_ok=True)
-        for model in dict.fromkeys(variant.get("model") or str(args.model) for variant in variants):
+        for model in texts:
             if not own_path(own_text, model, len(counts) - 1).exists():
                 arguments = (model, counts, own_text, args.device)
                 workers.append(context.Process(target=write, args=arguments, daemon=True))
