@@ -212,18 +212,15 @@ class Decoder:
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether a captured step still computes what the model does: one read from the model now would be the same."""
-        return self.read_again(model, modules_of(model)) is self
+        return self.read_again(model) is self
 
-    def read_again(self, model: PreTrainedModel, modules: list[nn.Module]) -> "Decoder | None":
+    def read_again(self, model: PreTrainedModel) -> "Decoder | None":
         """A decoder of the model as it is now, for the same adapters: this one while it is current.
-
-        Args:
-            modules: `modules_of` the model.
 
         Returns:
             None where the model is not covered any more.
         """
-        untouched = self.untouched is not None and self.untouched.is_same(model, modules)
+        untouched = self.untouched is not None and self.untouched.is_same(model)
         try:
             if untouched:
                 check_autocast(self.device.type, self.dtype)
@@ -235,7 +232,7 @@ class Decoder:
         if not same:
             return now if now is not self else Decoder(model, self.positions, self.names, self.exact)
         if not untouched:
-            self.untouched = Untouched.of(model, modules)
+            self.untouched = Untouched.of(model)
         return self
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:

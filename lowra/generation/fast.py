@@ -144,11 +144,11 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     """
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
-    modules, kept = modules_of(model), _sessions.get(model)
-    decoder = None if kept is None else kept.decoder.read_again(model, modules)
+    kept = _sessions.get(model)
+    decoder = None if kept is None else kept.decoder.read_again(model)
     is_known = kept is not None and kept.decoder is decoder
     untouched = decoder.untouched if decoder is not None and is_known else None
-    names = adapter_names(modules if untouched is None else untouched.awaited(modules))
+    names = adapter_names(modules_of(model) if untouched is None else untouched.awaited(model))
     if names and len(names) != batch:
         raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     if kept is not None and is_known and kept.serves(batch, positions, request.choice(), names, exact):

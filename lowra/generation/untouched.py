@@ -4,9 +4,10 @@ What decides what a decoder reads lies in attributes of some thousand modules. R
 of a host before the first token of each request; whether a dictionary was changed is told by one number.
 """
 
+import weakref
 from collections import OrderedDict
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -45,12 +46,13 @@ class Untouched:
     Holds neither the model nor what adapters have: those that are deleted go.
     """
 
-    def __init__(self, model: PreTrainedModel, modules: list[nn.Module]):
+    def __init__(self, model: PreTrainedModel):
         """See `of`."""
-        below = modules[1:]
+        below = modules_of(model)[1:]
+        self._below = list(map(weakref.ref, below))
         self._classes = list(map(type, below))
         self._kind, self._config = type(model), model.config
-        # By their places among the modules, which are the same as long as no dictionary of modules has changed.
+        # By their places among these, of whom none comes or goes without a change of a dictionary.
         self._packed = [place for place, module in enumerate(below) if isinstance(module, PackedModule)]
         linears = [place for place in self._packed if isinstance(below[place], LowRALinear)]
         self._with_tables = [place for place in linears if vars(below[place]).get("adapter_tables") is not None]
@@ -64,40 +66,36 @@ class Untouched:
         self._hooks = [own[kind] for own in every for kind in FORWARD_HOOKS]
         self._replaced = [place for place, own in enumerate(every) if "forward" in own]
         self._versions = self._versions_of(model, every)
-        tensors = _tensors_of(modules)
+        self._with_parameters = [place for place, own in enumerate(every) if own["_parameters"]]
+        tensors = self._tensors_of(model, every)
         self._are_alike, self._addresses = alike(tensors), list(map(torch.Tensor.data_ptr, tensors))
         self._held = self._holding(every)  # kept, so that an identity stays one's own
         self._was = self._read(model, below, every)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, modules: list[nn.Module]) -> "Untouched | None":
+    def of(cls, model: PreTrainedModel) -> "Untouched | None":
         """None where changes are not told of, or not of all of its parameters.
-
-        Args:
-            model, modules: and `modules_of` it.
 
         Raises:
             ValueError: codes of a packed layer were written into.
         """
-        plain = all(type(tensor) in _PLAIN_TENSORS for tensor in _tensors_of(modules))
-        return cls(model, modules) if plain and are_changes_told() else None
+        tensors = chain.from_iterable(module._parameters.values() for module in modules_of(model))
+        plain = all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in tensors)
+        return cls(model) if plain and are_changes_told() else None
 
-    def is_same(self, model: PreTrainedModel, modules: list[nn.Module]) -> bool:
+    def is_same(self, model: PreTrainedModel) -> bool:
         """Whether everything is untouched.
-
-        Args:
-            model, modules: and `modules_of` it.
 
         Raises:
             ValueError: codes of a packed layer were written into, or tables of several adapters are to count at once.
         """
-        below = modules[1:]
-        every = list(map(vars, below))
-        if type(model) is not self._kind or model.config is not self._config:
+        below: list[Any] = [reference() for reference in self._below]
+        if type(model) is not self._kind or model.config is not self._config or any(map(is_, below, repeat(None))):
             return False
+        every: list[dict[str, Any]] = [module.__dict__ for module in below]
         if list(map(type, below)) != self._classes or self._versions_of(model, every) != self._versions:
             return False
-        tensors = _tensors_of(modules)
+        tensors = self._tensors_of(model, every)
         return (
             self._are_alike(*tensors)
             and list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
@@ -105,19 +103,24 @@ class Untouched:
             and self._read(model, below, every) == self._was
         )
 
-    def awaited(self, modules: list[nn.Module]) -> list[nn.Module]:
-        """Those that have hooks or another forward than their class, and the model, where all are untouched."""
+    def awaited(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The model, and those of its modules, all untouched, that have hooks or another forward than their class."""
         hooked = {place // len(FORWARD_HOOKS) for place, hooks in enumerate(self._hooks) if hooks}
-        return [modules[0], *(modules[1 + place] for place in sorted(hooked.union(self._replaced)))]
+        found = [self._below[place]() for place in sorted(hooked.union(self._replaced))]
+        return [model, *(module for module in found if module is not None)]
 
     def _versions_of(self, model: PreTrainedModel, every: list[dict[str, Any]]) -> list[int]:
         """Of attributes and containers; no two dictionaries ever have the same. every: attributes of modules."""
         dictionaries: list[Any] = [vars(self._config), model._modules, model._parameters, *every]
-        dictionaries += [own["_modules"] for own in every]
-        dictionaries += [own["_parameters"] for own in every]
-        if len(every) == len(self._classes):
-            dictionaries += [every[place].get(name, {}) for place, name in self._dicts]
+        dictionaries += chain.from_iterable(map(itemgetter("_modules", "_parameters"), every))
+        dictionaries += [every[place].get(name, {}) for place, name in self._dicts]
         return versions(dictionaries)
+
+    def _tensors_of(self, model: PreTrainedModel, every: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """All parameters; one that is tied as often as it is there."""
+        held = (every[place]["_parameters"] for place in self._with_parameters)
+        each = chain.from_iterable(own.values() for own in (model._parameters, *held))
+        return [tensor for tensor in each if tensor is not None]
 
     def _holding(self, every: list[dict[str, Any]]) -> list[Any]:
         """What classes have for all modules, forwards and properties among it, and entries of lists."""
@@ -137,12 +140,6 @@ class Untouched:
         dropout = getattr(model, "attention_dropout", None)
         found += (model.training, dropout, model.get_decoder(), model.get_output_embeddings())
         return found
-
-
-def _tensors_of(modules: list[nn.Module]) -> list[torch.Tensor]:
-    """All parameters; one that is tied as often as it is there."""
-    each = chain.from_iterable(module._parameters.values() for module in modules)
-    return [tensor for tensor in each if tensor is not None]
 
 
 def _has_adapters(kind: type) -> bool:

@@ -37,10 +37,6 @@ def model(made):
     return copy.deepcopy(made)
 
 
-def is_untouched(decoder, bare):
-    return decoder.untouched.is_same(bare, untouched.modules_of(bare))
-
-
 def first(model):
     return model.get_base_model().model.layers[0]
 
@@ -143,14 +139,14 @@ def test_no_change_is_overlooked(model, change, monkeypatch):
     bare = model.get_base_model()
     with torch.inference_mode():
         decoder = fast.Decoder(bare, 96)
-        assert decoder.is_current(bare) and is_untouched(decoder, bare) and decoder.is_current(bare)
+        assert decoder.is_current(bare) and decoder.untouched.is_same(bare) and decoder.is_current(bare)
     if change in CHANGES:
         CHANGES[change](model)
     else:
         monkeypatch.setattr(*CHANGES_OF_CLASSES[change])
     bare = model.get_base_model()
     with torch.inference_mode():
-        assert not is_untouched(decoder, bare) or change == "frequencies"
+        assert not decoder.untouched.is_same(bare) or change == "frequencies"
         found = decoder.is_current(bare)
         monkeypatch.setattr(untouched, "are_changes_told", lambda: False)
         assert decoder.is_current(bare) == found == (change == "other config")
@@ -239,11 +235,11 @@ def test_tables_of_adapters_count(packed_llama):
     bare = model.get_base_model()
     with torch.inference_mode():
         decoder = fast.Decoder(bare, 96)
-        assert decoder.is_current(bare) and is_untouched(decoder, bare)
+        assert decoder.is_current(bare) and decoder.untouched.is_same(bare)
         tables = query(model).base_layer.adapter_tables
         held = tables.of_adapter("a")
         tables.put("a", {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in held.items()})
-        assert not is_untouched(decoder, bare) and not decoder.is_current(bare)
+        assert not decoder.untouched.is_same(bare) and not decoder.is_current(bare)
 
 
 def test_an_adapter_that_is_deleted_goes_although_a_session_is_kept(model):
