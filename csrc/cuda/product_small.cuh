@@ -192,6 +192,9 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   if constexpr (S::ADAPTED) adapters.lie_at(q, spans + (d.most_tiles + 1) / 2 * 4);
   int unit = first_unit(units, warp);
   const int last_unit = first_unit(units, warp + 1);
+  shared_row_sums<S> row_sums = {q, plain, begin, end, lane};
+  // Before the codes, which all warps ask for: what A is multiplied into is waited for by every block.
+  if constexpr (S::ADAPTED) row_sums.ask_for_first(team, (int)gridDim.x / d.splits, spare_place(units, warp));
   tile_spot spot = spot_of_unit(d, tiles, unit < last_unit ? unit : 0);
   lane_tile<S> tile;
   tile.place(q, d, spot, team, begin, lane);
@@ -201,8 +204,6 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     const uint16_t *weight = static_cast<const uint16_t *>(q.input.weight);
     if (weight && thread == 0) prefetch_to_l2(weight, weight + q.in_features);
   }
-  shared_row_sums<S> row_sums = {q, plain, begin, end, lane};
-  if constexpr (S::ADAPTED) row_sums.ask_for_first(team, (int)gridDim.x / d.splits, spare_place(units, warp));
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const x_piece<S> first_piece = fetch_x<S>(q, d, begin, end, thread);
