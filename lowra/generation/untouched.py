@@ -46,9 +46,14 @@ class Untouched:
     Holds neither the model nor what adapters have: those that are deleted go.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        """See `of`."""
-        below = modules_of(model)[1:]
+    def __init__(self, model: PreTrainedModel, below: list[nn.Module]):
+        """
+        Args:
+            below: `modules_of` the model but the model itself.
+
+        Raises:
+            ValueError: codes of a packed layer were written into.
+        """
         self._below = list(map(weakref.ref, below))
         self._classes = list(map(type, below))
         self._kind, self._config = type(model), model.config
@@ -79,9 +84,10 @@ class Untouched:
         Raises:
             ValueError: codes of a packed layer were written into.
         """
-        tensors = chain.from_iterable(module._parameters.values() for module in modules_of(model))
+        modules = modules_of(model)
+        tensors = chain.from_iterable(module._parameters.values() for module in modules)
         plain = all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in tensors)
-        return cls(model) if plain and are_changes_told() else None
+        return cls(model, modules[1:]) if plain and are_changes_told() else None
 
     def is_same(self, model: PreTrainedModel) -> bool:
         """Whether everything is untouched.
