@@ -5,7 +5,6 @@ of a host before the first token of each request; whether a dictionary was chang
 """
 
 import weakref
-from collections import OrderedDict
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -140,9 +139,9 @@ class Untouched:
             found += [table.data_ptr() for table in below[place].current_tables().values()]
         found += (kind.__mro__ for kind in self._kinds)
         found += (len(vars(base)) for base in self._bases)
-        config: Any = self._config  # and what it names
+        config: Any = self._config  # and what it names; of activations, classes and no modules
         activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        found += (ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, None), OrderedDict.get(ACT2FN, activation))
+        found += (ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, None), ACT2FN.get(activation))
         dropout = getattr(model, "attention_dropout", None)
         found += (model.training, dropout, model.get_decoder(), model.get_output_embeddings())
         return found
