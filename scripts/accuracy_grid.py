@@ -53,6 +53,7 @@ TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
 QUANTISED = (*TRAINING, "end_to_end")
 FITTED = (*QUANTISED, "blocks", "reconstruct", "reconstruct_blocks", "reconstruct_on", "rates")
 HELD_OUT = 16  # of the sequences that the model writes, for the divergence from it
+MOST_THREADS = 4  # of a process: its matrices are small, and more threads wait for each other
 WRITTEN = 2048  # sequences of one file of them; the first file is shorter, because all wait for it
 
 
@@ -360,7 +361,7 @@ def main():
     texts = {name: sum(counts) for name in writers_of(variants, str(args.model))} if args.write_text else {}
     own = own_text, texts
     arguments = (args.model, args.text, args.device, args.calibration_tokens, args.eval_blocks, own, shared)
-    threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
+    threads = min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // args.workers))
     workers = [
         context.Process(target=_work, args=(jobs, results, threads, time.time() + args.seconds, arguments), daemon=True)
         for _ in range(args.workers)
