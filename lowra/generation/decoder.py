@@ -21,10 +21,11 @@ from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
 
 from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear
+from ..nn.walk import modules_of
 from .coverage import check_attention, check_autocast, check_mode, check_written
 from .mixed_batches import NO_ADAPTER
 from .projections import KnownShares, Projections, Unsupported, is_packed
-from .untouched import Untouched, modules_of
+from .untouched import Untouched
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)

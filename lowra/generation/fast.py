@@ -27,12 +27,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from ..nn.walk import modules_of
 from .decoder import Decoder
 from .mixed_batches import adapter_names, forget_adapter_names
 from .projections import Unsupported
 from .request import Request
 from .session import Session
-from .untouched import modules_of
 
 logger = logging.getLogger(__name__)
 

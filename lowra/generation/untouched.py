@@ -21,22 +21,10 @@ from ..nn.hooks import FORWARD_HOOKS
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.told_changes import alike, are_changes_told, versions
+from ..nn.walk import modules_of
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """`model.modules()`, of which only the first is in its place, without a generator for each level: in a third of the
-    time."""
-    found: dict[nn.Module, None] = {model: None}
-    waiting = [model]
-    while waiting:
-        for module in waiting.pop()._modules.values():
-            if module is not None and module not in found:
-                found[module] = None
-                waiting.append(module)
-    return list(found)
 
 
 class Untouched:

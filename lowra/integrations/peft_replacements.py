@@ -7,16 +7,18 @@ import contextlib
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..checkpoints.records import BASE_RECORD
 from ..nn.adapter_tables import release_adapter_tables
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
+from ..nn.walk import modules_of
 from .adapter_places import check_settings, reached
 from .adapter_records import (
     UNKNOWN,
@@ -283,6 +285,32 @@ def weighted(original: Callable) -> Callable:
         return original(self, adapters, *args, **kwargs)
 
     return add_weighted_adapter
+
+
+def named_by_one_walk(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = original(self, *args, **kwargs)
+        if kwargs.get("adapter_names") is None:
+            return hooks
+        adapted: Any = next((module for module in self.modules() if isinstance(module, BaseTunerLayer)), None)
+        is_packed = adapted is not None and isinstance(adapted.get_base_layer(), PackedModule)
+        return _walking_once(self, hooks) if is_packed else hooks
+
+    return _enable_peft_forward_hooks
+
+
+@contextlib.contextmanager
+def _walking_once(tuner: Any, hooks: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enters a context in which a tuner's modules are walked through several times, in whatever order."""
+    every = modules_of(tuner)
+    with contextlib.ExitStack() as entered:
+        vars(tuner)["modules"] = lambda: iter(every)
+        try:
+            entered.enter_context(hooks)
+        finally:
+            vars(tuner).pop("modules", None)
+        yield
 
 
 def converted(original: Callable) -> Callable:

@@ -249,3 +249,21 @@ def test_an_adapter_that_is_deleted_goes_although_a_session_is_kept(model):
     model.delete_adapter("b")
     gc.collect()
     assert gone() is None and model.get_base_model() in fast._sessions
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_naming_the_adapters_of_a_batch_is_done_by_peft_in_one_walk(model, dense_llama, packed, monkeypatch):
+    if not packed:
+        base = AutoModelForCausalLM.from_pretrained(dense_llama)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"), "a").eval()
+    tuner, walks = model.base_model, []
+    layers = [module for module in tuner.modules() if isinstance(module, LoraLayer)]
+    walk = nn.Module.modules
+    monkeypatch.setattr(nn.Module, "modules", lambda self: walks.append(self) or walk(self))
+    with tuner._enable_peft_forward_hooks(adapter_names=["a", "__base__"]):
+        assert len(layers) > 5 and all(len(layer._forward_pre_hooks) == 1 for layer in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers) and "modules" not in vars(tuner)
+    assert walks.count(tuner) == (1 if packed else 3)  # one asks what the first adapted layer is, and goes no further
+    with pytest.raises(ValueError, match="non-existing adapter"), tuner._enable_peft_forward_hooks(adapter_names=["z"]):
+        pass
+    assert "modules" not in vars(tuner)
