@@ -26,6 +26,7 @@ from ..integrations.adapter_keys import own_keys
 from ..integrations.adapter_records import Arriving, settle
 from ..integrations.stored_start import filled_from_file
 from ..nn.trained_tables import check_tables
+from ..nn.walk import modules_of
 from .labels import BaseIdentity, check_label
 from .storage import PackedAdapter, SharedBasis, read_packed, tensor_bytes
 
@@ -225,7 +226,8 @@ class AdapterLibrary:
             self._decoded[name] = None
             if len(self._decoded) > self.cache_size:
                 self._drop(next(old for old in self._decoded if old not in staying))
-        self.model.eval()
+        if any(module.training for module in modules_of(self.model)):  # eval() itself takes ten times as long to look
+            self.model.eval()
 
     def switch(self, name: str) -> None:
         """Makes one adapter the active one, for batches that name none; it stays decoded until another is."""

@@ -60,6 +60,13 @@ def test_generation_takes_names_too(library, alone, tokens):
     assert found[1, -1] == last.argmax()
 
 
+def test_a_model_is_prepared_for_inference_whatever_of_it_was_in_training(library):
+    library.prepare(["law"])
+    next(module for module in library.model.modules() if not list(module.children())).train()
+    library.prepare(["law"])
+    assert not any(module.training for module in library.model.modules())
+
+
 def test_switching_uses_the_weights_of_the_chosen_adapter(library, alone, tokens):
     for name in ("law", "news", "law", "code", "news"):
         library.switch(name)
