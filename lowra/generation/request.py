@@ -27,6 +27,8 @@ _CAPTURED = (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
 )
+# Whoever asks for one of these is short of memory.
+_SMALLER_CACHES = {"quantized": "quantized", "offloaded": "offloaded", "offloaded_static": "offloaded"}
 _CACHES = ("cache", "past_key_values")  # the latter before Transformers 5.24
 _IGNORED = {"attention_mask", *_CACHES, "cache_position", "use_cache", "logits_to_keep", "position_ids"}
 
@@ -63,7 +65,7 @@ class Request:
     def __post_init__(self) -> None:
         """
         Raises:
-            Unsupported: another mode than sampling, or inputs beside the ids.
+            Unsupported: another mode than sampling, another cache, or inputs beside the ids.
             ValueError: no prompt.
         """
         mode = self.config.get_generation_mode(self.assistant)
@@ -71,6 +73,10 @@ class Request:
             raise Unsupported(f"the mode is {mode.value.replace('_', ' ')}")
         if self.config.return_dict_in_generate:
             raise Unsupported("scores or states are asked for (return_dict_in_generate)")
+        if self.config.cache_implementation in _SMALLER_CACHES:
+            raise Unsupported(f"its cache is to be {_SMALLER_CACHES[self.config.cache_implementation]}")
+        if self.config.prefill_chunk_size is not None:
+            raise Unsupported("the prompt is to be taken in chunks (prefill_chunk_size)")
         others = sorted(name for name, value in self.model_kwargs.items() if name not in _IGNORED and value is not None)
         if others:
             raise Unsupported(f"the model is given {', '.join(others)}")

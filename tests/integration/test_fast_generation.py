@@ -267,6 +267,7 @@ def test_the_end_of_sequence_ends_it(folders):
     [
         ({"num_beams": 2}, "the mode is beam search"),
         ({"return_dict_in_generate": True, "output_scores": True}, "scores or states are asked for"),
+        ({"prefill_chunk_size": 4}, "the prompt is to be taken in chunks"),
     ],
 )
 def test_what_is_not_covered_falls_back_and_says_so(folders, options, reason, warnings):

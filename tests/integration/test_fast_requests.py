@@ -255,3 +255,17 @@ def test_activations_are_rounded_unless_exact_is_asked_for(model, monkeypatch):
         rounded.clear()
         model.generate(prompt(), max_new_tokens=3, pad_token_id=0, custom_generate=lowra.fast_decoding, exact=exact)
         assert bool(rounded) != exact and max(rounded, default=0) <= 18
+
+
+@pytest.mark.parametrize("kind", ["quantized", "offloaded"])
+def test_a_smaller_cache_that_was_asked_for_is_made(model, kind, monkeypatch, caplog):
+    """By Transformers, with packages or devices that there are not here."""
+
+    def made(backend=None, config=None, offloading=False):
+        return DynamicCache(config=config)
+
+    fast._warn.cache_clear()
+    for name in ("QuantizedCache", "DynamicCache"):
+        monkeypatch.setattr(f"transformers.generation.utils.{name}", made)
+    assert_same(model, cache_implementation=kind)
+    assert f"its cache is to be {kind}" in caplog.text
