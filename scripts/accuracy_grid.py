@@ -34,12 +34,14 @@ from accuracy_variants import (  # noqa: E402
     DEFAULTS,
     Variant,
     as_packed,
+    load_fitted,
     plain_start,
     quantise,
     reconstructed,
+    save_fitted,
     true_bits,
 )
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
@@ -47,7 +49,6 @@ from lowra.corpus import read_text  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.quantization.joint_training import JointTraining  # noqa: E402
 from lowra.quantization.trained_weight import TrainedWeight  # noqa: E402
-from lowra.weights.packed import PackedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
 QUANTISED = (*TRAINING, "end_to_end")
@@ -64,9 +65,8 @@ class Session:
         self.device = torch.device(device)
         self.folder = model
         tokenizer = AutoTokenizer.from_pretrained(model)
-        self.data = text.name
-        self.train = self._blocks(tokenizer, text, "train")
-        self.valid = self._blocks(tokenizer, text, "validation")[:eval_blocks]
+        self._tokenizer, self._given, self._eval_blocks = tokenizer, {}, eval_blocks
+        self.read(text)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
         self.targets = find_targets(self.model, None)
@@ -79,6 +79,13 @@ class Session:
         self._shared = shared
         self._trained = None, None  # blocks of the last variant, which the next may train on
         self._ended = None, None  # the same after their end-to-end training
+
+    def read(self, text: pathlib.Path) -> None:
+        """Takes the text of a folder for what is given."""
+        if text not in self._given:
+            train, valid = (self._blocks(self._tokenizer, text, part) for part in ("train", "validation"))
+            self._given[text] = train, valid[: self._eval_blocks]
+        self.given, (self.train, self.valid) = text, self._given[text]
 
     def _blocks(self, tokenizer, folder, part):
         path = folder / f"{part}.txt"
@@ -108,12 +115,13 @@ class Session:
 
     def calibration(self, origin: str):
         """Statistics over the first sequences of a text, from the dense model."""
-        if origin not in self._calibrations:
+        key = origin, None if origin == "own" else self.given
+        if key not in self._calibrations:
             for name, target in self.targets.items():
                 replace_module(self.model, target.name, self.modules[name])
             sequences = self.text(origin, self._count)
-            self._calibrations[origin] = collect(self.model, self.modules, sequences, True, False)
-        return self._calibrations[origin]
+            self._calibrations[key] = collect(self.model, self.modules, sequences, True, False)
+        return self._calibrations[key]
 
     def quantised(self, v: Variant):
         """Packed weights and factors by name, and what an end-to-end training reports; each stage is made once for
@@ -204,36 +212,13 @@ class Session:
         return math.exp(total / len(self.valid))
 
 
-def save_fitted(fitted, path):
-    """Packed or dense weights and factors by name, into a safetensors file."""
-    tensors = {}
-    for name, (stored, a, b) in fitted.items():
-        parts = stored.tensors() if isinstance(stored, PackedWeight) else {"dense": stored}
-        tensors |= {f"{name}:{part}": tensor.contiguous() for part, tensor in {**parts, "a": a, "b": b}.items()}
-        if isinstance(stored, PackedWeight):
-            tensors[f"{name}:shape"] = torch.tensor([stored.in_features, stored.group_size])
-    save_file(tensors, path)
-
-
-def load_fitted(path):
-    parts = {}
-    for key, tensor in load_file(path).items():
-        name, _, part = key.rpartition(":")
-        parts.setdefault(name, {})[part] = tensor
-    fitted = {}
-    for name, own in parts.items():
-        a, b = own.pop("a"), own.pop("b")
-        if "dense" in own:
-            fitted[name] = own["dense"], a, b
-        else:
-            columns, group = own.pop("shape").tolist()
-            fitted[name] = PackedWeight(**{"scale_steps": None, **own}, in_features=columns, group_size=group), a, b
-    return fitted
-
-
 def stage_of(v: Variant, later: tuple) -> dict:
-    """The switches of a stage: all but those of later ones."""
-    return {key: value for key, value in dataclasses.asdict(v).items() if key not in later}
+    """The switches of a stage: all but those of later ones, and the text that is given only where it takes part."""
+    stage = {key: value for key, value in dataclasses.asdict(v).items() if key not in later}
+    origins = {v.calibrate_on, v.reconstruct_on if v.reconstruct else "own", v.end_to_end.get("on", "own")}
+    if origins == {"own"}:
+        del stage["text"]
+    return stage
 
 
 def run(session: Session, v: Variant) -> dict:
@@ -261,7 +246,7 @@ def run(session: Session, v: Variant) -> dict:
     trained = fine_tune(session, v) if v.train_steps else {}
     return {
         **dataclasses.asdict(v),
-        "text": session.data,
+        "text": session.given.name,
         "true_bits": bits,
         "output_error": output_error / len(session.targets),
         "untuned": untuned,
@@ -277,7 +262,7 @@ def _work(jobs, results, threads, deadline, arguments):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     model, *others = arguments
-    sessions = {}
+    sessions, text = {}, others[0]
     while True:
         for job in jobs.get():
             if time.time() > deadline:
@@ -287,6 +272,7 @@ def _work(jobs, results, threads, deadline, arguments):
                 folder = variant.model or model
                 if folder not in sessions:
                     sessions[folder] = Session(folder, *others)
+                sessions[folder].read(pathlib.Path(variant.text) if variant.text else text)
                 results.put(run(sessions[folder], variant))
             except Exception as error:  # one bad variant must not cost the table
                 results.put({**job, "failed": f"{type(error).__name__}: {error}"})

@@ -7,6 +7,7 @@ import re
 import accuracy_blocks
 import accuracy_efficientqat
 import torch
+from safetensors.torch import load_file, save_file
 
 from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from lowra.config import LowRAConfig
@@ -28,6 +29,7 @@ class Variant:
 
     Attributes:
         model: folder of another model than the first argument.
+        text: folder of another text than the second.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
         train: what is trained beside the adapter: "lora" (nothing), "levels", or "both": levels and scales; of
             "efficientqat" "steps", or "steps alone" without the adapter.
@@ -47,6 +49,7 @@ class Variant:
     """
 
     model: str = ""
+    text: str = ""
     bits: float = 16.0
     budget: str = "nominal"
     sensitivity: str = "layer"
@@ -192,6 +195,33 @@ def reconstructed(session, v: Variant, fitted):
     for block in block_training.train_blocks(stream, start, 1.0, v.reconstruct, v.seed, trained_before):
         trained.update(block.weights)
     return trained, {}
+
+
+def save_fitted(fitted, path):
+    """Packed or dense weights and factors by name, into a safetensors file."""
+    tensors = {}
+    for name, (stored, a, b) in fitted.items():
+        parts = stored.tensors() if isinstance(stored, PackedWeight) else {"dense": stored}
+        tensors |= {f"{name}:{part}": tensor.contiguous() for part, tensor in {**parts, "a": a, "b": b}.items()}
+        if isinstance(stored, PackedWeight):
+            tensors[f"{name}:shape"] = torch.tensor([stored.in_features, stored.group_size])
+    save_file(tensors, path)
+
+
+def load_fitted(path):
+    parts = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.rpartition(":")
+        parts.setdefault(name, {})[part] = tensor
+    fitted = {}
+    for name, own in parts.items():
+        a, b = own.pop("a"), own.pop("b")
+        if "dense" in own:
+            fitted[name] = own["dense"], a, b
+        else:
+            columns, group = own.pop("shape").tolist()
+            fitted[name] = PackedWeight(**{"scale_steps": None, **own}, in_features=columns, group_size=group), a, b
+    return fitted
 
 
 def as_packed(fitted, trained):
