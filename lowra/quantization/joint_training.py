@@ -38,6 +38,8 @@ _LOGITS = 2**27
 _UNRECORDED = 3
 # Fewer steps are over before what compiling takes, some 15 s, is saved (docs/lab/accuracy.md).
 WORTH_COMPILING = 500
+# Of blocks of all models that a process trains; PyTorch counts them together, and compiles no more than 8.
+_COMPILED_FORMS = 256
 
 
 class JointTraining:
@@ -150,8 +152,12 @@ class JointTraining:
             self.compiled, self._compared = True, torch.compile(_compared, dynamic=False)
             for name, forward in self._forwards.items():
                 self._model.get_submodule(name).forward = torch.compile(forward, dynamic=False)
+        many: Any = contextlib.nullcontext()
+        if self.compiled:
+            many = torch._dynamo.config.patch(recompile_limit=_COMPILED_FORMS)
         try:
-            self._step()
+            with many:
+                self._step()
         except RuntimeError as error:
             if not self.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
@@ -229,8 +235,12 @@ class JointTraining:
         """Mean KL divergence from the dense model, over the tokens of sequences [count, T], as the weights are."""
         weights = {name: weight for stack in self._stacks for name, weight in stack().items()} | self._fixed
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for ids in sequences.to(self.device, torch.long).split(self._part):
-            total += self._divergence(ids, weights) * len(ids)
+        plain: Any = contextlib.nullcontext()
+        if self.compiled:  # for other shapes than these
+            plain = torch.compiler.set_stance("force_eager")
+        with plain:
+            for ids in sequences.to(self.device, torch.long).split(self._part):
+                total += self._divergence(ids, weights) * len(ids)
         return float(total) / len(sequences)
 
     def state(self) -> dict[str, torch.Tensor]:
