@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.hooks import FORWARD_HOOKS, hooks_of_all
+from ..nn.authors import is_by
+from ..nn.hooks import COMPILED, FORWARD_HOOKS, REPLACING, hooks_of_all
 from .projections import Unsupported
 
 NO_ADAPTER = "__base__"  # PEFT's name for a sequence that has none
@@ -31,15 +32,18 @@ def adapter_names(modules: list[nn.Module]) -> tuple[str, ...]:
         raise Unsupported("every module has a hook")
     before, after = FORWARD_HOOKS  # no others are called without gradients
     for module, own in zip(modules, map(vars, modules), strict=True):
-        if not own[before] and not own[after] and "forward" not in own:  # some thousand
+        if not own[before] and not own[after] and own.keys().isdisjoint(REPLACING):  # some thousand
             continue
         for hook in (*own[before].values(), *own[after].values()):
             if _names_adapters(hook):
                 names = tuple(hook.keywords["adapter_names"])
             elif not _looks_on(hook):
                 raise Unsupported(f"{type(module).__name__} has a hook")
-        forward = own.get("forward")  # such as Accelerate's hooks
-        if forward is not None and not str(getattr(forward, "__module__", "")).startswith(EQUIVALENT):
+        for name in REPLACING:  # such as Accelerate's hooks do
+            if own.get(name) is None or is_by(own[name], EQUIVALENT):
+                continue
+            if name == COMPILED and is_by(own[name], "torch."):
+                continue
             raise Unsupported(f"the forward of {type(module).__name__} has been replaced")
     return names
 
@@ -58,4 +62,4 @@ def _names_adapters(hook: Any) -> bool:
 
 def _looks_on(hook: Any) -> bool:
     """Transformers' own hooks do: inputs that require gradients, states that are asked for."""
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return is_by(hook, "transformers.")

@@ -66,13 +66,17 @@ class Projections:
         modules: list[nn.Module] = [module for name in names if (module := getattr(parent, name, None)) is not None]
         if len(modules) < len(names):
             raise Unsupported(f"{type(parent).__name__} has no layers {', '.join(names)}")
-        self._bases = [_base_of(module) for module in modules]
+        self._bases: list[Any] = [_base_of(module) for module in modules]
         self._adapters = [list(_adapters_of(module, rows)) for module in modules]
         packed = [(base.matrix(), base.bias_as(dtype)) for base in self._bases if type(base) is LowRALinear]
         self._packed = decoding.Group(packed if len(packed) == len(self._bases) else [], exact)
         # Where adapters go into the products: how. None where there is none, or another way has to be taken.
         self._in_product: decoding.Adapters | None = None
         self._side_by_side: _SideBySide | None = None
+
+    def widths(self) -> list[int]:
+        """Outputs of each layer."""
+        return [int(base.out_features) for base in self._bases]
 
     def after_norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, norm: Norm, delta_norm: Norm | None
@@ -297,6 +301,9 @@ def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor]) -> Iterato
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
-        if name in module.lora_variant or type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+        dropout, scaling = module.lora_dropout[name], module.scaling[name]
+        plain = all(type(part) is nn.Linear and part.bias is None for part in (a, b))
+        known = type(dropout) in (nn.Identity, nn.Dropout) and isinstance(scaling, int | float)
+        if name in module.lora_variant or not plain or not known:
             raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
-        yield Adapter((a.weight.detach(), b.weight.detach()), module.scaling[name], rows.get(name))
+        yield Adapter((a.weight.detach(), b.weight.detach()), scaling, rows.get(name))

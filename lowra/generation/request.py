@@ -163,6 +163,8 @@ class Request:
         prepares = vars(self.model).get("prepare_inputs_for_generation")
         if prepares is not None and getattr(prepares, "__self__", None) is not self.model:
             raise Unsupported("inputs are prepared by another than the model, as for prompts that were trained")
+        if "_update_model_kwargs_for_generation" in vars(self.model):
+            raise Unsupported("what goes from one step to the next is chosen by another than the model")
         positions, mask = self.model_kwargs.get("position_ids"), self.model_kwargs.get("attention_mask")
         if positions is None:
             return

@@ -4,7 +4,9 @@ What decides what a decoder reads lies in attributes of some thousand modules. R
 of a host before the first token of each request; whether a dictionary was changed is told by one number.
 """
 
+import sys
 import weakref
+from collections.abc import Collection
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..nn.hooks import FORWARD_HOOKS
+from ..nn.authors import called_by
+from ..nn.hooks import FORWARD_HOOKS, REPLACING
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.told_changes import alike, are_changes_told, versions
@@ -25,6 +29,7 @@ from ..nn.walk import modules_of
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
+_SEEN = (str, bytes, tuple, frozenset, list, set, dict)  # containers of which a change is noticed, or that have none
 
 
 class Untouched:
@@ -44,6 +49,9 @@ class Untouched:
         self._below = list(map(weakref.ref, below))
         self._classes = list(map(type, below))
         self._kind, self._config = type(model), model.config
+        every = list(map(vars, below))
+        configs = [model.config, *(own["config"] for own in every if isinstance(own.get("config"), PreTrainedConfig))]
+        self._configs = list({id(config): config for config in configs}.values())
         # By their places among these, of whom none comes or goes without a change of a dictionary.
         self._packed = [place for place, module in enumerate(below) if isinstance(module, PackedModule)]
         linears = [place for place in self._packed if isinstance(below[place], LowRALinear)]
@@ -52,11 +60,16 @@ class Untouched:
         held = [(place, *each) for place in adapted for each in vars(below[place]).items() if each[0] not in _OF_TORCH]
         self._lists = [(place, name) for place, name, value in held if isinstance(value, list | set)]
         self._dicts = [(place, name) for place, name, value in held if isinstance(value, dict)]
-        self._kinds = list(dict.fromkeys([self._kind, type(self._config), *self._classes]))
+        kinds: dict[Any, None] = dict.fromkeys([self._kind, *self._classes])
+        self._kinds: list[Any] = [*kinds, *dict.fromkeys([*map(type, self._configs), type(ALL_ATTENTION_FUNCTIONS)])]
         self._bases = list(dict.fromkeys(base for kind in self._kinds for base in kind.__mro__))
-        every = list(map(vars, below))
+        functions = {id(part): part for kind in kinds for part in called_by(kind.forward)}.values()
+        self._functions = [function for function in functions if hasattr(function, "__code__")]
+        # the names by which architectures call functions
+        homes = dict.fromkeys(base.__module__ for base in self._bases)
+        self._homes = [vars(sys.modules[home]) for home in homes if home.startswith("transformers.models.")]
         self._hooks = [own[kind] for own in every for kind in FORWARD_HOOKS]
-        self._replaced = [place for place, own in enumerate(every) if "forward" in own]
+        self._replaced = [place for place, own in enumerate(every) if not own.keys().isdisjoint(REPLACING)]
         self._versions = self._versions_of(model, every)
         self._with_parameters = [place for place, own in enumerate(every) if own["_parameters"]]
         tensors = self._tensors_of(model, every)
@@ -74,7 +87,9 @@ class Untouched:
         modules = modules_of(model)
         tensors = chain.from_iterable(module._parameters.values() for module in modules)
         plain = all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in tensors)
-        return cls(model, modules[1:]) if plain and are_changes_told() else None
+        held = (value for module in modules if _has_adapters(type(module)) for value in vars(module).values())
+        seen = all(isinstance(value, _SEEN) or not isinstance(value, Collection | torch.Tensor) for value in held)
+        return cls(model, modules[1:]) if plain and seen and are_changes_told() else None
 
     def is_same(self, model: PreTrainedModel) -> bool:
         """Whether everything is untouched.
@@ -104,9 +119,10 @@ class Untouched:
 
     def _versions_of(self, model: PreTrainedModel, every: list[dict[str, Any]]) -> list[int]:
         """Of attributes and containers; no two dictionaries ever have the same. every: attributes of modules."""
-        dictionaries: list[Any] = [vars(self._config), model._modules, model._parameters, *every]
-        dictionaries += chain.from_iterable(map(itemgetter("_modules", "_parameters"), every))
-        dictionaries += [every[place].get(name, {}) for place, name in self._dicts]
+        dictionaries: list[Any] = [*map(vars, self._configs), *self._homes, model._modules, model._parameters, *every]
+        dictionaries += chain.from_iterable(map(itemgetter("_modules", "_parameters", "_buffers"), every))
+        held = (every[place].get(name) for place, name in self._dicts)
+        dictionaries += [value if isinstance(value, dict) else {} for value in held]
         return versions(dictionaries)
 
     def _tensors_of(self, model: PreTrainedModel, every: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -126,10 +142,15 @@ class Untouched:
         for place in self._with_tables:
             found += [table.data_ptr() for table in below[place].current_tables().values()]
         found += (kind.__mro__ for kind in self._kinds)
+        found += (function.__code__ for function in self._functions)
+        for config in self._configs:
+            found += (type(config), *(tuple(value) for value in vars(config).values() if isinstance(value, list)))
         found += (len(vars(base)) for base in self._bases)
-        config: Any = self._config  # and what it names; of activations, classes and no modules
-        activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        found += (ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, None), ACT2FN.get(activation))
+        owner: Any = self._config  # and what it names; of activations, classes and no modules
+        activation = getattr(owner, "hidden_activation", None) or getattr(owner, "hidden_act", None)
+        named = owner._attn_implementation
+        found += (known.get(named, None) for known in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS))
+        found.append(ACT2FN.get(activation))
         dropout = getattr(model, "attention_dropout", None)
         found += (model.training, dropout, model.get_decoder(), model.get_output_embeddings())
         return found

@@ -83,9 +83,11 @@ class LowRALoraLinear(LoraLinear):
         plain = (
             type(self.base_layer) is LowRALinear  # and not one whose tables are trained
             and name not in self.lora_variant  # DoRA and others
+            and a.bias is None
             and b.bias is None
             and (bias is None or not bias.requires_grad)
-            and (isinstance(dropout, nn.Identity) or not self.training)
+            and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
+            and not is_awaited(dropout)
             # sharded and offloaded weights come together in the modules' own forward
             and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and not is_awaited(m) for m in (a, b))
             and not is_awaited(self.base_layer)

@@ -5,6 +5,8 @@ from typing import Any
 from torch import nn
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+COMPILED = "_compiled_call_impl"  # what `module.compile()` makes of the forward
+REPLACING = ("forward", "_call_impl", COMPILED)  # of a module's own attributes: called in place of its class's
 HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -19,4 +21,4 @@ _OF_ALL = hooks_of_all()
 def is_awaited(module: nn.Module) -> bool:
     """Whether hooks wait for the module's forward, or something stands in its place, as Accelerate's offloading."""
     own = vars(module)
-    return "forward" in own or any(own[kind] for kind in HOOKS) or any(_OF_ALL)
+    return not own.keys().isdisjoint(REPLACING) or any(own[kind] for kind in HOOKS) or any(_OF_ALL)

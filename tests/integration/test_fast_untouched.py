@@ -113,7 +113,7 @@ CHANGES = {
     "embeddings": lambda model: model.get_base_model().set_input_embeddings(nn.Embedding(96, 64)),
     "levels": lambda model: setattr(query(model).base_layer, "levels", nn.Parameter(-query(model).base_layer.levels)),
     "frequencies": lambda model: model.get_base_model().model.rotary_emb.inv_freq.mul_(2),
-    "config": lambda model: setattr(model.get_base_model().config, "num_attention_heads", 8),
+    "config": lambda model: setattr(model.get_base_model().config, "num_hidden_layers", 1),
     "other config": lambda model: setattr(model.get_base_model(), "config", copy.copy(model.config)),
     "attention": by_another_function,
     "class": with_another_property,
