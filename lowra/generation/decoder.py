@@ -6,6 +6,7 @@ with norms, gates and LoRA adapters in them. It covers decoders of the LLaMA fam
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN, GELUTanh, SiLUActivation
 
 from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Attention, Cache, Norm
@@ -24,33 +24,16 @@ from ..nn.authors import names_in
 from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear
 from ..nn.walk import modules_of
-from .coverage import check_attention, check_autocast, check_mode, check_parts, check_written, written
+from .blocks import Reading, norm_of
+from .coverage import check_autocast, check_mode, check_parts, check_written, written
 from .mixed_batches import NO_ADAPTER
 from .projections import KnownShares, Projections, Unsupported, is_packed
 from .untouched import Untouched
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_ACTIVATION_OF = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
 # Rotary embeddings that are the same however long the text is.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-
-
-@dataclasses.dataclass
-class Layer:
-    """One block: norms, projections, attention; the norms `after_…` are None but in Gemma 2."""
-
-    before_attention: Norm
-    query_key_value: Projections
-    attention: Attention
-    out: Projections
-    after_attention: Norm | None
-    before_feed_forward: Norm
-    gate_up: Projections
-    activation: str
-    down: Projections
-    after_feed_forward: Norm | None
 
 
 class Decoder:
@@ -82,7 +65,7 @@ class Decoder:
             raise Unsupported(f"{config.model_type} is none of the architectures {', '.join(FAMILIES)}")
         self.positions, self.names, self.exact = positions, names, exact
         self._config, self._body, self._head = config, model.get_decoder(), model.get_output_embeddings()
-        weight = _norm(self._body.norm).weight
+        weight = norm_of(self._body.norm).weight
         self.device, self.dtype = weight.device, weight.dtype
         if self.dtype not in _TYPES:
             raise Unsupported(f"the model is {self.dtype}")
@@ -111,10 +94,12 @@ class Decoder:
         capped = "final_logit_softcapping" in names_in(type(model).forward)
         self._softcap = (config.final_logit_softcapping or 0.0) if capped else 0.0
         cosine, sine = self._rotary(positions)
+        group = functools.partial(Projections, dtype=self.dtype, rows=self._rows, exact=exact)
         blocks = list(self._body.layers)
         if "num_hidden_layers" in names_in(type(self._body).forward):
             blocks = blocks[: config.num_hidden_layers]
-        self.layers = [self._layer(number, block, cosine, sine) for number, block in enumerate(blocks)]
+        read = Reading(config, type(self._body), group, (cosine, sine))
+        self.layers = [read.layer(number, block) for number, block in enumerate(blocks)]
         if any(norm.weight.dtype != self.dtype for norm in self._norms()):
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
@@ -192,7 +177,7 @@ class Decoder:
             last = slice(len(residual) // batch - 1, None, len(residual) // batch)
             residual = residual[last].contiguous()
             delta = None if delta is None else delta[last].contiguous()
-        normal = decoding.add_norm(residual, delta, _norm(self._body.norm), delta_norm)
+        normal = decoding.add_norm(residual, delta, norm_of(self._body.norm), delta_norm)
         logits = self._logits(normal, is_prompt)
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
@@ -216,7 +201,7 @@ class Decoder:
             yield from (layer.query_key_value, layer.out, layer.gate_up, layer.down)
 
     def _norms(self) -> Iterator[Norm]:
-        yield _norm(self._body.norm)
+        yield norm_of(self._body.norm)
         for layer in self.layers:
             of_heads = layer.attention.query_norm, layer.attention.key_norm
             around = layer.before_attention, layer.after_attention, layer.before_feed_forward, layer.after_feed_forward
@@ -313,112 +298,6 @@ class Decoder:
         cosine, sine = rotary(torch.empty(0, dtype=self.dtype, device=self.device), places)
         return cosine[0].contiguous(), sine[0].contiguous()
 
-    def _layer(self, number: int, block: Any, cosine: torch.Tensor, sine: torch.Tensor) -> Layer:
-        """Reads a block: of attributes those alone that its forwards name, since others have no part in what it does.
-
-        Args:
-            number: of the block.
-        """
-        attention, feed_forward = block.self_attn, block.mlp
-        read, gates_read = names_in(type(attention).forward), names_in(type(feed_forward).forward)
-        fused = "qkv_proj" in read
-        names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
-        gates = ("gate_up_proj",) if "gate_up_proj" in gates_read else ("gate_proj", "up_proj")
-        check_attention(self._config)
-        if not getattr(attention, "is_causal", True):
-            raise Unsupported("its attention is not causal")
-        four_norms = "pre_feedforward_layernorm" in names_in(type(block).forward)
-        norms = [getattr(attention, name) if name in read else None for name in ("q_norm", "k_norm")]
-        after = block.post_attention_layernorm
-        query_key_value = self._group(attention, *names)
-        heads, kv_heads = self._heads(attention, query_key_value.widths(), cosine)
-        return Layer(
-            before_attention=_norm(block.input_layernorm),
-            query_key_value=query_key_value,
-            attention=Attention(
-                heads=heads,
-                kv_heads=kv_heads,
-                dim=attention.head_dim,
-                scaling=attention.scaling,
-                cosine=cosine,
-                sine=sine,
-                query_norm=None if norms[0] is None else _norm(norms[0]),
-                key_norm=None if norms[1] is None else _norm(norms[1]),
-                window=self._window(number, block, "sliding_window" in read),
-                softcap=(attention.attn_logit_softcapping or 0.0) if "attn_logit_softcapping" in read else 0.0,
-            ),
-            out=self._group(attention, "o_proj"),
-            after_attention=_norm(after) if four_norms else None,
-            before_feed_forward=_norm(block.pre_feedforward_layernorm if four_norms else after),
-            gate_up=self._group(feed_forward, *gates),
-            activation=self._activation(feed_forward),
-            down=self._group(feed_forward, "down_proj"),
-            after_feed_forward=_norm(block.post_feedforward_layernorm) if four_norms else None,
-        )
-
-    def _heads(self, attention: Any, widths: list[int], cosine: torch.Tensor) -> tuple[int, int]:
-        """Query heads and key-value heads, as the forward finds them: by the widths of the projections.
-
-        Raises:
-            Unsupported: numbers that do not belong together, of which the model's forward makes what it can.
-        """
-        dim, config = attention.head_dim, self._config
-        if len(widths) == 1:
-            heads, kv_heads = config.num_attention_heads, attention.num_key_value_heads
-            expected = [(heads + 2 * kv_heads) * dim]
-        else:
-            heads, kv_heads = widths[0] // dim, widths[1] // dim
-            expected = [heads * dim, kv_heads * dim, kv_heads * dim]
-        if widths != expected or heads != kv_heads * attention.num_key_value_groups or cosine.shape[-1] > dim:
-            raise Unsupported(f"{widths} outputs are not those of heads of {dim}")
-        return heads, kv_heads
-
-    def _window(self, number: int, block: Any, is_read: bool) -> int:
-        """Slots that a token of a block sees; 0 for all. It is the body that makes masks.
-
-        Args:
-            number: of the block.
-            is_read: its attention names a window, for kernels that take no mask.
-
-        Raises:
-            Unsupported: attention and mask differ.
-        """
-        config, read = self._config, names_in(type(self._body).forward)
-        window = getattr(config, "sliding_window", None) or 0
-        if "layer_types" in read or "attention_type" in read:
-            kind = config.layer_types[number] if "layer_types" in read else block.attention_type
-            if kind not in ("full_attention", "sliding_attention"):
-                raise Unsupported(f"a layer's attention is {kind}")
-            window = window if kind == "sliding_attention" else 0
-        elif "sliding_window" not in read:
-            if window or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-                raise Unsupported(
-                    "its configuration has a window, of which its forward does not know but its cache does"
-                )
-        attention = block.self_attn
-        own = getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else window
-        if is_read and (own or 0) != window:
-            raise Unsupported(f"a layer's attention has a window of {own} and its mask one of {window}")
-        return window
-
-    def _activation(self, feed_forward: Any) -> str:
-        """
-        Raises:
-            Unsupported: one that this path does not know.
-        """
-        own = getattr(feed_forward, "act_fn", getattr(feed_forward, "activation_fn", None))
-        if own is not None:
-            if type(own) not in _ACTIVATION_OF:
-                raise Unsupported(f"its activation is {type(own).__name__}")
-            return _ACTIVATION_OF[type(own)]
-        name = getattr(self._config, "hidden_activation", None) or self._config.hidden_act
-        if name not in _ACTIVATIONS or _ACTIVATION_OF.get(type(ACT2FN[name])) != _ACTIVATIONS[name]:
-            raise Unsupported(f"its activation is {name}")
-        return _ACTIVATIONS[name]
-
-    def _group(self, parent: Any, *names: str) -> Projections:
-        return Projections(parent, names, self.dtype, self._rows, self.exact)
-
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is its weight alone: a dense layer that nothing was put around."""
@@ -449,18 +328,3 @@ def _mask(places: torch.Tensor, first: torch.Tensor, window: int) -> torch.Tenso
         seen = seen & (places[None] > places[:, None] - window)
     seen = seen[None] & (places[None, None] >= first[:, None, None])
     return (seen | torch.eye(len(places), dtype=torch.bool, device=places.device)[None])[:, None]
-
-
-def _norm(module: Any) -> Norm:
-    """
-    Raises:
-        Unsupported: another norm than of the root mean square.
-    """
-    name = type(module).__name__
-    if not name.endswith("RMSNorm"):
-        raise Unsupported(f"it normalises by {name}")
-    epsilon = getattr(module, "variance_epsilon", None)
-    epsilon = getattr(module, "eps", None) if epsilon is None else epsilon
-    if module.weight is None or epsilon is None:
-        raise Unsupported(f"its {name} has no weights or no epsilon of its own")
-    return Norm(module.weight, epsilon, one_plus=name.startswith("Gemma"))
