@@ -9,6 +9,7 @@ import json
 import pathlib
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.atomic import save_json
@@ -45,6 +46,24 @@ class RecipeCheckpoints(TrainerCallback):
             save_json(
                 self._content, pathlib.Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / RECIPE_FILE
             )
+
+
+class ScheduleFromHere(TrainerCallback):
+    """Puts the learning rate where the schedule of this run has it.
+
+    PyTorch takes the rate of the next step from the optimiser's state. At the end of a run that is the end of its
+    schedule, most often 0, and a run that goes on for more steps would make its first one without learning.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        schedule = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # Accelerate wraps it
+        if isinstance(schedule, LambdaLR):
+            rates = [
+                base * share(schedule.last_epoch)
+                for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(kwargs["optimizer"].param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def check_continued(recipe: Recipe, output: pathlib.Path) -> None:

@@ -29,7 +29,7 @@ from ..integrations.fsdp import is_sharded_run
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
-from .continued import RecipeCheckpoints, check_continued
+from .continued import RecipeCheckpoints, ScheduleFromHere, check_continued
 from .curve import Evaluations, finite, mean_loss, save_curve
 from .data import TaskData, load_data
 from .evaluation import autocast, language_model_metrics, summary_metrics
@@ -204,6 +204,7 @@ def train(
     if sharded:
         trainer.add_callback(OnceSharded(check, untuned_metrics))
     trainer.add_callback(RecipeCheckpoints(recipe))
+    trainer.add_callback(ScheduleFromHere())
     trainer.add_callback(WholeCheckpoints())
     evaluations = Evaluations()
     trainer.add_callback(evaluations)

@@ -217,6 +217,7 @@ def attach_adapter(model: PreTrainedModel, base: Base, recipe: Recipe) -> peft.P
     if base.adapter is not None:
         start: Any = peft.PeftConfig.from_pretrained(str(base.adapter))
         start.lora_dropout, start.inference_mode = recipe.dropout, False
+        start.base_model_name_or_path = base.name  # the folder may have been moved since it was packed
         return peft.PeftModel.from_pretrained(model, base.adapter, is_trainable=True, config=start)
     names = _adapted(model)
     if recipe.target_modules is not None:
