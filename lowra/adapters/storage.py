@@ -214,6 +214,8 @@ def read_packed(folder: str | pathlib.Path, shared: SharedBasis | None = None) -
         ValueError: a cut file, another format, or tensors that do not fit the layout.
     """
     folder = expanded(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is no packed adapter: there is no such folder.")
     if not (folder / PACKED_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {PACKED_FILE}; expected a folder written by `lowra adapter quantize`. A PEFT adapter "

@@ -62,8 +62,8 @@ def refuse_adapter(folder: pathlib.Path) -> None:
     """
     if not (folder / CONFIG_FILE).exists() and (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(
-            f"{folder} is an adapter, not a model: give the model that it belongs to, and the adapter with --adapter "
-            "(in Python PeftModel.from_pretrained)."
+            f"{folder} is an adapter, not a model: give the model that it belongs to, and the adapter with "
+            "--adapter where the command takes one (in Python PeftModel.from_pretrained)."
         )
 
 

@@ -54,8 +54,7 @@ def run_quantize(args: argparse.Namespace) -> dict:
     beside = [companions(folder, outside=(args.output,)) for folder in args.adapters]
     if args.method == "jd-diagonal":
         check_alike(adapters)
-        if len({folder.resolve().name for folder in args.adapters}) < len(adapters):
-            raise ValueError("Two of the adapter folders have the same name, which names their output; rename one.")
+        output_names(args.adapters)
     base_path = _base_path(args, adapters[0])
     if args.method == "gptq" and base_path is None:
         raise ValueError(
@@ -95,6 +94,26 @@ def run_quantize(args: argparse.Namespace) -> dict:
         )
     _write(args, packed, beside)
     return _report(args, packed, seconds)
+
+
+def output_names(folders: list[pathlib.Path]) -> list[str]:
+    """Names for what becomes of several adapters: their folders', with those above where they are the same.
+
+    `lowra finetune` calls every adapter `adapter`: runs/law/adapter and runs/news/adapter become law-adapter and
+    news-adapter.
+
+    Raises:
+        ValueError: a folder that is given twice.
+    """
+    places = [folder.resolve() for folder in folders]
+    for place in places:
+        if places.count(place) > 1:
+            raise ValueError(f"The adapter {place} is given twice: give each once.")
+    for above in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["-".join(place.parts[-above:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return [name.replace("/", "") for name in names]
 
 
 def _check_options(args: argparse.Namespace) -> LoraQuantSettings:
@@ -201,8 +220,8 @@ def _write(args: argparse.Namespace, packed: list[PackedAdapter], beside: list[l
             copy_companions(args.adapters[0], beside[0], folder)
             return
         write_shared(folder, packed[0].shared)
-        for source, one, paths in zip(args.adapters, packed, beside, strict=True):
-            inner = folder / source.resolve().name
+        for source, name, one, paths in zip(args.adapters, output_names(args.adapters), packed, beside, strict=True):
+            inner = folder / name
             os.mkdir(inner)
             write_packed(inner, one)
             copy_companions(source, paths, inner)

@@ -87,7 +87,8 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
 def _read(adapter: pathlib.Path) -> tuple[dict, dict]:
     """Settings and record of a plain LoRA."""
     if not (adapter / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
+        why = f"it has no {ADAPTER_CONFIG}" if adapter.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{adapter} is no adapter: {why}.")
     check_adapter_folder(adapter)
     settings = read_json(adapter / ADAPTER_CONFIG, "an adapter's settings")
     if settings.get("peft_type") != "LORA":

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_labels import edit_label
 
 from lowra.adapters import load_packed, read_packed
+from lowra.commands.adapter import output_names
 from lowra_command.adapter import add_parser
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,6 +83,12 @@ def test_jd_diagonal_writes_one_basis_and_an_adapter_each(adapter_folders, base,
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["code", "law", "news", "shared_basis.safetensors"]
     for name in ("code", "law", "news"):
         load_packed(make_base(), tmp_path / "out" / name)(tokens)
+
+
+def test_adapters_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
+    law, news = tmp_path / "law" / "adapter", tmp_path / "news" / "adapter"
+    assert output_names([law, news]) == ["law-adapter", "news-adapter"]
+    assert output_names([law, tmp_path / "news"]) == ["adapter", "news"]
 
 
 def test_gptq_calibrates_on_the_base(adapter_folder, base_folder, base, tmp_path):
@@ -226,9 +233,10 @@ def test_other_refusals(adapter_folder, adapter_folders, base_folder, tmp_path):
         call("quantize", *adapter_folders, "--output", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="lowra adapter quantize"):
         call("inspect", adapter_folder)
-    twins = [save_adapter(tmp_path / side / "same", base_folder, 3) for side in ("left", "right")]
-    with pytest.raises(ValueError, match="same name"):
-        call("quantize", *twins, "--method", "jd-diagonal", "--output", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        call("inspect", tmp_path / "absent")
+    with pytest.raises(ValueError, match="is given twice"):
+        call("quantize", *adapter_folders, adapter_folders[0], "--method", "jd-diagonal", "--output", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
     with pytest.raises(ValueError, match="exists and is not empty"):
