@@ -237,6 +237,8 @@ def _decoded(path: pathlib.Path) -> str:
     Raises:
         FileNotFoundError, ValueError: no such file, not text, not UTF-8, or nothing but blanks in it.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a text file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: it is not there, or it is not a text file.")
     try:

@@ -104,6 +104,8 @@ def test_wrong_combinations_are_refused_and_nothing_is_written(dense, packed, ad
     nameless = shutil.copytree(adapter, tmp_path / "nameless")
     settings = json.loads((nameless / "adapter_config.json").read_text())
     (nameless / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/was/here"}))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()
@@ -112,12 +114,14 @@ def test_wrong_combinations_are_refused_and_nothing_is_written(dense, packed, ad
         (["merge", dense, "--output", out], "is no packed base of lowra"),
         (["merge", adapter, "--adapter", adapter, "--output", out], "is an adapter itself"),
         (["merge", nameless, "--output", out], "does not say which base it belongs to"),
+        (["merge", moved, "--output", out], f"is now, lowra merge BASE --adapter {moved}."),
         (["merge", other, "--adapter", adapter, "--output", out], "at 1.4995 nominal bits"),
         (["merge", packed, "--adapter", dense, "--output", out], "is no adapter"),
         (["merge", adapter, "--output", taken], "is not empty"),
         (["merge", packed, "--original", dense, "--output", out], "nothing to put onto the original"),
         (["merge", tmp_path / "nowhere", "--output", out], "nowhere"),
         (["export", packed, "--output", out], "is no adapter"),
+        (["export", tmp_path / "nowhere", "--output", out], "there is no such folder"),
         (["export", adapter, "--initial", other / "initial_adapter", "--output", out], "is not what the adapter began"),
         (["export", adapter, "--initial", tmp_path, "--output", out], "give --initial PATH"),
     ]

@@ -46,7 +46,8 @@ def _show(recipe: Recipe, result: dict) -> None:
     resumed = (
         f", {result['steps_before']} of them before it was resumed and the others" if result["steps_before"] else ""
     )
-    print(f"{result['steps']} steps{resumed} in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
+    steps = "1 step" if result["steps"] == 1 else f"{result['steps']} steps"
+    print(f"{steps}{resumed} in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")

@@ -60,12 +60,19 @@ def _places(args: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Path | None
         name = read_json(given / ADAPTER_CONFIG, "an adapter's settings").get("base_model_name_or_path")
         if not name:
             raise ValueError(f"{given} does not say which base it belongs to: lowra merge BASE --adapter {given}.")
-        return resolve_folder(str(name)), given
+        try:
+            return resolve_folder(str(name)), given
+        except (OSError, ValueError) as error:  # most often its base has been moved since
+            raise FileNotFoundError(
+                f"The base that {given} names is not there ({str(error).rstrip('.')}): give the folder where it is "
+                f"now, lowra merge BASE --adapter {given}."
+            ) from error
     for folder in filter(None, (given, adapter)):
         if (folder / PACKED_FILE).is_file():
             raise ValueError(f"{folder} is a packed adapter, which does not merge: give the one that it was made from.")
     if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
+        why = f"it has no {ADAPTER_CONFIG}" if adapter.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{adapter} is no adapter: {why}.")
     return resolve_folder(args.model), adapter
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ..checkpoints.places import expanded, new_folder
 from ..config import LowRAConfig
 from ..device import choose_device
-from ..quantization.calibration import RECONSTRUCT_TOKENS, TOKENS, Calibration, calibrate
+from ..quantization.calibration import CALIBRATION_FILE, RECONSTRUCT_TOKENS, TOKENS, Calibration, calibrate
 from ..quantization.group_size import GROUP_SIZES
 from ..quantization.initial_adapter import ADAPTER_FOLDER, AdapterRecipe
 from ..quantization.loftq import STEPS
@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> dict:
     is_stored = (args.calibrate or "").endswith(".safetensors")
     _refuse_options_without_effect(args, is_stored)
     args.output = expanded(args.output)
+    if args.calibrate and (statistics := expanded(args.calibrate) / CALIBRATION_FILE).is_file():
+        raise ValueError(f"--calibrate takes a file, and {args.calibrate} is a packed folder: give {statistics}.")
     stored = Calibration.load(args.calibrate) if is_stored else None
     has_moments = _wants_moments(args) if stored is None else stored.has_moments
     learned = args.codebook == "learned"  # what refines and feeds back fits levels

@@ -365,12 +365,12 @@ def _remove_outdated(folder: pathlib.Path) -> None:
         weights.unlink()
 
 
-def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str) -> None:
-    """Raises ValueError where adapters have trained tables that something would leave behind."""
+def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str, instead: str = "") -> None:
+    """Raises ValueError where adapters have trained tables that `what` would leave behind; `instead` ends the message."""
     held = adapter_tables(base_of(model))
     having = [] if held is None else [name for name in names if name in held.adapters]
     if having:
         raise ValueError(
             f"Adapter {having[0]!r} was trained with levels and scales of the packed base ({TABLES_FILE}), and {what} "
-            "would leave them behind."
+            f"would leave them behind{instead}."
         )

@@ -214,7 +214,8 @@ def merge_into_dense(
                     "belong on the original weights. Give initial='DIR/initial_adapter' to take its start off, or "
                     "merge into the dequantised base (original=None)."
                 )
-        refuse_losing_tables(model, model.active_adapters, "merging into the original")
+        instead = ": merge into the packed base itself, without an original"
+        refuse_losing_tables(model, model.active_adapters, "merging into the original", instead)
         if initial is not None:
             _check_start(model, initial)
         _put_original_below(model, original, initial, trust_remote_code)

@@ -60,8 +60,8 @@ def load_data(recipe: Recipe, progress: bool = True) -> TaskData:
     collate = Collator(tokenizer)
     train, validation = _rows(recipe)
     if recipe.task == "language_modeling":
-        train = text_blocks(train, tokenizer, recipe.block_size, progress)
-        validation = text_blocks(validation, tokenizer, recipe.block_size, progress)
+        train = text_blocks(train, tokenizer, recipe.block_size, progress, "The training text")
+        validation = text_blocks(validation, tokenizer, recipe.block_size, progress, "The validation text")
         train, validation = train[: recipe.max_train_samples], validation[: recipe.max_eval_samples]
         data = TaskData(train, validation, tokenizer, collate)
     elif recipe.task == "chat":
@@ -108,9 +108,16 @@ def check_length(config: PreTrainedConfig, recipe: Recipe) -> None:
 
 
 def text_blocks(
-    rows: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int, progress: bool = True
+    rows: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    progress: bool = True,
+    name: str = "The text",
 ) -> list[dict]:
     """Running text in blocks of `block_size` tokens: 1,000 rows are concatenated at a time, the remainder dropped.
+
+    Args:
+        name: what the message calls the text.
 
     Raises:
         ValueError: not enough text for one block.
@@ -126,8 +133,8 @@ def text_blocks(
     if not blocks:
         where = f" in any {ROWS_PER_CONCATENATION} rows" if len(rows) > ROWS_PER_CONCATENATION else ""
         raise ValueError(
-            f"The text has {longest} tokens{where}, less than one block of {block_size}: give more text or a smaller "
-            "block_size (--block-size)."
+            f"{name} has {longest} tokens{where}, less than one block of {block_size}: give more text or a smaller "
+            "block_size (--block-size of `lowra evaluate`)."
         )
     return blocks
 

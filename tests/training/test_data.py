@@ -104,9 +104,11 @@ def test_refused_data(recipe, tmp_path, json_files):
         load_data(dataclasses.replace(recipe, train_file="nowhere.txt"), progress=False)
     with pytest.raises(ValueError, match="block_size is 4096 tokens, but .* has 128 positions"):
         load_data(dataclasses.replace(recipe, block_size=4096), progress=False)
+    with pytest.raises(IsADirectoryError, match="is a folder: give a text file"):
+        load_data(dataclasses.replace(recipe, train_file=str(tmp_path)), progress=False)
     short = tmp_path / "short.txt"
     short.write_text("few words\n")
-    with pytest.raises(ValueError, match="less than one block of 32"):
+    with pytest.raises(ValueError, match="The validation text has 10 tokens, less than one block of 32"):
         load_data(dataclasses.replace(recipe, validation_file=str(short)), progress=False)
     rows = str(json_files / "train.jsonl")
     with pytest.raises(ValueError, match="carve_validation asks for 1024"):
