@@ -55,7 +55,9 @@ class ScheduleFromHere(TrainerCallback):
     schedule, most often 0, and a run that goes on for more steps would make its first one without learning.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         schedule = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # Accelerate wraps it
         if isinstance(schedule, LambdaLR):
             rates = [

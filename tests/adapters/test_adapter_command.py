@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from adapter_models import make_base, save_adapter
+from adapter_models import make_base
 from safetensors.torch import load_file, save_file
 from test_adapter_labels import edit_label
 
