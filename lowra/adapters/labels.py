@@ -219,7 +219,7 @@ def check_label(packed: PackedAdapter, base: BaseIdentity, source: str, force: b
     message = f"Adapter {source} must not be loaded: {'; '.join(reasons)}."
     if not force:
         raise LabelError(
-            f"{message} Use an adapter made for this base, or load it all the same with force=True (on the command line "
-            "--force)."
+            f"{message} Use an adapter made for this base, or load it all the same with force=True (on the command "
+            "line --force)."
         )
     warnings.warn(f"Forced. {message}", stacklevel=3)
