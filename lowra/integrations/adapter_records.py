@@ -366,7 +366,7 @@ def _remove_outdated(folder: pathlib.Path) -> None:
 
 
 def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str, instead: str = "") -> None:
-    """Raises ValueError where adapters have trained tables that `what` would leave behind; `instead` says what to do."""
+    """Raises ValueError where adapters have trained tables that `what` would leave behind; `instead` ends it."""
     held = adapter_tables(base_of(model))
     having = [] if held is None else [name for name in names if name in held.adapters]
     if having:
