@@ -81,7 +81,7 @@ def first_token(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> dict
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     for _ in range(2):
         generate(model, ids, 1, fast=True)
-    session, rows = fast._sessions[bare], []
+    session, rows = fast.session_of(bare), []
     for _ in range(repeats):
         spent: dict[str, float] = {}
         with timed_parts(spent):
@@ -96,7 +96,7 @@ def first_token(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> dict
     for outer, inner in INSIDE.items():
         median[outer] -= sum(median[name] for name in inner)
     median["waits"] = median.pop("run")
-    return {"kept": fast._sessions[bare] is session} | {name: round(value, 2) for name, value in median.items()}
+    return {"kept": fast.session_of(bare) is session} | {name: round(value, 2) for name, value in median.items()}
 
 
 def main():

@@ -109,7 +109,7 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         Unsupported: another thread is in it with this model, or a streamer that generates itself.
     """
-    lock = _locks.setdefault(model, threading.Lock())
+    lock = _kept(model).lock
     if not lock.acquire(blocking=False):
         raise Unsupported("the model generates already, and its buffers are one request's")
     try:
@@ -129,11 +129,40 @@ def release(model: PreTrainedModel | PeftModel) -> None:
         bare = bare.model
     if not isinstance(bare, PreTrainedModel):
         raise TypeError(f"A PreTrainedModel or a PeftModel was expected, and {type(model).__name__} came.")
-    _sessions.pop(bare, None)
+    _kept(bare).session = None
 
 
-_sessions: "weakref.WeakKeyDictionary[PreTrainedModel, Session]" = weakref.WeakKeyDictionary()
-_locks: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
+def session_of(model: PreTrainedModel) -> Session | None:
+    """What is kept with a model for its next request."""
+    return _kept(model).session
+
+
+class _Kept:
+    """What is kept with a model, as an attribute of it.
+
+    A table here would never let go of a model to which one of its modules refers, by a hook or otherwise: sessions hold
+    modules. A copy of the model, pickled ones among them, has None there, and begins anew.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = weakref.ref(model)
+        self.lock = threading.Lock()
+        self.session: Session | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()
+
+
+_PLACE = "_lowra_fast_decoding"
+_making = threading.Lock()
+
+
+def _kept(model: PreTrainedModel) -> _Kept:
+    with _making:
+        kept = vars(model).get(_PLACE)
+        if kept is None or kept.model() is not model:  # a copy's, which shares attributes
+            kept = vars(model)[_PLACE] = _Kept(model)
+    return kept
 
 
 def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
@@ -144,7 +173,7 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     """
     model, first, positions = request.model, request.first_tokens(), request.positions()
     batch = len(request.input_ids)
-    kept = _sessions.get(model)
+    kept = session_of(model)
     decoder = None if kept is None else kept.decoder.read_again(model)
     is_known = kept is not None and kept.decoder is decoder
     untouched = decoder.untouched if decoder is not None and is_known else None
@@ -158,15 +187,16 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     if decoder is None or (names, exact) != (decoder.names, decoder.exact):
         decoder = Decoder(model, slots, names, exact)
         decoder.untouched = untouched
+    # A session whose decoder reaches farther is captured with what lies elsewhere now; and its cache makes room.
+    del kept
+    _kept(model).session = None
     decoder.reach(slots)
     decoder.refresh()
     if not is_known:
         tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))
         _check_against_model(decoder, model, request.input_ids[:, -tokens:])
-    del kept
-    _sessions.pop(model, None)  # its cache makes room for the new one
     session = Session(decoder, batch, slots, request)
-    _sessions[model] = session
+    _kept(model).session = session
     return session, first
 
 

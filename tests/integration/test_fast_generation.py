@@ -343,12 +343,12 @@ def test_a_prompt_beyond_the_positions_is_refused(folders):
 def test_release_frees_the_session(folders):
     model = load(folders["llama"])
     both(model, batch())
-    assert model in fast._sessions
+    assert fast.session_of(model) is not None
     fast.release(model)
-    assert model not in fast._sessions
+    assert fast.session_of(model) is None
     both(model, batch())
     fast.release(get_peft_model(model, LoraConfig(r=4)))
-    assert model not in fast._sessions
+    assert fast.session_of(model) is None
 
 
 def test_a_packing_loaded_in_place_is_not_generated_from_with_the_old_numbers(folders):

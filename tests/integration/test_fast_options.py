@@ -267,7 +267,7 @@ def test_what_was_changed_in_a_model_counts(model, caplog, change, reason, befor
         assert_same(model)
         caplog.clear()
     change(model)
-    assert before or not fast._sessions[model].decoder.is_current(model)
+    assert before or not fast.session_of(model).decoder.is_current(model)
     assert_same(model)
     assert reason in caplog.text if reason else FALLBACK not in caplog.text
 

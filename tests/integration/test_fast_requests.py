@@ -203,13 +203,13 @@ def test_adapters_of_head_and_embeddings_are_part_of_a_session(model):
     model.eval()
     assert_same(model)
     bare = model.get_base_model()
-    session = fast._sessions[bare]
+    session = fast.session_of(bare)
     assert session.decoder.is_current(bare)
     model.set_adapter("b")
     assert not session.decoder.is_current(bare)
     assert_same(model)
     with model.disable_adapter():
-        assert not fast._sessions[bare].decoder.is_current(bare)
+        assert not fast.session_of(bare).decoder.is_current(bare)
 
 
 def test_release_takes_what_generates(model):
@@ -217,7 +217,7 @@ def test_release_takes_what_generates(model):
     for given in (model, adapted, adapted.base_model):
         assert_same(adapted)
         fast.release(given)
-        assert model not in fast._sessions
+        assert fast.session_of(model) is None
     for other in (None, LowRALinear, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="A PreTrainedModel or a PeftModel was expected"):
             fast.release(other)

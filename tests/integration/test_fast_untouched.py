@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -248,7 +249,7 @@ def test_an_adapter_that_is_deleted_goes_although_a_session_is_kept(model):
     gone = weakref.ref(query(model).lora_A["b"].weight)
     model.delete_adapter("b")
     gc.collect()
-    assert gone() is None and model.get_base_model() in fast._sessions
+    assert gone() is None and fast.session_of(model.get_base_model()) is not None
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -267,3 +268,22 @@ def test_naming_the_adapters_of_a_batch_is_done_by_peft_in_one_walk(model, dense
     with pytest.raises(ValueError, match="non-existing adapter"), tuner._enable_peft_forward_hooks(adapter_names=["z"]):
         pass
     assert "modules" not in vars(tuner)
+
+
+def test_a_model_goes_although_one_of_its_modules_refers_to_it(made):
+    model = copy.deepcopy(made)
+    query(model).of_whom = [model.get_base_model()]
+    for _ in range(3):
+        tokens(model)
+    gone = weakref.ref(model.get_base_model())
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copy_begins_anew(model):
+    for _ in range(2):
+        tokens(model)
+    bare = model.get_base_model()
+    for other in (copy.copy(bare), copy.deepcopy(bare), pickle.loads(pickle.dumps(bare))):
+        assert fast.session_of(other) is None and fast.session_of(bare) is not None

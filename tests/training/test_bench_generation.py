@@ -30,7 +30,7 @@ def test_adapters_of_every_kind_go_through_the_products(kind, count, caplog):
     found = bench_generation.generate(model, ids, 12, fast=True)
     assert torch.equal(found, bench_generation.generate(model, ids, 12, fast=False))
     assert not torch.equal(found, bare) and not caplog.records
-    decoder = fast._sessions[model.get_base_model()].decoder
+    decoder = fast.session_of(model.get_base_model()).decoder
     for group in decoder._projections():
         assert group._in_product is not None and group._packed  # one launch on a GPU
         for weight, term in zip(group._packed, group._in_product.terms, strict=True):
