@@ -15,6 +15,7 @@ from lowra.integrations.decided import Decided
 from lowra.integrations.layer_calls import Calls
 from lowra.nn.buffers import Buffers
 from lowra.nn.captured import NotCapturable
+from lowra.nn.told_changes import versions
 
 
 class Block(nn.Module):
@@ -311,3 +312,13 @@ def test_inputs_are_copied_where_they_have_changed():
     assert buffers.inputs[1].tolist() == [2, 2, 2]
     buffers.fill([torch.ones(2), torch.zeros(3)])
     assert buffers.inputs[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda own: own.update(a=1), lambda own: own.__ior__({"a": 1}), lambda own: own.__init__(a=1)]
+)
+def test_an_empty_dictionary_that_becomes_a_copy_of_another_has_changed(change):
+    own = {}
+    before = versions([own, {}])
+    change(own)
+    assert own == {"a": 1} and versions([own, {}]) != before
