@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoints.guarded import open_tensors, read_tensors
+from ..checkpoints.guarded import one_line, open_tensors, read_tensors
 from .job import Job, text_of
 from .joint_training import BATCH, HELD_OUT, JointTraining
 from .pieces import keep_packed
@@ -129,10 +129,20 @@ def _restored(job: Job, training: JointTraining) -> float | None:
 
     Returns:
         the divergence before the training, as that run found it.
+
+    Raises:
+        ValueError: its state is damaged, or another training's.
     """
     if not job.work.has(END_TO_END, _STATE):
         return None
-    state, metadata = read_tensors(job.work.path(END_TO_END, _STATE), "how far an earlier run had come")
-    done, before = json.loads(metadata["done"])
-    training.restore(state, done)
-    return before
+    path = job.work.path(END_TO_END, _STATE)
+    state, metadata = read_tensors(path, "how far an earlier run had come")
+    try:
+        done, before = json.loads(metadata["done"])
+        training.restore(state, int(done))
+        return float(before)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}, from which the training goes on, is damaged ({one_line(error)}): delete it, and the training of "
+            "all blocks together begins anew."
+        ) from error

@@ -251,8 +251,17 @@ class JointTraining:
 
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor], done: int) -> None:
-        """Goes on from a state after so many steps."""
+        """Goes on from a state after so many steps.
+
+        Raises:
+            ValueError: it is not one of this training, of which nothing is changed then.
+        """
         own = self.state()
+        odd = sorted(own.keys() ^ state.keys())
+        odd += [name for name in own.keys() & state.keys() if _kind_of(own[name]) != _kind_of(state[name])]
+        if odd or not 0 <= done <= self.steps:
+            what = f"{len(odd)} tensors ({odd[0]})" if odd else f"{done} steps of {self.steps}"
+            raise ValueError(f"A state of this training was expected, and one came that differs in {what}: begin anew.")
         for name, tensor in state.items():
             own[name].copy_(tensor)
         self.done = done
@@ -264,6 +273,10 @@ class JointTraining:
         self._as_written()
         for stack in self._stacks:
             stack.unstack()
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def sequences_of(steps: int) -> int:

@@ -252,3 +252,34 @@ def test_where_nothing_can_be_compiled_steps_are_made_without(tiny_llama, monkey
         assert training.compiled is False
         assert training.divergence(text[:4]) > 0
     assert torch.equal(*losses) and "not compiled: no compiler here" in caplog.text
+
+
+def lacking(state):
+    del state["0.second." + next(iter(state)).partition(".")[2].partition(".")[2]]
+
+
+def with_another(state):
+    state["more"] = torch.zeros(1)
+
+
+def of_another_shape(state):
+    name = next(iter(state))
+    state[name] = state[name].reshape(-1)[:1].clone()
+
+
+def of_another_type(state):
+    name = next(iter(state))
+    state[name] = state[name].double()
+
+
+@pytest.mark.parametrize("change", [None, lacking, with_another, of_another_shape, of_another_type])
+def test_no_state_but_its_own_is_gone_on_from(tiny_llama, change):
+    training, _ = joint(tiny_llama, 3)
+    before = {name: tensor.clone() for name, tensor in training.state().items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    if change is not None:
+        change(state)
+    with pytest.raises(ValueError, match="A state of this training was expected") as caught:
+        training.restore(state, 4 if change is None else 2)
+    assert "\n" not in str(caught.value) and training.done == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.state().items())
