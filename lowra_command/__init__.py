@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lowra: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lowra: interrupted; finished parts are kept, the same command goes on from there", file=sys.stderr)
+        print(f"\nlowra: interrupted{args.interrupted}", file=sys.stderr)  # below a progress bar
         return 130
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         _add_json(subparser)
-    parser.set_defaults(is_yes=lambda result: True)
+    parser.set_defaults(is_yes=lambda result: True, interrupted="")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later, add_overrides, place
+from .parser import GOES_ON, Later, add_overrides, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,4 +27,4 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--bits", default="2", help="comma-separated nominal bits (default 2)")
     parser.add_argument("--seeds", default="0", help="comma-separated seeds (default 0)")
     parser.add_argument("--output", type=place, required=True, metavar="DIR", help="folder of the grid")
-    parser.set_defaults(run=Later("lowra.commands.compare:run"))
+    parser.set_defaults(run=Later("lowra.commands.compare:run"), interrupted=GOES_ON)

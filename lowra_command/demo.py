@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later, add_trust, place
+from .parser import GOES_ON, Later, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,4 +23,4 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     # high, because 30 steps have to suffice and an adapter that starts at zero must not be left behind
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak; about 3e-4 for a real model")
     parser.add_argument("--seed", type=int, default=0, help="of training")
-    parser.set_defaults(run=Later("lowra.commands.demo:run"))
+    parser.set_defaults(run=Later("lowra.commands.demo:run"), interrupted=GOES_ON)

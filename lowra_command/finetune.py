@@ -19,4 +19,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add_overrides(parser)
     add_memory_check(parser)
-    parser.set_defaults(run=Later("lowra.commands.finetune:run"))
+    parser.set_defaults(
+        run=Later("lowra.commands.finetune:run"), interrupted="; resume=true goes on from the newest checkpoint"
+    )

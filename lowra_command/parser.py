@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 OVERRIDES = "overrides"
+GOES_ON = "; finished parts are kept, the same command goes on from there"  # said where a command is interrupted
 
 
 class CommandParser(argparse.ArgumentParser):

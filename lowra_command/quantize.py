@@ -2,7 +2,7 @@
 
 import argparse
 
-from .parser import Later, add_memory_check, add_trust, place
+from .parser import GOES_ON, Later, add_memory_check, add_trust, place
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -92,7 +92,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     recipe.add_argument(
         "--keep-dense", nargs="+", metavar="NAME", help="modules whose name contains one of these stay dense"
     )
-    parser.set_defaults(run=Later("lowra.commands.quantize:run"))
+    parser.set_defaults(run=Later("lowra.commands.quantize:run"), interrupted=GOES_ON)
 
 
 def _group_size(text: str) -> int | str:

@@ -10,7 +10,8 @@ from lowra.adapters.loraquant import SPLITS
 from lowra.quantization.calibration import TOKENS
 from lowra.quantization.loftq import STEPS
 from lowra.training.methods import METHODS
-from lowra_command import adapter, build_parser, recipes
+from lowra_command import adapter, build_parser, main, recipes
+from lowra_command.parser import Later
 
 SLOW = ("lowra", "torch", "transformers", "peft", "bitsandbytes", "numpy", "pydantic")
 
@@ -93,3 +94,20 @@ def test_import_leaves_the_compiler_for_its_first_call():
         "assert torch.allclose(back, x, atol=0.02)\n"
     )
     subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantize", "m", "--output", "o"], "the same command goes on"),
+        (["finetune", "r"], "resume=true goes on"),
+        (["evaluate", "m", "--data", "d"], "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(words, said, monkeypatch, capsys):
+    def interrupted(self, args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Later, "__call__", interrupted)
+    assert main(words) == 130
+    assert said in capsys.readouterr().err

@@ -43,11 +43,13 @@ def _promised(recipe: Recipe, steps: int) -> str:
 def _show(recipe: Recipe, result: dict) -> None:
     print(f"{recipe.method}: {result['nominal_bits']:.3g} nominal bits, {result['true_bits']:.3f} true bits per weight")
     evaluating = f", {result['evaluating_seconds']:.1f} s of that evaluating" if result["evaluating_seconds"] else ""
-    resumed = (
-        f", {result['steps_before']} of them before it was resumed and the others" if result["steps_before"] else ""
-    )
     steps = "1 step" if result["steps"] == 1 else f"{result['steps']} steps"
-    print(f"{steps}{resumed} in {result['train_seconds']:.1f} s on {result['device']}{evaluating}")
+    resumed = f", {result['steps_before']} of them before it was resumed and the others"
+    if result["steps_before"] == result["steps"]:
+        print(f"{steps}, all of them before it was resumed: nothing was left to train")
+    else:
+        took = f" in {result['train_seconds']:.1f} s on {result['device']}{evaluating}"
+        print(f"{steps}{resumed if result['steps_before'] else ''}{took}")
     for key, after in result["tuned"].items():
         before = result["untuned"].get(key)
         print(f"{key:<12} {_number(before):>12} -> {_number(after)}")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_labels import edit_label
 
 from lowra.adapters import load_packed, read_packed
+from lowra.commands import adapter as command
 from lowra.commands.adapter import output_names
 from lowra_command.adapter import add_parser
 
@@ -83,6 +84,17 @@ def test_jd_diagonal_writes_one_basis_and_an_adapter_each(adapter_folders, base,
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["code", "law", "news", "shared_basis.safetensors"]
     for name in ("code", "law", "news"):
         load_packed(make_base(), tmp_path / "out" / name)(tokens)
+
+
+@pytest.mark.parametrize(
+    "init, options, warned", [("loftq", [], True), ("lora", [], False), ("loftq", ["--ratio", 1, "--bits", 3], False)]
+)
+def test_an_adapter_that_repairs_its_base_is_not_made_coarse_in_silence(
+    init, options, warned, adapter_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "record_of_folder", lambda folder: {"init": init})
+    call("quantize", adapter_folder, "--output", tmp_path / "out", *options)
+    assert ("--bits 3 --ratio 1" in capsys.readouterr().err) == warned
 
 
 def test_adapters_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
