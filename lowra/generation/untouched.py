@@ -68,6 +68,7 @@ class Untouched:
         # the names by which architectures call functions
         homes = dict.fromkeys(base.__module__ for base in self._bases)
         self._homes = [vars(sys.modules[home]) for home in homes if home.startswith("transformers.models.")]
+        self._homes.append(vars(nn.functional))
         self._hooks = [own[kind] for own in every for kind in FORWARD_HOOKS]
         self._replaced = [place for place, own in enumerate(every) if not own.keys().isdisjoint(REPLACING)]
         self._versions = self._versions_of(model, every)

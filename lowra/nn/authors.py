@@ -7,6 +7,8 @@ import functools
 import types
 from typing import Any
 
+from torch.nn import functional
+
 
 def parts_of(function: Any) -> list[Any]:
     """A function and those that it is put around, the innermost last: of decorators, bound methods and partials."""
@@ -50,7 +52,7 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 
 
 def called_by(function: Any) -> list[Any]:
-    """A function's own parts, and all functions and classes that it calls by names of its module, theirs among them."""
+    """A function's own parts, and all functions and classes that it calls by names of its module or of torch's."""
     found: dict[int, Any] = {}
     waiting = parts_of(function)
     own: dict[str, Any] = getattr(waiting[-1], "__globals__", {})
@@ -60,7 +62,8 @@ def called_by(function: Any) -> list[Any]:
             continue
         found[id(part)] = part
         if getattr(part, "__globals__", None) is own:
-            named = (own.get(name) for name in names_in(part))
+            names = names_in(part)
+            named = [*map(own.get, names), *map(vars(functional).get, names)]  # by whatever name functions of torch go
             waiting += (
                 each for value in named if isinstance(value, types.FunctionType | type) for each in parts_of(value)
             )

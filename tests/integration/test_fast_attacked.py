@@ -185,6 +185,7 @@ CHANGES = {
     ),
     "other code": with_other_code,
     "another activation": with_another_activation,
+    "products": lambda model, m: m.setattr(nn.functional, "linear", louder(nn.functional.linear)),
     "rotation": lambda model, m: m.setattr(modeling_llama, "rotate_half", louder(modeling_llama.rotate_half)),
     "rotary embedding": lambda model, m: m.setattr(
         modeling_llama, "apply_rotary_pos_emb", louder(modeling_llama.apply_rotary_pos_emb)
