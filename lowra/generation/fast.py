@@ -74,7 +74,7 @@ def fast_decoding(
 
     Raises:
         ValueError: prompt and new tokens exceed the model's positions; there is no prompt; a mode that Transformers
-            does not have itself; probabilities that are none.
+            does not have itself; probabilities that are none; what was called meanwhile has changed the model.
     """
     arguments = input_ids, logits_processor, stopping_criteria, generation_config
     try:
@@ -87,6 +87,11 @@ def fast_decoding(
                 request = Request(model, *arguments, model_kwargs, assistant_model)
                 session, first = _session(request, exact)
                 ids = session.run(request, first, streamer)
+                if request.calls_others(streamer) and not session.decoder.is_current(model):
+                    raise ValueError(
+                        "The model was changed while it generated, by a logits processor, a stopping criterion or a "
+                        "streamer, and fast decoding went on with it as it was: leave custom_generate out."
+                    )
             return ids.clone()  # in the caller's mode: what inference mode has made is not to be trained on
         except Unsupported as reason:
             _warn(f"lowra: Transformers' own loop generates, since {reason}.")

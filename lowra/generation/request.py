@@ -15,8 +15,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMode
 
+from ..nn.authors import home_of
 from .projections import Unsupported
 
 # Functions of scores, and at most of which tokens have occurred: they can be captured over a buffer of fixed length.
@@ -148,6 +150,11 @@ class Request:
     def other_criteria(self) -> StoppingCriteriaList:
         """What each token is held against beside length and end; subclasses of their criteria may stop elsewhere."""
         return StoppingCriteriaList([c for c in self.criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)])
+
+    def calls_others(self, streamer: BaseStreamer | None) -> bool:
+        """Whether functions that are not Transformers' are called while tokens are generated."""
+        called = [*self.processors, *self.criteria, *([] if streamer is None else [streamer])]
+        return not all(home_of(type(each)).startswith("transformers.") for each in called)
 
     def _check_inputs(self) -> None:
         """

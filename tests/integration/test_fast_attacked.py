@@ -1,6 +1,7 @@
 """`lowra.fast_decoding` after changes past every door: it computes what the model does, or leaves that to the model."""
 
 import collections
+import contextlib
 import copy
 import functools
 import types
@@ -225,3 +226,27 @@ def test_a_dropout_of_another_kind_counts_without_fast_decoding_too(model):
     query(model).lora_dropout["a"] = nn.Identity()
     query(model).lora_A["a"].bias = nn.Parameter(torch.ones(4))
     assert not torch.equal(scores(model), before)
+
+
+class Changing(LogitsProcessor):
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, ids, scores):
+        self.change(ids.shape[1])
+        return scores
+
+
+def test_a_model_that_is_changed_while_it_generates_is_refused(model):
+    def other_adapter(length):
+        model.set_adapter("b" if length > 16 else "a")
+
+    def other_adapter_for_a_moment(length):
+        with model.disable_adapter():
+            model(torch.ones(1, 3, dtype=torch.long))
+
+    for change, refused in ((other_adapter_for_a_moment, False), (other_adapter, True)):
+        expect = pytest.raises(ValueError, match="changed while it generated") if refused else contextlib.nullcontext()
+        options = {"logits_processor": LogitsProcessorList([Changing(change)]), "custom_generate": lowra.fast_decoding}
+        with expect:
+            model.generate(torch.arange(5, 20)[None], max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
