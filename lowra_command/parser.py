@@ -56,7 +56,9 @@ def place(text: str) -> pathlib.Path:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """`key=value` after a recipe, before or after options."""
-    parser.add_argument(OVERRIDES, metavar="KEY=VALUE", nargs="*", help="fields of the recipe set otherwise")
+    parser.add_argument(
+        OVERRIDES, metavar="KEY=VALUE", nargs="*", default=[], help="fields of the recipe set otherwise"
+    )
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -96,6 +96,12 @@ def test_import_leaves_the_compiler_for_its_first_call():
     subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
 
+def test_overrides_are_not_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune"])
+    assert capsys.readouterr().err.strip().endswith("required: RECIPE")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -319,7 +319,7 @@ def test_two_processes_do_not_write_to_the_same_place(tiny_llama, tmp_path):
     quantize_checkpoint(*arguments, device="cpu", progress=False)
 
 
-def test_pieces_of_another_recipe_are_thrown_away(tiny_llama, tmp_path, monkeypatch):
+def test_pieces_of_another_recipe_are_thrown_away_and_that_is_said(tiny_llama, tmp_path, monkeypatch, caplog):
     def dies(*args):
         raise KeyboardInterrupt
 
@@ -333,6 +333,8 @@ def test_pieces_of_another_recipe_are_thrown_away(tiny_llama, tmp_path, monkeypa
         for name in ("out", "fresh")
     ]
     assert reports[0]["true_bits"] == reports[1]["true_bits"]
+    (said,) = [record.getMessage() for record in caplog.records if "unfinished" in record.getMessage()]
+    assert "with bits=1.5; this run differs" in said
 
 
 @pytest.mark.parametrize(

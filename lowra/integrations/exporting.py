@@ -93,15 +93,15 @@ def _read(adapter: pathlib.Path) -> tuple[dict, dict]:
     settings = read_json(adapter / ADAPTER_CONFIG, "an adapter's settings")
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{adapter} is {settings.get('peft_type')}; only LoRA has a difference to its start.")
+    record = record_of_folder(adapter)
+    if not record:
+        raise ValueError(f"{adapter} has no {BASE_RECORD}: it was not trained on a packed base. Use it as it is.")
     special = [name for name in _PLAIN if settings.get(name)]
     if special or settings.get("bias", "none") != "none":
         raise ValueError(
             f"{adapter} has {special[0] if special else 'biases'}, which a difference of factors cannot hold: use "
             "`lowra merge --original`."
         )
-    record = record_of_folder(adapter)
-    if not record:
-        raise ValueError(f"{adapter} has no {BASE_RECORD}: it was not trained on a packed base.")
     return settings, record
 
 

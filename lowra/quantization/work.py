@@ -95,11 +95,28 @@ class WorkFolder:
         self._digest = _digest(recipe)
         begun = self.folder / _RECIPE_FILE
         if not self._begun_for_this(begun):
+            self._warn_of_loss(begun, recipe)
             begun.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks like this one's
             for kind in _KINDS:
                 _remove(self.folder / kind)
         save_json(recipe, begun)
         _remove(self.final)
+
+    def _warn_of_loss(self, begun: pathlib.Path, recipe: dict) -> None:
+        """Says that an earlier run's pieces go: they may have taken hours, and only a mistyped option may differ."""
+        if not any(path.is_file() for kind in _KINDS for path in (self.folder / kind).rglob("*")):
+            return
+        try:
+            then = _flat(read_json(begun, "the recipe of an earlier run"))
+        except (FileNotFoundError, ValueError):
+            return
+        now = _flat(recipe)
+        changed = [f"{name}={_word(then.get(name))}" for name in {**then, **now} if then.get(name) != now.get(name)]
+        logger.warning(
+            "%s holds what an unfinished run had done, with %s; this run differs: that is deleted, it begins anew.",
+            self.folder,
+            ", ".join(changed),
+        )
 
     def _begun_for_this(self, begun: pathlib.Path) -> bool:
         try:
@@ -154,3 +171,15 @@ def _digest(recipe: dict) -> str:
 def _remove(folder: pathlib.Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
+
+
+def _flat(recipe: dict) -> dict:
+    """The recipe with the options of its two parts beside the rest."""
+    parts = {part: recipe.get(part) or {} for part in ("config", "adapter")}
+    options = {name: value for part in parts.values() for name, value in part.items()}
+    return {name: value for name, value in recipe.items() if name not in parts} | options
+
+
+def _word(value: object) -> str:
+    """An option's value; of a digest or a list of files only that it is another."""
+    return "none" if value is None else str(value) if len(str(value)) <= 20 else "another"

@@ -18,7 +18,7 @@ import pathlib
 import re
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.guarded import read_text
@@ -182,6 +182,8 @@ def _written(
         return tokenizer.apply_chat_template(
             conversation.messages[:turns], tools=conversation.tools, **{"tokenize": False, **options}
         )
+    except TemplateSyntaxError as error:
+        raise ValueError(f"Line {error.lineno} of the chat template is no Jinja: {error.message}.") from error
     except (TemplateError, TypeError, KeyError) as error:  # the last two of filters in the template
         reason = " ".join(str(error).split())
         raise ValueError(f"{conversation.where}: the chat template refuses this conversation: {reason}.") from error

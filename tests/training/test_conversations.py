@@ -148,6 +148,12 @@ def test_a_tokenizer_without_template_and_a_file_that_is_not_there(chat):
         load_data(dataclasses.replace(chat, block_size=4096), progress=False)
 
 
+def test_a_file_that_is_no_template_is_told_by_its_line(chat, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}\n{{ m['content'] }}{% endif %}")
+    with pytest.raises(ValueError, match="Line 2 of the chat template is no Jinja"):
+        load_data(dataclasses.replace(chat, chat_template=str(tmp_path / "broken.jinja")), progress=False)
+
+
 def test_turns_without_an_end_are_told_of(chat, tmp_path, caplog):
     load_data(chat, progress=False)
     assert "the model will not learn to stop" in caplog.text
