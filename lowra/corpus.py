@@ -21,6 +21,11 @@ from .checkpoints.places import expanded
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl")
 _TABLE_SUFFIXES = (".csv", ".tsv")
 _PROBED_LINES = 20
+_CONVERSATION = {"messages", "conversations", "completion"}
+_OF_CONVERSATIONS = (
+    " Conversations are for `lowra finetune` with task=chat (the recipe 8gb-chat); elsewhere give what is said in them "
+    "as plain text."
+)
 _MAGIC_NUMBERS = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -103,7 +108,8 @@ def check_row(row: Any, columns: list[str], where: str) -> None:
     for column in columns:
         value = row.get(column)
         if column not in row:
-            raise ValueError(f"{where} has no text in the field {column!r}; it has {', '.join(row)}.")
+            advice = _OF_CONVERSATIONS if _CONVERSATION & row.keys() else ""
+            raise ValueError(f"{where} has no text in the field {column!r}; it has {', '.join(row)}.{advice}")
         if not isinstance(value, str):
             raise ValueError(f"{where} has no text in the field {column!r}: it is {_kind(value)}.")
         check_unrepeated(row, column, where)

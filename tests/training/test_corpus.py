@@ -55,6 +55,7 @@ BAD = [
     (b'{"text": {"text": "a"}}', "it is an object"),
     (b'{"words": "a", "n": 1}', "line 3 has no text in the field 'text'; it has words, n"),
     (b"{}", "line 3 has no text in the field 'text'"),
+    (b'{"messages": []}', "it has messages. Conversations are for `lowra finetune` with task=chat"),
     (b'{"text": "a", "text": "b"}', "line 3 has the field 'text' twice"),
     (b'{"text": "a \\ud800 b"}', r"line 3 has '\\ud800' in the field 'text', half of a surrogate pair"),
     (b'{"text": "\\udfff"}', "half of a surrogate pair"),
