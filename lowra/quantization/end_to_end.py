@@ -128,21 +128,17 @@ def _restored(job: Job, training: JointTraining) -> float | None:
     """Goes on from the state of an earlier run, if there is one.
 
     Returns:
-        the divergence before the training, as that run found it.
-
-    Raises:
-        ValueError: its state is damaged, or another training's.
+        the divergence before the training, as that run found it; None where there is none that can be gone on from.
     """
     if not job.work.has(END_TO_END, _STATE):
         return None
     path = job.work.path(END_TO_END, _STATE)
-    state, metadata = read_tensors(path, "how far an earlier run had come")
     try:
+        state, metadata = read_tensors(path, "how far an earlier run had come")
         done, before = json.loads(metadata["done"])
+        before = float(before)
         training.restore(state, int(done))
-        return float(before)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}, from which the training goes on, is damaged ({one_line(error)}): delete it, and the training of "
-            "all blocks together begins anew."
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:  # as any piece that is damaged: it is made again
+        logger.warning("lowra: the training of all blocks together begins anew (%s: %s).", path, one_line(error))
+        return None
+    return before

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_reconstruction import CONFIG, SQUARES, packed_and_adapted, quantize
 from transformers import AutoModelForCausalLM
 
@@ -75,7 +76,10 @@ def test_without_an_adapter_or_with_one_that_starts_from_nothing(tiny_llama, cal
         assert all(torch.equal(start[0][key], start[1][key]) for key in start[0])
 
 
-def test_a_killed_run_ends_in_the_same_bytes(tiny_llama, calibration, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_ends_in_the_same_bytes(  # noqa: PLR0917 - fixtures
+    tiny_llama, calibration, trained, tmp_path, monkeypatch, caplog, damaged
+):
     class Killed(BaseException):
         pass
 
@@ -91,8 +95,12 @@ def test_a_killed_run_ends_in_the_same_bytes(tiny_llama, calibration, trained, t
     monkeypatch.setattr(end_to_end.JointTraining, "run", killing)
     with pytest.raises(Killed):
         quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
+    if damaged:
+        (state,) = tmp_path.glob("llama*/end_to_end/*")
+        with safe_open(state, "pt") as content:
+            save_file({name: content.get_tensor(name) for name in list(content.keys())[1:]}, state, content.metadata())
     report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
-    assert steps == [*range(4), *range(3, 12)]
+    assert steps == [*range(4), *range(0 if damaged else 3, 12)] and ("begins anew" in caplog.text) == damaged
     assert report["end_to_end"] == trained[1]["end_to_end"]
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
         assert (tmp_path / "llama" / file).read_bytes() == (trained[0] / file).read_bytes(), file
