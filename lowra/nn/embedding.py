@@ -72,9 +72,8 @@ class LowRAEmbedding(PackedModule, nn.Embedding):
         packed = self.matrix()
         _, places = self._layout.on(self.weight.device)
         kind = indices.device.type
-        known = torch.amp.is_autocast_available(kind)  # "meta" has none
-        # that of CPUs refuses to join float16
-        with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
+        # Autocast of CPUs refuses to join float16, and "meta" has none.
+        with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             return rows_of_table(packed, places, indices, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
