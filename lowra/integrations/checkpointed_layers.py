@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..nn.checkpointing import enable_checkpointing
 from .model_patches import CHECKPOINTING
 
 
@@ -47,8 +48,7 @@ def replace_checkpointing(model: nn.Module, install: Callable[[Any], None], what
             "both: load the model anew and call one of them."
         )
     if not any(getattr(module, "gradient_checkpointing", False) for module in bare.modules()):
-        enable = getattr(bare, "activation_checkpointing_enable", bare.gradient_checkpointing_enable)  # its newer name
-        enable({"use_reentrant": False})
+        enable_checkpointing(bare)
     if not isinstance(before, _Again):
         bare._set_gradient_checkpointing = _Again(bare, install)
     install(bare)

@@ -20,6 +20,7 @@ from ..checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from ..checkpoints.hub import resolve_folder
 from ..checkpoints.records import ADAPTER_WEIGHTS, digest_of_adapter, digests_of_file
 from ..checkpoints.targets import find_targets, replace_module
+from ..nn.checkpointing import enable_checkpointing
 from ..nn.embedding import LowRAEmbedding
 from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear, as_autocast
@@ -161,7 +162,7 @@ def prepare_for_training(
     model.enable_input_require_grads()
     if gradient_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -25,6 +25,7 @@ from ..checkpoints.places import expanded
 from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
+from ..nn.checkpointing import enable_checkpointing
 from .joint_training import MOST_WRITTEN, sequences_of
 from .kept_text import KeptText, writer_of
 from .lowrank import truncated_svd
@@ -240,7 +241,7 @@ def calibrate(
         earlier = None if keep_text is None else KeptText(keep_text, writer_of(folder, dense, device))
         kept = write_text(dense, tokenizer, most // length, length, progress=progress, kept=earlier)
     if dense.supports_gradient_checkpointing:
-        dense.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(dense)
         dense.train()  # Transformers checkpoints in training mode only
         for module in dense.modules():
             if isinstance(module, nn.Dropout):

@@ -26,6 +26,7 @@ from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
 from ..integrations.fsdp import is_sharded_run
+from ..nn.checkpointing import enable_checkpointing
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
@@ -168,7 +169,7 @@ def train(
     bare: Any = model.get_base_model()
     bare.config.use_cache = recipe.task == "summarization"
     if recipe.gradient_checkpointing:
-        bare.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(bare)
     sharded = is_sharded_run()
 
     def check() -> None:
