@@ -28,8 +28,8 @@ def block_names(model: nn.Module, targets: dict[str, Target]) -> list[str]:
     if len(stacks) != 1 or any(target.experts is not None for target in inside):
         found = "experts" if len(stacks) == 1 else f"{len(stacks)} stacks of blocks ({', '.join(stacks)})"
         raise ValueError(
-            f"Blocks are reconstructed in a model that is one stack of them, with linear layers alone; "
-            f"{type(model).__name__} has {found}: use reconstruct=0."
+            "Blocks are trained in a model that is one stack of them, with linear layers alone; "
+            f"{type(model).__name__} has {found}: use reconstruct=0 and end_to_end=0."
         )
     return [f"{stacks[0]}.{number}" for number, _ in model.get_submodule(stacks[0]).named_children()]
 

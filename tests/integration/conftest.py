@@ -34,6 +34,19 @@ def packed_llama(tmp_path_factory, dense_llama):
 
 
 @pytest.fixture(scope="session")
+def adapted_llama(packed_llama):
+    """The packed LLaMA with two adapters whose factors are not zero, "a" on all its linear layers; to be copied."""
+    model = AutoModelForCausalLM.from_pretrained(packed_llama)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), "a")
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
 def transformers_loads_adapters(tmp_path_factory, dense_llama):
     """Skips where `model.load_adapter` fails on dense models too: Transformers 5.6 with PEFT 0.18."""
     folder = tmp_path_factory.mktemp("adapter")

@@ -8,9 +8,8 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.activations import ACT2FN
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,22 +18,9 @@ from transformers.models.llama import modeling_llama
 import lowra
 
 
-@pytest.fixture(scope="module")
-def made(packed_llama):
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(packed_llama), LoraConfig(r=4, target_modules="all-linear"), "a"
-    )
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
 @pytest.fixture
-def model(made):
-    return copy.deepcopy(made)
+def model(adapted_llama):
+    return copy.deepcopy(adapted_llama)
 
 
 class Recorder(LogitsProcessor):

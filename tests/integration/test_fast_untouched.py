@@ -20,22 +20,9 @@ from lowra.generation import fast, untouched
 from lowra.nn.trained_tables import bake_tables, train_tables
 
 
-@pytest.fixture(scope="module")
-def made(packed_llama):
-    """A base with two adapters."""
-    model = AutoModelForCausalLM.from_pretrained(packed_llama)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), "a")
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
 @pytest.fixture
-def model(made):
-    return copy.deepcopy(made)
+def model(adapted_llama):
+    return copy.deepcopy(adapted_llama)
 
 
 def first(model):
@@ -270,8 +257,8 @@ def test_naming_the_adapters_of_a_batch_is_done_by_peft_in_one_walk(model, dense
     assert "modules" not in vars(tuner)
 
 
-def test_a_model_goes_although_one_of_its_modules_refers_to_it(made):
-    model = copy.deepcopy(made)
+def test_a_model_goes_although_one_of_its_modules_refers_to_it(adapted_llama):
+    model = copy.deepcopy(adapted_llama)
     query(model).of_whom = [model.get_base_model()]
     for _ in range(3):
         tokens(model)
