@@ -64,8 +64,7 @@ class Session:
     def __init__(self, model, text, device, calibration_tokens, eval_blocks, own_text, shared):
         self.device = torch.device(device)
         self.folder = model
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self._tokenizer, self._given, self._eval_blocks = tokenizer, {}, eval_blocks
+        self._tokenizer, self._given, self._eval_blocks = AutoTokenizer.from_pretrained(model), {}, eval_blocks
         self.read(text)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(self.device)
         self.model.config.use_cache = False
@@ -83,16 +82,16 @@ class Session:
     def read(self, text: pathlib.Path) -> None:
         """Takes the text of a folder for what is given."""
         if text not in self._given:
-            train, valid = (self._blocks(self._tokenizer, text, part) for part in ("train", "validation"))
+            train, valid = (self._blocks(text, part) for part in ("train", "validation"))
             self._given[text] = train, valid[: self._eval_blocks]
         self.given, (self.train, self.valid) = text, self._given[text]
 
-    def _blocks(self, tokenizer, folder, part):
+    def _blocks(self, folder, part):
         path = folder / f"{part}.txt"
         rows = read_text(path) if path.exists() else [f"{row}\n\n" for row in read_text(folder / f"{part}.jsonl")]
         blocks = []
         for first in range(0, len(rows), 1000):
-            ids = tokenizer("".join(rows[first : first + 1000])).input_ids
+            ids = self._tokenizer("".join(rows[first : first + 1000])).input_ids
             blocks += [ids[i : i + SEQUENCE] for i in range(0, len(ids) - SEQUENCE + 1, SEQUENCE)]
         return torch.tensor(blocks)
 

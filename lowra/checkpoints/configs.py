@@ -67,6 +67,16 @@ def refuse_adapter(folder: pathlib.Path) -> None:
         )
 
 
+def require_adapter(folder: pathlib.Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: where an adapter of PEFT is expected there is none.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        why = f"it has no {ADAPTER_CONFIG}" if folder.exists() else "there is no such folder"
+        raise FileNotFoundError(f"{folder} is no adapter: {why}.")
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..adapters.storage import PACKED_FILE
 from ..checkpoints.atomic import written_beside
 from ..checkpoints.companions import companions, copy_companions, with_tokenizer
+from ..checkpoints.configs import require_adapter
 from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.guarded import read_json
 from ..checkpoints.hub import local_folder, resolve_folder
@@ -70,9 +71,8 @@ def _places(args: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Path | None
     for folder in filter(None, (given, adapter)):
         if (folder / PACKED_FILE).is_file():
             raise ValueError(f"{folder} is a packed adapter, which does not merge: give the one that it was made from.")
-    if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
-        why = f"it has no {ADAPTER_CONFIG}" if adapter.exists() else "there is no such folder"
-        raise FileNotFoundError(f"{adapter} is no adapter: {why}.")
+    if adapter is not None:
+        require_adapter(adapter)
     return resolve_folder(args.model), adapter
 
 

@@ -55,7 +55,11 @@ class Reading:
             body: class of the module that has the blocks.
             group: makes projections of a module and names of its layers.
             rotary: cosine and sine, see `Attention`.
+
+        Raises:
+            Unsupported: a function of somebody else computes attention.
         """
+        check_attention(config)
         self._config: Any = config
         self._body, self._group = body, group
         self._cosine, self._sine = rotary
@@ -71,7 +75,6 @@ class Reading:
         fused = "qkv_proj" in read
         names = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
         gates = ("gate_up_proj",) if "gate_up_proj" in gates_read else ("gate_proj", "up_proj")
-        check_attention(self._config)
         if not getattr(attention, "is_causal", True):
             raise Unsupported("its attention is not causal")
         four_norms = "pre_feedforward_layernorm" in names_in(type(block).forward)

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoints.atomic import save_json, save_tensors, written_beside
 from ..checkpoints.companions import companions, copy_companions
+from ..checkpoints.configs import require_adapter
 from ..checkpoints.guarded import read_json, read_tensors
 from ..checkpoints.places import lasting_name
 from ..checkpoints.records import (
@@ -86,9 +87,7 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
 
 def _read(adapter: pathlib.Path) -> tuple[dict, dict]:
     """Settings and record of a plain LoRA."""
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        why = f"it has no {ADAPTER_CONFIG}" if adapter.exists() else "there is no such folder"
-        raise FileNotFoundError(f"{adapter} is no adapter: {why}.")
+    require_adapter(adapter)
     check_adapter_folder(adapter)
     settings = read_json(adapter / ADAPTER_CONFIG, "an adapter's settings")
     if settings.get("peft_type") != "LORA":
