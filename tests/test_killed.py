@@ -67,7 +67,7 @@ def folder_of(tmp_path):
 
 
 def fill(folder, recipe, count):
-    with folder.locked():
+    with atomic.locked(folder.folder):
         folder.begin({"recipe": recipe})
         for number in range(count):
             for kind in (LEARNED, ADAPTER, PIECES):
@@ -146,7 +146,7 @@ def test_pieces_of_an_earlier_version_are_not_taken(tiny_llama, tmp_path):
     for text in ("", "{", "[]", "null", '{"recipe": 2}', "\x00"):
         fill(folder, 1, 2)
         (folder.folder / "recipe.json").write_text(text)
-        with folder.locked():
+        with atomic.locked(folder.folder):
             folder.begin({"recipe": 1})
         assert not folder.path(PIECES, "1").exists()
 

@@ -310,12 +310,10 @@ def test_files_follow_the_umask(tiny_llama, tmp_path):
 def test_two_processes_do_not_write_to_the_same_place(tiny_llama, tmp_path):
     """The second would empty the folder of the first, whose pieces would then count as its own."""
     arguments = (str(tiny_llama), tmp_path / "out", LowRAConfig(bits=1.5))
-    with (
-        locked(tmp_path / "out.partial"),
-        pytest.raises(ValueError, match="Another process is writing to .*out.partial"),
-    ):
-        quantize_checkpoint(*arguments, device="cpu", progress=False)
-    assert (tmp_path / "out.partial").exists()
+    with locked(tmp_path / "out.partial"):
+        with pytest.raises(ValueError, match="Another process is writing to .*out.partial"):
+            quantize_checkpoint(*arguments, device="cpu", progress=False)
+        assert (tmp_path / "out.partial").exists()
     quantize_checkpoint(*arguments, device="cpu", progress=False)
 
 

@@ -44,9 +44,12 @@ def written_beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
 def locked(folder: pathlib.Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the block ends, or this process does.
 
+    Where nothing was put into it, the folder goes away again, with those above it that were made for it.
+
     Raises:
         ValueError: another process holds it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
     try:
@@ -58,7 +61,12 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if folder.is_dir() and os.listdir(folder) == [LOCK_FILE]:
+            shutil.rmtree(folder)
         lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):  # gone, or not empty, which is what it was made for
+                path.rmdir()
 
 
 def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..checkpoints.atomic import save_json
+from ..checkpoints.atomic import locked, save_json
 from ..checkpoints.companions import companions
 from ..checkpoints.dense import DenseCheckpoint, check_finite, empty_model, safetensors_files
 from ..checkpoints.hub import resolve_folder
@@ -102,7 +102,7 @@ def quantize_checkpoint(
             for key, tensor in source.load(name).items():
                 check_finite(key, tensor)
     beside = companions(folder, outside=(work.folder, work.place))
-    with work.locked():
+    with locked(work.folder):
         if callable(calibration):
             calibration = calibration()
         _check_moments(config, adapter, calibration)

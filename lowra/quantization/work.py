@@ -18,14 +18,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
-from ..checkpoints.atomic import LOCK_FILE, locked, move_folder, save_json, save_tensors
+from ..checkpoints.atomic import LOCK_FILE, move_folder, save_json, save_tensors
 from ..checkpoints.guarded import open_tensors, read_json
 from ..checkpoints.places import WORK_SUFFIX
 
@@ -65,26 +64,6 @@ class WorkFolder:
                 f"{self.folder}, in which {place.name} is to be made, holds {sorted(others)[0]}, which is not lowra's: "
                 "move it away, or give another output."
             )
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes out until the block ends.
-
-        Where nothing was put into it, the folder goes away again, with those above it that were made for it.
-
-        Raises:
-            ValueError: another process holds it.
-        """
-        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        with locked(self.folder):
-            try:
-                yield
-            finally:
-                if self.folder.is_dir() and os.listdir(self.folder) == [LOCK_FILE]:
-                    _remove(self.folder)
-                for path in made:
-                    with contextlib.suppress(OSError):  # gone, or not empty, which is what it was made for
-                        path.rmdir()
 
     def begin(self, recipe: dict) -> None:
         """Keeps the pieces of an earlier run of this recipe, and deletes those of another.

@@ -7,6 +7,7 @@ OUTPUT/curve.json, curve.png, metrics.json
 metrics.json comes last: where it is, everything is there and belongs to it.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from peft import PeftModel
 from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..checkpoints.atomic import save_json, save_text
+from ..checkpoints.atomic import locked, save_json, save_text
 from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
@@ -60,7 +61,8 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
         the content of `OUTPUT/metrics.json`: bits, untuned and tuned metrics, loss curve, seconds, peak bytes, paths.
 
     Raises:
-        FileNotFoundError, ValueError: recipe, model or data that cannot be used; nothing has been written then.
+        FileNotFoundError, ValueError: recipe, model or data that cannot be used, or another run that writes there;
+            nothing has been written then.
     """
     check_start(recipe)
     recipe = settle(recipe)
@@ -70,8 +72,20 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
     if first and output.exists() and any(output.iterdir()) and not recipe.resume:
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
     check_continued(recipe, output)
+    checkpoints = output / "checkpoints"
+    with locked(checkpoints) if first else contextlib.nullcontext():  # by another run, resumed twice, say
+        return _run(recipe, output, checkpoints, progress, at_start)
+
+
+def _run(
+    recipe: Recipe,
+    output: pathlib.Path,
+    checkpoints: pathlib.Path,
+    progress: bool,
+    at_start: Callable[[int], object] | None,
+) -> dict:
     data = load_data(recipe, progress)
-    arguments = training_arguments(recipe, output / "checkpoints")  # starts the process group where there are several
+    arguments = training_arguments(recipe, checkpoints)  # starts the process group where there are several
     with arguments.main_process_first(desc="quantising the base"):
         base = prepare_base(recipe, output / "base", arguments.device, progress and arguments.process_index == 0)
     if at_start is not None:
@@ -218,9 +232,10 @@ def train(
         trainer.state = done
         if sharded:
             share_out(trainer)
-        if main:
-            keep_newest(partial.parent, done.global_step)
+    arguments.distributed_state.wait_for_everyone()  # each process looks into these folders as long as it trains
     if main:
+        if done is not None:
+            keep_newest(partial.parent, done.global_step)
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
