@@ -1,4 +1,4 @@
-"""Whether a model computes what its classes say: who wrote its forwards and its attention, dropout and autocast.
+"""Whether a model computes what its classes say: who wrote its forwards and its attention, dropout, autocast and modes.
 
 A decoding step calls no module of a model's layers, so whatever somebody has put into them would be passed by.
 """
@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..nn.authors import called_by, home_of, is_by, parts_of
+from ..nn.hooks import mode_around
 from .mixed_batches import EQUIVALENT
 from .projections import Unsupported
 
@@ -32,7 +33,16 @@ def check_mode(modules: Iterable[nn.Module]) -> None:
             raise Unsupported("the model is in training mode, with dropout: call model.eval() first")
 
 
-def check_autocast(device: str, dtype: torch.dtype) -> None:
+def check_surroundings(device: str, dtype: torch.dtype) -> None:
+    """
+    Args:
+        device, dtype: of the model.
+
+    Raises:
+        Unsupported: what the call stands in has its own way with functions of torch.
+    """
+    if (mode := mode_around()) is not None:
+        raise Unsupported(f"{mode}, in which the model is called, is to see what it calls")
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
         raise Unsupported(f"autocast computes in {torch.get_autocast_dtype(device)} and the model is {dtype}")
 

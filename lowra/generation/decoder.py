@@ -25,7 +25,7 @@ from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear
 from ..nn.walk import modules_of
 from .blocks import Reading, norm_of
-from .coverage import check_autocast, check_mode, check_parts, check_written, written
+from .coverage import check_mode, check_parts, check_surroundings, check_written, written
 from .mixed_batches import NO_ADAPTER
 from .projections import KnownShares, Projections, Unsupported, is_packed
 from .untouched import Untouched
@@ -74,7 +74,7 @@ class Decoder:
         if any(parameter.device != self.device for parameter in parameters):
             raise Unsupported("the model is spread over several devices")
         check_mode(modules)
-        check_autocast(self.device.type, self.dtype)
+        check_surroundings(self.device.type, self.dtype)
         kinds: set[Any] = set(map(type, modules))
         self._kinds = written(kinds)
         check_parts(model, modules)
@@ -220,7 +220,7 @@ class Decoder:
         untouched = self.untouched is not None and self.untouched.is_same(model)
         try:
             if untouched:
-                check_autocast(self.device.type, self.dtype)
+                check_surroundings(self.device.type, self.dtype)
             now = self if untouched else Decoder(model, self.positions, self.names, self.exact)
             tables = self._rotary(self.positions) if untouched else now._rotary_tables()
         except Unsupported:

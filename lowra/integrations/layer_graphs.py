@@ -17,6 +17,7 @@ from torch import nn
 
 from ..nn.buffers import Buffers
 from ..nn.captured import CapturedLayer, NotCapturable, Recorder
+from ..nn.hooks import mode_around
 from .checkpointed_layers import InPlaceOfCheckpoint, put_in_place, replace_checkpointing
 from .decided import Decided
 from .graph_memory import Room, bytes_of_graphs
@@ -84,8 +85,10 @@ class _Checkpointing(InPlaceOfCheckpoint):
     def _check(self, run: functools.partial) -> None:
         """
         Raises:
-            NotCapturable: it is not one function of all that the layer is called with.
+            NotCapturable: it is not one function of all that the layer is called with, or not all that is to be seen.
         """
+        if (mode := mode_around()) is not None:
+            raise NotCapturable(f"{mode}, in which the model is called, is to see what it calls")
         self._function = self._function or run.func
         if run.func != self._function or any(bound is not self._layer for bound in run.args):
             raise NotCapturable("it is checkpointed in parts, or by a function of its own")

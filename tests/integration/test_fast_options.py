@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -300,6 +302,37 @@ def test_autocast_computes_in_its_own_type(model, caplog):
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(model)
     assert "autocast computes in torch.bfloat16 and the model is torch.float32" in caplog.text
+
+
+class Louder(TorchFunctionMode):
+    """Activations twice as large, whoever asks for them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        return 2 * out if func is nn.functional.silu else out
+
+
+class Counting(TorchDispatchMode):
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += "linear" in str(func)
+        return func(*args, **kwargs or {})
+
+
+def test_modes_of_torch_see_what_is_called(model, caplog):
+    plain = assert_same(model)
+    with torch.device("cpu"):
+        assert_same(model)
+    assert FALLBACK not in caplog.text
+    with Louder():
+        assert not torch.equal(assert_same(model), plain)
+    assert "Louder, in which the model is called" in caplog.text
+    with Counting() as fast_ones:
+        fastly(model)
+    with Counting() as usual_ones:
+        generate(model)
+    assert fast_ones.products == usual_ones.products > 0
 
 
 def test_dropout_of_a_part_of_the_model_counts(model, caplog):

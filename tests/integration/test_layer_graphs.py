@@ -19,6 +19,7 @@ from layer_recorder import StandIn, stand_in
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from small_models import adapted
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -326,6 +327,19 @@ def test_a_hook_of_all_modules_is_called(packed_llama, device):
     step(model, ids)
     handle.remove()
     assert any("MLP" in kind.__name__ for kind in called)
+
+
+def test_a_mode_of_torch_sees_what_is_called(packed_llama, device):
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.add(func)
+            return func(*args, **kwargs or {})
+
+    model, ids = captured(adapted(packed_llama, device), device)
+    called = set()
+    with Seen():
+        step(model, ids)
+    assert torch.nn.functional.silu in called
 
 
 def test_numbers_drawn_on_the_host_are_noticed():
