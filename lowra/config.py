@@ -104,7 +104,7 @@ class LowRAConfig(QuantizationConfigMixin):
             for the rest, as LoftQ and QLoRA below 4 bits do).
         sensitivity: weight of a channel's error in the assignment: "layer" (1 / energy of its matrix; head and
             embeddings also by their size), "none" (the paper's plain squared error) or "fisher" (squared output
-            gradients x squared inputs, from a calibration).
+            gradients x squared inputs, from a calibration; an error at one bit counts three times).
         refine: rounds of least squares that fit group scales and levels to the weight when it is packed; 0, as in the
             paper, leaves the scales at the absmax. No more bits, less error; only with learned codebooks.
         feedback: rounds after that which choose codes and levels for the layers' outputs

@@ -18,6 +18,11 @@ from .job import with_bar
 from .learner import learn_codebook
 from .work import LEARNED, WorkFolder
 
+# What a unit of squared error at 4, 2 and 1 bits costs where sensitivities are of "fisher". They take errors for small;
+# those of one bit cost more than that, and where there is a choice too many channels would have it
+# (docs/lab/accuracy.md).
+FISHER_COSTS = (1.0, 1.0, 3.0)
+
 
 @dataclasses.dataclass
 class Plan:
@@ -132,9 +137,9 @@ class Planner:
         return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
 
     def _sensitivity(self, name: str) -> np.ndarray | float:
-        """What a unit of squared error costs in this matrix, or in each of its channels [N, 1]."""
+        """What a unit of squared error costs in this matrix, or in each of its channels at each precision [N, 3]."""
         if self.config.sensitivity == "fisher" and self.calibration is not None:
-            return self.calibration.channel_weights(name).double().numpy()[:, None]
+            return self.calibration.channel_weights(name).double().numpy()[:, None] * np.array(FISHER_COSTS)
         if self.config.sensitivity == "layer":
             # relative to the matrix: plain squared error starves whole layers of small norm
             return self._share(name) / max(self._energy[name], 1e-300)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
+from lowra.quantization import planning
 from lowra.quantization.calibration import CALIBRATION_FILE, Calibration, calibrate, collect
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
@@ -90,8 +92,6 @@ def test_stored_moments_keep_the_diagonal_and_the_main_directions(calibration, t
 
 
 def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):
-    from safetensors.torch import load_file
-
     skewed = Calibration(dict(calibration.inputs), {n: g.clone() for n, g in calibration.gradients.items()})
     name = "model.layers.0.self_attn.q_proj.weight"
     skewed.gradients[name][:8] *= 1e6
@@ -100,6 +100,20 @@ def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):
     )
     bits = load_file(tmp_path / "a" / "model.safetensors")[name.replace("weight", "row_bits")]
     assert (bits[:8] == 4).all()
+
+
+def test_fewer_channels_have_one_bit_than_small_errors_would_give_it(tiny_llama, calibration, tmp_path, monkeypatch):
+    def shares(folder):
+        config = LowRAConfig(bits=2.0, sensitivity="fisher")
+        quantize_checkpoint(str(tiny_llama), tmp_path / folder, config, None, "cpu", False, calibration)
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        bits = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("row_bits")])
+        return [float((bits == precision).float().mean()) for precision in (1, 4)]
+
+    ours = shares("ours")
+    monkeypatch.setattr(planning, "FISHER_COSTS", (1.0, 1.0, 1.0))
+    theirs = shares("theirs")
+    assert all(0 <= own < other for own, other in zip(ours, theirs, strict=True))
 
 
 def test_refusals(tiny_llama, calibration, tmp_path):

@@ -17,7 +17,7 @@ from lowra.quantization.loftq import initialize
 from lowra.quantization.pack import quantize_matrix
 from lowra.quantization.trained_weight import TrainedWeight
 
-CONFIG = LowRAConfig(bits=1.5, sensitivity="fisher", refine=2, feedback=1, reconstruct=10)
+CONFIG = LowRAConfig(bits=1.5, sensitivity="fisher", refine=2, feedback=1, reconstruct=20)
 ADAPTER = AdapterRecipe(4, alpha=8.0, method="cloq")
 SQUARES = " ".join(f"{number} times {number} is {number * number}." for number in range(2000))
 
