@@ -61,10 +61,10 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if folder.is_dir() and os.listdir(folder) == [LOCK_FILE]:
-            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # gone with its folder, or a system that removes no open files
+            (folder / LOCK_FILE).unlink()
         lock.release()
-        for path in made:
+        for path in (folder, *made):
             with contextlib.suppress(OSError):  # gone, or not empty, which is what it was made for
                 path.rmdir()
 
