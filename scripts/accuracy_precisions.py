@@ -6,7 +6,7 @@
 MODEL is packed at each true budget, with errors at one bit counted so many times (`FISHER_COSTS` of
 lowra/quantization/planning.py), and not trained. "--alone": one matrix is packed at one precision and all others are
 dense; of all matrices the sums of divergence and of what the assigner reckons, and their ratio. TEXT: a folder with
-train.txt, for the statistics, and validation.txt, for the divergence. Some minutes for 36 million weights on one core.
+train.txt, for the statistics, and validation.txt, for the divergence. Some minutes for 36 million weights on two cores.
 """
 
 import argparse
