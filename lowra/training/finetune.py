@@ -73,7 +73,7 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
     check_continued(recipe, output)
     checkpoints = output / "checkpoints"
-    with locked(checkpoints) if first else contextlib.nullcontext():  # by another run, resumed twice, say
+    with locked(checkpoints) if first else contextlib.nullcontext():  # the same run may have been started twice
         return _run(recipe, output, checkpoints, progress, at_start)
 
 
