@@ -140,7 +140,7 @@ def optimise(weights, inputs, loss, passes, seed, batch):
     steps = math.ceil(passes * len(inputs) / batch)
     rates = {name: rates_of(weight, dict.fromkeys(block_training.RATES, 1.0)) for name, weight in weights.items()}
     stacks = stacked(weights, fixed_cells=False)  # as the library's blocks
-    adams = [Adam(stack, rates) for stack in stacks]
+    adams = [Adam(stack.parts(), stack.rates(rates)) for stack in stacks]
     generator = torch.Generator().manual_seed(seed)
     orders = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(passes)])
     for step, members in enumerate(orders.to(inputs.device).split(batch)):

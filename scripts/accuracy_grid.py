@@ -42,12 +42,13 @@ from accuracy_variants import (  # noqa: E402
     true_bits,
 )
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from lowra.checkpoints.targets import find_targets, replace_module  # noqa: E402
 from lowra.corpus import read_text  # noqa: E402
 from lowra.quantization.calibration import SEQUENCE, collect  # noqa: E402
 from lowra.quantization.joint_training import JointTraining  # noqa: E402
+from lowra.quantization.token_tables import token_tables  # noqa: E402
 from lowra.quantization.trained_weight import TrainedWeight  # noqa: E402
 
 TRAINING = ("train", "table_rate", "lr", "train_steps", "tuning_seed")
@@ -71,6 +72,8 @@ class Session:
         self.targets = find_targets(self.model, None)
         self.modules = {name: self.model.get_submodule(t.name) for name, t in self.targets.items()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in self.modules.items()}
+        tables = token_tables(self.model)
+        self._token_tables = {name: self.model.get_parameter(name).detach().clone() for name in tables}
         self._own_text, texts = own_text
         self._written, self._own = texts.get(str(model), 0), []
         self._count = max(1, calibration_tokens // SEQUENCE)
@@ -118,32 +121,39 @@ class Session:
         if key not in self._calibrations:
             for name, target in self.targets.items():
                 replace_module(self.model, target.name, self.modules[name])
+            self.set_token_tables({})
             sequences = self.text(origin, self._count)
             self._calibrations[key] = collect(self.model, self.modules, sequences, True, False)
         return self._calibrations[key]
 
     def quantised(self, v: Variant):
-        """Packed weights and factors by name, and what an end-to-end training reports; each stage is made once for
-        variants in a row that differ in later ones alone.
+        """Packed weights and factors by name, embeddings and head where an end-to-end training changed them, and what
+        that reports; each stage is made once for variants in a row that differ in later ones alone.
         """
         fitted = self._fitted(v)
         if not v.reconstruct:
-            return fitted, {}
+            return fitted, {}, {}
         key = stage_of(v, QUANTISED)
         if self._trained[0] != key:
             self._trained = key, reconstructed(self, v, fitted)
-        trained, found = self._trained[1]
+        (trained, found), tables = self._trained[1], {}
         if v.end_to_end:
             key = stage_of(v, TRAINING)
             if self._ended[0] != key:
                 self._ended = None, None
                 self._ended = key, self._end_to_end(v, trained)
-            trained, ends = self._ended[1]
+            trained, tables, ends = self._ended[1]
             found = found | ends
-        return as_packed(fitted, trained), found
+        return as_packed(fitted, trained), tables, found
+
+    @torch.no_grad()
+    def set_token_tables(self, trained):
+        """Puts embeddings and head into the model, and the dense ones where a variant has none of its own."""
+        for name, dense in self._token_tables.items():
+            self.model.get_parameter(name).copy_(trained.get(name, dense))
 
     def _end_to_end(self, v, trained):
-        """What was trained after the blocks, on all of them together, and what that reports."""
+        """What was trained after the blocks, on all of them together; embeddings and head; and what that reports."""
         options = dict(v.end_to_end)
         trained = {  # as the library begins: from what was packed
             name: TrainedWeight(self.weights[name].to(self.device), weight.packed(), weight.factors(), weight.scaling)
@@ -152,7 +162,11 @@ class Session:
         sequences = self.text(options.pop("on"), options.pop("blocks"))
         seconds = options.pop("seconds", math.inf)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
-        training = JointTraining(model, self.targets, trained, sequences, seed=v.seed, **options)
+        learning = self._token_tables if options.pop("token_tables", True) else ()
+        stored_as = dict.fromkeys(learning, AutoConfig.from_pretrained(self.folder).dtype)
+        training = JointTraining(
+            model, self.targets, trained, sequences, seed=v.seed, token_tables=stored_as, **options
+        )
         found = {"kl_before": training.divergence(self.held_out())}
         losses, begun = [], time.perf_counter()
         for some in (8, 80, 240, 640):  # fewer steps where the GPU is shared, or nothing recorded
@@ -170,7 +184,7 @@ class Session:
         found["kl_recorded"], found["kl_after"] = training.recorded, training.divergence(self.held_out())
         training.finish()
         print(json.dumps({"bits": v.bits, **v.end_to_end, **found}), file=sys.stderr, flush=True)
-        return trained, found
+        return trained, training.token_tables.stored(), found
 
     def _fitted(self, v: Variant):
         """What `quantise` returns, made by the first process that needs it and read by the others."""
@@ -224,9 +238,9 @@ def run(session: Session, v: Variant) -> dict:
     start = time.perf_counter()
     torch.manual_seed(v.seed + v.tuning_seed)
     device, model = session.device, session.model
-    bits, output_error, ends = 16.0, 0.0, {}
+    bits, output_error, tables, ends = 16.0, 0.0, {}, {}
     if v.bits < 16:
-        fitted, ends = session.quantised(v)
+        fitted, tables, ends = session.quantised(v)
         bits = true_bits(session, v, fitted)
     for name, target in session.targets.items():
         weight = session.weights[name]
@@ -240,6 +254,7 @@ def run(session: Session, v: Variant) -> dict:
         else:
             stored, (a, b) = weight, plain_start(weight, v.rank)
         replace_module(model, target.name, Adapted(base_layer(stored), a, b).to(device))
+    session.set_token_tables(tables)
     prepared = time.perf_counter() - start
     untuned, own_kl = session.perplexity(), session.own_divergence()
     trained = fine_tune(session, v) if v.train_steps else {}

@@ -333,8 +333,9 @@ def quantising(
         block = sum(linear.size for linear in shape.linears) / shape.layers
         work = max(work, _BYTES_RECONSTRUCTING * block + hidden + _FLOAT * shape.embedding)
     if end_to_end:
-        packed = sum(linear.size for linear in shape.linears)
-        work = max(work, _BYTES_END_TO_END * packed + _FLOAT * (shape.parameters - packed))
+        learning = sum(linear.size for linear in shape.linears)
+        learning += shape.embedding * (not embeddings) + shape.head * (not head)
+        work = max(work, _BYTES_END_TO_END * learning + _FLOAT * (shape.parameters - learning))
     rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)
     held = PYTHON_BYTES + _FLOAT * sum(linear.in_features**2 for linear in shape.linears) * moments
     host = held + rows * _BYTES_OF_TABLES + 2 * max(widest, shape.embedding) + (0 if on_gpu else work)

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from ..checkpoints.guarded import one_line, open_tensors, read_tensors
 from .job import Job, text_of
 from .joint_training import BATCH, HELD_OUT, JointTraining
-from .pieces import keep_packed
+from .pieces import keep_packed, keep_tensors
 from .planning import Plan
 from .reconstruction import load_packed
+from .token_tables import token_tables
 from .trained_weight import TrainedWeight
 from .work import ADAPTER, END_TO_END, JOINT_ADAPTER, JOINT_PIECES, PIECES, TRAINED_ADAPTER, TRAINED_PIECES
 
@@ -48,7 +49,8 @@ def train_end_to_end(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> tuple[
 
     Returns:
         the pieces with those after training in their places, if that was for the better; and what it did: steps,
-        tokens, KL divergence on text that was held out before and after, and whether it was kept.
+        tokens, names of the embeddings and the head that were trained too, KL divergence on text that was held out
+        before and after, and whether it was kept.
     """
     model: Any = type(job.source.model).from_pretrained(job.folder, dtype=torch.float32)
     model.to(job.device)
@@ -60,7 +62,15 @@ def train_end_to_end(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> tuple[
     weights = {name: TrainedWeight(dense[name], *load_packed(job, name, *kinds), scaling) for name in inside}
     fixed = {name: load_packed(job, name, PIECES, None)[0].dequantize() for name in job.targets if name not in weights}
     text, held_out = _sequences(job)
-    training = JointTraining(model, job.targets, weights, text, job.config.end_to_end, fixed=fixed)
+    training = JointTraining(
+        model,
+        job.targets,
+        weights,
+        text,
+        job.config.end_to_end,
+        fixed=fixed,
+        token_tables=_types_of_token_tables(job, model, pieces),
+    )
     before = _restored(job, training)
     if before is None:
         before = training.divergence(held_out)
@@ -70,6 +80,7 @@ def train_end_to_end(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> tuple[
     did = {
         "steps": training.steps,
         "tokens": training.steps * BATCH * text.shape[1],
+        "token_tables": list(training.token_tables.now),
         "divergence": [before, after],
         "kept": after < before,
     }
@@ -88,7 +99,20 @@ def train_end_to_end(job: Job, plan: Plan, pieces: list[pathlib.Path]) -> tuple[
         keep_packed(
             job, plan, name, dense[name], weight.packed(), weight.factors(), (JOINT_PIECES, JOINT_ADAPTER), **errors
         )
-    return [job.work.path(JOINT_PIECES, piece.stem) if piece.stem in weights else piece for piece in pieces], did
+    tables = training.token_tables.stored()
+    for name, table in tables.items():
+        keep_tensors(job, JOINT_PIECES, name, {name: table.cpu()})
+    trained = weights.keys() | tables.keys()
+    return [job.work.path(JOINT_PIECES, piece.stem) if piece.stem in trained else piece for piece in pieces], did
+
+
+def _types_of_token_tables(job: Job, model: Any, pieces: list[pathlib.Path]) -> dict[str, torch.dtype]:
+    """Embeddings and head that are not packed, by name, and the type that each is stored in."""
+    found = {}
+    for name in {piece.stem for piece in pieces}.intersection(token_tables(model)).difference(job.targets):
+        stored = read_tensors(job.work.path(PIECES, name), "a finished piece")[0]
+        found[name] = stored[name].dtype
+    return dict(sorted(found.items()))
 
 
 def _sequences(job: Job) -> tuple[torch.Tensor, torch.Tensor]:

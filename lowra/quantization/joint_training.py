@@ -1,4 +1,5 @@
-"""All blocks of a packed model trained together towards the dense model's logits: codes, tables and the adapter.
+"""All blocks of a packed model trained together towards the dense model's logits: codes, tables and the adapter, and
+embeddings and head beside them.
 
 What a block learned by itself (`block_training`) makes its own output right; here every weight learns what the whole
 model makes of it, as long as its text is new (docs/lab/accuracy.md). Each weight takes some 36 bytes: what its code is
@@ -20,6 +21,7 @@ from ..checkpoints.targets import Target
 from ..device import has_bfloat16
 from ..nn.recording import record
 from .block_stream import block_names
+from .token_tables import TokenTables
 from .trained_stack import Adam, rates_of, stacked
 from .trained_weight import TrainedWeight
 
@@ -31,7 +33,7 @@ BATCH, HELD_OUT = 16, 16
 # model on others as on them (docs/lab/accuracy.md).
 MOST_WRITTEN = 2**14
 # Of the rates of the blocks' training, where each step sees one block's error alone (docs/lab/accuracy.md).
-SHARES = {"dense": 0.1, "level_change": 1.0, "scale_change": 1.0, "lora_A": 0.1, "lora_B": 0.1}
+SHARES = {"dense": 0.1, "level_change": 1.0, "scale_change": 1.0, "lora_A": 0.1, "lora_B": 0.1, "token_tables": 0.3}
 # Logits that are in memory at a time, a few times over.
 _LOGITS = 2**27
 # Steps before the others are recorded as a CUDA graph: libraries choose their kernels in the first.
@@ -47,6 +49,7 @@ class JointTraining:
 
     Attributes:
         done: steps so far.
+        token_tables: embeddings and head, as they are now.
         steps: of all.
         recorded: whether steps are replayed from a CUDA graph; None before the first that could be.
         compiled: whether blocks and loss are, so that norms, rotations and gates go through memory once; None before
@@ -65,6 +68,7 @@ class JointTraining:
         shares: dict[str, float] | None = None,
         seed: int = 0,
         fixed: dict[str, torch.Tensor] | None = None,
+        token_tables: dict[str, torch.dtype] | None = None,
     ):
         """
         Args:
@@ -77,6 +81,7 @@ class JointTraining:
             shares: in place of those of `SHARES`.
             seed: of the order of the sequences.
             fixed: packed weights that are not trained, [N, K] by name.
+            token_tables: embeddings and head that are trained too, by name, and the type that each is stored in.
         """
         self._fixed = fixed or {}
         self._model, self._targets = model, targets
@@ -91,9 +96,15 @@ class JointTraining:
         self._part = max(
             size for size in range(1, batch + 1) if batch % size == 0 and size <= _most(length, vocabulary)
         )
-        rates = {name: rates_of(weight, {**SHARES, **(shares or {})}) for name, weight in weights.items()}
+        shares = {**SHARES, **(shares or {})}
+        rates = {name: rates_of(weight, shares) for name, weight in weights.items()}
         self._stacks = stacked(weights)
-        self._adam = [Adam(stack, rates) for stack in self._stacks]
+        self._adam = [Adam(stack.parts(), stack.rates(rates)) for stack in self._stacks]
+        self.token_tables = TokenTables(dict(model.named_parameters()), token_tables or {})
+        self._learning: list[Callable[[], dict[str, torch.Tensor]]] = list(self._stacks)
+        if token_tables:
+            self._learning.append(self.token_tables)
+            self._adam.append(Adam(self.token_tables.now, self.token_tables.rates(shares["token_tables"])))
         self._ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         self._loss = torch.zeros((), device=self.device)
         self.recorded: bool | None = None if self.device.type == "cuda" else False
@@ -174,7 +185,7 @@ class JointTraining:
 
     def _step(self) -> None:
         """One step of Adam on `_ids`, without waiting for the device."""
-        made = [stack() for stack in self._stacks]
+        made = [learning() for learning in self._learning]
         leaves = {name: weight.detach().requires_grad_() for own in made for name, weight in own.items()}
         sums: list[torch.Tensor] = []
         total = torch.zeros_like(self._loss)
@@ -194,7 +205,10 @@ class JointTraining:
 
     def _logits(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Of the model with these weights, or without any as it is, which is the dense one."""
-        own = {name: self._targets[name].as_matrix(weight) for name, weight in weights.items()}
+        own = {
+            name: self._targets[name].as_matrix(weight) if name in self._targets else weight
+            for name, weight in weights.items()
+        }
         with torch.set_grad_enabled(bool(weights) and torch.is_grad_enabled()), self._computing():
             return torch.func.functional_call(self._model, own, (), {"input_ids": ids, "use_cache": False}).logits
 
@@ -233,7 +247,7 @@ class JointTraining:
     @torch.no_grad()
     def divergence(self, sequences: torch.Tensor) -> float:
         """Mean KL divergence from the dense model, over the tokens of sequences [count, T], as the weights are."""
-        weights = {name: weight for stack in self._stacks for name, weight in stack().items()} | self._fixed
+        weights = {name: weight for own in self._learning for name, weight in own().items()} | self._fixed
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         plain: Any = contextlib.nullcontext()
         if self.compiled:  # for other shapes than these

@@ -49,7 +49,7 @@ def _write_dense(job: Job, name: str) -> None:
     """What stays as it is, but for tensors that are another one's copies."""
     tied = set(getattr(job.source.model, "all_tied_weights_keys", {}))
     kept = {key: tensor for key, tensor in job.source.load(name).items() if key not in tied}
-    _save(job, PIECES, name, kept)
+    keep_tensors(job, PIECES, name, kept)
 
 
 def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
@@ -57,7 +57,9 @@ def _write_packed(job: Job, plan: Plan, name: str, target: Target) -> None:
     weight = target.as_matrix(job.source.load(name)[name]).to(job.device)
     packed, factors = _pack(job, plan, name, target, weight)
     if factors is None and not job.config.refine and not _feedback_rounds(job, name):
-        _save(job, PIECES, name, _named(target, packed), squares=_squares(plan, name, plan.loss(name), plan.loss(name)))
+        keep_tensors(
+            job, PIECES, name, _named(target, packed), squares=_squares(plan, name, plan.loss(name), plan.loss(name))
+        )
     else:
         keep_packed(job, plan, name, weight, packed, factors, (PIECES, ADAPTER))
 
@@ -86,7 +88,7 @@ def keep_packed(
         job.work.save(kinds[1], name, tensors)
         product = factors.lora_B, factors.lora_A, job.adapter.scaling
     squares = _squares(plan, name, *_squared_errors(weight, packed, product))
-    _save(job, kinds[0], name, _named(target, packed), squares=squares, **metadata)
+    keep_tensors(job, kinds[0], name, _named(target, packed), squares=squares, **metadata)
 
 
 def _squares(plan: Plan, name: str, lost: float, left: float) -> str:
@@ -98,7 +100,7 @@ def _named(target: Target, packed: PackedWeight) -> dict[str, torch.Tensor]:
     return {f"{target.name}.{key}": tensor.cpu() for key, tensor in packed.tensors().items()}
 
 
-def _save(job: Job, kind: str, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+def keep_tensors(job: Job, kind: str, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
     """Writes a piece with the digests of what it is to hold."""
     digests = {key: digest_of_tensor(tensor, STORED_AS[tensor.dtype]) for key, tensor in tensors.items()}
     job.work.save(kind, name, tensors, {"digests": json.dumps(digests), **metadata})

@@ -146,6 +146,18 @@ class Stack(nn.Module):
         padded[0, self._place] = scales.view(-1)
         return decode_scales(*store_scales(padded, self._storage)).view(-1)[self._place].view(scales.shape)
 
+    def parts(self) -> dict[str, nn.Parameter]:
+        """All that is trained."""
+        factors = {f"{side}.{name}": factor for (name, side), factor in self.factors.items()}
+        return {**dict(self.named_parameters()), **factors}
+
+    def rates(self, rates: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Rates of the parts, of those of each weight (`rates_of`): rows learn each at the rate of their matrix."""
+        some = next(iter(self.weights))
+        found = {key: rates[some][key] for key in ("level_change", "scale_change")}
+        found["dense"] = self.of_rows({name: rates[name]["dense"] for name in self.weights})
+        return found | {f"{side}.{name}": rates[name][side] for name, side in self.factors}
+
     @torch.no_grad()
     def unstack(self) -> None:
         """Gives the weights what was trained of them."""
@@ -181,18 +193,18 @@ def rates_of(weight: TrainedWeight, shares: dict[str, float]) -> dict[str, torch
 
 
 class Adam:
-    """Adam on one stack, whose rows learn each at the rate of their matrix, and which a CUDA graph can hold."""
+    """Adam, which a CUDA graph can hold."""
 
-    def __init__(self, stack: Stack, rates: dict[str, dict[str, torch.Tensor]]):
-        some = next(iter(stack.weights))
-        self._parameters: dict[str, nn.Parameter] = dict(stack.named_parameters())
-        self._rates = {key: rates[some][key] for key in ("level_change", "scale_change")}
-        self._rates["dense"] = stack.of_rows({name: rates[name]["dense"] for name in stack.weights})
-        for (name, side), factor in stack.factors.items():
-            self._parameters[f"{side}.{name}"], self._rates[f"{side}.{name}"] = factor, rates[name][side]
+    def __init__(self, parameters: Mapping[str, torch.Tensor], rates: Mapping[str, torch.Tensor]):
+        """
+        Args:
+            parameters: what learns, by name; there are some.
+            rates: of each.
+        """
+        self._parameters, self._rates = parameters, rates
         self._first = {key: torch.zeros_like(tensor.detach()) for key, tensor in self._parameters.items()}
         self._second = {key: torch.zeros_like(tensor.detach()) for key, tensor in self._parameters.items()}
-        device = stack.dense.device
+        device = next(iter(parameters.values())).device
         self._factor, self._correction = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def at(self, step: int, steps: int) -> None:
@@ -203,7 +215,7 @@ class Adam:
     def step(self, made: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         """
         Args:
-            made: of the stack.
+            made: of the parameters.
             gradients: of the loss with respect to them.
         """
         found = torch.autograd.grad(made, list(self._parameters.values()), gradients)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_reconstruction import CONFIG, SQUARES, packed_and_adapted, quantize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowra import AdapterRecipe, LowRAConfig, calibrate
 from lowra.checkpoints.targets import find_targets
@@ -23,6 +23,7 @@ from lowra.quantization.joint_training import JointTraining
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
+from lowra.quantization.token_tables import token_tables
 from lowra.quantization.trained_stack import stacked
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra_command import main
@@ -52,8 +53,13 @@ def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_ll
     output, report = trained
     did = report["end_to_end"]
     before, after = did["divergence"]
-    assert did == {"steps": 12, "tokens": 12 * 16 * 128, "divergence": [before, after], "kept": True}
+    tables = ["model.embed_tokens.weight"]
+    assert did == {
+        "steps": 12, "tokens": 12 * 16 * 128, "token_tables": tables, "divergence": [before, after], "kept": True
+    }  # fmt: skip
     assert after < 0.95 * before
+    table, learned = (load_file(folder / "model.safetensors")[tables[0]] for folder in (tiny_llama, output))
+    assert learned.dtype == table.dtype and not torch.equal(learned, table)
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     assert divergence(output, original, calibration.further[-9:]) == pytest.approx(after, rel=1e-2)
     assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in (output / CARD_FILE).read_text()
@@ -148,6 +154,13 @@ def test_the_command_trains_on_text_that_the_model_writes(tiny_llama, tmp_path, 
     assert main(["quantize", str(tiny_llama), "--output", str(tmp_path / "llama"), *options]) == 0
     assert "end to end: KL divergence from the dense model" in capsys.readouterr().out
     packed_and_adapted(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_are_trained_as_one_where_they_are_tied(tied):
+    config = LlamaConfig(vocab_size=32, hidden_size=8, num_attention_heads=1, tie_word_embeddings=tied)
+    config.num_hidden_layers, config.intermediate_size = 1, 8
+    assert token_tables(LlamaForCausalLM(config)) == ["model.embed_tokens.weight", "lm_head.weight"][: 2 - tied]
 
 
 def some_weights(scales):
