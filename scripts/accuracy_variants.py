@@ -15,7 +15,7 @@ from lowra.quantization import block_training
 from lowra.quantization.block_stream import BlockStream
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
-from lowra.quantization.planning import Planner
+from lowra.quantization.planning import FISHER_COSTS, TRAINED_COSTS, Planner
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra.training import hqq
 from lowra.weights.packed import PackedWeight
@@ -41,6 +41,7 @@ class Variant:
         calibrate_on: text of the statistics: "given" (for training) or "own" (written by the model).
         reconstruct_on: text of the blocks' training: "given", "own", or "both", the given one first.
         blocks: what `accuracy_blocks.train` takes, in place of the library's training of blocks.
+        one_bit: what an error at one bit costs with sensitivities of "fisher"; 0: as the library has it.
         emphasis: factor on the assigner's errors in each block, in place of 1.
         end_to_end: of a training of all blocks together: text ("on" and "blocks", as of `reconstruct_on`), "steps",
             what else `JointTraining` takes, and "seconds", by which steps are fewer.
@@ -76,9 +77,13 @@ class Variant:
     calibrate_on: str = "given"
     reconstruct_on: str = "given"
     blocks: dict = dataclasses.field(default_factory=dict)
+    one_bit: float = 0.0
     emphasis: tuple = ()
     end_to_end: dict = dataclasses.field(default_factory=dict)
     only: str = ""
+
+    def __post_init__(self):
+        self.one_bit = self.one_bit or (TRAINED_COSTS if self.end_to_end else FISHER_COSTS)[-1]
 
 
 DEFAULTS = dataclasses.asdict(Variant())
@@ -123,6 +128,7 @@ def quantise(session, v: Variant):
     calibration = session.calibration(v.calibrate_on)
     planner = Experiment(config, None, calibration)
     planner.emphasis = tuple(v.emphasis)
+    planner.costs = (1.0, 1.0, v.one_bit)
 
     def fit(name, book, row_bits):
         weight = session.weights[name]

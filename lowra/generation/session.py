@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..nn.recording import record
+from ..nn.recording import aside, record
 from .decoder import Decoder
 from .request import Choice, Request
 
@@ -186,17 +186,14 @@ class Session:
         changed = (self._ids, self._slot, self._unfinished, self._latest, self._drawn)
         before = [tensor.clone() for tensor in changed]
         random = torch.cuda.get_rng_state(self._ids.device)
-        side = torch.cuda.Stream(self._ids.device)
-        side.wait_stream(torch.cuda.current_stream())
 
         def body() -> None:
             for number in range(steps):
                 self._body(number)
 
-        with torch.cuda.stream(side):
+        with aside(self._ids.device):
             self._body(0)
             graph = record(body)
-        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random, self._ids.device)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)

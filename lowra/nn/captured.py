@@ -24,11 +24,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from .buffers import Buffers
 from .linear import LowRALinear
 from .lora import Shortcuts
-from .recording import record
+from .recording import aside, record
 
 
 class Recorder:
-    """What the graphs of one model have in common: a stream to be captured on, and memory to run in.
+    """What the graphs of one model have in common: where they are captured, and memory to run in.
 
     Raises:
         NotCapturable: no NVIDIA GPU.
@@ -41,17 +41,11 @@ class Recorder:
             raise NotCapturable(f"it is on {device.type}, and graphs are for NVIDIA GPUs")
         self.generator = torch.cuda.default_generators[device.index or 0]
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # one: cuBLAS keeps memory for each
         self._pool = torch.cuda.graph_pool_handle()
 
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        """On the stream, between what was launched before and what will be launched after."""
-        now = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
-            yield
-        now.wait_stream(self._stream)
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """Where they are captured."""
+        return aside(self._device)
 
     def check(self) -> None:
         """

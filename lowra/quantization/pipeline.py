@@ -31,7 +31,7 @@ from .group_size import best_group_size
 from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
-from .planning import FISHER_COSTS, Planner, learn
+from .planning import Planner, fisher_costs, learn
 from .reconstruction import open_stream, reconstruct
 from .work import ADAPTER, JOINT_ADAPTER, TRAINED_ADAPTER, WorkFolder, identities
 
@@ -195,7 +195,7 @@ def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
         "version": __version__,
         "source": identities(files),
         "config": job.config.to_dict(),
-        "fisher_costs": list(FISHER_COSTS),
+        "fisher_costs": list(fisher_costs(job.config)),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
         "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
         "text": job.calibration.digest_of_text() if job.calibration and trains else None,

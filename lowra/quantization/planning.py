@@ -19,9 +19,14 @@ from .learner import learn_codebook
 from .work import LEARNED, WorkFolder
 
 # What a unit of squared error at 4, 2 and 1 bits costs where sensitivities are of "fisher". They take errors for small;
-# those of one bit cost more than that, and where there is a choice too many channels would have it
-# (docs/lab/accuracy.md).
+# those of one bit cost more than that, and where there is a choice too many channels would have it. A training of all
+# blocks together makes up for it (docs/lab/accuracy.md).
 FISHER_COSTS = (1.0, 1.0, 3.0)
+TRAINED_COSTS = (1.0, 1.0, 1.0)
+
+
+def fisher_costs(config: LowRAConfig) -> tuple[float, ...]:
+    return TRAINED_COSTS if config.end_to_end else FISHER_COSTS
 
 
 @dataclasses.dataclass
@@ -50,7 +55,11 @@ class Plan:
 
 
 class Planner:
-    """Collects one matrix at a time, then assigns precisions over all of them."""
+    """Collects one matrix at a time, then assigns precisions over all of them.
+
+    Attributes:
+        costs: of a unit of squared error at 4, 2 and 1 bits, where sensitivities are of "fisher".
+    """
 
     def __init__(self, config: LowRAConfig, store: WorkFolder | None = None, calibration: Calibration | None = None):
         """
@@ -70,6 +79,7 @@ class Planner:
         self.config = config
         self.calibration = calibration
         self.store = store
+        self.costs = fisher_costs(config)
         self._targets: dict[str, Target] = {}
         self._codebooks: dict[str, Codebook] = {}
         self._energy: dict[str, float] = {}
@@ -139,7 +149,7 @@ class Planner:
     def _sensitivity(self, name: str) -> np.ndarray | float:
         """What a unit of squared error costs in this matrix, or in each of its channels at each precision [N, 3]."""
         if self.config.sensitivity == "fisher" and self.calibration is not None:
-            return self.calibration.channel_weights(name).double().numpy()[:, None] * np.array(FISHER_COSTS)
+            return self.calibration.channel_weights(name).double().numpy()[:, None] * np.array(self.costs)
         if self.config.sensitivity == "layer":
             # relative to the matrix: plain squared error starves whole layers of small norm
             return self._share(name) / max(self._energy[name], 1e-300)

@@ -15,7 +15,7 @@ from lowra import AdapterRecipe, LowRAConfig, calibrate
 from lowra.checkpoints.targets import find_targets
 from lowra.config import PRECISIONS
 from lowra.inspection import requirements
-from lowra.quantization import end_to_end, joint_training
+from lowra.quantization import end_to_end, joint_training, planning
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.card import CARD_FILE
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
@@ -115,6 +115,7 @@ def test_a_killed_run_ends_in_the_same_bytes(  # noqa: PLR0917 - fixtures
 def test_what_was_not_for_the_better_is_not_kept(tiny_llama, calibration, tmp_path, monkeypatch, caplog):
     values, config = itertools.count(1.0), dataclasses.replace(TOGETHER, reconstruct=1, end_to_end=1)
     monkeypatch.setattr(end_to_end.JointTraining, "divergence", lambda self, sequences: next(values))
+    monkeypatch.setattr(planning, "FISHER_COSTS", planning.TRAINED_COSTS)  # both with the same precisions
     report = quantize(tiny_llama, tmp_path / "llama", calibration, config)
     blocks = quantize(tiny_llama, tmp_path / "blocks", calibration, dataclasses.replace(config, end_to_end=0))
     assert report["end_to_end"]["divergence"] == [1, 2] and not report["end_to_end"]["kept"]
