@@ -14,14 +14,15 @@ _SWITCHES = (
     "sensitivity", "refine", "method", "steps", "menu", "group_size", "scales", "codebook", "assigner", "power",
     "aware", "feedback", "feedback_part", "budget", "train", "table_rate", "distill",
     "distill_blocks", "rank", "train_steps", "reconstruct", "reconstruct_blocks", "rates", "calibrate_on",
-    "reconstruct_on", "blocks", "emphasis", "end_to_end", "only",
+    "reconstruct_on", "blocks", "one_bit", "emphasis", "end_to_end", "only",
 )  # fmt: skip
 _DEFAULTS = {
     "sensitivity": "layer", "refine": 0, "method": "loftq", "steps": 5, "menu": [1, 2, 4], "group_size": 64,
     "scales": "double_quant", "codebook": "learned", "assigner": "exact", "power": None, "aware": False, "feedback": 0,
     "feedback_part": "both", "budget": "nominal", "train": "lora", "table_rate": 1.0, "distill": 0,
     "distill_blocks": 24, "rank": 8, "train_steps": 120, "reconstruct": 0, "reconstruct_blocks": 24, "rates": {},
-    "calibrate_on": "given", "reconstruct_on": "given", "blocks": {}, "emphasis": [], "end_to_end": {}, "only": "",
+    "calibrate_on": "given", "reconstruct_on": "given", "blocks": {}, "one_bit": 1.0, "emphasis": [], "end_to_end": {},
+    "only": "",
 }  # fmt: skip
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq", "feedback": 1}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
@@ -80,6 +81,8 @@ def compact(row: dict, source: str | None) -> dict:
         kept.pop("table_rate", None)
     if "distill" not in kept:
         kept.pop("distill_blocks", None)
+    if kept.get("sensitivity") != "fisher":
+        kept.pop("one_bit", None)
     numbers = ("true_bits", "output_error", "untuned", "own_kl", "distilled", "tuned", "tuned_unpacked")
     kept.update({key: round(row[key], 4) for key in numbers if row.get(key) is not None})
     kept.update({key: row[key] for key in ("tuning_seed", "kl_steps") if row.get(key)})
