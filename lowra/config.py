@@ -115,8 +115,9 @@ class LowRAConfig(QuantizationConfigMixin):
             adapter. No more bits; only with learned codebooks.
         end_to_end: steps of 16 sequences in which after that all blocks together are trained towards the logits of the
             dense model (`lowra.quantization.joint_training`), on text of the calibration that the blocks have not seen
-            as far as there is some. What it does not improve on text that was held out stays as it was. No more bits;
-            only with learned codebooks.
+            as far as there is some, and with them embeddings and head where those are not packed: their values are no
+            longer the base's. What it does not improve on text that was held out stays as it was. No more bits; only
+            with learned codebooks.
         quantize_head: pack the output head as well. Where it is tied to the embeddings, pack those. No adapter on it.
         quantize_embeddings: pack the token embeddings as well, and with them the head that is tied to them. Only the
             rows that are looked up are decoded. No adapter on them.

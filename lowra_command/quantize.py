@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=0,
         metavar="STEPS",
         help="steps of 16 sequences in which after that all blocks together are trained towards the dense model's "
-        "logits, on as much further text (default: 0, none)",
+        "logits, embeddings and head with them, on as much further text (default: 0, none)",
     )
     recipe = parser.add_argument_group("recipe (the defaults are good; `none` and `two_level` reproduce the paper)")
     recipe.add_argument(

@@ -52,6 +52,12 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
     if record.get("fingerprint") is None or record.get("nominal_bits") is None:
         raise ValueError(f"{adapter} was not trained on a packed base, or was converted already: use it as it is.")
     tensors, _ = read_tensors(adapter / ADAPTER_WEIGHTS, "the factors of an adapter")
+    whole = [name for name in tensors if ".lora_" not in name]
+    if whole and _trained_end_to_end(record):
+        raise ValueError(
+            f"{adapter} holds {whole[0]}, which was trained with the packed weights of its base before: `lowra merge` "
+            "makes a dense model of both."
+        )
     start, rank = record.get("init", "lora"), settings["r"]
     if start == "lora" and initial is not None:
         raise ValueError(f"{adapter} started anew, so that nothing is taken off: leave --initial out.")
@@ -99,9 +105,14 @@ def _read(adapter: pathlib.Path) -> tuple[dict, dict]:
     if special or settings.get("bias", "none") != "none":
         raise ValueError(
             f"{adapter} has {special[0] if special else 'biases'}, which a difference of factors cannot hold: use "
-            "`lowra merge --original`."
+            f"`lowra merge{'' if _trained_end_to_end(record) else ' --original'}`."
         )
     return settings, record
+
+
+def _trained_end_to_end(record: dict) -> bool:
+    """Whether embeddings and head of the packed base may be others than those of the original."""
+    return bool((record.get("recipe") or {}).get("end_to_end"))
 
 
 def _less_start(tensors: dict, settings: dict, initial: pathlib.Path, record: dict) -> dict:

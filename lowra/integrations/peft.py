@@ -26,11 +26,16 @@ from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
+from ..quantization.token_tables import token_tables
 from ..weights.fingerprint import fingerprint_of, weight_digest
 from .adapter_places import file_of
 from .adapter_records import check_fingerprint, packing, record_of, refuse_losing_tables
 from .modules import dense_linear, make_embedding_dense
 from .peft_limits import check_start
+
+# In names of what PEFT has wrapped, and of what an adapter holds in the place of it.
+_BELOW_ADAPTERS = ("base_layer", "original_module", "token_adapter")
+_COPIES = {"modules_to_save", "trainable_tokens_delta"}
 
 
 class LowRALoraLinear(LoraLinear):
@@ -178,7 +183,8 @@ def merge_into_dense(
     Args:
         model: adapters on a packed base; taken apart by this.
         original: None merges into the dequantised base, which is what the adapter was trained on. A folder or hub name
-            of the 16-bit base merges into that instead.
+            of the 16-bit base merges into that instead, embeddings and head included where those were trained with the
+            packed weights.
         initial: with `original`, the adapter's own start (`initial_adapter`), for adapters that began as LoftQ,
             CLoQ or PiSSA: that makes up for the quantisation and is taken off again, so that only the training is
             merged.
@@ -273,6 +279,8 @@ def _put_original_below(
                 f"{name} is no layer of the original (layer_replication?): merge into the dequantised base "
                 "(original=None)."
             )
+    if packing(base, "end_to_end"):
+        _put_token_tables_below(base, source, sorted(set(token_tables(skeleton)) - targets.keys()))
     active, temporary = list(model.active_adapters), "lowra_initial"
     if initial is not None:
         model.load_adapter(initial, temporary)
@@ -300,6 +308,24 @@ def _put_original_below(
         layer.put_dense_base(weight)
     if initial is not None:
         model.delete_adapter(temporary)
+
+
+def _put_token_tables_below(base: nn.Module, source: DenseCheckpoint, names: list[str]) -> None:
+    """Gives a base the original's embeddings and head: its own were trained to make up for what its codes lost."""
+    own = {}
+    for name, parameter in base.named_parameters():
+        parts = [part for part in name.split(".") if part not in _BELOW_ADAPTERS]
+        own[".".join(parts)] = parameter
+    for name in names:
+        copies = [key for key in own if key.startswith(name.removesuffix("weight")) and _COPIES & {*key.split(".")}]
+        table = source.load(name)[name]
+        if copies or table.shape != own[name].shape:
+            what = "trained whole with this adapter" if copies else "of another size in the original"
+            raise ValueError(
+                f"{name} was trained with the packed weights of this base, and is {what}: merge into the dequantised "
+                "base (original=None; on the command line without --original)."
+            )
+        own[name].data = table.to(own[name].device, own[name].dtype)
 
 
 def _make_dense(layer: Any, weight: torch.Tensor | None = None) -> None:

@@ -22,8 +22,7 @@ library_name: transformers
 
 # {title}, packed{at_bits}
 
-{packed} packed by lowra {version}: every output channel has its own precision and level table. Everything else is as
-in the base.
+{packed} packed by lowra {version}: every output channel has its own precision and level table. {others}
 
 | | |
 |---|---|
@@ -92,6 +91,7 @@ def model_card(
         title=base if of_hub else pathlib.Path(base).name if config.base else architecture,
         at_bits="" if config.nominal_bits is None else f" at {config.nominal_bits:.4g} bits",
         packed=" and ".join(packed),
+        others=_of_others(config, report),
         version=__version__,
         rows="\n".join(f"| {name} | {content} |" for name, content in rows.items()),
         architecture=architecture if of_transformers else "AutoModelForCausalLM",
@@ -125,6 +125,17 @@ def _row_of_training(did: dict | None) -> dict[str, str]:
     before, after = did["divergence"]
     kept = "" if did["kept"] else "; not kept"
     return {"trained end to end": f"{did['tokens']:,} tokens: KL divergence {before:.4f} -> {after:.4f}{kept}"}
+
+
+def _of_others(config: LowRAConfig, report: dict | None) -> str:
+    """What became of that which is not packed: training all blocks together changes embeddings and head."""
+    did = None if report is None else report["end_to_end"]
+    if did is not None and did["kept"] and did["token_tables"]:
+        tables = " and ".join(f"`{name}`" for name in did["token_tables"])
+        return f"Trained with them, and so not\nthose of the base: {tables}. Everything else is as in the base."
+    if report is None and config.end_to_end:
+        return "Embeddings and head may have\nbeen trained with them (end_to_end); everything else is as in the base."
+    return "Everything else is as\nin the base."
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

@@ -6,15 +6,17 @@ import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_reconstruction import CONFIG, SQUARES, packed_and_adapted, quantize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowra import AdapterRecipe, LowRAConfig, calibrate
+from lowra import AdapterRecipe, LowRAConfig, calibrate, merge_into_dense
 from lowra.checkpoints.targets import find_targets
 from lowra.config import PRECISIONS
 from lowra.inspection import requirements
+from lowra.integrations.exporting import export_adapter
 from lowra.quantization import end_to_end, joint_training, planning
 from lowra.quantization.calibration import Calibration
 from lowra.quantization.card import CARD_FILE
@@ -62,7 +64,37 @@ def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_ll
     assert learned.dtype == table.dtype and not torch.equal(learned, table)
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     assert divergence(output, original, calibration.further[-9:]) == pytest.approx(after, rel=1e-2)
-    assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in (output / CARD_FILE).read_text()
+    card = (output / CARD_FILE).read_text()
+    assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in card
+    assert f"so not\nthose of the base: `{tables[0]}`. Everything else is" in card
+
+
+def test_what_was_learned_goes_onto_the_original_with_its_own_embeddings(tiny_llama, trained):
+    """Those of the packed base were trained to make up for its codes, which the original does not have."""
+    merged = merge_into_dense(packed_and_adapted(trained[0]), tiny_llama, trained[0] / ADAPTER_FOLDER)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for name, parameter in original.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, msg=name)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}, {"target_modules": ["embed_tokens"]}],
+)
+def test_embeddings_of_an_adapter_go_onto_those_of_the_original_or_not_at_all(tiny_llama, trained, tmp_path, more):
+    base = AutoModelForCausalLM.from_pretrained(trained[0], dtype=torch.float32)
+    config = LoraConfig(r=4, **{"target_modules": ["q_proj"], **more}, init_lora_weights="gaussian")
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="use `lowra merge`|holds .*, which was trained with the packed"):
+        export_adapter(tmp_path / "adapter", None, tmp_path / "exported")
+    if "target_modules" not in more:
+        with pytest.raises(ValueError, match="was trained with .* and is trained whole with this adapter: merge into"):
+            merge_into_dense(model, tiny_llama)
+        return
+    merged = merge_into_dense(model, tiny_llama).get_input_embeddings().weight
+    assert torch.equal(merged.bfloat16(), load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
@@ -120,6 +152,7 @@ def test_what_was_not_for_the_better_is_not_kept(tiny_llama, calibration, tmp_pa
     blocks = quantize(tiny_llama, tmp_path / "blocks", calibration, dataclasses.replace(config, end_to_end=0))
     assert report["end_to_end"]["divergence"] == [1, 2] and not report["end_to_end"]["kept"]
     assert "not for the better" in caplog.text and "; not kept" in (tmp_path / "llama" / CARD_FILE).read_text()
+    assert "level table. Everything else is as\nin the base." in (tmp_path / "llama" / CARD_FILE).read_text()
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
         found = [load_file(tmp_path / run / file) for run in ("llama", "blocks")]
         assert all(torch.equal(found[0][key], found[1][key]) for key in found[1]), file
