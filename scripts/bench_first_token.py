@@ -76,17 +76,17 @@ def timed_parts(spent: dict[str, float]):
         LoraModel._enable_peft_forward_hooks = hooks
 
 
-def first_token(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> dict:
+def first_token(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> dict:
     """A row: see above."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     for _ in range(2):
-        generate(model, ids, 1, fast=True)
+        generate(model, ids, args.new, fast=True)
     session, rows = fast.session_of(bare), []
-    for _ in range(repeats):
+    for number in range(args.repeats):
         spent: dict[str, float] = {}
         with timed_parts(spent):
             started = time.perf_counter()
-            generate(model, ids, 1, fast=True)
+            generate(model, ids, args.new, fast=True, turn=number if args.turns else 0)
             if ids.is_cuda:
                 torch.cuda.synchronize()
             spent["first"] = time.perf_counter() - started
@@ -107,6 +107,8 @@ def main():
     parser.add_argument("--cases", nargs="*", default=["0:1:1", "16:1:1", "16:4:8"], help="rank:adapters:sequences")
     parser.add_argument("--prompt", type=int, default=100, help="tokens")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--turns", action="store_true", help="sequences go through other adapters at each call")
+    parser.add_argument("--new", type=int, default=1, help="tokens; with 2 a new session also captures a step")
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
@@ -115,7 +117,7 @@ def main():
         rank, adapters, batch = map(int, case.split(":"))
         model = with_adapters(model, rank, adapters) if rank else without_adapters(model)
         ids = torch.randint(5, model.config.vocab_size, (batch, args.prompt), device=args.device)
-        row = {"rank": rank, "adapters": adapters, "batch": batch, **first_token(model, ids, args.repeats)}
+        row = {"rank": rank, "adapters": adapters, "batch": batch, **first_token(model, ids, args)}
         print(json.dumps(row), flush=True)
         fast.release(model)
 

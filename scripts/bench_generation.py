@@ -57,10 +57,11 @@ def timed(call, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool) -> torch.Tensor:
+def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool, turn: int = 0) -> torch.Tensor:
+    """Through the adapters of the model, one for each sequence, from another one on at each turn."""
     options = {"custom_generate": lowra.fast_decoding} if fast else {}
     if isinstance(model, PeftModel) and len(names := list(model.peft_config)) > 1:
-        options["adapter_names"] = [names[row % len(names)] for row in range(len(ids))]
+        options["adapter_names"] = [names[(row + turn) % len(names)] for row in range(len(ids))]
     return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
 
 

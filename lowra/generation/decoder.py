@@ -8,7 +8,7 @@ with norms, gates and LoRA adapters in them. It covers decoders of the LLaMA fam
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,19 +43,27 @@ class Decoder:
 
     Attributes:
         layers: blocks.
-        names: adapters of the sequences of a mixed batch; empty where the active ones are for all.
+        names: adapters of the sequences of a mixed batch; empty where the active ones are for all. See `turn_to`.
         positions: that rotary embeddings were made for.
         exact: steps on a CPU do not round activations; see `decoding.Group`.
         device, dtype: of the model.
         untouched: the model as it was when a decoder was last compared with it in full; None before.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int, names: tuple[str, ...] = (), exact: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        positions: int,
+        names: tuple[str, ...] = (),
+        exact: bool = False,
+        others: Iterable[str] = (),
+    ):
         """Reads the model's modules.
 
         Args:
             positions: how many are needed; rotary embeddings are made for so many.
             names, exact: see there.
+            others: adapters that other mixed batches go through, to which this can turn.
 
         Raises:
             Unsupported: this path does not cover the model as it is.
@@ -83,13 +91,13 @@ class Decoder:
             raise Unsupported("its body or its head is another module than its forward calls")
         called = {part for end in ends[1:] for part in end.modules()}
         check_written(type(model), {type(module) for module in modules if module not in called})
+        if names and all(name == NO_ADAPTER for name in names):
+            raise Unsupported("no sequence of the batch has an adapter")
         self._rows = {
             name: torch.tensor([own == name for own in names], device=self.device)
-            for name in dict.fromkeys(names)
+            for name in (dict.fromkeys((*others, *names)) if names else ())
             if name != NO_ADAPTER
         }
-        if names and not self._rows:
-            raise Unsupported("no sequence of the batch has an adapter")
         self._packed_head = _packed_head(self._head, self.dtype, exact)
         capped = "final_logit_softcapping" in names_in(type(model).forward)
         self._softcap = (config.final_logit_softcapping or 0.0) if capped else 0.0
@@ -100,9 +108,12 @@ class Decoder:
             blocks = blocks[: config.num_hidden_layers]
         read = Reading(config, type(self._body), group, (cosine, sine))
         self.layers = [read.layer(number, block) for number, block in enumerate(blocks)]
+        used = {id(adapter.rows) for group in self._projections() for adapter in group.adapters()}
+        self._rows = {name: rows for name, rows in self._rows.items() if name in names or id(rows) in used}
         if any(norm.weight.dtype != self.dtype for norm in self._norms()):
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
+        self._shares: KnownShares = {}
         self._was = self._state()
         self.untouched: Untouched | None = None
 
@@ -221,16 +232,41 @@ class Decoder:
         try:
             if untouched:
                 check_surroundings(self.device.type, self.dtype)
-            now = self if untouched else Decoder(model, self.positions, self.names, self.exact)
+            now = self if untouched else self._read(model)
             tables = self._rotary(self.positions) if untouched else now._rotary_tables()
         except Unsupported:
             return None
         same = now._was == self._was and all(map(torch.equal, tables, self._rotary_tables()))
         if not same:
-            return now if now is not self else Decoder(model, self.positions, self.names, self.exact)
+            return now if now is not self else self._read(model)
         if not untouched:
             self.untouched = Untouched.of(model)
         return self
+
+    def _read(self, model: PreTrainedModel) -> "Decoder":
+        return Decoder(model, self.positions, self.names, self.exact, self._rows)
+
+    def takes(self, names: tuple[str, ...]) -> bool:
+        """Whether a batch that goes through these adapters can have this decoder, if it turns to them."""
+        own = set(names) - {NO_ADAPTER}
+        return names == self.names or (len(names) == len(self.names) > 0 and bool(own) and own <= self._rows.keys())
+
+    def turn_to(self, names: tuple[str, ...]) -> None:
+        """Sequences go through these adapters from now on, in captured steps too. names: that this `takes`."""
+        if names == self.names:
+            return
+        self.names = names
+        for name, rows in self._rows.items():
+            rows.copy_(torch.tensor([own == name for own in names]))
+        for shares in self._shares.values():
+            shares.renew()
+
+    def others_for(self, names: tuple[str, ...]) -> Iterable[str]:
+        """Adapters that a decoder of another mixed batch should take too, so that it serves this one's: as many in all
+        as a batch of this size may need.
+        """
+        together = self._rows.keys() | set(names) - {NO_ADAPTER}
+        return self._rows if len(names) == len(self.names) and len(together) <= len(names) else ()
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         attention = self.layers[0].attention  # the same for all layers
@@ -279,9 +315,8 @@ class Decoder:
             most = max((group.cells() for group in self._adapted), default=0)
             self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
             self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
-            known: KnownShares = {}
             for group in self._projections():
-                group.make_room(known)
+                group.make_room(self._shares)
         pairs = [pair for group in self._projections() for pair in group.refresh()]
         if pairs:
             kept, given = map(list, zip(*pairs, strict=True))

@@ -186,16 +186,18 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     if names and len(names) != batch:
         raise Unsupported(f"{len(names)} adapters are named for {batch} sequences")
     if kept is not None and is_known and kept.serves(batch, positions, request.choice(), names, exact):
+        kept.decoder.turn_to(names)
         kept.decoder.refresh()
         return kept, first
     slots = -(-positions // _SLOTS) * _SLOTS
-    if decoder is None or (names, exact) != (decoder.names, decoder.exact):
-        decoder = Decoder(model, slots, names, exact)
+    if decoder is None or exact != decoder.exact or not decoder.takes(names):
+        decoder = Decoder(model, slots, names, exact, () if decoder is None else decoder.others_for(names))
         decoder.untouched = untouched
     # A session whose decoder reaches farther is captured with what lies elsewhere now; and its cache makes room.
     del kept
     _kept(model).session = None
     decoder.reach(slots)
+    decoder.turn_to(names)
     decoder.refresh()
     if not is_known:
         tokens = min(_CHECKED_TOKENS, request.input_ids.shape[1] - int(first.max()))

@@ -172,35 +172,47 @@ class Projections:
             yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Shares:
     """Which of the ranks of adapters that lie side by side are a sequence's own.
 
     Attributes:
-        of_steps: see there.
+        of_steps: see there. There is room for any of the adapters at any sequence.
         of_prompts: [batch or 1, 1, ranks], of the type of x; None where all are 0 or 1.
         others: bool, likewise: what is another sequence's, and so may be anything.
     """
 
-    of_steps: decoding.Gains
-    of_prompts: torch.Tensor | None
-    others: torch.Tensor
+    def __init__(self, adapters: list[list[Adapter]], alike: bool, dtype: torch.dtype):
+        """alike: scalings of all adapters are the same, and left out."""
+        self._ranks = [sum(len(adapter.source[0]) for adapter in own) for own in adapters]
+        self._adapters = [adapter for own in adapters for adapter in own]
+        self._alike, self._dtype = alike, dtype
+        self.of_steps, self.of_prompts, self.others = self._made()
 
-    @classmethod
-    def of(cls, adapters: list[list[Adapter]], alike: bool, dtype: torch.dtype) -> "_Shares":
-        """Waits for the device. alike: scalings of all adapters are the same, and left out."""
-        everyone = [adapter for own in adapters for adapter in own]
-        ranks = [len(adapter.source[0]) for adapter in everyone]
-        device = everyone[0].source[0].device
+    def _made(self) -> tuple[decoding.Gains, torch.Tensor | None, torch.Tensor]:
+        """Waits for the device."""
+        device = self._adapters[0].source[0].device
         all_sequences = torch.ones(1, dtype=torch.bool, device=device)
-        each = [
-            (all_sequences if adapter.rows is None else adapter.rows).float() * (1.0 if alike else adapter.scaling)
-            for adapter in everyone
-        ]
-        by_rank = torch.stack(each).repeat_interleave(torch.tensor(ranks, device=device), dim=0)
-        of_steps = decoding.Gains.of(by_rank, [sum(len(adapter.source[0]) for adapter in own) for own in adapters])
-        of_prompts = by_rank.T[:, None].to(dtype)
-        return cls(of_steps, None if alike else of_prompts, of_prompts == 0)
+        rows = [all_sequences if adapter.rows is None else adapter.rows for adapter in self._adapters]
+        everyone = torch.eye(len(rows), dtype=torch.bool, device=device)  # as many sequences, each with its own
+        if all(adapter.rows is None for adapter in self._adapters):
+            everyone = everyone[:, :0]
+        scalings = [1.0 if self._alike else adapter.scaling for adapter in self._adapters]
+        each = torch.cat([torch.stack(rows), everyone], dim=1) * torch.tensor(scalings, device=device)[:, None]
+        ranks = torch.tensor([len(adapter.source[0]) for adapter in self._adapters], device=device)
+        by_rank = each.repeat_interleave(ranks, dim=0)
+        batch = len(rows[0])
+        of_prompts = by_rank[:, :batch].T[:, None].to(self._dtype)
+        of_steps = decoding.Gains.of(by_rank, self._ranks).of_first(batch)
+        return of_steps, None if self._alike else of_prompts, of_prompts == 0
+
+    def renew(self) -> None:
+        """After the sequences of adapters have changed: in place, where captured steps look."""
+        of_steps, of_prompts, others = self._made()
+        self.of_steps.factors.copy_(of_steps.factors)
+        self.of_steps.fours.copy_(of_steps.fours)
+        self.others.copy_(others)
+        if self.of_prompts is not None and of_prompts is not None:
+            self.of_prompts.copy_(of_prompts)
 
 
 # By the ranks, scalings and sequences of adapters: those of all layers of a decoder are a few.
@@ -247,7 +259,7 @@ class _SideBySide:
         if not alike or any(adapter.rows is not None for adapter in everyone):
             key = tuple(tuple((len(one.source[0]), one.scaling, id(one.rows)) for one in own) for own in adapters)
             if key not in known:
-                known[key] = _Shares.of(adapters, alike, dtype)
+                known[key] = _Shares(adapters, alike, dtype)
             self._shares = known[key]
         self.gains = None if self._shares is None else self._shares.of_steps
 

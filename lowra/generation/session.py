@@ -38,10 +38,9 @@ class Session:
         self._logits = torch.empty(0)
 
     def serves(self, batch: int, positions: int, choice: Choice, names: tuple[str, ...], exact: bool) -> bool:
-        """Whether a request can run here, with a decoder that is current: shape, choice and adapters are the same."""
-        asked = batch, choice, names, exact
-        own = self._batch, self._choice, self.decoder.names, self.decoder.exact
-        return asked == own and positions <= self._slots
+        """Whether a request can run here, with a decoder that is current and turned to its adapters."""
+        asked, own = (batch, choice, exact), (self._batch, self._choice, self.decoder.exact)
+        return asked == own and positions <= self._slots and self.decoder.takes(names)
 
     def run(self, request: Request, first: torch.Tensor, streamer: BaseStreamer | None) -> torch.Tensor:
         """Prompt [batch, tokens] to ids [batch, up to max_length], a view of what the next request is written into.

@@ -275,6 +275,10 @@ class Gains:
         device = factors.device
         return cls(torch.cat(marked).to(device), torch.cat(fours).contiguous().to(device), tuple(own))
 
+    def of_first(self, tokens: int) -> "Gains":
+        """Those of the first tokens, with room for what others have of their own."""
+        return Gains(self.factors[:, :tokens].contiguous(), self.fours[:, :tokens].contiguous(), self.own)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:

@@ -1,0 +1,118 @@
+"""Batches that go through other adapters than the last: by the same session, with the tokens of one of their own."""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_fast_generation import CONFIGS, DEVICES, load
+from transformers import AutoModelForCausalLM
+
+import lowra
+from lowra.generation import fast
+
+BATCH = 4
+CONFIG = {
+    "law": LoraConfig(r=4, target_modules="all-linear"),
+    "news": LoraConfig(r=8, target_modules=["q_proj", "down_proj", "o_proj"]),
+    "sport": LoraConfig(r=12, lora_alpha=3, target_modules=["v_proj", "up_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("mixed")
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(params=DEVICES)
+def model(folder, request):
+    torch.manual_seed(1)
+    model = load(folder, request.param)
+    for name, config in CONFIG.items():
+        model = get_peft_model(model, config, name) if name == "law" else model
+        if name != "law":
+            model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def session(model):
+    return fast.session_of(model.get_base_model())
+
+
+def tokens(model, names, **options):
+    ids = torch.arange(5, 5 + 6 * len(names), device=model.device).view(len(names), 6)
+    usual = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "custom_generate": lowra.fast_decoding}
+    return model.generate(ids, adapter_names=list(names), **{**usual, **options})
+
+
+def alone(model, names):
+    """By a session of its own."""
+    fast.release(model)
+    return tokens(model, names)
+
+
+def test_all_compositions_go_through_one_session(model, caplog):
+    of_all = ["sport", "law", "__base__", "news"]
+    compositions = [of_all, *itertools.islice(itertools.product(["__base__", *CONFIG], repeat=BATCH), 5, 250, 23)]
+    expected = {tuple(names): alone(model, names) for names in compositions}
+    fast.release(model)
+    tokens(model, of_all)
+    kept = session(model)
+    for names in compositions:
+        assert torch.equal(tokens(model, names), expected[tuple(names)]), names
+        assert session(model) is kept
+    if model.device.type == "cpu":
+        for names in compositions[:4]:
+            assert torch.equal(tokens(model, names, custom_generate=None), expected[tuple(names)])
+    assert not caplog.records
+
+
+def test_adapters_gather_up_to_as_many_as_a_batch_has(model):
+    for names, same in (("law", False), ("news", False), ("law", True), ("sport", False), ("news", True)):
+        before = session(model)
+        tokens(model, [names] * BATCH)
+        assert (session(model) is before) == same
+    before = session(model)
+    tokens(model, ["law", "news", "sport", "__base__"])
+    assert session(model) is before
+    for names, same in ((["law", "news"], False), (["sport", "law"], False), (["news", "law"], False)):
+        before = session(model)
+        tokens(model, names)  # three would be more than two sequences can need
+        assert (session(model) is before) == same
+
+
+def test_what_happens_to_adapters_between_batches(model, caplog):
+    first, second = ["law", "news", "__base__", "law"], ["news", "sport", "news", "sport"]
+    tokens(model, first)
+    tokens(model, second)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.law" in name:
+                parameter.neg_()
+    found = tokens(model, first)
+    assert torch.equal(found, alone(model, first))
+    tokens(model, second)
+    model.delete_adapter("sport")
+    found = tokens(model, first)
+    assert torch.equal(found, alone(model, first))
+    model.add_adapter("sport", LoraConfig(r=4, target_modules=["q_proj"]))
+    found = tokens(model, second)
+    assert torch.equal(found, alone(model, second)) and not caplog.records
+    kept = session(model)
+    assert torch.equal(tokens(model, second), found) and session(model) is kept
+
+
+def test_an_adapter_that_is_not_covered_hinders_those_alone_that_it_is_in(model, caplog):
+    first, second = ["law", "news", "__base__", "law"], ["news", "sport", "news", "sport"]
+    tokens(model, first)
+    tokens(model, second)
+    model.delete_adapter("sport")
+    model.add_adapter("sport", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    tokens(model, first)
+    assert not caplog.records
