@@ -7,9 +7,10 @@
 Weights are random, packed ones of a fixed mix of precisions; times do not depend on their values. Every base generates
 by Transformers' loop as it comes ("eager"), by one decoding step of Transformers captured as a CUDA graph over its
 static cache ("graph"), and packed ones by `custom_generate=lowra.fast_decoding` ("fast"), through `model.generate`.
-Seconds of a call are medians of the repeats after one that prepares; a step is the difference between calls for all
-new tokens and for a quarter of them. The
-floor is what a step has to read: packed or dense weights, adapters, the head, and the keys and values.
+Seconds of a call are medians of the repeats after one that prepares. A step: by "eager", the difference between calls
+for all new tokens and for a quarter of them; by "fast", the time from the first token to the last as a streamer gets
+them (the difference of two prompts, of which each takes the host 10 ms more or less, would be as large as a tenth of
+it). The floor is what a step has to read: packed or dense weights, adapters, the head, and the keys and values.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from random_models import GPU, SHAPES, make_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import lowra
 from lowra.adapters import LoraQuantSettings, quantize_loraquant, read_adapter
@@ -57,9 +59,28 @@ def timed(call, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool, turn: int = 0) -> torch.Tensor:
+class Arrivals(BaseStreamer):
+    """When the tokens of a call come."""
+
+    def __init__(self):
+        self._seconds: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self._seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def step(self) -> float:
+        """Seconds of a step, over those between the first token and the last."""
+        tokens = self._seconds[1:]  # the first that comes is the prompt
+        return (tokens[-1] - tokens[0]) / (len(tokens) - 1)
+
+
+def generate(model: nn.Module, ids: torch.Tensor, new: int, fast: bool, turn: int = 0, **options) -> torch.Tensor:
     """Through the adapters of the model, one for each sequence, from another one on at each turn."""
-    options = {"custom_generate": lowra.fast_decoding} if fast else {}
+    if fast:
+        options["custom_generate"] = lowra.fast_decoding
     if isinstance(model, PeftModel) and len(names := list(model.peft_config)) > 1:
         options["adapter_names"] = [names[(row + turn) % len(names)] for row in range(len(ids))]
     return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
@@ -96,6 +117,23 @@ def busy(call) -> tuple[float, int]:
     return sum(e.device_time_total for e in events) / 1e6, len(events)
 
 
+def streamed_step(model: nn.Module, ids: torch.Tensor, args) -> float:
+    """Seconds of a step of fast decoding; see above."""
+    steps = []
+    for _ in range(args.repeats + 1):
+        arrivals = Arrivals()
+        generate(model, ids, args.new, True, streamer=arrivals)
+        steps.append(arrivals.step())
+    return statistics.median(steps[1:])
+
+
+def step_of_two_calls(call, args) -> float:
+    """Seconds of a step of Transformers' loop; see above."""
+    few = max(1, args.new // 4)
+    seconds = [timed(call(args.new), 1) - timed(call(few), 1) for _ in range(min(args.repeats, 2))]
+    return statistics.median(seconds) / (args.new - few)
+
+
 def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> dict:
     """What a user of `model.generate` sees: time to the first token, of a step, and what the GPU does meanwhile."""
 
@@ -107,10 +145,7 @@ def through_generate(model: nn.Module, ids: torch.Tensor, fast: bool, args) -> d
     torch.cuda.synchronize()
     row = {"ready_s": time.perf_counter() - started}
     row["first_ms"] = 1e3 * timed(call(1), args.repeats)
-    # Both calls have the prompt, whose time depends on the host and varies by more than a step takes.
-    few, repeats = max(1, args.new // 4), args.repeats if fast else min(args.repeats, 2)
-    seconds = [timed(call(args.new), 1) - timed(call(few), 1) for _ in range(repeats)]
-    row["step_ms"] = 1e3 * statistics.median(seconds) / (args.new - few)
+    row["step_ms"] = 1e3 * (streamed_step(model, ids, args) if fast else step_of_two_calls(call, args))
     if args.profile:
         seconds, kernels = busy(call(17))
         first_seconds, first_kernels = busy(call(1))
