@@ -103,7 +103,7 @@ class Session:
         if origin == "given":
             return self.train[:count]
         given = self.train if origin == "both" else self.train[:0]
-        own = self._own_up_to(HELD_OUT + count - len(given))[HELD_OUT:]
+        own = self._own_up_to(HELD_OUT + max(0, count - len(given)))[HELD_OUT:]
         return torch.cat([given, own])[:count]
 
     def _own_up_to(self, count):
