@@ -37,6 +37,7 @@ PARTS = {
 }
 # Outer parts first: what is taken off them is still whole.
 INSIDE = {"session": ["names", "current", "refresh"], "current": ["reads"], "run": ["prompt"]}
+_FIRST = 5  # calls that are not timed: the session is made, and with --turns takes up to four adapters
 _WHOLE = ("session", "run", "hooks")
 
 
@@ -79,14 +80,15 @@ def timed_parts(spent: dict[str, float]):
 def first_token(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> dict:
     """A row: see above."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    for _ in range(2):
-        generate(model, ids, args.new, fast=True)
+    turns = [number if args.turns else 0 for number in range(_FIRST + args.repeats)]
+    for turn in turns[:_FIRST]:
+        generate(model, ids, args.new, fast=True, turn=turn)
     session, rows = fast.session_of(bare), []
-    for number in range(args.repeats):
+    for turn in turns[_FIRST:]:
         spent: dict[str, float] = {}
         with timed_parts(spent):
             started = time.perf_counter()
-            generate(model, ids, args.new, fast=True, turn=number if args.turns else 0)
+            generate(model, ids, args.new, fast=True, turn=turn)
             if ids.is_cuda:
                 torch.cuda.synchronize()
             spent["first"] = time.perf_counter() - started

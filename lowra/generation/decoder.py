@@ -32,6 +32,7 @@ from .untouched import Untouched
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GATHERED = 4  # adapters of mixed batches that are smaller: each has a copy of its factors beside the others'
 # Rotary embeddings that are the same however long the text is.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -262,11 +263,12 @@ class Decoder:
             shares.renew()
 
     def others_for(self, names: tuple[str, ...]) -> Iterable[str]:
-        """Adapters that a decoder of another mixed batch should take too, so that it serves this one's: as many in all
-        as a batch of this size may need.
+        """Adapters that a decoder of another mixed batch should take too, so that it serves this one's: with them as
+        many as a batch of this size may need, or a few.
         """
         together = self._rows.keys() | set(names) - {NO_ADAPTER}
-        return self._rows if len(names) == len(self.names) and len(together) <= len(names) else ()
+        most = max(len(names), _GATHERED)
+        return self._rows if len(names) == len(self.names) and len(together) <= most else ()
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         attention = self.layers[0].attention  # the same for all layers
