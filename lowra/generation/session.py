@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..nn.recording import aside, record
+from ..nn.recording import aside, record, side_stream
 from .decoder import Decoder
 from .request import Choice, Request
 
@@ -190,7 +190,7 @@ class Session:
             for number in range(steps):
                 self._body(number)
 
-        with aside(self._ids.device):
+        with aside(side_stream(self._ids.device)):
             self._body(0)
             graph = record(body)
         torch.cuda.set_rng_state(random, self._ids.device)

@@ -24,11 +24,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from .buffers import Buffers
 from .linear import LowRALinear
 from .lora import Shortcuts
-from .recording import aside, record
+from .recording import aside, record, side_stream
 
 
 class Recorder:
-    """What the graphs of one model have in common: where they are captured, and memory to run in.
+    """What the graphs of one model have in common: a stream to be captured on, and memory to run in.
 
     Raises:
         NotCapturable: no NVIDIA GPU.
@@ -40,12 +40,12 @@ class Recorder:
         if device.type != "cuda":
             raise NotCapturable(f"it is on {device.type}, and graphs are for NVIDIA GPUs")
         self.generator = torch.cuda.default_generators[device.index or 0]
-        self._device = device
+        self._stream = side_stream(device)  # one, whichever thread a layer is captured in: memory is by streams
         self._pool = torch.cuda.graph_pool_handle()
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
-        """Where they are captured."""
-        return aside(self._device)
+        """On the stream, between what was launched before and what will be launched after."""
+        return aside(self._stream)
 
     def check(self) -> None:
         """

@@ -18,17 +18,21 @@ class _Streams(threading.local):
 _own = _Streams()
 
 
-@contextlib.contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """On a stream on which calls can be recorded, between what was launched before and what will be launched after.
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a device on which calls can be recorded: one for each thread.
 
-    It is one for each thread and device: cuBLAS keeps memory for each that it has seen, on an H200 32 MiB, and
-    PyTorch's own are 32.
+    cuBLAS keeps memory for each stream that it has seen, on an H200 32 MiB, and PyTorch hands out 32 of them in turn.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _own.of:
         _own.of[index] = torch.cuda.Stream(index)
-    stream, now = _own.of[index], torch.cuda.current_stream(index)
+    return _own.of[index]
+
+
+@contextlib.contextmanager
+def aside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On a stream, between what was launched before and what will be launched after."""
+    now = torch.cuda.current_stream(stream.device)
     stream.wait_stream(now)
     try:
         with torch.cuda.stream(stream):

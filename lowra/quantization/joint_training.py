@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.targets import Target
 from ..device import has_bfloat16
-from ..nn.recording import aside, record
+from ..nn.recording import aside, record, side_stream
 from .block_stream import block_names
 from .token_tables import TokenTables
 from .trained_stack import Adam, rates_of, stacked
@@ -125,7 +125,7 @@ class JointTraining:
         losses = []
         with contextlib.ExitStack() as scope:
             if self.device.type == "cuda":
-                scope.enter_context(aside(self.device))
+                scope.enter_context(aside(side_stream(self.device)))
                 scope.enter_context(self._calls_of_first())
             while self.done < until:
                 self._ids.copy_(self._sequences[self._order[self.done]])
