@@ -32,7 +32,8 @@ from .untouched import Untouched
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GATHERED = 4  # adapters of mixed batches that are smaller: each has a copy of its factors beside the others'
+# Ranks of adapters that gather in a session beyond what one batch needs: each has a copy of its factors there.
+_GATHERED = 64
 # Rotary embeddings that are the same however long the text is.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -109,8 +110,10 @@ class Decoder:
             blocks = blocks[: config.num_hidden_layers]
         read = Reading(config, type(self._body), group, (cosine, sine))
         self.layers = [read.layer(number, block) for number, block in enumerate(blocks)]
-        used = {id(adapter.rows) for group in self._projections() for adapter in group.adapters()}
-        self._rows = {name: rows for name, rows in self._rows.items() if name in names or id(rows) in used}
+        self._ranks: dict[int, int] = {}  # by the address of its rows, which are an adapter's own
+        for adapter in (adapter for group in self._projections() for adapter in group.adapters()):
+            self._ranks[id(adapter.rows)] = max(len(adapter.source[0]), self._ranks.get(id(adapter.rows), 0))
+        self._rows = {name: rows for name, rows in self._rows.items() if name in names or id(rows) in self._ranks}
         if any(norm.weight.dtype != self.dtype for norm in self._norms()):
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
@@ -264,11 +267,13 @@ class Decoder:
 
     def others_for(self, names: tuple[str, ...]) -> Iterable[str]:
         """Adapters that a decoder of another mixed batch should take too, so that it serves this one's: with them as
-        many as a batch of this size may need, or a few.
+        many as a batch of this size may need, or few ranks.
         """
-        together = self._rows.keys() | set(names) - {NO_ADAPTER}
-        most = max(len(names), _GATHERED)
-        return self._rows if len(names) == len(self.names) and len(together) <= most else ()
+        if len(names) != len(self.names):
+            return ()
+        ranks = [self._ranks.get(id(rows), 0) for rows in self._rows.values()]
+        few = sum(ranks) + max(ranks, default=0) <= _GATHERED  # of the one that comes, nothing is known yet
+        return self._rows if few or len(self._rows.keys() | set(names) - {NO_ADAPTER}) <= len(names) else ()
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         attention = self.layers[0].attention  # the same for all layers

@@ -73,7 +73,7 @@ def test_all_compositions_go_through_one_session(model, caplog):
     assert not caplog.records
 
 
-def test_adapters_gather_up_to_a_few_or_as_many_as_a_batch_has(model, monkeypatch):
+def test_adapters_gather_up_to_few_ranks_or_as_many_as_a_batch_has(model, monkeypatch):
     turns = (("law", False), ("news", False), ("law", True), ("sport", False), ("news", True))
     expected = {name: alone(model, [name]) for name in CONFIG}
     fast.release(model)
@@ -81,7 +81,7 @@ def test_adapters_gather_up_to_a_few_or_as_many_as_a_batch_has(model, monkeypatc
         before = session(model)
         assert torch.equal(tokens(model, [name]), expected[name])
         assert (session(model) is before) == same
-    monkeypatch.setattr(decoder, "_GATHERED", 1)
+    monkeypatch.setattr(decoder, "_GATHERED", 10)
     for name, same in turns:
         before = session(model)
         tokens(model, [name] * BATCH)
