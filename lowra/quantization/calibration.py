@@ -26,6 +26,7 @@ from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
 from ..nn.checkpointing import enable_checkpointing
+from .initial_adapter import task_type
 from .joint_training import MOST_WRITTEN, sequences_of
 from .kept_text import KeptText, writer_of
 from .lowrank import truncated_svd
@@ -217,6 +218,11 @@ def calibrate(
             raise ValueError(f"{name} must not be negative; got {count}.")
     folder = resolve_folder(model)
     skeleton = empty_model(folder, trust_remote_code)
+    if skeleton.get_output_embeddings() is None and task_type(skeleton) is None:
+        raise ValueError(
+            f"A calibration goes by the probabilities of tokens, and {type(skeleton).__name__} has no head that gives "
+            "them: quantise it without (no --calibrate), or calibrate the language model."
+        )
     targets = find_targets(skeleton, None, head, embeddings)
     length = min(SEQUENCE, getattr(skeleton.config, "max_position_embeddings", SEQUENCE))
     if tokens < length:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
 from lowra.checkpoints.targets import find_targets
@@ -131,3 +131,11 @@ def test_refusals(tiny_llama, calibration, tmp_path):
         calibrate(str(tiny_llama), tmp_path / "none.txt", device="cpu", progress=False)
     with pytest.raises(FileNotFoundError, match="without a calibration"):
         Calibration.load(tiny_llama)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_that_gives_no_probabilities_of_tokens_is_refused(tmp_path, kind):
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    kind(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no head that gives them: quantise it without"):
+        calibrate(str(tmp_path), ["text"], 2048, "cpu", progress=False)
