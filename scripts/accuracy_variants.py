@@ -13,9 +13,10 @@ from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_fi
 from lowra.config import LowRAConfig
 from lowra.quantization import block_training
 from lowra.quantization.block_stream import BlockStream
+from lowra.quantization.calibration import SEQUENCE
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
-from lowra.quantization.planning import FISHER_COSTS, TRAINED_COSTS, Planner
+from lowra.quantization.planning import FISHER_COSTS, MUCH_TRAINING, TRAINED_COSTS, Planner
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra.training import hqq
 from lowra.weights.packed import PackedWeight
@@ -83,7 +84,8 @@ class Variant:
     only: str = ""
 
     def __post_init__(self):
-        self.one_bit = self.one_bit or (TRAINED_COSTS if self.end_to_end else FISHER_COSTS)[-1]
+        much = self.end_to_end or self.reconstruct * self.reconstruct_blocks * SEQUENCE >= MUCH_TRAINING
+        self.one_bit = self.one_bit or (TRAINED_COSTS if much else FISHER_COSTS)[-1]
 
 
 DEFAULTS = dataclasses.asdict(Variant())

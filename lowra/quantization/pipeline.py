@@ -195,7 +195,7 @@ def _recipe(job: Job, files: list[pathlib.Path]) -> dict:
         "version": __version__,
         "source": identities(files),
         "config": job.config.to_dict(),
-        "fisher_costs": list(fisher_costs(job.config)),
+        "fisher_costs": list(fisher_costs(job.config, job.calibration)),
         "adapter": dataclasses.asdict(job.adapter) if job.adapter else None,
         "calibration": [job.calibration.digest(), job.calibration.digest_of_moments()] if job.calibration else None,
         "text": job.calibration.digest_of_text() if job.calibration and trains else None,

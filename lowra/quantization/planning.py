@@ -19,14 +19,18 @@ from .learner import learn_codebook
 from .work import LEARNED, WorkFolder
 
 # What a unit of squared error at 4, 2 and 1 bits costs where sensitivities are of "fisher". They take errors for small;
-# those of one bit cost more than that, and where there is a choice too many channels would have it. A training of all
-# blocks together makes up for it (docs/lab/accuracy.md).
+# those of one bit cost more than that, and where there is a choice too many channels would have it. Codes that are
+# trained on much text make up for it (docs/lab/accuracy.md).
 FISHER_COSTS = (1.0, 1.0, 3.0)
 TRAINED_COSTS = (1.0, 1.0, 1.0)
+# Tokens, all passes together. On 0.4 million nothing was seen either way, on 1 million it was.
+MUCH_TRAINING = 1_000_000
 
 
-def fisher_costs(config: LowRAConfig) -> tuple[float, ...]:
-    return TRAINED_COSTS if config.end_to_end else FISHER_COSTS
+def fisher_costs(config: LowRAConfig, calibration: Calibration | None) -> tuple[float, ...]:
+    text = None if calibration is None else calibration.sequences
+    tokens = 0 if text is None else config.reconstruct * text.numel()
+    return TRAINED_COSTS if config.end_to_end or tokens >= MUCH_TRAINING else FISHER_COSTS
 
 
 @dataclasses.dataclass
@@ -79,7 +83,7 @@ class Planner:
         self.config = config
         self.calibration = calibration
         self.store = store
-        self.costs = fisher_costs(config)
+        self.costs = fisher_costs(config, calibration)
         self._targets: dict[str, Target] = {}
         self._codebooks: dict[str, Codebook] = {}
         self._energy: dict[str, float] = {}

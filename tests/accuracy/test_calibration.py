@@ -103,11 +103,11 @@ def test_channels_that_matter_get_the_bits(tiny_llama, calibration, tmp_path):
     assert (bits[:8] == 4).all()
 
 
-def test_fewer_channels_have_one_bit_than_small_errors_would_give_it(tiny_llama, calibration):
-    """Where no training of all blocks together makes up for large errors."""
+def test_fewer_channels_have_one_bit_than_small_errors_would_give_it(tiny_llama, calibration, monkeypatch):
+    """Where no long training of codes makes up for large errors."""
 
-    def shares(end_to_end):
-        config = LowRAConfig(bits=2.0, sensitivity="fisher", end_to_end=end_to_end)
+    def shares(**training):
+        config = LowRAConfig(bits=2.0, sensitivity="fisher", **training)
         planner = planning.Planner(config, None, calibration)
         for name, target in find_targets(model, None).items():
             planner.add(name, target, model.get_submodule(target.name).weight.detach())
@@ -115,7 +115,10 @@ def test_fewer_channels_have_one_bit_than_small_errors_would_give_it(tiny_llama,
         return [float((bits == precision).float().mean()) for precision in (1, 4)]
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    assert all(0 <= alone < trained for alone, trained in zip(shares(0), shares(5), strict=True))
+    alone, trained = shares(), shares(end_to_end=5)
+    assert all(0 <= few < many for few, many in zip(alone, trained, strict=True))
+    monkeypatch.setattr(planning, "MUCH_TRAINING", 3 * calibration.sequences.numel())
+    assert shares(reconstruct=2) == alone and shares(reconstruct=3) == trained
 
 
 def test_refusals(tiny_llama, calibration, tmp_path):
