@@ -105,6 +105,17 @@ def test_reconstruction_holds_a_block_with_its_optimiser(seven):
         assert block < getattr(more, place) < block + 9e9 and getattr(more, place) > getattr(plain, place)
 
 
+def test_all_blocks_together_hold_embeddings_and_head_where_these_learn_too(seven):
+    shape = read_shape(seven)
+    table, blocks = 32000 * 4096, sum(linear.size for linear in shape.linears)
+    for packed, learning in (({}, 2), ({"head": True}, 1), ({"head": True, "embeddings": True}, 0)):
+        needed = quantising(shape, True, end_to_end=True, **packed)
+        assert needed.device == 36 * (blocks + learning * table) + 4 * (shape.parameters - blocks - learning * table)
+        state = 12 * (blocks + learning * table)  # on its way to the disk
+        assert state < needed.host < state + 1.5e9
+        assert quantising(shape, False, end_to_end=True, **packed).host > needed.device
+
+
 CONFIGS = {
     "llama": (LlamaConfig(intermediate_size=704, num_key_value_heads=1, **SMALL), "LlamaForCausalLM"),
     "qwen3": (Qwen3Config(intermediate_size=704, num_key_value_heads=1, head_dim=128, **SMALL), "Qwen3ForCausalLM"),

@@ -39,6 +39,8 @@ _BYTES_RECONSTRUCTING = 52.0
 # The same of all blocks together: dense, what is rounded, Adam's two moments, what is made and its gradient, codes.
 # Measured on a CPU: 35 to 36 (docs/lab/log.md, "Memory of a training of all blocks").
 _BYTES_END_TO_END = 36.0
+# Of these the host of a GPU holds what a killed run goes on from while it is written or read.
+_BYTES_OF_STATE = 12.0
 _BYTES_OF_TABLES = 4 * (22 + 19 + 3) + 3 * 8  # a channel's levels, thresholds, errors and the assigner's costs
 
 
@@ -322,9 +324,11 @@ def quantising(
         calibrating: with a pass over text.
         moments: which collects second moments, [K, K] float32 of every layer.
         reconstruct_tokens: on which blocks are trained afterwards, whose activations are not counted; 0: they are not.
-        end_to_end: all blocks are trained together after that, whose activations are not counted either.
+        end_to_end: all blocks are trained together after that, with embeddings and head that are not packed;
+            activations are not counted either.
     """
     tables = [shape.embedding] * embeddings + [shape.head] * head
+    kept = 0.0
     widest = max(linear.size for linear in shape.linears)
     each = _BYTES_QUANTISING if rank else _BYTES_WITHOUT_ADAPTER
     work = max(each * widest, _BYTES_WITHOUT_ADAPTER * max(tables, default=0))
@@ -336,9 +340,10 @@ def quantising(
         learning = sum(linear.size for linear in shape.linears)
         learning += shape.embedding * (not embeddings) + shape.head * (not head)
         work = max(work, _BYTES_END_TO_END * learning + _FLOAT * (shape.parameters - learning))
+        kept = max(_FLOAT * shape.parameters, _BYTES_OF_STATE * learning) if on_gpu else 0.0
     rows = sum(linear.out_features for linear in shape.linears) + shape.vocabulary * (embeddings + head)
     held = PYTHON_BYTES + _FLOAT * sum(linear.in_features**2 for linear in shape.linears) * moments
-    host = held + rows * _BYTES_OF_TABLES + 2 * max(widest, shape.embedding) + (0 if on_gpu else work)
+    host = held + rows * _BYTES_OF_TABLES + max(2 * max(widest, shape.embedding), kept) + (0 if on_gpu else work)
     if calibrating and not on_gpu:
         host = max(host, held + _FLOAT * shape.parameters)
     return Quantising(work if on_gpu else 0.0, host)
