@@ -197,6 +197,25 @@ def test_embeddings_and_head_are_trained_as_one_where_they_are_tied(tied):
     assert token_tables(LlamaForCausalLM(config)) == ["model.embed_tokens.weight", "lm_head.weight"][: 2 - tied]
 
 
+def test_embeddings_of_tokens_that_the_text_lacks_stay_as_they_are(tmp_path):
+    """Zeros of padding among them, whatever Adam's small second moments would make of small gradients."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    config.pad_token_id = 0
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    stored_as = dict.fromkeys(token_tables(model), torch.float16)
+    training, _ = joint(tmp_path, 4, token_tables=stored_as, tokens=range(8, 16))
+    training.run(4)
+    learned = training.token_tables.stored()
+    name = "model.embed_tokens.weight"
+    same = (learned[name] == before[name].half()).all(dim=1)
+    assert same.tolist() == [token not in range(8, 16) for token in range(32)] and not learned[name][0].any()
+    assert not torch.equal(learned["lm_head.weight"], before["lm_head.weight"].half())
+
+
 def some_weights(scales):
     """Three, of two widths, of which one has an adapter that starts from nothing."""
     torch.manual_seed(0)
@@ -261,8 +280,8 @@ def test_what_a_stack_learned_is_what_is_packed(fixed_cells):
         assert not torch.equal(stored.levels, weight.start.levels)
 
 
-def joint(folder, steps, device="cpu"):
-    """A training of a model at 2 bits, and its text."""
+def joint(folder, steps, device="cpu", token_tables=None, tokens=range(256)):
+    """A training of a model at 2 bits, and its text of these tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     targets = find_targets(model, None)
     weights = {}
@@ -271,8 +290,8 @@ def joint(folder, steps, device="cpu"):
         row_bits = torch.full((len(weight),), 2, dtype=torch.uint8, device=device)
         packed = quantize_matrix(weight, learn_codebook(weight, config), row_bits, config)
         weights[name] = TrainedWeight(weight, packed, None, 1.0)
-    text = torch.randint(256, (64, 128), generator=torch.Generator().manual_seed(0))
-    return JointTraining(model, targets, weights, text, steps), text
+    text = torch.randint(tokens[0], tokens[-1] + 1, (64, 128), generator=torch.Generator().manual_seed(0))
+    return JointTraining(model, targets, weights, text, steps, token_tables=token_tables), text
 
 
 @pytest.mark.cuda
