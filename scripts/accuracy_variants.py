@@ -14,6 +14,7 @@ from lowra.config import LowRAConfig
 from lowra.quantization import block_training
 from lowra.quantization.block_stream import BlockStream
 from lowra.quantization.calibration import SEQUENCE
+from lowra.quantization.joint_training import BATCH
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
 from lowra.quantization.planning import FISHER_COSTS, MUCH_TRAINING, TRAINED_COSTS, Planner
@@ -84,7 +85,9 @@ class Variant:
     only: str = ""
 
     def __post_init__(self):
-        much = self.end_to_end or self.reconstruct * self.reconstruct_blocks * SEQUENCE >= MUCH_TRAINING
+        sequences = self.reconstruct * self.reconstruct_blocks
+        sequences += self.end_to_end.get("steps", 0) * self.end_to_end.get("batch", BATCH)
+        much = sequences * SEQUENCE >= MUCH_TRAINING
         self.one_bit = self.one_bit or (TRAINED_COSTS if much else FISHER_COSTS)[-1]
 
 

@@ -15,6 +15,7 @@ from ..weights.packed import channel_bits
 from .assigner import Assignment, Problem, assign
 from .calibration import Calibration
 from .job import with_bar
+from .joint_training import BATCH
 from .learner import learn_codebook
 from .work import LEARNED, WorkFolder
 
@@ -23,14 +24,18 @@ from .work import LEARNED, WorkFolder
 # trained on much text make up for it (docs/lab/accuracy.md).
 FISHER_COSTS = (1.0, 1.0, 3.0)
 TRAINED_COSTS = (1.0, 1.0, 1.0)
-# Tokens, all passes together. On 0.4 million nothing was seen either way, on 1 million it was.
+# Tokens that blocks and all blocks together are trained on, all passes together. On 0.2 million of all blocks together
+# it costs, on 0.4 million of blocks nothing was seen either way, on 1 million it pays.
 MUCH_TRAINING = 1_000_000
 
 
 def fisher_costs(config: LowRAConfig, calibration: Calibration | None) -> tuple[float, ...]:
-    text = None if calibration is None else calibration.sequences
-    tokens = 0 if text is None else config.reconstruct * text.numel()
-    return TRAINED_COSTS if config.end_to_end or tokens >= MUCH_TRAINING else FISHER_COSTS
+    kept = [] if calibration is None else [calibration.sequences, calibration.further]
+    texts = [text for text in kept if text is not None]
+    if not texts:
+        return FISHER_COSTS
+    tokens = config.reconstruct * texts[0].numel() + config.end_to_end * BATCH * texts[-1].shape[1]
+    return TRAINED_COSTS if tokens >= MUCH_TRAINING else FISHER_COSTS
 
 
 @dataclasses.dataclass

@@ -1,5 +1,7 @@
 """Calibration: the statistics against autograd's own, the precisions they lead to, and their life with a checkpoint."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -115,10 +117,13 @@ def test_fewer_channels_have_one_bit_than_small_errors_would_give_it(tiny_llama,
         return [float((bits == precision).float().mean()) for precision in (1, 4)]
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    alone, trained = shares(), shares(end_to_end=5)
-    assert all(0 <= few < many for few, many in zip(alone, trained, strict=True))
+    step = 16 * calibration.sequences.shape[1]
     monkeypatch.setattr(planning, "MUCH_TRAINING", 3 * calibration.sequences.numel())
-    assert shares(reconstruct=2) == alone and shares(reconstruct=3) == trained
+    enough = math.ceil(planning.MUCH_TRAINING / step)
+    alone, trained = shares(), shares(end_to_end=enough)
+    assert all(0 <= few < many for few, many in zip(alone, trained, strict=True))
+    assert shares(reconstruct=2) == shares(end_to_end=enough - 1) == alone
+    assert shares(reconstruct=3) == shares(reconstruct=2, end_to_end=enough) == trained
 
 
 def test_refusals(tiny_llama, calibration, tmp_path):
