@@ -1,6 +1,7 @@
 """The blocks of a model that lies on disk, one at a time in memory, each called as the model itself calls it."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -101,8 +102,9 @@ class BlockStream:
         """
         self._source, self._targets, self._device = source, targets, device
         self.names = block_names(source.model, targets)
+        own = copy.deepcopy(source.model.config)  # Transformers writes the dtype into it; the packed model's is another
         with init_empty_weights(include_buffers=False):  # rotary tables are in no checkpoint
-            self._model: Any = type(source.model)._from_config(source.model.config, dtype=torch.float32)
+            self._model: Any = type(source.model)._from_config(own, dtype=torch.float32)
         self._model.eval()
         for module in self._model.modules():
             for name, buffer in module._buffers.items():

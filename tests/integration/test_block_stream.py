@@ -45,6 +45,13 @@ def test_blocks_in_turn_are_the_model(tmp_path, architecture):
     torch.testing.assert_close(hidden, wanted[0], rtol=1e-5, atol=1e-5)
 
 
+def test_the_checkpoint_keeps_its_settings(tmp_path):
+    make_model("LlamaForCausalLM").to(torch.bfloat16).save_pretrained(tmp_path)
+    stream = stream_of(tmp_path)
+    assert stream._model.dtype == torch.float32
+    assert stream._source.model.config.to_dict() == empty_model(tmp_path).config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [("BartForConditionalGeneration", "2 stacks of blocks"), ("MixtralForCausalLM", "has experts")],
