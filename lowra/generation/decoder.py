@@ -93,8 +93,6 @@ class Decoder:
             raise Unsupported("its body or its head is another module than its forward calls")
         called = {part for end in ends[1:] for part in end.modules()}
         check_written(type(model), {type(module) for module in modules if module not in called})
-        if names and all(name == NO_ADAPTER for name in names):
-            raise Unsupported("no sequence of the batch has an adapter")
         self._rows = {
             name: torch.tensor([own == name for own in names], device=self.device)
             for name in (dict.fromkeys((*others, *names)) if names else ())
@@ -104,7 +102,7 @@ class Decoder:
         capped = "final_logit_softcapping" in names_in(type(model).forward)
         self._softcap = (config.final_logit_softcapping or 0.0) if capped else 0.0
         cosine, sine = self._rotary(positions)
-        group = functools.partial(Projections, dtype=self.dtype, rows=self._rows, exact=exact)
+        group = functools.partial(Projections, dtype=self.dtype, rows=self._rows if names else None, exact=exact)
         blocks = list(self._body.layers)
         if "num_hidden_layers" in names_in(type(self._body).forward):
             blocks = blocks[: config.num_hidden_layers]
@@ -253,7 +251,7 @@ class Decoder:
     def takes(self, names: tuple[str, ...]) -> bool:
         """Whether a batch that goes through these adapters can have this decoder, if it turns to them."""
         own = set(names) - {NO_ADAPTER}
-        return names == self.names or (len(names) == len(self.names) > 0 and bool(own) and own <= self._rows.keys())
+        return names == self.names or (len(names) == len(self.names) > 0 and own <= self._rows.keys())
 
     def turn_to(self, names: tuple[str, ...]) -> None:
         """Sequences go through these adapters from now on, in captured steps too. names: that this `takes`."""

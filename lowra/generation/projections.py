@@ -48,14 +48,14 @@ class Projections:
         parent: Any,
         names: tuple[str, ...],
         dtype: torch.dtype,
-        rows: Mapping[str, torch.Tensor],
+        rows: Mapping[str, torch.Tensor] | None,
         exact: bool = False,
     ):
         """
         Args:
             parent, names: the module that has the layers, and their names in it.
             dtype: of x.
-            rows: of a mixed batch, which sequences (bool [batch]) go through which adapter; empty where the active
+            rows: of a mixed batch, which sequences (bool [batch]) go through which adapter; None where the active
                 ones are for all.
             exact: see `decoding.Group`.
 
@@ -300,16 +300,16 @@ def _base_of(module: nn.Module) -> nn.Module:
     raise Unsupported(f"it has layers of the kind {type(base).__name__}")
 
 
-def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor]) -> Iterator[Adapter]:
+def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor] | None) -> Iterator[Adapter]:
     if not isinstance(module, BaseTunerLayer):
         return
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"{type(module).__name__} is no LoRA")
-    if rows and (module.merged or getattr(module.base_layer, "adapter_tables", None) is not None):
+    if rows is not None and (module.merged or getattr(module.base_layer, "adapter_tables", None) is not None):
         raise Unsupported("adapters of a mixed batch are merged, or have levels and scales of their own")
     if module.disable_adapters or module.merged:
         return
-    for name in rows or module.active_adapters:
+    for name in module.active_adapters if rows is None else rows:
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
@@ -318,4 +318,4 @@ def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor]) -> Iterato
         known = type(dropout) in (nn.Identity, nn.Dropout) and isinstance(scaling, int | float)
         if name in module.lora_variant or not plain or not known:
             raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
-        yield Adapter((a.weight.detach(), b.weight.detach()), scaling, rows.get(name))
+        yield Adapter((a.weight.detach(), b.weight.detach()), scaling, None if rows is None else rows[name])

@@ -160,6 +160,7 @@ def test_each_sequence_goes_through_its_own_adapter(folders, device, warnings):
         ["law", "news", "law"],
         ["law", "law", "law"],
         ["sport", "news", "sport"],
+        ["__base__", "__base__", "__base__"],
     ):
         expected, found = both(model, batch(device), adapter_names=names)
         if device == "cuda":  # padded rows cannot be run again by themselves
@@ -176,8 +177,6 @@ def test_each_sequence_goes_through_its_own_adapter(folders, device, warnings):
         model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["news"].weight.fill_(torch.inf)
     assert torch.equal(model.generate(**batch(device), **options)[1:], before[1:])
     assert not warnings.records
-    expected, found = both(model, batch(device), adapter_names=["__base__"] * 3)
-    assert torch.equal(found, expected) and "no sequence of the batch has an adapter" in warnings.text
 
 
 def test_hooks_of_others_are_called_by_the_usual_loop(folders, warnings):
