@@ -17,6 +17,7 @@ from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -136,6 +137,10 @@ class AdapterLibrary:
     def __init__(self, base: nn.Module, cache_size: int = 4):
         if isinstance(base, PeftModel):
             raise ValueError("AdapterLibrary got a PeftModel; expected the base model. Pass model.unload().")
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):  # which would change with its switches
+            raise ValueError(
+                "AdapterLibrary got a base on which a PeftModel is already: load it anew, or unload() that."
+            )
         if cache_size < 1:
             raise ValueError(f"cache_size is {cache_size}; expected at least 1.")
         self.model: nn.Module = base

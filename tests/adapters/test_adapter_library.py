@@ -162,6 +162,11 @@ def test_refusals_name_the_remedy(library, packed_folders, base, tmp_path):
         AdapterLibrary(make_base(), cache_size=0)
     with pytest.raises(ValueError, match="PeftModel"):
         AdapterLibrary(get_peft_model(make_base(), LoraConfig(target_modules="all-linear")))
+    taken = make_base()
+    model = get_peft_model(taken, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="on which a PeftModel is already"):
+        AdapterLibrary(taken)
+    AdapterLibrary(model.unload())
 
 
 def test_labels_are_checked_when_an_adapter_is_added(adapter_folder, tmp_path):
