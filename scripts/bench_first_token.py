@@ -77,18 +77,20 @@ def timed_parts(spent: dict[str, float]):
         LoraModel._enable_peft_forward_hooks = hooks
 
 
-def first_token(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> dict:
-    """A row: see above."""
+def first_token(
+    model: torch.nn.Module, ids: torch.Tensor, repeats: int, new: int = 1, other_adapters: bool = False
+) -> dict:
+    """A row: see above. other_adapters: sequences go through others at each call."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    turns = [number if args.turns else 0 for number in range(_FIRST + args.repeats)]
+    turns = [number if other_adapters else 0 for number in range(_FIRST + repeats)]
     for turn in turns[:_FIRST]:
-        generate(model, ids, args.new, fast=True, turn=turn)
+        generate(model, ids, new, fast=True, turn=turn)
     session, rows = fast.session_of(bare), []
     for turn in turns[_FIRST:]:
         spent: dict[str, float] = {}
         with timed_parts(spent):
             started = time.perf_counter()
-            generate(model, ids, args.new, fast=True, turn=turn)
+            generate(model, ids, new, fast=True, turn=turn)
             if ids.is_cuda:
                 torch.cuda.synchronize()
             spent["first"] = time.perf_counter() - started
@@ -119,7 +121,8 @@ def main():
         rank, adapters, batch = map(int, case.split(":"))
         model = with_adapters(model, rank, adapters) if rank else without_adapters(model)
         ids = torch.randint(5, model.config.vocab_size, (batch, args.prompt), device=args.device)
-        row = {"rank": rank, "adapters": adapters, "batch": batch, **first_token(model, ids, args)}
+        row = {"rank": rank, "adapters": adapters, "batch": batch}
+        row |= first_token(model, ids, args.repeats, args.new, args.turns)
         print(json.dumps(row), flush=True)
         fast.release(model)
 

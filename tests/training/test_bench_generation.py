@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -43,11 +44,25 @@ def test_adapters_of_every_kind_go_through_the_products(kind, count, caplog):
     assert torch.equal(bench_generation.generate(bench_generation.without_adapters(model), ids, 12, fast=True), bare)
 
 
-@pytest.mark.parametrize("count, batch", [(1, 1), (2, 4)])
-def test_a_first_token_reads_no_model_again(count, batch):
+@pytest.mark.parametrize("count, batch, others", [(1, 1, False), (2, 4, False), (3, 1, True)])
+def test_a_first_token_reads_no_model_again(count, batch, others):
     model = bench_generation.with_adapters(random_models.make_model("tiny", 1.5, device="cpu"), 8, count)
-    row = bench_first_token.first_token(model, torch.arange(5, 5 + 6 * batch).view(batch, 6), repeats=2)
+    ids = torch.arange(5, 5 + 6 * batch).view(batch, 6)
+    row = bench_first_token.first_token(model, ids, repeats=2, other_adapters=others)
     assert row["kept"] and row["reads"] == 0 < row["current"]
     assert count == 1 or row["hooks"] > 0
     parts = sum(value for name, value in row.items() if name not in ("kept", "first"))
     assert parts == pytest.approx(row["first"], abs=0.1)
+
+
+def test_a_step_is_the_time_between_tokens(monkeypatch):
+    moments = iter([0.0, 5.0, 5.5, 6.0, 7.0])  # the prompt, and four tokens
+    monkeypatch.setattr(bench_generation.time, "perf_counter", lambda: next(moments))
+    arrivals = bench_generation.Arrivals()
+    for _ in range(5):
+        arrivals.put(torch.zeros(1))
+    assert arrivals.step() == pytest.approx(2 / 3)
+    monkeypatch.undo()
+    model = random_models.make_model("tiny", 1.5, device="cpu")
+    args = types.SimpleNamespace(new=6, repeats=2)
+    assert 0 < bench_generation.streamed_step(model, torch.arange(5, 17).view(2, 6), args) < 1
