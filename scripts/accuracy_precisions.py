@@ -21,8 +21,8 @@ from accuracy_grid import Session
 from accuracy_variants import Variant, quantise, true_bits
 
 from lowra.config import LowRAConfig
-from lowra.quantization import planning
 from lowra.quantization.learner import learn_codebook
+from lowra.quantization.planning import FISHER_COSTS
 from lowra.weights.codebook import PRECISIONS
 
 
@@ -47,8 +47,7 @@ def divergence(session: Session, weights: dict[str, torch.Tensor]) -> float:
 
 def whole(session: Session, v: Variant, factor: float) -> None:
     """Prints a line of the model as the assigner has it packed."""
-    planning.FISHER_COSTS = (*planning.FISHER_COSTS[:-1], factor)
-    fitted = quantise(session, v)
+    fitted = quantise(session, dataclasses.replace(v, one_bit=factor))
     weights = {name: packed.dequantize() + b @ a for name, (packed, a, b) in fitted.items()}
     sizes = dict.fromkeys(PRECISIONS, 0)
     for packed, *_ in fitted.values():
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("text", type=pathlib.Path)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.25])
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, planning.FISHER_COSTS[-1]])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, FISHER_COSTS[-1]])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calibration-tokens", type=int, default=30_000)
     parser.add_argument("--eval-blocks", type=int, default=8, help="sequences of 1,024 tokens for the divergence")

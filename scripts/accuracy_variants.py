@@ -17,7 +17,7 @@ from lowra.quantization.calibration import SEQUENCE
 from lowra.quantization.joint_training import BATCH
 from lowra.quantization.loftq import LowRank, initialize
 from lowra.quantization.pack import quantize_matrix
-from lowra.quantization.planning import FISHER_COSTS, MUCH_TRAINING, TRAINED_COSTS, Planner
+from lowra.quantization.planning import Planner, costs_before
 from lowra.quantization.trained_weight import TrainedWeight
 from lowra.training import hqq
 from lowra.weights.packed import PackedWeight
@@ -87,8 +87,7 @@ class Variant:
     def __post_init__(self):
         sequences = self.reconstruct * self.reconstruct_blocks
         sequences += self.end_to_end.get("steps", 0) * self.end_to_end.get("batch", BATCH)
-        much = sequences * SEQUENCE >= MUCH_TRAINING
-        self.one_bit = self.one_bit or (TRAINED_COSTS if much else FISHER_COSTS)[-1]
+        self.one_bit = self.one_bit or costs_before(sequences * SEQUENCE)[-1]
 
 
 DEFAULTS = dataclasses.asdict(Variant())

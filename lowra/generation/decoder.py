@@ -108,10 +108,11 @@ class Decoder:
             blocks = blocks[: config.num_hidden_layers]
         read = Reading(config, type(self._body), group, (cosine, sine))
         self.layers = [read.layer(number, block) for number, block in enumerate(blocks)]
-        self._ranks: dict[int, int] = {}  # by the address of its rows, which are an adapter's own
+        most: dict[int, int] = {}  # by the address of its rows, which are an adapter's own
         for adapter in (adapter for group in self._projections() for adapter in group.adapters()):
-            self._ranks[id(adapter.rows)] = max(len(adapter.source[0]), self._ranks.get(id(adapter.rows), 0))
-        self._rows = {name: rows for name, rows in self._rows.items() if name in names or id(rows) in self._ranks}
+            most[id(adapter.rows)] = max(len(adapter.source[0]), most.get(id(adapter.rows), 0))
+        self._rows = {name: rows for name, rows in self._rows.items() if name in names or id(rows) in most}
+        self._ranks = [most.get(id(rows), 0) for rows in self._rows.values()]
         if any(norm.weight.dtype != self.dtype for norm in self._norms()):
             raise Unsupported(f"some of its norms are {self.dtype} and some are not")
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
@@ -269,8 +270,7 @@ class Decoder:
         """
         if len(names) != len(self.names):
             return ()
-        ranks = [self._ranks.get(id(rows), 0) for rows in self._rows.values()]
-        few = sum(ranks) + max(ranks, default=0) <= _GATHERED  # of the one that comes, nothing is known yet
+        few = sum(self._ranks) + max(self._ranks, default=0) <= _GATHERED  # of what comes nothing is known yet
         return self._rows if few or len(self._rows.keys() | set(names) - {NO_ADAPTER}) <= len(names) else ()
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:

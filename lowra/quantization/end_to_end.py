@@ -110,8 +110,8 @@ def _types_of_token_tables(job: Job, model: Any, pieces: list[pathlib.Path]) -> 
     """Embeddings and head that are not packed, by name, and the type that each is stored in."""
     found = {}
     for name in {piece.stem for piece in pieces}.intersection(token_tables(model)).difference(job.targets):
-        stored = read_tensors(job.work.path(PIECES, name), "a finished piece")[0]
-        found[name] = stored[name].dtype
+        with open_tensors(job.work.path(PIECES, name), "a finished piece") as content:
+            found[name] = content.get_tensor(name).dtype  # of a file that is mapped: no table is read
     return dict(sorted(found.items()))
 
 

@@ -29,13 +29,17 @@ TRAINED_COSTS = (1.0, 1.0, 1.0)
 MUCH_TRAINING = 1_000_000
 
 
+def costs_before(tokens: int) -> tuple[float, ...]:
+    """tokens: that the codes will be trained on."""
+    return TRAINED_COSTS if tokens >= MUCH_TRAINING else FISHER_COSTS
+
+
 def fisher_costs(config: LowRAConfig, calibration: Calibration | None) -> tuple[float, ...]:
     kept = [] if calibration is None else [calibration.sequences, calibration.further]
     texts = [text for text in kept if text is not None]
     if not texts:
-        return FISHER_COSTS
-    tokens = config.reconstruct * texts[0].numel() + config.end_to_end * BATCH * texts[-1].shape[1]
-    return TRAINED_COSTS if tokens >= MUCH_TRAINING else FISHER_COSTS
+        return costs_before(0)
+    return costs_before(config.reconstruct * texts[0].numel() + config.end_to_end * BATCH * texts[-1].shape[1])
 
 
 @dataclasses.dataclass

@@ -30,11 +30,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=DEVICES)
 def model(folder, request):
     torch.manual_seed(1)
-    model = load(folder, request.param)
-    for name, config in CONFIG.items():
-        model = get_peft_model(model, config, name) if name == "law" else model
-        if name != "law":
-            model.add_adapter(name, config)
+    (first, config), *others = CONFIG.items()
+    model = get_peft_model(load(folder, request.param), config, first)
+    for name, config in others:
+        model.add_adapter(name, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
