@@ -86,5 +86,7 @@ class Later:
     function: str
 
     def __call__(self, args: argparse.Namespace) -> dict:
+        """What the function finds, as JSON can hold it."""
         module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)(args)
+        found = getattr(importlib.import_module(module), name)(args)
+        return importlib.import_module("lowra.checkpoints.atomic").finite(found)

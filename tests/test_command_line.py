@@ -1,12 +1,16 @@
 """What can be typed: quick, and in agreement with the code that runs."""
 
 import importlib
+import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from lowra.adapters.loraquant import SPLITS
+from lowra.checkpoints import atomic
+from lowra.commands import evaluate
 from lowra.quantization.calibration import TOKENS
 from lowra.quantization.loftq import STEPS
 from lowra.training.methods import METHODS
@@ -117,3 +121,13 @@ def test_an_interrupted_command_says_how_it_goes_on(words, said, monkeypatch, ca
     monkeypatch.setattr(Later, "__call__", interrupted)
     assert main(words) == 130
     assert said in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path, monkeypatch, capsys):
+    found = {"perplexity": math.nan, "parts": [1.5, -math.inf, (math.inf, True, "NaN")]}
+    text = '{"perplexity": null, "parts": [1.5, null, [null, true, "NaN"]]}'
+    atomic.save_json(found, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(text)
+    monkeypatch.setattr(evaluate, "run", lambda args: found)
+    assert main(["evaluate", "folder", "--data", "text.txt", "--json"]) == 0
+    assert capsys.readouterr().out == f"{text}\n"

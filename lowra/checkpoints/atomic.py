@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -132,12 +133,21 @@ def save_text(text: str, path: pathlib.Path) -> None:
 
 
 def save_json(content: Any, path: pathlib.Path) -> None:
-    """Writes a JSON file.
+    """Writes a JSON file, with null for what is not `finite`.
 
     Raises:
         OSError: it cannot be written.
     """
-    save_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+    save_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", path)
+
+
+def finite(content: Any) -> Any:
+    """The same structure with NaN and infinities as None: JSON has no words for them, and Python writes some."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextlib.contextmanager

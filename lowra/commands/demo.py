@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> dict:
     save_text(table, output / "table.md")
     print(f"\n{table}\nPerplexity on held-out text, before and after {args.steps} steps: lower is better.")
     print("True bits count all that a packed weight takes; the base on disk has its embeddings in 16 bits besides.")
-    said = _last_words(bases[-1], adapter_folder(cells[-1], output), args)
+    speaks = result["rows"][-1]["tuned"]["perplexity"]["mean"] is not None
+    said = _last_words(bases[-1], adapter_folder(cells[-1], output), args) if speaks else None
     problems = order_problems(result["rows"])
     seconds = round(time.perf_counter() - start, 1)
     _conclude(args, output, problems, seconds)

@@ -6,9 +6,10 @@ loss at output i, H = mean x x^T. With the diagonal of H alone this is the squar
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -326,27 +327,25 @@ class Collector:
         self._gradient_tokens: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._on_input(name)))
-            self._handles.append(module.register_full_backward_hook(self._on_gradient(name)))
+            self._handles.append(module.register_forward_pre_hook(functools.partial(self._on_input, name)))
+            self._handles.append(module.register_forward_hook(functools.partial(self._on_output, name)))
 
-    def _on_input(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            _add(self.inputs, name, x.square().sum(dim=0))
-            if self._with_moments:
-                _add(self.moments, name, x.T @ x)
-            self._tokens[name] = self._tokens.get(name, 0) + x.shape[0]
+    def _on_input(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        _add(self.inputs, name, x.square().sum(dim=0))
+        if self._with_moments:
+            _add(self.moments, name, x.T @ x)
+        self._tokens[name] = self._tokens.get(name, 0) + x.shape[0]
 
-        return hook
+    def _on_output(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        # of the tensor: a backward hook of the module would forbid what Falcon does, to add to an output in place
+        if out.requires_grad:
+            out.register_hook(functools.partial(self._on_gradient, name))
 
-    def _on_gradient(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, grad_input: object, grad_output: tuple[torch.Tensor, ...]) -> None:
-            gradient = grad_output[0].detach()
-            gradient = gradient.reshape(-1, gradient.shape[-1]).float()
-            _add(self.gradients, name, gradient.square().sum(dim=0))
-            self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + gradient.shape[0]
-
-        return hook
+    def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        _add(self.gradients, name, gradient.square().sum(dim=0))
+        self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + gradient.shape[0]
 
     def result(self) -> Calibration:
         """Means over the tokens seen, and the hooks removed.
@@ -383,11 +382,9 @@ def collect(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    handles = [
-        table.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
-        for table in model.modules()
-        if isinstance(table, nn.Embedding)
-    ]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # gradients start here, at a copy, since CTRL scales its embeddings in place
+    handles = [t.register_forward_hook(lambda module, args, out: out.requires_grad_(True).clone()) for t in tables]
     collector = Collector(modules, moments)
     for sequence in tqdm(sequences, desc="calibrating", unit="sequence", disable=not progress):
         ids = sequence[None].to(model.get_input_embeddings().weight.device)

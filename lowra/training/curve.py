@@ -1,7 +1,6 @@
 """The loss curve of a run: a bar while it runs, JSON and a picture afterwards."""
 
 import logging
-import math
 import pathlib
 from typing import Any
 
@@ -87,7 +86,7 @@ def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
     Args:
         curve: the Trainer's log entries with `step` and `loss` (training) or `eval_loss`.
     """
-    save_json(finite(curve), folder / "curve.json")
+    save_json(curve, folder / "curve.json")
     if not installed("matplotlib"):
         logger.warning("The loss curve is not drawn, without matplotlib: %s.", how_to_install("matplotlib"))
         return
@@ -102,7 +101,8 @@ def save_curve(curve: list[dict], folder: pathlib.Path, title: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=title)
-    axes.legend()
+    if curve:  # none of a run that ended before it logged
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "curve.png.tmp", format="png")
@@ -118,12 +118,3 @@ def mean_loss(curve: list[dict]) -> float | None:
             total += entry["loss"] * (entry["step"] - last)  # the mean since the last entry
             last = entry["step"]
     return total / last if last else None
-
-
-def finite(content: Any) -> Any:
-    """The same structure with NaN and Inf as None, which JSON cannot express otherwise."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

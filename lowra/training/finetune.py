@@ -4,7 +4,7 @@ OUTPUT/base         packed base with its initial adapter; absent for dense bases
 OUTPUT/checkpoints  of the Trainer, each whole or not there, from which a run resumes
 OUTPUT/adapter      the trained PEFT adapter, with tables.safetensors if tables were trained
 OUTPUT/curve.json, curve.png, metrics.json
-metrics.json comes last: where it is, everything is there and belongs to it.
+metrics.json comes last: where it is, everything is there and belongs to it. Of a run that diverged there is the curve.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..checkpoints.atomic import locked, save_json, save_text
+from ..checkpoints.atomic import finite, locked, save_json, save_text
 from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
@@ -32,8 +32,9 @@ from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
 from .continued import RecipeCheckpoints, ScheduleFromHere, check_continued
-from .curve import Evaluations, finite, mean_loss, save_curve
+from .curve import Evaluations, mean_loss, save_curve
 from .data import TaskData, load_data
+from .divergence import Divergence, why_none
 from .evaluation import autocast, language_model_metrics, summary_metrics
 from .methods import Base, attach_adapter, compute_dtype, load_base, prepare_base
 from .packing import check_packing
@@ -62,7 +63,7 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
 
     Raises:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used, or another run that writes there;
-            nothing has been written then.
+            nothing has been written then. ValueError too where the training diverged.
     """
     check_start(recipe)
     recipe = settle(recipe)
@@ -91,13 +92,19 @@ def _run(
     if at_start is not None:
         at_start(steps_of(recipe, len(data.train), arguments.world_size))
     result, model = train(recipe, base, data, arguments, progress=progress)
-    trained = gathered(model)
+    diverged = result["diverged_at"] is not None
+    trained = None if diverged else gathered(model)
     result["adapter"] = str(output / "adapter")
     if arguments.process_index == 0:
-        (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
-        write_adapter(model, recipe, base, data, result["steps"], output / "adapter", trained)
+        if not diverged:
+            (output / "metrics.json").unlink(missing_ok=True)  # of a run that goes on from a finished one
+            write_adapter(model, recipe, base, data, result["steps"], output / "adapter", trained)
         save_curve(result["curve"], output, f"{recipe.method}, {base.nominal_bits:.3g} bits")
-        save_json(result, output / "metrics.json")
+        if not diverged:
+            save_json(result, output / "metrics.json")
+    if diverged:
+        arguments.distributed_state.wait_for_everyone()  # the first process that fails ends the others
+        raise ValueError(why_none(result, recipe, checkpoints))
     return result
 
 
@@ -173,7 +180,8 @@ def train(
     """Trains an adapter on a prepared base, and measures it before (unless `untuned` is given) and after.
 
     Returns:
-        the metrics, and the model with its trained adapter.
+        the metrics, and the model with its trained adapter; of a training that diverged, `diverged_at` names the step,
+        and the metrics after it are None.
     """
     main = arguments.process_index == 0
     set_seed(recipe.seed)
@@ -220,6 +228,7 @@ def train(
         trainer.add_callback(OnceSharded(check, untuned_metrics))
     trainer.add_callback(RecipeCheckpoints(recipe))
     trainer.add_callback(ScheduleFromHere())
+    trainer.add_callback(divergence := Divergence())
     trainer.add_callback(WholeCheckpoints())
     evaluations = Evaluations()
     trainer.add_callback(evaluations)
@@ -240,9 +249,15 @@ def train(
     seconds = time.perf_counter() - started
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     peak = torch.cuda.max_memory_allocated(arguments.device) if arguments.device.type == "cuda" else None
-    if tables:
-        bake_tables(model)
-    tuned = measure(model, recipe, data, progress and main)
+    if before is None:
+        before = untuned_of(trainer.state)
+    tuned: dict = dict.fromkeys(before)
+    if divergence.step is None:
+        if tables:
+            bake_tables(model)
+        tuned = measure(model, recipe, data, progress and main)
+        if None in finite(tuned).values():  # an adapter of numbers with which the model gives none
+            divergence.step = trainer.state.global_step
     adapter: Any = model.peft_config["default"]
     result = finite(
         {
@@ -252,8 +267,9 @@ def train(
             "bits": recipe.bits,
             "nominal_bits": base.nominal_bits,
             "true_bits": base.true_bits,
-            "untuned": untuned_of(trainer.state) if before is None else before,
+            "untuned": before,
             "tuned": tuned,
+            "diverged_at": divergence.step,
             "train_loss": mean_loss(curve),
             "curve": curve,
             "steps": trainer.state.global_step,

@@ -119,7 +119,8 @@ def run_grid(
     """Runs what is not there yet, then writes table and picture.
 
     Args:
-        keep_adapters: write every cell's trained adapter, too; a cell without one is not finished then.
+        keep_adapters: write every cell's trained adapter, too; a cell without one is not finished then, but for those
+            that diverged.
 
     Returns:
         {"rows": the table, "cells": number of cells, "run": number of them run now, paths}.
@@ -188,7 +189,7 @@ def run_cells(
             base = prepare_base(settled, output / "bases" / cell.base_key, device, progress)
             ready = time.perf_counter()
             result, model = train(settled, base, data, arguments, untuned.get(cell.base_key), progress)
-            if keep_adapters:
+            if keep_adapters and result["diverged_at"] is None:
                 write_adapter(model, settled, base, data, result["steps"], adapter_folder(cell, output))
             del model
         gc.collect()  # model and Trainer refer to each other, and two 7B models may not fit
@@ -210,9 +211,11 @@ def run_cells(
 def _finished(cell: Cell, output: pathlib.Path, with_adapter: bool) -> dict | None:
     """The result of an earlier run of the same recipe; paths apart, which may differ between machines."""
     path = output / "cells" / f"{cell.name}.json"
-    if not path.exists() or with_adapter and not adapter_folder(cell, output).is_dir():
+    if not path.exists():
         return None
     result = read_json(path, "the result of a finished cell")
+    if with_adapter and result.get("diverged_at") is None and not adapter_folder(cell, output).is_dir():
+        return None
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers", "save_steps")
     # fields newer than the result take their defaults
     recipes = (cell.recipe, without_idle_fields(Recipe.from_dict(result["recipe"])))

@@ -90,7 +90,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="nominal bits per quantised parameter", ylabel=f"{_METRICS[metric]} after fine-tuning")
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:  # none where all runs diverged
+        axes.legend(fontsize="small")
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

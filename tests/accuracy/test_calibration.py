@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
@@ -13,6 +14,7 @@ from lowra.quantization import planning
 from lowra.quantization.calibration import CALIBRATION_FILE, Calibration, calibrate, collect
 from lowra.quantization.initial_adapter import ADAPTER_FOLDER
 
+_ENDS = ("self_attention.dense", "mlp.dense_4h_to_h")
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
 
 
@@ -47,6 +49,21 @@ def test_gradient_checkpointing_changes_nothing(tiny_llama, monkeypatch):
     for part in ("inputs", "gradients", "moments"):
         for name, tensor in getattr(with_it, part).items():
             torch.testing.assert_close(tensor, getattr(without, part)[name], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("architecture", ["FalconForCausalLM", "CTRLLMHeadModel"])
+def test_models_that_write_into_what_their_layers_put_out(tiny_llama, tmp_path, architecture):
+    """Falcon adds the attention to the output of its MLP; CTRL scales its embeddings."""
+    model_class = getattr(transformers, architecture)
+    sizes = dict(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model_class(model_class.config_class(**sizes, dff=16)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    found = calibrate(str(tmp_path), TEXT, tokens=256, device="cpu", progress=False)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.gradients.values())
+    if architecture == "FalconForCausalLM":  # both layers end in one sum
+        attention, mlp = (found.gradients[f"transformer.h.0.{name}.weight"] for name in _ENDS)
+        torch.testing.assert_close(attention, mlp)
 
 
 def test_moments_are_positive_definite_and_of_unit_scale(calibration):

@@ -8,12 +8,14 @@ import pathlib
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from lowra.commands.finetune import _show as show
 from lowra.generation.loading import load_model
 from lowra.training import finetune
 from lowra.training.curve import LossBar
+from lowra.training.divergence import Divergence, why_none
 from lowra.training.finetune import load_data, measure
 
 
@@ -162,13 +164,40 @@ def test_a_folder_with_content_is_not_overwritten(recipe):
         finetune(recipe, progress=False)
 
 
-def test_divergence_is_written_as_null(recipe):
-    result = finetune(
-        dataclasses.replace(recipe, method="lora16", learning_rate=1e30, max_grad_norm=1e30), progress=False
-    )
-    text = (pathlib.Path(recipe.output) / "metrics.json").read_text()
-    assert "NaN" not in text and "Infinity" not in text
-    assert result["tuned"]["perplexity"] is None or math.isfinite(result["tuned"]["perplexity"])
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_adapter(recipe):
+    recipe = dataclasses.replace(recipe, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e30, save_steps=1)
+    recipe = dataclasses.replace(recipe, max_steps=50, logging_steps=40, tables="levels", tables_learning_rate=1e-9)
+    with pytest.raises(ValueError, match=r"by step \d .* learning_rate \(it was 1e\+30\) .* serves again as model"):
+        finetune(recipe, progress=False)
+    output = pathlib.Path(recipe.output)
+    assert not (output / "adapter").exists() and not (output / "metrics.json").exists()
+    curve = json.loads((output / "curve.json").read_text(), parse_constant=no_constant)
+    assert not curve or curve[-1]["loss"] is None
+    for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
+        stored = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+def test_a_loss_that_is_no_number_is_no_divergence_by_itself():
+    divergence, model = Divergence(), torch.nn.Linear(2, 2)  # float16 passes by such steps
+    state, control = TrainerState(global_step=3), TrainerControl()
+    divergence.on_log(None, state, control, {"loss": math.nan}, model=model)
+    assert divergence.step is None and not control.should_training_stop
+    torch.nn.init.constant_(model.bias, math.inf)
+    divergence.on_log(None, state, control, {"loss": 1.0}, model=model)
+    assert divergence.step is None  # nothing is looked at without cause
+    control.should_save = True
+    divergence.on_step_end(None, state, control, model=model)
+    assert divergence.step == 3 and control.should_training_stop and not control.should_save
+
+
+def test_a_base_without_numbers_is_not_blamed_on_the_rate(recipe, tmp_path):
+    result = {"untuned": {"loss": None}, "diverged_at": 1, "base": "base"}
+    assert "even before training" in why_none(result, recipe, tmp_path)
 
 
 @pytest.mark.parametrize("ways", [{"max_steps": 1}, {"max_steps": None, "epochs": 1, "accumulation": 10**6}])

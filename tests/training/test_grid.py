@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from lowra.training.grid import plan_grid, run_grid
+from lowra.training.grid import adapter_folder, plan_grid, run_grid
 from lowra_command import compare, evaluate
 from lowra_command import finetune as finetune_command
 
@@ -40,6 +40,16 @@ def test_a_grid_keeps_what_is_finished(recipe, tmp_path):
     assert (folder / "comparison.png").stat().st_size > 1000
     longer = dataclasses.replace(recipe, max_steps=3)
     assert run_grid(longer, plan_grid(longer, ["lora16"], [], [0]), folder, progress=False)["run"] == 1
+
+
+def test_a_cell_that_diverged_is_finished_and_has_no_adapter(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
+    cells = plan_grid(recipe, ["lora16"], [], [0])
+    for run in (1, 0):
+        result = run_grid(recipe, cells, tmp_path, progress=False, keep_adapters=True)
+        assert result["run"] == run and result["rows"][0]["tuned"]["accuracy"]["mean"] is None
+    assert "| diverged |" in (tmp_path / "table.md").read_text()
+    assert not adapter_folder(cells[0], tmp_path).exists()
 
 
 def test_commands(recipe, tmp_path, text_files, capsys):
