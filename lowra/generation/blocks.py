@@ -149,6 +149,8 @@ class Reading:
         own = getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else window
         if is_read and (own or 0) != window:
             raise Unsupported(f"a layer's attention has a window of {own} and its mask one of {window}")
+        if window == 1:  # Transformers' cache keeps the last window - 1 tokens, and takes -0 of them for all
+            raise Unsupported("its cache keeps all tokens where its mask has a window of one")
         return window
 
     def _activation(self, feed_forward: Any) -> str:

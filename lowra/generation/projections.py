@@ -197,7 +197,8 @@ class _Shares:
         if all(adapter.rows is None for adapter in self._adapters):
             everyone = everyone[:, :0]
         scalings = [1.0 if self._alike else adapter.scaling for adapter in self._adapters]
-        each = torch.cat([torch.stack(rows), everyone], dim=1) * torch.tensor(scalings, device=device)[:, None]
+        gains = torch.tensor(scalings, dtype=torch.float32, device=device)  # whatever type is PyTorch's default
+        each = torch.cat([torch.stack(rows), everyone], dim=1) * gains[:, None]
         ranks = torch.tensor([len(adapter.source[0]) for adapter in self._adapters], device=device)
         by_rank = each.repeat_interleave(ranks, dim=0)
         batch = len(rows[0])

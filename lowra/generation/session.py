@@ -28,7 +28,8 @@ class Session:
         self._ids = torch.zeros(batch, slots, dtype=torch.long, device=device)
         self._first = torch.zeros(batch, dtype=torch.int32, device=device)
         self._unfinished = torch.ones(batch, dtype=torch.long, device=device)
-        self._drawn = torch.zeros(batch, device=device)  # sums: not a number once a share was none
+        # sums: not a number once a share was none
+        self._drawn = torch.zeros(batch, dtype=torch.float32, device=device)
         # of each step of a graph: tokens, and whether any sequence goes on
         self._latest = torch.zeros(_STEPS, batch + 1, dtype=torch.long, device=device)
         self._caches = decoder.caches(batch, slots, self._first)

@@ -277,16 +277,19 @@ class PackedModule(PackedState):
             raise TypeError("model.type(dtype) would cast packed codes too: use model.to(dtype), which leaves them.")
         rows = self._layout if self._layout is not None and self._is_as_seen() else None
         floats = {name: tensor for name, tensor in self.packed_tensors().items() if name in _FLOAT_TENSORS}
-        dtypes = {name: tensor.dtype for name, tensor in floats.items()}
+        kinds = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in floats.items()}
         self._allow_swapping()
         # Frozen tensors moved under inference mode serve training as well.
         with torch.inference_mode(False):
             for tensor in floats.values():  # the same parameters before and after: tied modules share them
+                tensor.requires_grad_(False)  # whoever asks all floating points for gradients asks these
                 tensor.data = tensor.data.view(torch.uint8)
             super()._apply(fn, recurse)
             for name, tensor in floats.items():
+                dtype, requires_grad = kinds[name]
                 for parameter in {tensor, self._parameters[name]}:  # two when coming from "meta"
-                    parameter.data = parameter.data.view(dtypes[name])
+                    parameter.data = parameter.data.view(dtype)
+                    parameter.requires_grad_(requires_grad)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         if rows is not None:
             self._accept(rows, self._digest)

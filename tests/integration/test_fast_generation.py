@@ -334,6 +334,14 @@ def test_a_model_that_a_rounding_turns_into_noise_vouches_for_no_architecture(fo
     assert torch.equal(found, expected) and "differ from the model's own" in warnings.text
 
 
+def test_a_window_of_one_is_what_transformers_makes_of_it(warnings):
+    """Its mask and its cache differ there."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=1)).eval()
+    expected, found = both(model, batch())
+    assert torch.equal(found, expected) and "its mask has a window of one" in warnings.text
+
+
 def test_a_prompt_beyond_the_positions_is_refused(folders):
     with pytest.raises(ValueError, match="exceed the 96 positions of llama: shorten the prompt, or lower"):
         both(load(folders["llama"]), batch(padded=False), max_new_tokens=90)

@@ -304,6 +304,22 @@ def test_autocast_computes_in_its_own_type(model, caplog):
     assert "autocast computes in torch.bfloat16 and the model is torch.float32" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_buffers_have_types_of_their_own_whatever_the_default_is(model, dtype):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), "a")
+    model.add_adapter("b", LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"]))
+    model.eval()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same(model, adapter_names=["a", "b"])
+    finally:
+        torch.set_default_dtype(usual)
+    session = fast.session_of(model.get_base_model())
+    gains = [shares.of_steps.factors for shares in session.decoder._shares.values()]
+    assert gains and {buffer.dtype for buffer in (*gains, session._caches[0].workspace)} == {torch.float32}
+
+
 class Louder(TorchFunctionMode):
     """Activations twice as large, whoever asks for them."""
 

@@ -490,6 +490,20 @@ def test_models_move_to_every_floating_type(packing, kind, dtype):
         adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
 
 
+@pytest.mark.parametrize("kind", ["linear", "tied", "experts"])
+def test_what_was_asked_for_gradients_moves(packing, kind):
+    model, wanted = packing(kind), logits_of(packing(kind))
+    asked = [parameter.requires_grad_() for parameter in model.parameters() if parameter.is_floating_point()]
+    model.to(torch.bfloat16).to(torch.float32)
+    assert all(parameter.requires_grad for parameter in asked)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=0.1, atol=0.1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for parameter in asked:
+        parameter.requires_grad_()
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()  # puts packed layers on their device
+
+
 def test_double_precision_is_double(packing):
     layer = packing("linear").model.layers[0].mlp.up_proj.double()
     x = torch.randn(2, layer.in_features, dtype=torch.float64, requires_grad=True)

@@ -130,7 +130,7 @@ def workspace_of(
     # slots of the cache that a block of the kernel takes (csrc/lowra.h)
     parts = -(-slots // (512 if attention.dim <= 64 else 256 if attention.dim <= 128 else 128))
     each = attention.heads // attention.kv_heads * (attention.dim + 2)
-    workspace = torch.empty(batch * attention.kv_heads * parts * each, device=device)
+    workspace = torch.empty(batch * attention.kv_heads * parts * each, dtype=torch.float32, device=device)
     return workspace, torch.zeros(batch * attention.kv_heads, dtype=torch.int32, device=device)
 
 
