@@ -68,6 +68,7 @@ def _totals(packed: PackedFolder, layers: list[LayerContent]) -> dict:
         "fingerprint": packed.config.fingerprint,
         "error": packed.config.error,
         **packed.errors(),
+        "trained_token_tables": packed.trained_token_tables(),
         "channels": {str(bits): sum(layer.channels[bits] for layer in layers) for bits in (4, 2, 1)},
         "quantised_parameters": parameters,
         "nominal_bits": sum(layer.nominal_bits * layer.parameters for layer in layers) / parameters,
@@ -102,6 +103,11 @@ def _print_totals(total: dict) -> None:
     ):
         print(f"  {name:<20} {_mib(total[key])}  {total[key] / total['packed_bytes']:.2f} x packed")
     print(f"  {'left dense':<20} {_mib(total['dense_bytes'])}  everything that is not packed")
+    trained = total["trained_token_tables"]
+    if trained is None:
+        print("    embeddings and head may have been trained with the packed weights (end to end)")
+    elif trained:
+        print(f"    trained with the packed weights (end to end), and so not the base's: {', '.join(trained)}")
     if total["error"] is not None:
         shown = {
             "planned": "error",

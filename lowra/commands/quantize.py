@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> dict:
         before, after = report["end_to_end"]["divergence"]
         kept = "" if report["end_to_end"]["kept"] else ", not kept"
         print(f"  end to end: KL divergence from the dense model {before:.4f} -> {after:.4f}{kept}")
-    print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
+    *stages, (_, whole) = report["seconds"].items()
+    print(f"  {whole:.1f} seconds: {', '.join(f'{stage} {value:.1f}' for stage, value in stages)}")
     if adapter is not None:
         print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
     return {"output": str(args.output), **report}

@@ -4,11 +4,12 @@ Memory holds one tensor (and the tables of all). Every finished tensor is on dis
 run that is started again with the same arguments goes on where it stopped, and `OUTPUT` appears complete or not at all.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -67,12 +68,14 @@ def quantize_checkpoint(
 
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
-        of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage.
+        of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage
+        and in all.
 
     Raises:
         OSError, ValueError: input that cannot be used, or an output that cannot be written; nothing has been written to
             `output` then.
     """
+    stages = _Stages()
     _check_rounds(config)
     if config.assigner == "two_level":
         require("assigner=two_level", "pulp", "highspy", "sklearn")
@@ -97,17 +100,20 @@ def quantize_checkpoint(
             count_and_names(source.unplaced),
             type(skeleton).__name__,
         )
-    for name in source.names():
-        if name not in targets:  # the learner looks at the others
-            for key, tensor in source.load(name).items():
-                check_finite(key, tensor)
+    with stages.time("check"):
+        for name in source.names():
+            if name not in targets:  # the learner looks at the others
+                for key, tensor in source.load(name).items():
+                    check_finite(key, tensor)
     beside = companions(folder, outside=(work.folder, work.place))
     with locked(work.folder):
         if callable(calibration):
-            calibration = calibration()
+            with stages.time("calibrate"):
+                calibration = calibration()
         _check_moments(config, adapter, calibration)
         if group_sizes:
-            size = best_group_size(group_sizes, config, source, targets, calibration, device, progress)
+            with stages.time("choose the group size"):
+                size = best_group_size(group_sizes, config, source, targets, calibration, device, progress)
             config = dataclasses.replace(config, group_size=size)
         job = Job(
             source=source,
@@ -125,7 +131,7 @@ def quantize_checkpoint(
         )
         work.begin(_recipe(job, files))
         try:
-            report = _stream(job)
+            report = _stream(job, stages)
         except ValueError:
             work.clear()  # input that cannot be used: there is nothing to go on with
             raise
@@ -152,38 +158,49 @@ def _check_moments(config: LowRAConfig, adapter: AdapterRecipe | None, calibrati
             )
 
 
-def _stream(job: Job) -> dict:
+class _Stages:
+    """Seconds of each stage of a run, and of the whole."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+    def seconds(self) -> dict[str, float]:
+        found = {**self._seconds, "in all": time.perf_counter() - self._started}
+        return {stage: round(value, 3) for stage, value in found.items()}
+
+
+def _stream(job: Job, stages: _Stages) -> dict:
     """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `job.work.final`."""
-    seconds = {}
-    clock = time.perf_counter()
-    stream = open_stream(job)  # first, because it may find that the model is none for it
+    with stages.time("reconstruct") if job.config.reconstruct else contextlib.nullcontext():
+        stream = open_stream(job)  # first, because it may find that the model is none for it
     check_text(job)
     planner = Planner(job.config, job.work, job.calibration)
-    learn(planner, job.source, job.targets, job.device, job.progress)
-    seconds["learn"] = time.perf_counter() - clock
-    plan = planner.assign()
-    seconds["assign"] = plan.assignment.seconds
-
-    clock = time.perf_counter()
-    pieces = write_pieces(job, plan)
-    seconds["quantise and initialise" if job.adapter else "quantise"] = time.perf_counter() - clock
+    with stages.time("learn"):
+        learn(planner, job.source, job.targets, job.device, job.progress)
+    with stages.time("assign"):
+        plan = planner.assign()
+    with stages.time("quantise and initialise" if job.adapter else "quantise"):
+        pieces = write_pieces(job, plan)
 
     adapter, together = ADAPTER, None
     if stream is not None:
-        clock = time.perf_counter()
-        pieces, adapter = reconstruct(job, plan, stream, pieces), TRAINED_ADAPTER
-        seconds["reconstruct"] = time.perf_counter() - clock
-
+        with stages.time("reconstruct"):
+            pieces, adapter = reconstruct(job, plan, stream, pieces), TRAINED_ADAPTER
     if job.config.end_to_end:
-        clock = time.perf_counter()
-        pieces, together = train_end_to_end(job, plan, pieces)
+        with stages.time("end to end"):
+            pieces, together = train_end_to_end(job, plan, pieces)
         adapter = JOINT_ADAPTER if together["kept"] else adapter
-        seconds["end to end"] = time.perf_counter() - clock
 
-    clock = time.perf_counter()
-    report = assemble(job, plan, pieces, adapter, together)
-    seconds["write"] = time.perf_counter() - clock
-    report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
+    with stages.time("write"):
+        report = assemble(job, plan, pieces, adapter, together)
+    report["seconds"] = stages.seconds()
     save_json(report, job.work.final / "lowra_report.json")
     return report
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
@@ -67,6 +69,22 @@ def test_the_packed_model_is_as_near_to_the_dense_one_as_the_report_says(tiny_ll
     card = (output / CARD_FILE).read_text()
     assert len(report["block_errors"]) == 2 and "trained end to end | 24,576 tokens" in card
     assert f"so not\nthose of the base: `{tables[0]}`. Everything else is" in card
+
+
+def test_inspecting_tells_of_trained_embeddings(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained[0], tmp_path / "copy")
+
+    def said():
+        assert main(["inspect", str(folder)]) == 0
+        return capsys.readouterr().out
+
+    assert "(end to end), and so not the base's: model.embed_tokens.weight\n" in said()
+    report = json.loads((folder / "lowra_report.json").read_text())
+    report["end_to_end"]["kept"] = False
+    (folder / "lowra_report.json").write_text(json.dumps(report))
+    assert "end to end" not in said()
+    (folder / "lowra_report.json").unlink()  # as of a model that was loaded and saved again
+    assert "may have been trained with the packed weights (end to end)" in said()
 
 
 def test_what_was_learned_goes_onto_the_original_with_its_own_embeddings(tiny_llama, trained):
@@ -186,7 +204,11 @@ def test_a_machine_that_is_too_small_is_refused_beforehand(tiny_llama, tmp_path,
 def test_the_command_trains_on_text_that_the_model_writes(tiny_llama, tmp_path, capsys):
     options = "--bits 1.5 --rank 4 --calibrate self --calibration-tokens 256 --end-to-end 1 --device cpu".split()
     assert main(["quantize", str(tiny_llama), "--output", str(tmp_path / "llama"), *options]) == 0
-    assert "end to end: KL divergence from the dense model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "end to end: KL divergence from the dense model" in said
+    *stages, whole = json.loads((tmp_path / "llama" / "lowra_report.json").read_text())["seconds"].values()
+    assert f"{whole:.1f} seconds: check " in said and ", calibrate " in said  # which writes the text, too
+    assert 0.9 * whole < sum(stages) <= whole + 0.01
     packed_and_adapted(tmp_path / "llama")
 
 
