@@ -2,7 +2,7 @@
 
 import copy
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .configs import (
     variants_in,
 )
 from .guarded import check_file, one_line, open_tensors
-from .matching import check_shape, check_shapes, match_tensors, unplaced
+from .matching import check_shape, check_shapes, count_and_names, match_tensors, unplaced
 
 _DENSE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -215,6 +215,16 @@ class DenseCheckpoint:
     def names(self) -> list[str]:
         """One name per conversion, in natural order; `load` may give several tensors for one."""
         return list(self._mappings)
+
+    def check_stored(self, names: Iterable[str]) -> None:
+        """Raises ValueError where weights come from a stored tensor that gives others too: each is packed by itself."""
+        split = set(names) - self._mappings.keys()
+        if split:
+            raise ValueError(
+                f"{count_and_names(split)} of this {type(self.model).__name__} are stored with others as one tensor, "
+                "and weights are packed of which each is stored by itself: leave these dense (modules_to_not_convert, "
+                "on the command line --keep-dense)."
+            )
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one conversion by model name, on the CPU.

@@ -137,7 +137,7 @@ def _embedding_target(model: nn.Module) -> dict[str, Target]:
     name = _name_of(model, table)
     if name is None or not isinstance(table, nn.Embedding):
         raise ValueError(f"{type(model).__name__} has no token embeddings to quantise: leave quantize_embeddings out.")
-    if type(table).forward is not nn.Embedding.forward and not isinstance(embedding_scale(table), float):
+    if type(table).forward is not nn.Embedding.forward and not _scale_alone(table):
         raise ValueError(
             f"{name} of this {type(model).__name__} is a {type(table).__name__}, which does more than look rows up: "
             "leave quantize_embeddings out."
@@ -147,6 +147,12 @@ def _embedding_target(model: nn.Module) -> dict[str, Target]:
     tied = tuple(key.removesuffix(".weight") for key, source in ties.items() if source == first)
     target = Target(first.removesuffix(".weight"), table.num_embeddings, table.embedding_dim, adapted=False, tied=tied)
     return {first: target}
+
+
+def _scale_alone(table: nn.Embedding) -> bool:
+    """Whether embeddings with a `forward` of their own say by which number it multiplies, and have nothing else."""
+    says = hasattr(table, "scalar_embed_scale") or hasattr(table, "embed_scale")
+    return says and embedding_scale(table) is not None and len(list(table.parameters())) == 1
 
 
 def embedding_scale(table: nn.Embedding) -> float | None:

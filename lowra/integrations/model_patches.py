@@ -94,11 +94,11 @@ CHECKPOINTING = Patch(
 MODEL_PATCHES = (TIES, BIAS, RESIZING, EXPERTS, CAST, VALUES, UNEXPECTED, CONVERSIONS, DEVICES, CHECKPOINTING)
 
 
-def keep_values(parameters: Iterable[Any]) -> None:
-    """Has Transformers leave parameters as they are that it does not load."""
+def keep_values(members: Iterable[Any]) -> None:
+    """Has Transformers leave parameters, or whole modules, as they are that it does not load."""
     VALUES.check()
-    for parameter in parameters:
-        parameter._is_hf_initialized = True
+    for member in members:
+        member._is_hf_initialized = True
 
 
 def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from ..nn.embedding import LowRAEmbedding
 from ..nn.experts import LowRAExperts
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
-from .model_patches import cast_to_weight_dtype_again, declare_ties, forget_ties, use_experts_as_before
+from .model_patches import cast_to_weight_dtype_again, declare_ties, forget_ties, keep_values, use_experts_as_before
 
 
 def make_dense(model: PreTrainedModel, targets: dict[str, Target], dtype: torch.dtype) -> None:
@@ -89,6 +89,7 @@ def put_packed(model: PreTrainedModel, target: Target, group_size: int, packed: 
         modules.append(module)
     for module in modules:
         module.tied = tuple(other for other in modules if other is not module)
+    keep_values(modules)  # initialisation that asks for a matrix (RWKV's, xLSTM's) would fail
     return modules
 
 

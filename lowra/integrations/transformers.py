@@ -190,6 +190,7 @@ class LowRAHfQuantizer(HfQuantizer):
         planner = Planner(self.quantization_config)
         # whatever else is missing Transformers reports, or starts anew: the head of another task
         source = DenseCheckpoint(files, model, needed=set(self._targets))
+        source.check_stored(self._targets)
         learn(planner, source, self._targets, choose_device(), progress=True)
         self._plan = planner.assign()
         for target in self._targets.values():

@@ -65,7 +65,7 @@ class Block:
         own = {self._local(name): self.targets[name].as_matrix(weight) for name, weight in weights.items()}
         args, kwargs = _for_batch((self._call.args, self._call.kwargs), self._call.batch, len(hidden))
         out = torch.func.functional_call(self._module, own, (hidden, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _first_of(out)
 
     def _local(self, name: str) -> str:
         return name.removeprefix(f"{self.name}.")
@@ -170,7 +170,7 @@ class BlockStream:
                 self._load(self._of_block[name])
 
             def after(module: nn.Module, args: tuple, out: Any, name: str = name) -> None:
-                last.append(out[0] if isinstance(out, tuple) else out)
+                last.append(_first_of(out))
                 self._free(name)
 
             block = self._model.get_submodule(name)
@@ -210,6 +210,11 @@ def _hidden_of(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+def _first_of(out: Any) -> torch.Tensor:
+    """The hidden states that a block puts out, most often with attention weights behind them."""
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def _for_batch(value: Any, was: int, now: int) -> Any:

@@ -87,7 +87,10 @@ class Calibration:
             ValueError: this layer was not calibrated.
         """
         if name not in self.gradients:
-            raise ValueError(f"The calibration has no statistics of {name}: it belongs to another model.")
+            raise ValueError(
+                f"The calibration has no statistics of {name}: it belongs to another model, or that layer was never "
+                "run, and can stay dense (modules_to_not_convert, --keep-dense)."
+            )
         return self.gradients[name] * self.inputs[name].mean()
 
     def moment(self, name: str) -> torch.Tensor:
@@ -357,7 +360,7 @@ class Collector:
             handle.remove()
         unseen = [name for name in self._tokens if name not in self.gradients]
         if unseen or not self._tokens:
-            raise ValueError(f"The calibration text reached no output of {', '.join(unseen[:3]) or 'any layer'}.")
+            raise ValueError(f"No gradient comes to {', '.join(unseen[:3]) or 'any layer'}: leave --calibrate out.")
         return Calibration(
             {name: (total / self._tokens[name]).cpu() for name, total in self.inputs.items()},
             {name: (total / self._gradient_tokens[name]).cpu() for name, total in self.gradients.items()},
@@ -383,7 +386,7 @@ def collect(
     for parameter in trainable:
         parameter.requires_grad_(False)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    # gradients start here, at a copy, since CTRL scales its embeddings in place
+    # gradients start at a copy, since CTRL scales its embeddings in place
     handles = [t.register_forward_hook(lambda module, args, out: out.requires_grad_(True).clone()) for t in tables]
     collector = Collector(modules, moments)
     for sequence in tqdm(sequences, desc="calibrating", unit="sequence", disable=not progress):

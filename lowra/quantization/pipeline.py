@@ -94,6 +94,7 @@ def quantize_checkpoint(
     if config.reconstruct or config.end_to_end:
         block_names(skeleton, targets)
     source = DenseCheckpoint(files, skeleton)
+    source.check_stored(targets)
     if source.unplaced:
         logger.warning(
             "lowra: the checkpoint holds %s that %s of its config.json has no place for; left out.",

@@ -66,6 +66,19 @@ def test_models_that_write_into_what_their_layers_put_out(tiny_llama, tmp_path, 
         torch.testing.assert_close(attention, mlp)
 
 
+def test_a_layer_that_is_never_run_can_stay_dense(tiny_llama, tmp_path):
+    """The decoder of an encoder-decoder alone never looks at an encoder."""
+    sizes = dict(vocab_size=256, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    transformers.BartForCausalLM(transformers.BartConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    found = calibrate(str(tmp_path), TEXT, tokens=256, device="cpu", progress=False)
+    config = LowRAConfig(bits=2, sensitivity="fisher")
+    with pytest.raises(ValueError, match=r"encoder_attn.* never run, and can stay dense \(.*--keep-dense"):
+        quantize_checkpoint(str(tmp_path), tmp_path / "a", config, None, "cpu", False, found)
+    config = LowRAConfig(bits=2, sensitivity="fisher", modules_to_not_convert=["encoder_attn"])
+    quantize_checkpoint(str(tmp_path), tmp_path / "a", config, None, "cpu", False, found)
+
+
 def test_moments_are_positive_definite_and_of_unit_scale(calibration):
     for name in calibration.moments:
         moment = calibration.moment(name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import ARCHITECTURES, VOCABULARY, make_model
 from torch import nn
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from lowra.checkpoints.targets import find_targets
@@ -43,6 +44,14 @@ def test_blocks_in_turn_are_the_model(tmp_path, architecture):
     with torch.no_grad():
         model(input_ids=TOKENS, use_cache=False)
     torch.testing.assert_close(hidden, wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_may_put_out_lists(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    stream = stream_of(tmp_path)
+    with stream.block(stream.names[0]) as block:
+        assert run_block(block, {}, stream.inputs()).shape == (5, 12, 16)
 
 
 def test_the_checkpoint_keeps_its_settings(tmp_path):

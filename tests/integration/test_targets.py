@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 import transformers
-from small_models import ARCHITECTURES, logits_of, make_model, packed_layers
+from small_models import ARCHITECTURES, HIDDEN, VOCABULARY, logits_of, make_model, packed_layers
+from transformers import AutoModelForCausalLM
 
 import lowra
+from lowra.checkpoints.dense import DenseCheckpoint, empty_model, safetensors_files
 from lowra.checkpoints.targets import find_targets
 
 DECODER = ARCHITECTURES["LlamaForCausalLM"]
@@ -45,6 +47,53 @@ def test_convolutions_are_not_taken_for_experts(caplog):
     with caplog.at_level(logging.WARNING, logger="lowra"):
         find_targets(model, None)
     assert not caplog.records
+
+
+class _Doubled(torch.nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class _Normed(torch.nn.Embedding):
+    embed_scale = 1.0  # and a weight besides
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = torch.nn.LayerNorm(sizes[1])
+
+    def forward(self, ids):
+        return self.norm(super().forward(ids))
+
+
+@pytest.mark.parametrize("kind", [_Doubled, _Normed])
+def test_embeddings_that_do_more_than_look_rows_up_are_not_packed(kind):
+    model = make_model("LlamaForCausalLM")
+    model.set_input_embeddings(kind(VOCABULARY, HIDDEN))
+    assert find_targets(model, None)
+    with pytest.raises(ValueError, match=f"is a {kind.__name__}, which does more than look rows up"):
+        find_targets(model, None, embeddings=True)
+
+
+def test_weights_that_are_stored_as_one_are_refused(dense_llama):
+    """As gate and up projection of HRM: the packing passes by names of the checkpoint's own tensors."""
+    source = DenseCheckpoint(safetensors_files(dense_llama), empty_model(dense_llama))
+    targets = find_targets(source.model, None)
+    source.check_stored(targets)
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    del source._mappings[gate]
+    with pytest.raises(ValueError, match=f"{gate} of this LlamaForCausalLM are stored with others .* --keep-dense"):
+        source.check_stored(targets)
+
+
+def test_initialisation_that_asks_for_a_matrix(packed_llama, dense_llama, monkeypatch):
+    """RWKV and xLSTM ask for the shape of each linear layer's weight before they look whether it is initialised."""
+
+    def initialise(model, module):
+        assert not isinstance(module, torch.nn.Linear) or module.weight.shape[1]
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_init_weights", initialise)
+    AutoModelForCausalLM.from_pretrained(packed_llama)
+    AutoModelForCausalLM.from_pretrained(dense_llama, quantization_config=lowra.LowRAConfig(bits=1.5))
 
 
 def test_a_rank_that_does_not_fit_names_the_layer(dense_llama, tmp_path):
