@@ -61,12 +61,26 @@ def test_tokens_that_the_model_does_not_have_are_refused(model, monkeypatch, cap
         {"num_return_sequences": 2, "do_sample": True},
         {"return_dict_in_generate": True},
         {"stop_strings": ["\x00\x01"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[5]]},
+        {"constraints": [1]},
+        {"is_assistant": True},
+        {"cache_implementation": "quantized"},
+        {"cache_implementation": "offloaded"},
     ],
 )
 def test_a_generation_config_of_other_uses_does_not_stop_a_command(model, capsys, own):
     (model / "generation_config.json").write_text(json.dumps({"pad_token_id": 0, **own}))
     assert main(["generate", str(model), "--prompt", "The", "--tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 4
+
+
+@pytest.mark.parametrize("own", [{"eos_token_id": "x"}, {"eos_token_id": []}, {"forced_eos_token_id": 9999}])
+def test_a_generation_config_at_odds_with_the_model_is_named(model, capsys, own):
+    (model / "generation_config.json").write_text(json.dumps(own))
+    assert main(["generate", str(model), "--prompt", "The", "--tokens", "4"]) == 2
+    assert f"generation_config.json says of {next(iter(own))}" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "chat"])

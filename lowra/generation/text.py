@@ -10,8 +10,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from .fast import fast_decoding
 
-# whatever the model's generation_config.json says
-_ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+# One sequence, token by token, in a cache of our own, whatever the model's generation_config.json says.
+_ONE_SEQUENCE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "is_assistant": False,
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "cache_implementation")),
+}
+_OF_FILES = {"transformers_version", "_from_model_config"}  # in every generation_config.json; no settings
 
 
 @dataclasses.dataclass
@@ -58,6 +65,9 @@ def continue_text(
         temperature: 0 takes the likeliest token every time.
         streamer: is given every token as it is made, after the prompt.
         exact: see `fast_decoding`.
+
+    Raises:
+        ValueError: too long a prompt; settings of the model's own with which nothing can be generated.
     """
     torch.manual_seed(seed)
     if isinstance(prompt, str):
@@ -69,16 +79,25 @@ def continue_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     clock = _Clock(streamer)
     started = time.perf_counter()
-    ids = model.generate(
-        **inputs,
-        **sampling,
-        **_ONE_SEQUENCE,
-        max_new_tokens=new_tokens,
-        custom_generate=fast_decoding,
-        streamer=clock,
-        tokenizer=tokenizer,
-        exact=exact,
-    )[0]
+    try:
+        ids = model.generate(
+            **inputs,
+            **sampling,
+            **_ONE_SEQUENCE,
+            max_new_tokens=new_tokens,
+            custom_generate=fast_decoding,
+            streamer=clock,
+            tokenizer=tokenizer,
+            exact=exact,
+        )[0]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # what Transformers makes of settings at odds
+        settings = sorted(model.generation_config.to_diff_dict().keys() - _OF_FILES)
+        if not settings:
+            raise
+        raise ValueError(
+            f"Generating ended in {type(error).__name__} ({error}), most likely by what the model's "
+            f"generation_config.json says of {', '.join(settings)}: correct it there, or remove it."
+        ) from error
     seconds = time.perf_counter() - started
     length = inputs["input_ids"].shape[1]
     reply = str(tokenizer.decode(ids[length:], skip_special_tokens=True))
