@@ -46,6 +46,12 @@ def test_a_conversation_that_cannot_be_is_refused_in_one_sentence(
     assert message in said[-1] and not any("Traceback" in line for line in said)
 
 
+def test_a_conversation_wants_a_standard_input(model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert chat(model, monkeypatch, ["Hi"]) == 2
+    assert "Standard input is closed" in capsys.readouterr().err
+
+
 def test_tokens_that_the_model_does_not_have_are_refused(model, monkeypatch, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["zebra"])

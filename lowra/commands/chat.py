@@ -78,7 +78,13 @@ def _written(messages: list[dict], tokenizer: PreTrainedTokenizerBase, config: P
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, without empty lines, up to the end or /quit."""
+    """What the user types, without empty lines, up to the end or /quit.
+
+    Raises:
+        ValueError: there is no standard input.
+    """
+    if sys.stdin is None:  # closed, as by a service that starts commands
+        raise ValueError("Standard input is closed: type the conversation, or redirect it from a file or a pipe.")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
