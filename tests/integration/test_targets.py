@@ -91,7 +91,7 @@ def test_initialisation_that_asks_for_a_matrix(packed_llama, dense_llama, monkey
     def initialise(model, module):
         assert not isinstance(module, torch.nn.Linear) or module.weight.shape[1]
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "_init_weights", initialise)
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", initialise)
     AutoModelForCausalLM.from_pretrained(packed_llama)
     AutoModelForCausalLM.from_pretrained(dense_llama, quantization_config=lowra.LowRAConfig(bits=1.5))
 
