@@ -14,13 +14,12 @@ from torch import nn
 
 from ..checkpoints.records import differences, record_of_base
 from ..config import LowRAConfig
+from ..integrations.adapter_keys import base_name
 from ..integrations.integrity import describe_again
 from .storage import PackedAdapter
 
 LABEL_FORMAT = 1
 SAMPLE = 4096  # numbers of each parameter that go into a fingerprint
-# Parts of parameter names that belong to adapters, not to the base.
-_ADAPTER_PARTS = {"modules_to_save", "trainable_tokens_delta", "trainable_tokens_original"}
 
 
 class LabelError(ValueError):
@@ -39,14 +38,6 @@ def _method_name(quantization: dict) -> str:
     return str(getattr(method, "value", method))
 
 
-def _base_name(name: str) -> str | None:
-    """Name of a parameter in the model before PEFT wrapped it; None if PEFT brought the parameter."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    if any(part.startswith("lora_") or part in _ADAPTER_PARTS for part in parts):
-        return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-
-
 def base_fingerprint(model: nn.Module) -> str:
     """Fingerprint of a base model, the same before and after PEFT wraps it.
 
@@ -61,7 +52,7 @@ def base_fingerprint(model: nn.Module) -> str:
     quantization = _quantization_config(model)
     if _method_name(quantization) == "lowra" and quantization.get("fingerprint"):
         return str(quantization["fingerprint"])
-    named = {base: p for name, p in model.named_parameters() if (base := _base_name(name)) is not None}
+    named = {base: p for name, p in model.named_parameters() if (base := base_name(name)) is not None}
     hasher = hashlib.sha256()
     for name in sorted(named):
         weight = named[name].detach()

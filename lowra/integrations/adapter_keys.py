@@ -1,4 +1,4 @@
-"""Whether a file had all tensors of an adapter and no others, by exact names.
+"""Which tensors are an adapter's and which its base's, by exact names; whether a file had all of them and no others.
 
 PEFT looks for an adapter's name and its method's prefix somewhere in a key, so that it counts the tensors of `law-v2`
 as missing from `law`, and does not miss a module of modules_to_save at all.
@@ -15,6 +15,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.matching import count_and_names
+
+# Parts of names: of what is below PEFT's wrappers, and of what an adapter has in the place of it.
+_BELOW = {"base_layer", "original_module", "token_adapter"}
+_IN_PLACE = {"modules_to_save", "trainable_tokens_delta", "trainable_tokens_original"}
+
+
+def base_name(name: str) -> str | None:
+    """Name of a parameter before PEFT wrapped the model; None where PEFT brought the parameter."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    if stands_in(name) or any(part.startswith("lora_") for part in parts):
+        return None
+    return ".".join(part for part in parts if part not in _BELOW)
+
+
+def stands_in(name: str) -> bool:
+    """Whether a parameter stands in for one of the base: of a module that is trained whole, or of trained tokens."""
+    return not _IN_PLACE.isdisjoint(name.split("."))
 
 
 @contextlib.contextmanager

@@ -28,14 +28,11 @@ from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
 from ..quantization.token_tables import token_tables
 from ..weights.fingerprint import fingerprint_of, weight_digest
+from .adapter_keys import base_name, stands_in
 from .adapter_places import file_of
 from .adapter_records import check_fingerprint, packing, record_of, refuse_losing_tables
 from .modules import dense_linear, make_embedding_dense
 from .peft_limits import check_start
-
-# In names of what PEFT has wrapped, and of what an adapter holds in the place of it.
-_BELOW_ADAPTERS = ("base_layer", "original_module", "token_adapter")
-_COPIES = {"modules_to_save", "trainable_tokens_delta"}
 
 
 class LowRALoraLinear(LoraLinear):
@@ -312,12 +309,10 @@ def _put_original_below(
 
 def _put_token_tables_below(base: nn.Module, source: DenseCheckpoint, names: list[str]) -> None:
     """Gives a base the original's embeddings and head: its own were trained to make up for what its codes lost."""
-    own = {}
-    for name, parameter in base.named_parameters():
-        parts = [part for part in name.split(".") if part not in _BELOW_ADAPTERS]
-        own[".".join(parts)] = parameter
+    parameters = dict(base.named_parameters())
+    own = {base_name(key): parameter for key, parameter in parameters.items()}
     for name in names:
-        copies = [key for key in own if key.startswith(name.removesuffix("weight")) and _COPIES & {*key.split(".")}]
+        copies = [key for key in parameters if key.startswith(name.removesuffix("weight")) and stands_in(key)]
         table = source.load(name)[name]
         if copies or table.shape != own[name].shape:
             what = "trained whole with this adapter" if copies else "of another size in the original"

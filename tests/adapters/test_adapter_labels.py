@@ -33,6 +33,8 @@ def test_fingerprint_is_of_the_base_alone(base):
     assert base_fingerprint(get_peft_model(make_base(), LoraConfig(target_modules="all-linear"))) == alone
     kept = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     assert base_fingerprint(get_peft_model(make_base(), kept)) == alone
+    tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    assert base_fingerprint(get_peft_model(make_base(), tokens)) == alone
 
 
 def test_fingerprint_tells_bases_apart(base):
