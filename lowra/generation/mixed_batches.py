@@ -25,7 +25,7 @@ def adapter_names(modules: list[nn.Module]) -> tuple[str, ...]:
         modules: of a model, but for those that have neither hooks nor another forward than their class.
 
     Raises:
-        Unsupported: a module has another hook.
+        Unsupported: a module has another hook, or the names are none.
     """
     names: tuple[str, ...] = ()
     if any(not _looks_on(hook) for hooks in hooks_of_all(FORWARD_HOOKS) for hook in hooks.values()):
@@ -37,6 +37,8 @@ def adapter_names(modules: list[nn.Module]) -> tuple[str, ...]:
         for hook in (*own[before].values(), *own[after].values()):
             if _names_adapters(hook):
                 names = tuple(hook.keywords["adapter_names"])
+                if not names:
+                    raise Unsupported("the batch names no adapters")
             elif not _looks_on(hook):
                 raise Unsupported(f"{type(module).__name__} has a hook")
         for name in REPLACING:  # such as Accelerate's hooks do

@@ -123,3 +123,14 @@ def test_an_adapter_that_is_not_covered_hinders_those_alone_that_it_is_in(model,
     model.add_adapter("sport", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     tokens(model, first)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("names", [[], ["law"], ["law", "news", "law"], ["law", "chess"]])
+def test_as_many_names_as_sequences_of_adapters_that_there_are(model, names):
+    ids = torch.arange(5, 17, device=model.device).view(2, 6)
+    said = []
+    for custom_generate in (None, lowra.fast_decoding):
+        with pytest.raises(ValueError, match="same as the number of inputs|non-existing") as refused:
+            model.generate(ids, adapter_names=names, max_new_tokens=3, custom_generate=custom_generate)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
