@@ -223,11 +223,12 @@ TABLE = (
     Patch(
         target="peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks",
         why="Naming the adapters of a batch walks twice through all modules, some thousand: with four adapters 13 ms "
-        "before the first token of a request, more than what is asked of a model that nobody has touched.",
-        door="PEFT could keep a list of its layers",
+        "before the first token of a request, more than what is asked of a model that nobody has touched. After an "
+        "error in the call the names stay, and calls that name nobody go by them.",
+        door="PEFT could keep a list of its layers, and take its hooks off in a `finally`",
         since="none",
         rests_on=("kwargs",),
-        wrap=of_peft.named_by_one_walk,
+        wrap=of_peft.named_for_a_call,
     ),
     Patch(
         target="peft.tuners.lora.conversion:_convert_module_to_lora",

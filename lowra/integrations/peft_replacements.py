@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.hooks import RemovableHandle
 
 from ..checkpoints.records import BASE_RECORD
 from ..nn.adapter_tables import release_adapter_tables
@@ -287,30 +288,41 @@ def weighted(original: Callable) -> Callable:
     return add_weighted_adapter
 
 
-def named_by_one_walk(original: Callable) -> Callable:
+def named_for_a_call(original: Callable) -> Callable:
     @functools.wraps(original)
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = original(self, *args, **kwargs)
-        if kwargs.get("adapter_names") is None:
+        if kwargs.get("adapter_names") is None and kwargs.get("alora_offsets") is None:
             return hooks
         adapted: Any = next((module for module in self.modules() if isinstance(module, BaseTunerLayer)), None)
         is_packed = adapted is not None and isinstance(adapted.get_base_layer(), PackedModule)
-        return _walking_once(self, hooks) if is_packed else hooks
+        return _ended_by_errors(self, hooks) if is_packed else hooks
 
     return _enable_peft_forward_hooks
 
 
 @contextlib.contextmanager
-def _walking_once(tuner: Any, hooks: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Enters a context in which a tuner's modules are walked through several times, in whatever order."""
-    every = modules_of(tuner)
+def _ended_by_errors(tuner: Any, hooks: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enters a context of PEFT's that puts hooks on a tuner's modules, by one walk through these.
+
+    PEFT takes them off where nothing was raised alone; the next call would go by the names of the one that failed.
+    """
+    every, first = modules_of(tuner), RemovableHandle.next_id
     with contextlib.ExitStack() as entered:
         vars(tuner)["modules"] = lambda: iter(every)
         try:
             entered.enter_context(hooks)
         finally:
             vars(tuner).pop("modules", None)
-        yield
+        numbers = range(first, RemovableHandle.next_id)
+        try:
+            yield
+        except BaseException:
+            for module in every:
+                for number in [number for number in module._forward_pre_hooks if number in numbers]:
+                    del module._forward_pre_hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+            raise
 
 
 def converted(original: Callable) -> Callable:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import (
     DynamicCache,
     LlamaForCausalLM,
@@ -165,6 +166,37 @@ def test_an_error_leaves_no_adapter_of_a_mixed_batch_behind(model):
             pad_token_id=0,
         )
     assert torch.equal(assert_same(model), before)
+
+
+class Failing(TextStreamer):
+    def __init__(self, place):
+        self.left = place
+
+    def put(self, tokens):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("custom_generate", [None, lowra.fast_decoding])
+@pytest.mark.parametrize(
+    "options",
+    [{"fails_at": 0}, {"fails_at": 3}, {"no_such_option": 1}, {"max_length": 9}],
+    ids=["at the prompt", "at a token", "an option", "no room"],
+)
+def test_an_error_anywhere_in_a_call_ends_its_names(model, options, custom_generate):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), "x").eval()
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers[0].register_forward_pre_hook(lambda module, inputs: None)  # somebody's own, which stays
+    options = {"custom_generate": custom_generate, "pad_token_id": 0, **options}
+    if "fails_at" in options:
+        options["streamer"] = Failing(options.pop("fails_at"))
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        model.generate(prompt()[:1], adapter_names=["x"], **options)
+    assert [len(layer._forward_pre_hooks) for layer in layers] == [1, *[0] * (len(layers) - 1)]
 
 
 def test_what_a_request_brings_counts(model, caplog):
