@@ -9,6 +9,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .casts import cast_layers
+
 logger = logging.getLogger(__name__)
 
 # Shorter sides belong to gates and the like: nothing to save, and an adapter of more than this rank has no place there.
@@ -66,9 +68,10 @@ def find_targets(
     """Every linear layer of the transformer blocks by the name of its weight, in model order.
 
     A block is a member of an `nn.ModuleList`, so embeddings, heads and poolers stay dense; so do layers whose name
-    contains an entry of `skip`, tiny ones, and subclasses of `nn.Linear` that compute something else (routers). Fused
-    experts [E, N, K] are quantised where the model's own forward takes them one by one; other tensors of three
-    dimensions stay dense, with a warning that gives their size.
+    contains an entry of `skip`, tiny ones, subclasses of `nn.Linear` that compute something else (routers), and those
+    whose input the model casts to the dtype of their weight. Fused experts [E, N, K] are quantised where the model's
+    own forward takes them one by one; other tensors of three dimensions stay dense, with a warning that gives their
+    size.
 
     Args:
         model: may be on "meta".
@@ -82,8 +85,9 @@ def find_targets(
     output = getattr(model, "get_output_embeddings", lambda: None)()
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     targets, dense = {}, {}
+    cast = cast_layers(model)
     for name, module in model.named_modules():
-        skipped = any(entry in name for entry in skip or [])
+        skipped = name in cast or any(entry in name for entry in skip or [])
         if not any(name.startswith(block) for block in blocks) or module is output or skipped:
             continue
         if isinstance(module, Conv1D):
@@ -110,15 +114,23 @@ def find_targets(
         )
     if embeddings:
         targets.update(_embedding_target(model))
-    taken = {name for target in targets.values() for name in (target.name, *target.tied)}
-    if head and _name_of(model, output) not in taken:
+    if head and _name_of(model, output) not in _places(targets):
         targets.update(_head_target(model, output))
+    for name in cast & _places(targets):
+        raise ValueError(
+            f"{type(model).__name__} casts the input of {name} to the dtype of its weight, which of a packed one is a "
+            "byte's: leave quantize_head and quantize_embeddings out."
+        )
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantise in its blocks"
             + (f" outside modules_to_not_convert={skip}." if skip else ".")
         )
     return targets
+
+
+def _places(targets: dict[str, Target]) -> set[str]:
+    return {name for target in targets.values() for name in (target.name, *target.tied)}
 
 
 def check_skips(model: nn.Module, skip: list[str] | None) -> None:

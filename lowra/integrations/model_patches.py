@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.casts import is_mended
 from ..checkpoints.targets import Target
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
@@ -245,7 +246,7 @@ def _experts_modules(model: PreTrainedModel, targets: dict[str, Target]) -> list
 def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
     """T5 and its kin cast the input of `wo` to the dtype of `wo.weight`, which would cut activations down to bytes."""
     for module in model.modules():
-        if _casts_to_weight_dtype(module) and isinstance(module.wo, LowRALinear):
+        if is_mended(module) and isinstance(module.wo, LowRALinear):
             CAST.check()
             vars(module)["forward"] = _FeedForwardWithoutCast(module)
 
@@ -253,12 +254,8 @@ def mend_casts_to_weight_dtype(model: PreTrainedModel) -> None:
 def cast_to_weight_dtype_again(model: PreTrainedModel) -> None:
     """Takes back what `mend_casts_to_weight_dtype` did, for a model that is dense again."""
     for module in model.modules():
-        if _casts_to_weight_dtype(module):
+        if is_mended(module):
             module.__dict__.pop("forward", None)
-
-
-def _casts_to_weight_dtype(module: nn.Module) -> bool:
-    return type(module).__name__.endswith(("DenseActDense", "DenseGatedActDense")) and hasattr(module, "wo")
 
 
 class _FeedForwardWithoutCast:

@@ -74,6 +74,44 @@ def test_embeddings_that_do_more_than_look_rows_up_are_not_packed(kind):
         find_targets(model, None, embeddings=True)
 
 
+class _Casting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.out = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden):
+        return self.out(self.proj(hidden.to(dtype=self.proj.weight.dtype)).float())
+
+
+class _CastingUnlessBytes(_Casting):
+    def forward(self, hidden):
+        if self.proj.weight.dtype != torch.uint8:
+            hidden = hidden.to(self.proj.weight.dtype)
+        return self.out(self.proj(hidden))
+
+
+def test_layers_whose_input_is_cast_to_the_dtype_of_their_weight_stay_dense():
+    """As in the indexers of DeepSeek V3.2: activations would be cut down to bytes."""
+    model = make_model("LlamaForCausalLM")
+    one, other = model.model.layers
+    one.indexer, other.indexer = _Casting(), _CastingUnlessBytes()
+    found = {name for name in find_targets(model, None) if "indexer" in name}
+    parts = ("0.indexer.out", "1.indexer.proj", "1.indexer.out")
+    assert found == {f"model.layers.{part}.weight" for part in parts}
+
+
+@pytest.mark.parametrize("options", [{"head": True}, {"embeddings": True}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_whose_input_is_cast_so_is_refused(options, tied):
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1, state_size=8)
+    model = skeleton("MambaForCausalLM", **sizes, tie_word_embeddings=tied)
+    if options == {"embeddings": True} and not tied:
+        assert "backbone.embeddings.weight" in find_targets(model, None, **options)
+    else:
+        with pytest.raises(ValueError, match="head"):
+            find_targets(model, None, **options)
+
+
 def test_weights_that_are_stored_as_one_are_refused(dense_llama):
     """As gate and up projection of HRM: the packing passes by names of the checkpoint's own tensors."""
     source = DenseCheckpoint(safetensors_files(dense_llama), empty_model(dense_llama))
