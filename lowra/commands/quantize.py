@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> dict:
                 has_moments,
                 reconstruct_tokens=reconstruct_tokens,
                 end_to_end=args.end_to_end,
+                modules_to_not_convert=args.keep_dense,
                 head=args.head,
                 embeddings=args.embeddings,
                 trust_remote_code=args.trust_remote_code,

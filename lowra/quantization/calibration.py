@@ -6,7 +6,6 @@ loss at output i, H = mean x x^T. With the diagonal of H alone this is the squar
 """
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,6 +25,7 @@ from ..checkpoints.targets import Target, find_targets
 from ..corpus import check_token_ids, load_tokenizer, read_text
 from ..device import choose_device
 from ..nn.checkpointing import enable_checkpointing
+from .collector import Collector
 from .initial_adapter import task_type
 from .joint_training import MOST_WRITTEN, sequences_of
 from .kept_text import KeptText, writer_of
@@ -88,8 +87,8 @@ class Calibration:
         """
         if name not in self.gradients:
             raise ValueError(
-                f"The calibration has no statistics of {name}: it belongs to another model, or that layer was never "
-                "run, and can stay dense (modules_to_not_convert, --keep-dense)."
+                f"The calibration has no statistics of {name}: it belongs to another model, left that layer dense, or "
+                "never ran it. A layer that is never run can stay dense (modules_to_not_convert, --keep-dense)."
             )
         return self.gradients[name] * self.inputs[name].mean()
 
@@ -188,6 +187,7 @@ def calibrate(
     *,
     reconstruct_tokens: int = RECONSTRUCT_TOKENS,
     end_to_end: int = 0,
+    modules_to_not_convert: list[str] | None = None,
     head: bool = False,
     embeddings: bool = False,
     trust_remote_code: bool = False,
@@ -209,6 +209,7 @@ def calibrate(
         reconstruct_tokens: of the text to keep at most for `LowRAConfig.reconstruct`, beside the statistics.
         end_to_end: steps of `LowRAConfig.end_to_end`, for which as much of the text behind those is kept; the model
             writes no more than 16,384 sequences for them.
+        modules_to_not_convert: leaves out what `LowRAConfig.modules_to_not_convert` leaves dense.
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
         trust_remote_code: run the Python code that the model brings, where its architecture is its own.
@@ -227,7 +228,7 @@ def calibrate(
             f"A calibration goes by the probabilities of tokens, and {type(skeleton).__name__} has no head that gives "
             "them: quantise it without (no --calibrate), or calibrate the language model."
         )
-    targets = find_targets(skeleton, None, head, embeddings)
+    targets = find_targets(skeleton, modules_to_not_convert, head, embeddings)
     length = min(SEQUENCE, getattr(skeleton.config, "max_position_embeddings", SEQUENCE))
     if tokens < length:
         raise ValueError(f"A calibration takes at least one sequence of {length} tokens; got {tokens}.")
@@ -318,69 +319,15 @@ def _sequences(
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-class Collector:
-    """Hooks that reduce inputs and output gradients on the fly; nothing of size tokens stays alive."""
-
-    def __init__(self, modules: dict[str, nn.Module], moments: bool):
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.moments: dict[str, torch.Tensor] = {}
-        self._with_moments = moments
-        self._tokens: dict[str, int] = {}
-        self._gradient_tokens: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
-        for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(functools.partial(self._on_input, name)))
-            self._handles.append(module.register_forward_hook(functools.partial(self._on_output, name)))
-
-    def _on_input(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        _add(self.inputs, name, x.square().sum(dim=0))
-        if self._with_moments:
-            _add(self.moments, name, x.T @ x)
-        self._tokens[name] = self._tokens.get(name, 0) + x.shape[0]
-
-    def _on_output(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        # of the tensor: a backward hook of the module would forbid what Falcon does, to add to an output in place
-        if out.requires_grad:
-            out.register_hook(functools.partial(self._on_gradient, name))
-
-    def _on_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        _add(self.gradients, name, gradient.square().sum(dim=0))
-        self._gradient_tokens[name] = self._gradient_tokens.get(name, 0) + gradient.shape[0]
-
-    def result(self) -> Calibration:
-        """Means over the tokens seen, and the hooks removed.
-
-        Raises:
-            ValueError: a layer saw no token or no gradient.
-        """
-        for handle in self._handles:
-            handle.remove()
-        unseen = [name for name in self._tokens if name not in self.gradients]
-        if unseen or not self._tokens:
-            raise ValueError(f"No gradient comes to {', '.join(unseen[:3]) or 'any layer'}: leave --calibrate out.")
-        return Calibration(
-            {name: (total / self._tokens[name]).cpu() for name, total in self.inputs.items()},
-            {name: (total / self._gradient_tokens[name]).cpu() for name, total in self.gradients.items()},
-            {name: (total / self._tokens[name]).cpu() for name, total in self.moments.items()},
-        )
-
-
-def _add(totals: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-    if name in totals:
-        totals[name] += value
-    else:
-        totals[name] = value
-
-
 def collect(
     model: PreTrainedModel, modules: dict[str, nn.Module], sequences: torch.Tensor, moments: bool, progress: bool
 ) -> Calibration:
     """Statistics of `modules` over token sequences [count, length], one sequence at a time.
 
     The parameters are frozen: gradients flow through activations alone, and the outputs of embeddings start them.
+
+    Raises:
+        ValueError: no gradient comes back to one of them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
@@ -393,8 +340,9 @@ def collect(
         ids = sequence[None].to(model.get_input_embeddings().weight.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss * ids.shape[1]  # the sum
         loss.backward()
+        collector.check_gradients()
     for handle in handles:
         handle.remove()
     for parameter in trainable:
         parameter.requires_grad_(True)
-    return collector.result()
+    return Calibration(*collector.means())

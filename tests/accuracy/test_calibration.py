@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lowra import AdapterRecipe, LowRAConfig, quantize_checkpoint
 from lowra.checkpoints.targets import find_targets
@@ -73,10 +75,38 @@ def test_a_layer_that_is_never_run_can_stay_dense(tiny_llama, tmp_path):
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
     found = calibrate(str(tmp_path), TEXT, tokens=256, device="cpu", progress=False)
     config = LowRAConfig(bits=2, sensitivity="fisher")
-    with pytest.raises(ValueError, match=r"encoder_attn.* never run, and can stay dense \(.*--keep-dense"):
+    with pytest.raises(ValueError, match=r"encoder_attn.* never run can stay dense .*--keep-dense"):
         quantize_checkpoint(str(tmp_path), tmp_path / "a", config, None, "cpu", False, found)
     config = LowRAConfig(bits=2, sensitivity="fisher", modules_to_not_convert=["encoder_attn"])
     quantize_checkpoint(str(tmp_path), tmp_path / "a", config, None, "cpu", False, found)
+
+
+class _Selecting(nn.Module):
+    """Picks tokens by what a layer gives them, as the indexers of DeepSeek V3.2 do."""
+
+    def __init__(self, projection):
+        super().__init__()
+        self.projection, self.indexer = projection, nn.Linear(projection.in_features, 8)
+
+    def forward(self, hidden):
+        return self.projection(hidden) * (self.indexer(hidden).sum(dim=-1, keepdim=True) > 0)
+
+
+def test_a_layer_to_which_no_gradient_comes(tiny_llama, monkeypatch, tmp_path):
+    real = LlamaMLP.__init__
+
+    def with_indexer(self, config):
+        real(self, config)
+        self.down_proj = _Selecting(self.down_proj)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_indexer)
+    transformers.LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    options = dict(tokens=256, device="cpu", progress=False)
+    with pytest.raises(ValueError, match=r"No gradient comes to .*indexer.*--keep-dense"):
+        calibrate(str(tmp_path), TEXT, **options)
+    found = calibrate(str(tmp_path), TEXT, **options, modules_to_not_convert=["indexer"])
+    assert len(found.gradients) == 14 and not any("indexer" in name for name in found.inputs)
 
 
 def test_moments_are_positive_definite_and_of_unit_scale(calibration):
