@@ -70,8 +70,7 @@ def attach(model: nn.Module, packed: PackedAdapter, name: str) -> PeftModel:
 
 def _check_fit(model: nn.Module, packed: PackedAdapter, name: str) -> None:
     """Raises ValueError unless the model has every layer of the adapter in its shape; PEFT would find out too late."""
-    # Not get_base_model(), which asks for the active adapter, and a library that was emptied has none.
-    bare = model.get_submodule("base_model.model") if isinstance(model, PeftModel) else model
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(bare.named_modules())
     for layer in packed.layers:
         module = modules.get(layer.name.removeprefix("base_model.model."))
@@ -210,9 +209,14 @@ class AdapterLibrary:
         """Decodes every adapter that a batch names, "__base__" apart, for `self.model(..., adapter_names=names)`.
 
         Raises:
-            ValueError: an unknown name, or more different adapters than the cache holds beside the active one.
+            ValueError: an unknown name; more different adapters than the cache holds beside the active one; no adapters
+                in the library, whose model takes no names then.
         """
         wanted = [name for name in dict.fromkeys(names) if name != BASE]
+        if names and not wanted and not self._decoded:
+            if not self._packed:
+                raise ValueError("The library has no adapters, so its model takes no names: call it without.")
+            wanted = self.names[:1]  # a base that no adapter is on takes no names
         for name in wanted:
             self._require(name)
         # Were the active adapter to leave, a batch without names would silently go through another one.
@@ -226,7 +230,7 @@ class AdapterLibrary:
             if name in self._decoded:
                 self._decoded.move_to_end(name)
                 continue
-            # The newcomer comes before the oldest goes: a PeftModel without any adapter is no model.
+            # The newcomer comes before the oldest goes, so that the model stays wrapped.
             self.model = attach(self.model, self._packed[name], name)
             self._decoded[name] = None
             if len(self._decoded) > self.cache_size:
@@ -277,9 +281,12 @@ class AdapterLibrary:
 
     def _drop(self, name: str) -> None:
         model = self._wrapped
-        if name in model.active_adapters and len(self._decoded) > 1:
-            _activate(model, next(other for other in self._decoded if other != name))
-        model.delete_adapter(name)
+        if len(self._decoded) == 1:  # a PeftModel without any adapter is no model
+            self.model = model.unload()
+        else:
+            if name in model.active_adapters:
+                _activate(model, next(other for other in self._decoded if other != name))
+            model.delete_adapter(name)
         del self._decoded[name]
 
 

@@ -102,6 +102,19 @@ def test_others_are_untouched_when_one_goes(library, tokens):
     assert "news" not in library and len(library) == 2
 
 
+def test_a_batch_for_the_base_alone_may_be_the_first_and_the_last(library, alone, tokens):
+    names = ["__base__"] * len(tokens)
+    for _ in range(2):
+        library.prepare(names)
+        assert torch.allclose(library.model(tokens, adapter_names=names).logits, alone("__base__", tokens), atol=1e-5)
+        library.remove(library.decoded[0])
+        assert torch.equal(library.model(tokens).logits, alone("__base__", tokens))
+    for name in library.names:
+        library.remove(name)
+    with pytest.raises(ValueError, match="has no adapters, so its model takes no names"):
+        library.prepare(names)
+
+
 def test_library_can_be_emptied_and_filled_again(library, packed_folders, alone, tokens):
     library.switch("law")
     for name in NAMES:
