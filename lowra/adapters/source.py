@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoints.guarded import read_json, read_tensors
 from ..checkpoints.places import expanded
-from ..checkpoints.records import TABLES_FILE, check_adapter_folder
+from ..checkpoints.records import TABLES_FILE, check_adapter_folder, check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,7 @@ def _check_factor(path: pathlib.Path, name: str, tensor: torch.Tensor) -> None:
             f"Tensor {name} of {path} has dtype {tensor.dtype}; expected floating point. The adapter is already "
             "quantised, or is no LoRA: give the folder that training wrote."
         )
-    broken = int((~torch.isfinite(tensor)).sum())
-    if broken:
-        raise ValueError(
-            f"Tensor {name} of {path} has {broken} NaN or infinite values of {tensor.numel()}; expected finite "
-            "numbers. Training has diverged: take an earlier checkpoint, or train with a lower learning rate."
-        )
+    check_trained([(name, tensor)], path)
 
 
 def read_adapter(folder: str | pathlib.Path) -> LoraAdapter:

@@ -18,8 +18,10 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
@@ -53,6 +55,24 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "files": dict,
     "settings": dict,
 }
+
+
+def check_trained(tensors: Iterable[tuple[str, torch.Tensor]], adapter: str | pathlib.Path) -> None:
+    """
+    Args:
+        tensors: of an adapter, by name.
+        adapter: their file or folder, for the message.
+
+    Raises:
+        ValueError: one holds NaN or infinite values.
+    """
+    for name, tensor in tensors:
+        broken = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if broken:
+            raise ValueError(
+                f"Tensor {name} of {adapter} has {broken} NaN or infinite values of {tensor.numel()}: the training "
+                "diverged. Take an earlier checkpoint, or train with a lower learning rate."
+            )
 
 
 def read_record(path: pathlib.Path) -> dict:

@@ -15,8 +15,10 @@ from ..checkpoints.dense import read_config
 from ..checkpoints.guarded import read_json
 from ..checkpoints.hub import resolve_folder
 from ..checkpoints.places import expanded
+from ..checkpoints.records import check_trained
 from ..corpus import load_tokenizer
 from ..device import choose_device, has_bfloat16
+from ..integrations.adapter_keys import base_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: a folder is not there or has no model in it.
-        ValueError: an adapter of another base, or one whose label forbids it; code that may not be run; `force` without
-            a packed adapter.
+        ValueError: an adapter of another base, one whose label forbids it, or one that diverged in training; code that
+            may not be run; `force` without a packed adapter.
     """
     check_adapter_folder(adapter)
     adapter = None if adapter is None else str(expanded(adapter))
@@ -60,6 +62,7 @@ def load_model(
         model = load_packed(model, adapter, force=force)
     elif adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
+        check_trained(((name, part) for name, part in model.named_parameters() if base_name(name) is None), adapter)
     return model.eval()
 
 

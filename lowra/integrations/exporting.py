@@ -20,6 +20,7 @@ from ..checkpoints.records import (
     BASE_RECORD,
     TABLES_FILE,
     check_adapter_folder,
+    check_trained,
     digest_of_adapter,
     record_of_folder,
     save_record,
@@ -52,6 +53,7 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
     if record.get("fingerprint") is None or record.get("nominal_bits") is None:
         raise ValueError(f"{adapter} was not trained on a packed base, or was converted already: use it as it is.")
     tensors, _ = read_tensors(adapter / ADAPTER_WEIGHTS, "the factors of an adapter")
+    check_trained(tensors.items(), adapter)
     whole = [name for name in tensors if ".lora_" not in name]
     if whole and _trained_end_to_end(record):
         raise ValueError(

@@ -60,7 +60,7 @@ def language_model_metrics(
     mean = loss.item() / tokens
     return {
         "loss": mean,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "perplexity": math.inf if mean >= 700 else math.exp(mean),
         "accuracy": right.item() / tokens,
         "tokens": tokens,
     }

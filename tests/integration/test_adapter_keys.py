@@ -11,6 +11,8 @@ from small_models import logits_of, make_model
 from transformers import AutoModelForCausalLM
 
 import lowra
+from lowra.generation.loading import load_model
+from lowra.integrations.exporting import export_adapter
 
 
 def load(folder, rows=None):
@@ -239,3 +241,16 @@ def test_converted_adapters_belong_to_the_original(dense_llama, tmp_path, start)
         ):
             PeftModel.from_pretrained(load(packed), tmp_path / "out")
         PeftModel.from_pretrained(load(packed), tmp_path / "out", any_base=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_diverged_is_refused_where_it_would_be_used(packed_llama, tmp_path, value):
+    model = PeftModel.from_pretrained(load(packed_llama), packed_llama / "initial_adapter")
+    factor = next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    factor.data[0, 0] = value
+    model.save_pretrained(tmp_path / "diverged")
+    message = r"lora_B.* has 1 NaN or infinite values of \d+: the training diverged"
+    with pytest.raises(ValueError, match=message):
+        load_model(str(packed_llama), str(tmp_path / "diverged"), "cpu")
+    with pytest.raises(ValueError, match=message):
+        export_adapter(tmp_path / "diverged", packed_llama / "initial_adapter", tmp_path / "exported")
