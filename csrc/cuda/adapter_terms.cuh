@@ -34,10 +34,11 @@ struct adapter_memory {
   int *fours;    // as lowra_adapters has them
   uint2 *b;      // [row of the team][q.b_stride], if q.b_is_shared
 
+  template <class S>
   __device__ __forceinline__ void lie_at(const product_group &q, int *memory) {
     inner = reinterpret_cast<float *>(memory);
     fours = memory + q.own * q.tokens;
-    b = reinterpret_cast<uint2 *>(fours + words_of_fours(q));
+    b = reinterpret_cast<uint2 *>(S::SIMPLE ? fours : fours + words_of_fours(q));
   }
 };
 
@@ -51,12 +52,28 @@ __device__ __forceinline__ uint64_t look_at_cell(const uint64_t *cell) {
   return word;
 }
 
+// Factors of A x, see lowra_adapters, or null.
+template <class S>
+__device__ __forceinline__ const float *gains_of(const product_group &q) {
+  return S::SIMPLE ? nullptr : q.adapters.gains;
+}
+// Whether the rows of B are copied to shared memory.
+template <class S>
+__device__ __forceinline__ bool shares_b(const product_group &q) {
+  return S::SIMPLE || q.b_is_shared;
+}
+
 // Which piece of which row of A a warp sums, and for which tokens: a bit each. A row below zero: none, and none after
 // it.
 struct piece_of_a {
   int rank, number;
   uint32_t tokens;
 };
+
+// As shared_row_sums::put_all, out of the way of the code that every launch runs through.
+template <class S>
+__device__ __noinline__ void put_all_pieces(const typename S::PRODUCT &q, const uint4 *plain, int begin, int end,
+                                            uint32_t launch);
 
 // A x of all adapters of a group, shared out among warps.
 template <class S>
@@ -72,8 +89,8 @@ struct shared_row_sums {
   int four;           // word threadIdx.x of memory.fours
   int taker;          // this thread's place among those that take sums
 
-  // Cells that a thread looks at before its last unit of the product: they are there by then, and come while it works.
-  static constexpr int kEarly = S::TOKENS <= 2 ? S::TOKENS : 0;
+  // Cells that a thread looks at in its last unit of the product: they are there by then, and come while it works.
+  static constexpr int kEarly = S::SIMPLE ? 1 : S::TOKENS <= 2 ? S::TOKENS : 0;
   const uint64_t *early_cell;  // the first of them, or null
   uint64_t early[kEarly > 0 ? kEarly : 1];
 
@@ -92,13 +109,13 @@ struct shared_row_sums {
   __device__ __forceinline__ void ask_for_b(int part, int row, uint2 *target) const {
     const lowra_adapter &own = q.adapters.of[part];
     const uint16_t *values = static_cast<const uint16_t *>(own.b) + (size_t)row * own.rank;
-    if (!q.b_is_shared) {
+    if (!shares_b<S>(q)) {
       for (int rank = 0; rank < own.rank; rank += 16) prefetch_to_l2(values + rank);  // 32 bytes each
       return;
     }
 #if __CUDA_ARCH__ >= 800
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(target);
-    if (q.b_in_16) {
+    if (S::SIMPLE || q.b_in_16) {
       for (int rank = 0; rank < own.rank; rank += 8) copy_async<16>(address + rank * 2, values + rank);
     } else {
       for (int rank = 0; rank < own.rank; rank += 4) copy_async<8>(address + rank * 2, values + rank);
@@ -113,12 +130,14 @@ struct shared_row_sums {
   __device__ __forceinline__ void fetch_first(int thread) {
     launch = (uint32_t)*q.adapters.launches + (uint32_t)q.adapters.launch;
     if (piece.rank >= 0) fetch_piece();
-    four = thread < words_of_fours(q) ? four_at(thread) : -1;
+    if constexpr (!S::SIMPLE) four = thread < words_of_fours(q) ? four_at(thread) : -1;
   }
   // When those words are there. A barrier follows.
   __device__ __forceinline__ void put_fours(int thread, const adapter_memory &memory) const {
+    if constexpr (!S::SIMPLE) {
 #pragma unroll 1
-    for (int i = thread; i < words_of_fours(q); i += kThreads) memory.fours[i] = i == thread ? four : four_at(i);
+      for (int i = thread; i < words_of_fours(q); i += kThreads) memory.fours[i] = i == thread ? four : four_at(i);
+    }
   }
 
   // After it.
@@ -126,6 +145,7 @@ struct shared_row_sums {
 #pragma unroll 1
     while (piece.rank >= 0) {
       put_piece(piece, first, first_gain);
+      if constexpr (S::SIMPLE) break;  // a warp has one at most, see launch
       task += stride;
       piece = piece_of_task(task);
       if (piece.rank >= 0) fetch_piece();
@@ -140,13 +160,46 @@ struct shared_row_sums {
   __device__ __forceinline__ void look_early() {
 #pragma unroll
     for (int i = 0; i < kEarly; ++i) {
-      if (early_cell && piece_of(taker, i) < all_pieces()) early[i] = look_at_cell(early_cell + i * step());
+      if (early_cell && (i == 0 || piece_of(taker, i) < all_pieces())) early[i] = look_at_cell(early_cell + i * step());
     }
   }
 
   // Into memory.inner; to be followed by a barrier. Several lanes share the pieces of a sum, so that each of them waits
   // for memory once.
   __device__ __forceinline__ void take_all(const adapter_memory &memory) const {
+    if constexpr (S::SIMPLE) {
+      if (taker - lane < q.own * q.tokens << q.sharing) take_one(memory);
+    } else {
+      take_several(memory);
+    }
+  }
+
+  // The sums of all rows of A in the block's own columns, into their cells.
+  __device__ __forceinline__ void put_all() const {
+    const int pieces = (end - begin + kPieceColumns - 1) / kPieceColumns;
+#pragma unroll 1
+    for (int rank = 0; rank < q.ranks; ++rank) {
+#pragma unroll 1
+      for (int number = 0; number < pieces; ++number) {
+        uint2 a[2][2];
+        fetch(rank, number, a);
+        put_piece({rank, number, ~0u}, a, gain_of(rank, lane));
+      }
+    }
+  }
+
+ private:
+  // Of a thread's only cell.
+  __device__ __forceinline__ void take_one(const adapter_memory &memory) const {
+    uint64_t word = early[0];
+#pragma unroll 1
+    for (int looks = 0; !__all_sync(0xffffffffu, !early_cell || (uint32_t)(word >> 32) == launch); ++looks) {
+      if (looks == kPatience) put_all_pieces<S>(q, plain, begin, end, launch);
+      if (early_cell) word = look_at_cell(early_cell);
+    }
+    put_sum(memory, taker, early_cell ? __uint_as_float((uint32_t)word) : 0.f);
+  }
+  __device__ __forceinline__ void take_several(const adapter_memory &memory) const {
     const int count = q.own * q.tokens;
 #pragma unroll 1
     for (int at = taker; at - lane < count << q.sharing; at += kThreads) {
@@ -182,19 +235,21 @@ struct shared_row_sums {
         if (__all_sync(0xffffffffu, there)) break;
         if (looks == kPatience) put_all();
       }
-#pragma unroll 1
-      for (int share = 1 << q.sharing >> 1; share > 0; share /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, share);
-      if (at >> q.sharing < count && piece_of(at, 0) == 0) memory.inner[at >> q.sharing] = sum;
+      put_sum(memory, at, sum);
     }
   }
-
- private:
+  // Of the pieces that thread or further number `at` has taken, and of its neighbours'.
+  __device__ __forceinline__ void put_sum(const adapter_memory &memory, int at, float sum) const {
+#pragma unroll 1
+    for (int share = 1 << q.sharing >> 1; share > 0; share /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, share);
+    if (at >> q.sharing < q.own * q.tokens && piece_of(at, 0) == 0) memory.inner[at >> q.sharing] = sum;
+  }
   // Without gains a row is wanted for all tokens, and several warps share them.
   static constexpr int kPortion = S::TOKENS <= 2 ? S::TOKENS : 2;  // tokens of a task
   __device__ __forceinline__ piece_of_a piece_of_task(int number) const {
     constexpr int kPortions = S::TOKENS / kPortion;
     constexpr uint32_t kAll = (1u << S::TOKENS) - 1;
-    const bool whole = kPortions == 1 || q.adapters.gains;
+    const bool whole = kPortions == 1 || gains_of<S>(q);
     const int portion = whole ? 0 : number % kPortions, both = whole ? number : number / kPortions;
     const int piece = (int)q.per_piece.divide(both), rank = both - piece * q.ranks;
     const bool is_there = begin + piece * kPieceColumns < end;
@@ -210,10 +265,10 @@ struct shared_row_sums {
   __device__ __forceinline__ size_t step() const { return (size_t)cells_of_piece() << q.sharing; }
   __device__ __forceinline__ const uint64_t *first_cell_of(int at, const adapter_memory &memory) const {
     const int number = at >> q.sharing;  // in memory.inner
-    if (number >= q.own * q.tokens) return nullptr;
+    if (number >= q.own * q.tokens || piece_of(at, 0) >= all_pieces()) return nullptr;
     const int token = S::TOKENS == 1 ? 0 : number / q.own;
     int rank = number - token * q.own;
-    if (q.adapters.gains) {
+    if (gains_of<S>(q)) {
       const int four = memory.fours[rank / 4 * q.tokens + token];
       if (four < 0) return nullptr;
       rank = four * 4 + rank % 4;
@@ -228,8 +283,8 @@ struct shared_row_sums {
   }
   // Of a rank, counted over all adapters; see lowra_adapters.
   __device__ __forceinline__ float gain_of(int rank, int token) const {
-    if (!q.adapters.gains) return 1.f;
-    return token < q.tokens ? __ldg(q.adapters.gains + rank * q.tokens + token) : 0.f;
+    if (!gains_of<S>(q)) return 1.f;
+    return token < q.tokens ? __ldg(gains_of<S>(q) + rank * q.tokens + token) : 0.f;
   }
   __device__ __forceinline__ const uint16_t *row_of_a(int rank) const {
     int part = 0;
@@ -238,18 +293,6 @@ struct shared_row_sums {
       if (part == i && rank >= q.adapters.of[i].rank) rank -= q.adapters.of[i].rank, ++part;
     }
     return static_cast<const uint16_t *>(q.adapters.of[part].a) + (size_t)rank * q.in_features;
-  }
-  __device__ __forceinline__ void put_all() const {
-    const int pieces = (end - begin + kPieceColumns - 1) / kPieceColumns;
-#pragma unroll 1
-    for (int rank = 0; rank < q.ranks; ++rank) {
-#pragma unroll 1
-      for (int number = 0; number < pieces; ++number) {
-        uint2 a[2][2];
-        fetch(rank, number, a);
-        put_piece({rank, number, ~0u}, a, gain_of(rank, lane));
-      }
-    }
   }
   __device__ __forceinline__ void fetch_piece() {
     fetch(piece.rank, piece.number, first);
@@ -275,7 +318,9 @@ struct shared_row_sums {
   __device__ __forceinline__ void put_piece(const piece_of_a &own, const uint2 (&a)[2][2], float gain) const {
     using T = typename S::T;
     // A bit for each token. -0 is wanted too.
-    uint32_t wanted = own.tokens & __ballot_sync(0xffffffffu, lane < q.tokens && __float_as_uint(gain) != 0);
+    uint32_t wanted = S::TOKENS == 1 ? 1 : (1u << q.tokens) - 1;
+    if (gains_of<S>(q)) wanted = __ballot_sync(0xffffffffu, lane < q.tokens && __float_as_uint(gain) != 0);
+    wanted &= own.tokens;
     uint64_t *cells = q.adapters.cells + place_of_cell(begin / kPieceColumns + own.number, 0, own.rank);
 #pragma unroll 1
     for (; wanted; wanted &= wanted - 1) {  // a loop, since code that runs once is slow to come
@@ -304,30 +349,39 @@ struct shared_row_sums {
   }
 };
 
+template <class S>
+__device__ __noinline__ void put_all_pieces(const typename S::PRODUCT &q, const uint4 *plain, int begin, int end,
+                                            uint32_t launch) {
+  shared_row_sums<S> sums = {q, plain, begin, end, (int)threadIdx.x % 32};
+  sums.launch = launch;
+  sums.put_all();
+}
+
 // Adds scaling B (A x) to the sums of ROWS rows of one weight for one token. cell: the first row's among those of the
 // team; the others follow it there. memory: what shared_row_sums brought there.
-template <class T, int ROWS>
+template <class S, int ROWS>
 __device__ __forceinline__ void add_adapter_terms(const product_group &q, int part, const int (&rows)[ROWS], int token,
                                                   int cell, const adapter_memory &memory, float (&out)[ROWS]) {
+  using T = typename S::T;
   const lowra_adapter &adapter = q.adapters.of[part];
   int begin = 0, first = 0;  // among a token's own ranks, and among all
 #pragma unroll
   for (int i = 0; i < kMostParts - 1; ++i) {
     if (i < part) begin += q.adapters.of[i].own, first += q.adapters.of[i].rank / 4;
   }
-  if (!q.adapters.gains) first = 0;
+  if (!gains_of<S>(q)) first = 0;
   const float4 *inner = reinterpret_cast<const float4 *>(memory.inner + token * q.own + begin);
   const int *fours = memory.fours + begin / 4 * q.tokens + token;
   const uint2 *b[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    b[r] = q.b_is_shared ? memory.b + (cell + r) * q.b_stride
-                         : static_cast<const uint2 *>(adapter.b) + (size_t)rows[r] * (adapter.rank / 4);
+    b[r] = shares_b<S>(q) ? memory.b + (cell + r) * q.b_stride
+                          : static_cast<const uint2 *>(adapter.b) + (size_t)rows[r] * (adapter.rank / 4);
   }
   float4 sums[ROWS] = {};
 #pragma unroll(ROWS == 1 ? 4 : 1)
   for (int i = 0; i < adapter.own / 4; ++i) {
-    const int four = q.adapters.gains ? fours[i * q.tokens] : i;
+    const int four = gains_of<S>(q) ? fours[i * q.tokens] : i;
     if (four < 0) break;
     const float4 a = inner[i];
 #pragma unroll

@@ -101,18 +101,24 @@ __device__ __forceinline__ tile_owner owner_of(const product_group &q, const gro
   return {part, tile - d.parts[part][kind].tiles_before};
 }
 
+// Adapters that weights of a group may have, as a kernel is compiled for them. simple: up to 2 tokens, all of which go
+// through all adapters; B lies in shared memory, in units of 16 bytes; no warp sums more than one piece, no thread
+// looks at more than one cell. It needs half of the code, and a short launch waits for its code.
+enum class adapter_form { none, simple, any };
+
 // How a kernel is compiled. TOKENS_: tokens rounded up to 1, 2, 4 or 8, since their sums are registers. LANES_: lanes
 // of a quad that share a sum: 1, or 2 where groups have 64 columns or more. DEFAULT_FORM_: 8-bit scales of groups of
-// 64, an even number in a row. T_: type of x. PRODUCT_: of one weight or of a group. ADAPTED_: whether weights of the
-// group have adapters. What x is made of is no part of it: the launches of a decoding step are short, and code that
-// all of them share is fetched once.
-template <int TOKENS_, int LANES_, bool DEFAULT_FORM_, class T_, class PRODUCT_ = single_product, bool ADAPTED_ = false>
+// 64, an even number in a row. T_: type of x. PRODUCT_: of one weight or of a group. What x is made of is no part of
+// it: the launches of a decoding step are short, and code that all of them share is fetched once.
+template <int TOKENS_, int LANES_, bool DEFAULT_FORM_, class T_, class PRODUCT_ = single_product,
+          adapter_form ADAPTERS_ = adapter_form::none>
 struct setup {
   using T = T_;
   using PRODUCT = PRODUCT_;
   using DIVISION = typename PRODUCT::DIVISION;
   static constexpr int TOKENS = TOKENS_, LANES = LANES_;
-  static constexpr bool DEFAULT_FORM = DEFAULT_FORM_, ADAPTED = ADAPTED_;
+  static constexpr bool DEFAULT_FORM = DEFAULT_FORM_;
+  static constexpr bool ADAPTED = ADAPTERS_ != adapter_form::none, SIMPLE = ADAPTERS_ == adapter_form::simple;
   static constexpr bool MADE = PRODUCT::GROUP && TOKENS <= kMostMadeTokens;  // whether x may be normed or gated
   static constexpr int kPerMma = 2 * LANES;                                  // tokens of one mma
   static constexpr int kMmas = (TOKENS + kPerMma - 1) / kPerMma;

@@ -7,18 +7,21 @@ namespace lowra {
 
 namespace {
 
-template <bool ADAPTED, class T>
+template <adapter_form FORM, class T>
 int choose_tokens(const product_group &q, cudaStream_t stream) {
-  if (q.tokens == 1) return launch<setup<1, 1, true, T, product_group, ADAPTED>>(q, stream);
-  if (q.tokens == 2) return launch<setup<2, 1, true, T, product_group, ADAPTED>>(q, stream);
-  if (q.tokens <= 4) return launch<setup<4, 2, true, T, product_group, ADAPTED>>(q, stream);
-  if (q.input.kind != LOWRA_PLAIN && q.tokens > kMostMadeTokens) return LOWRA_UNSUPPORTED;
-  return q.tokens <= 8 ? launch<setup<8, 2, true, T, product_group, ADAPTED>>(q, stream) : LOWRA_UNSUPPORTED;
+  if (q.tokens == 1) return launch<setup<1, 1, true, T, product_group, FORM>>(q, stream);
+  if (q.tokens == 2) return launch<setup<2, 1, true, T, product_group, FORM>>(q, stream);
+  if constexpr (FORM != adapter_form::simple) {
+    if (q.tokens <= 4) return launch<setup<4, 2, true, T, product_group, FORM>>(q, stream);
+    if (q.input.kind != LOWRA_PLAIN && q.tokens > kMostMadeTokens) return LOWRA_UNSUPPORTED;
+    if (q.tokens <= 8) return launch<setup<8, 2, true, T, product_group, FORM>>(q, stream);
+  }
+  return LOWRA_UNSUPPORTED;
 }
 
-template <bool ADAPTED>
+template <adapter_form FORM>
 int choose_type(const product_group &q, int32_t type, cudaStream_t stream) {
-  return type == LOWRA_FLOAT16 ? choose_tokens<ADAPTED, fp16>(q, stream) : choose_tokens<ADAPTED, bf16>(q, stream);
+  return type == LOWRA_FLOAT16 ? choose_tokens<FORM, fp16>(q, stream) : choose_tokens<FORM, bf16>(q, stream);
 }
 
 }  // namespace
@@ -36,7 +39,7 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
                     w.scale_steps, w.levels,          bias[i],
                     out[i],        layout_of(w.shape)};
   }
-  if (!adapters) return choose_type<false>(q, type, stream);
+  if (!adapters) return choose_type<adapter_form::none>(q, type, stream);
   q.adapters = *adapters;
   q.b_in_16 = true;
   int most_ranks = 0;
@@ -50,7 +53,12 @@ int product_small_group(const lowra_packed *weights, const void *const *bias, vo
   const int pieces = (q.in_features + kPieceColumns - 1) / kPieceColumns;
   const int at_once = q.tokens <= 2 ? 1 : 8;  // cells that a thread looks at together
   while (q.sharing < 5 && at_once << q.sharing < pieces && (2 << q.sharing) * q.own * q.tokens <= kThreads) ++q.sharing;
-  return choose_type<true>(q, type, stream);
+  const bool one_look = pieces <= 1 << q.sharing && q.own * q.tokens << q.sharing <= kThreads;
+  if (!q.adapters.gains && q.b_in_16 && one_look) {
+    const int status = choose_type<adapter_form::simple>(q, type, stream);
+    if (status != LOWRA_UNSUPPORTED) return status;
+  }
+  return choose_type<adapter_form::any>(q, type, stream);
 }
 
 }  // namespace lowra

@@ -14,11 +14,11 @@ namespace lowra {
 
 // total += `count` units of one tile. unit: of this block's columns. x: address of the staged x.
 // tile: where `next` comes from; next: codes of the first unit, fetched. On return both stand at the last unit.
-// before_last: called before the last of them.
-template <int BITS, class S, class BEFORE_LAST>
+// in_last: called in the middle of the last of them.
+template <int BITS, class S, class IN_LAST>
 __device__ __forceinline__ void sum_units(const typename S::PRODUCT &q, int begin, int unit, int count, uint32_t x,
                                           int lane, lane_tile<S> &tile, uint32_t (&next)[2][4], uint32_t (&b)[2][4],
-                                          float (&total)[S::kMmas][4], const BEFORE_LAST &before_last) {
+                                          float (&total)[S::kMmas][4], const IN_LAST &in_last) {
   constexpr int kStride = S::kStride * 16, kToken = kChunkUnits * 16, kUnitColumns = kUnitBits / BITS;
   constexpr int kBlocks = 4 / BITS;
   constexpr int kAtOnce = S::DEFAULT_FORM && S::LANES == 1 && BITS < 4 ? 2 : 1;  // blocks under one scale
@@ -41,12 +41,11 @@ __device__ __forceinline__ void sum_units(const typename S::PRODUCT &q, int begi
     if (count > 1) {
       tile.advance();
       tile.fetch(BITS == 4 ? 0 : BITS == 2 ? 1 : 2, quad, next);
-    } else {
-      before_last();
     }
     float sum[S::kMmas][4];
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
+      if (i == kBlocks / 2 && count == 1) in_last();
       if (i % kAtOnce == 0) {
 #pragma unroll
         for (int p = 0; p < S::kMmas; ++p) sum[p][0] = sum[p][1] = sum[p][2] = sum[p][3] = 0.f;
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   int *places = reinterpret_cast<int *>(parts + d.splits * d.most_tiles * kCells);  // row of W, -1 for none
   int *spans = places + d.most_tiles * kTileRows;                                   // first and last warp of a tile
   adapter_memory adapters;
-  if constexpr (S::ADAPTED) adapters.lie_at(q, spans + (d.most_tiles + 1) / 2 * 4);
+  if constexpr (S::ADAPTED) adapters.lie_at<S>(q, spans + (d.most_tiles + 1) / 2 * 4);
   int unit = first_unit(units, warp);
   const int last_unit = first_unit(units, warp + 1);
   shared_row_sums<S> row_sums = {q, plain, begin, end, lane};
@@ -213,7 +212,9 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
     if (q.input.kind == LOWRA_NORMED) norm_factors<S, kThreads>(q, team == 0 && rank == 0, factors);
   }
   const int cell = kThreads - 1 - thread;  // one of the rows of the team; stored in `places` later
-  const int cell_place = cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
+  // Blocks of a team share out the tiles of one token; of several they share out tokens.
+  const bool stores_cell = alone || TOKENS > 1 || (cell / kTileRows & (d.splits - 1)) == rank;
+  const int cell_place = stores_cell && cell < all_tiles * kTileRows ? row_of_weight(q, d, tiles, team, cell) : -1;
   uint32_t next[2][4] = {};
   if (unit < last_unit) {
     tile.fetch_levels();
@@ -237,17 +238,17 @@ __global__ void __launch_bounds__(kThreads, 1) product_small_kernel(const __grid
   while (unit < last_unit) {
     const int count = min(last_unit - unit, spot.units - spot.unit);
     float total[S::kMmas][4] = {};
-    const auto before_last = [&] {
+    const auto in_last = [&] {
       if constexpr (S::ADAPTED) {
         if (unit + count == last_unit) row_sums.look_early();
       }
     };
     if (spot.kind == 2) {
-      sum_units<1, S>(q, begin, spot.unit, count, folded_at, lane, tile, next, b, total, before_last);
+      sum_units<1, S>(q, begin, spot.unit, count, folded_at, lane, tile, next, b, total, in_last);
     } else if (spot.kind == 1) {
-      sum_units<2, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, before_last);
+      sum_units<2, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, in_last);
     } else {
-      sum_units<4, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, before_last);
+      sum_units<4, S>(q, begin, spot.unit, count, plain_at, lane, tile, next, b, total, in_last);
     }
     float *mine = sums + (spot.number + warp) * kCells;
     if (lane == 0 && spot.unit == 0) spans[2 * spot.number] = warp;
@@ -340,6 +341,8 @@ int launch(const typename S::PRODUCT &q, cudaStream_t stream) {
     if constexpr (S::ADAPTED) {
       own.b_is_shared = bytes + bytes_of_b(q, d.most_tiles) + kStaticBytes<S> <= (size_t)limits.shared_bytes;
       if (own.b_is_shared) bytes += bytes_of_b(q, d.most_tiles);
+      const int pieces = q.ranks * ((d.slice + kPieceColumns - 1) / kPieceColumns);
+      if (S::SIMPLE && (!own.b_is_shared || pieces > teams * kWarps)) return LOWRA_UNSUPPORTED;
     }
     return launch_early(product_small_kernel<S>, dim3(teams * d.splits), dim3(kThreads), bytes, (unsigned)d.splits,
                         stream, own, d);

@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_sums(const product_group &q, int token, co
   int rows[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) rows[r] = places[r] < 0 ? 0 : row_of_place(places[r]);
-  if constexpr (S::ADAPTED) add_adapter_terms<T, ROWS>(q, part, rows, token, cell, memory, sums);
+  if constexpr (S::ADAPTED) add_adapter_terms<S, ROWS>(q, part, rows, token, cell, memory, sums);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     if (places[r] < 0) break;
