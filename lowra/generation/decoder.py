@@ -118,6 +118,7 @@ class Decoder:
         self._adapted: list[Projections] | None = None  # as long as nobody computes with this
         self._shares: KnownShares = {}
         self._was = self._state()
+        self._switches = False  # other adapters of the same kind have been in these layers, and may be again
         self.untouched: Untouched | None = None
 
     def prompt(self, ids: torch.Tensor, first: torch.Tensor, caches: list[Cache]) -> torch.Tensor:
@@ -239,9 +240,11 @@ class Decoder:
             tables = self._rotary(self.positions) if untouched else now._rotary_tables()
         except Unsupported:
             return None
-        same = now._was == self._was and all(map(torch.equal, tables, self._rotary_tables()))
-        if not same:
-            return now if now is not self else self._read(model)
+        alike = now._was == self._was and all(map(torch.equal, tables, self._rotary_tables()))
+        if not alike or now._sources() != self._sources():
+            now = now if now is not self else self._read(model)
+            now._switches = alike
+            return now
         if not untouched:
             self.untouched = Untouched.of(model)
         return self
@@ -263,6 +266,17 @@ class Decoder:
             rows.copy_(torch.tensor([own == name for own in names]))
         for shares in self._shares.values():
             shares.renew()
+
+    def turn_to_those_of(self, other: "Decoder") -> bool:
+        """Sequences go through the adapters of another reading of the model from now on, if nothing else differs and
+        there is room for them where captured steps look.
+        """
+        if not other._switches or not all(group.has_room() for group in self._projections()):
+            return False
+        for group, its in zip(self._projections(), other._projections(), strict=True):
+            group.take(its)
+        self.untouched = None
+        return True
 
     def others_for(self, names: tuple[str, ...]) -> Iterable[str]:
         """Adapters that a decoder of another mixed batch should take too, so that it serves this one's: with them as
@@ -300,6 +314,9 @@ class Decoder:
             found += group.state()
         return found
 
+    def _sources(self) -> list[int]:
+        return [address for group in self._projections() for address in group.sources()]
+
     def _ends(self) -> list[Any]:
         """What embeddings and head are, where they lie, and which adapters they have."""
         ends = (self._body, self._body.embed_tokens, self._head)
@@ -321,7 +338,7 @@ class Decoder:
             self._cells = torch.zeros(most, dtype=torch.int64, device=self.device)
             self._launches = torch.zeros(1, dtype=torch.int32, device=self.device)
             for group in self._projections():
-                group.make_room(self._shares)
+                group.make_room(self._shares, self._switches)
         pairs = [pair for group in self._projections() for pair in group.refresh()]
         if pairs:
             kept, given = map(list, zip(*pairs, strict=True))

@@ -180,6 +180,8 @@ def _session(request: Request, exact: bool) -> tuple["Session", torch.Tensor]:
     batch = len(request.input_ids)
     kept = session_of(model)
     decoder = None if kept is None else kept.decoder.read_again(model)
+    if kept is not None and decoder is not None and kept.decoder.turn_to_those_of(decoder):
+        decoder = kept.decoder
     is_known = kept is not None and kept.decoder is decoder
     untouched = decoder.untouched if decoder is not None and is_known else None
     names = adapter_names(modules_of(model) if untouched is None else untouched.awaited(model))

@@ -28,6 +28,7 @@ class Adapter:
         source: the parameters A [r, K] and B [N, r].
         scaling: alpha / r, or what the adapter has in its place.
         rows: bool [batch], the sequences of a mixed batch that it is for; None for all.
+        name: by which sequences of a mixed batch go through it; None for all.
         factors: A and B in the type of x once `Projections.make_room` was called, unless they lie side by side with
             others; until then the parameters.
     """
@@ -35,6 +36,7 @@ class Adapter:
     source: tuple[torch.Tensor, torch.Tensor]
     scaling: float
     rows: torch.Tensor | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         self.factors = self.source
@@ -123,20 +125,31 @@ class Projections:
         matrix, _ = self._packed[0]
         return decoding.cells_of(matrix.in_features, sum(len(adapter.source[0]) for adapter in self.adapters()))
 
-    def make_room(self, known: "KnownShares") -> None:
+    def make_room(self, known: "KnownShares", for_others: bool) -> None:
         """Factors get memory of their own where they have another type than x or are several; it holds nothing yet.
 
         Args:
             known: of the decoder.
+            for_others: they get it in any case, so that other adapters may take their place.
         """
         if self._has_several():
             if self._side_by_side is None:
                 self._side_by_side = _SideBySide(self._adapters, self._dtype, known)
             return
         for adapter in self.adapters():
-            if adapter.factors is adapter.source and any(part.dtype != self._dtype for part in adapter.source):
+            other_type = any(part.dtype != self._dtype for part in adapter.source)
+            if adapter.factors is adapter.source and (for_others or other_type):
                 a, b = (torch.empty_like(part, dtype=self._dtype) for part in adapter.source)
                 adapter.factors = a, b
+
+    def has_room(self) -> bool:
+        """Whether adapters like these can take their place, where captured calls look."""
+        return self._side_by_side is not None or all(own.factors is not own.source for own in self.adapters())
+
+    def take(self, others: "Projections") -> None:
+        """Goes through adapters of the same `state`, from the next `refresh` on."""
+        for own, other in zip(self.adapters(), others.adapters(), strict=True):
+            own.source = other.source
 
     def refresh(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Copies factors that lie side by side, and says what else is to be copied where."""
@@ -160,16 +173,22 @@ class Projections:
         for adapters in self._adapters:
             yield from adapters
 
-    def state(self) -> Iterator[int | float | None]:
-        """Addresses and numbers that a captured call has fixed."""
+    def state(self) -> Iterator[int | float | str | None]:
+        """Addresses and numbers that a captured call has fixed, but for those of `sources`."""
         for matrix, bias in self._packed:
             yield from (part.data_ptr() if isinstance(part, torch.Tensor) else part for part in (*matrix, bias))
         if not self._packed:
             yield from (parameter.data_ptr() for base in self._bases for parameter in base.parameters())
             tables = (base.current_tables() for base in self._bases if type(base) is LowRALinear)
             yield from (table.data_ptr() for own in tables for table in own.values())
+        for number, own in enumerate(self._adapters):
+            for adapter in own:
+                yield from (number, len(adapter.source[0]), adapter.scaling, adapter.name)
+
+    def sources(self) -> Iterator[int]:
+        """Where the factors of adapters are taken from."""
         for adapter in self.adapters():
-            yield from (*(factor.data_ptr() for factor in adapter.source), adapter.scaling)
+            yield from (factor.data_ptr() for factor in adapter.source)
 
 
 class _Shares:
@@ -319,4 +338,5 @@ def _adapters_of(module: nn.Module, rows: Mapping[str, torch.Tensor] | None) -> 
         known = type(dropout) in (nn.Identity, nn.Dropout) and isinstance(scaling, int | float)
         if name in module.lora_variant or not plain or not known:
             raise Unsupported(f"adapter {name!r} is more than a plain LoRA")
-        yield Adapter((a.weight.detach(), b.weight.detach()), scaling, None if rows is None else rows[name])
+        own = (None, None) if rows is None else (rows[name], name)
+        yield Adapter((a.weight.detach(), b.weight.detach()), scaling, *own)

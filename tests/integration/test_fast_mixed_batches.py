@@ -134,3 +134,81 @@ def test_as_many_names_as_sequences_of_adapters_that_there_are(model, names):
             model.generate(ids, adapter_names=names, max_new_tokens=3, custom_generate=custom_generate)
         said.append(str(refused.value))
     assert said[0] == said[1]
+
+
+def test_switches_between_adapters_of_a_kind_go_through_one_session(model, caplog):
+    model.add_adapter("chess", CONFIG["law"])
+    for name, parameter in model.named_parameters():
+        if "lora_B.chess" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    ids = torch.arange(5, 17, device=model.device).view(2, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+    def switched(name, fresh=False):
+        model.set_adapter(name)
+        if fresh:
+            fast.release(model)
+        return model.generate(ids, custom_generate=lowra.fast_decoding, **options)
+
+    expected = {name: switched(name, fresh=True) for name in ("law", "chess", "news")}
+    fast.release(model)
+    switched("law")
+    switched("chess")  # factors of the model's own type had no room of their own yet
+    kept = session(model)
+    for name in ("law", "chess", "chess", "law"):
+        assert torch.equal(switched(name), expected[name]) and session(model) is kept
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.law" in name:
+                parameter.neg_()
+    trained = switched("law")
+    assert session(model) is kept and not torch.equal(trained, expected["law"])
+    model.delete_adapter("chess")
+    assert torch.equal(switched("law"), trained) and session(model) is kept
+    assert torch.equal(switched("news"), expected["news"]) and session(model) is not kept
+    assert torch.equal(switched("law"), trained)
+    with model.disable_adapter():
+        bare = model.generate(ids, custom_generate=lowra.fast_decoding, **options)
+        assert torch.equal(bare, model.generate(ids, **options)) or model.device.type == "cuda"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["scaling", "target"])
+def test_adapters_of_another_kind_have_a_session_of_their_own(model, change):
+    ids = torch.arange(5, 17, device=model.device).view(2, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    other = {"scaling": {"lora_alpha": 2}, "target": {"target_modules": ["q_proj", "k_proj"]}}[change]
+    model.add_adapter("chess", LoraConfig(**{"r": 4, "target_modules": "all-linear", **other}))
+    model.eval()
+    for name in ("law", "chess", "law", "chess"):
+        before = session(model)
+        model.set_adapter(name)
+        found = model.generate(ids, custom_generate=lowra.fast_decoding, **options)
+        assert session(model) is not before
+        if model.device.type == "cpu":
+            assert torch.equal(found, model.generate(ids, **options))
+
+
+def test_adapters_that_change_places_do_not_change_sequences(model):
+    names = ["red", "blue", "red", "blue"]
+
+    def put(red, blue):
+        for name, target in (("red", red), ("blue", blue)):
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            model.add_adapter(name, LoraConfig(r=4, target_modules=[target]))
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B.red" in name or "lora_B.blue" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.eval()
+
+    put("q_proj", "k_proj")
+    tokens(model, names)
+    for _ in range(2):
+        tokens(model, names)
+        put("k_proj", "q_proj")
+        found = tokens(model, names)
+        assert torch.equal(found, alone(model, names))
+        put("q_proj", "k_proj")
