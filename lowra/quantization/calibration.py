@@ -208,7 +208,7 @@ def calibrate(
             `LowRAConfig.feedback` need.
         reconstruct_tokens: of the text to keep at most for `LowRAConfig.reconstruct`, beside the statistics.
         end_to_end: steps of `LowRAConfig.end_to_end`, for which as much of the text behind those is kept; the model
-            writes no more than 16,384 sequences for them.
+            writes no more than 32,768 sequences for them.
         modules_to_not_convert: leaves out what `LowRAConfig.modules_to_not_convert` leaves dense.
         head: that too, as `LowRAConfig.quantize_head`.
         embeddings: those too, as `LowRAConfig.quantize_embeddings`.
