@@ -1,6 +1,6 @@
 """Tables and the picture of docs/lab/accuracy.md from the rows that accuracy_grid.py measured.
 
-python scripts/accuracy_report.py docs/lab/accuracy.json --picture docs/lab/accuracy.png --panels base-30m student
+python scripts/accuracy_report.py docs/lab/accuracy.json --picture docs/pictures/accuracy.png --panels base-30m base-36m
 python scripts/accuracy_report.py docs/lab/accuracy.json --add results.json --source "H200, 22 Nov 2026"   # more rows
 """
 
@@ -27,9 +27,18 @@ _DEFAULTS = {
 _CALIBRATED = {"sensitivity": "fisher", "refine": 2, "method": "cloq", "feedback": 1}
 _NORMAL_FLOAT = {"codebook": "normal_float", "assigner": "layer_order", "menu": [2, 4]}
 _TABLES = {"train": "both"}
-_RECONSTRUCTED = {"budget": "true", "group_size": 128, "reconstruct": 4, "reconstruct_blocks": 96}
+_TRUE = {"budget": "true", "group_size": 128}
+_RECONSTRUCTED = {**_TRUE, "reconstruct": 4, "reconstruct_blocks": 96, "one_bit": 3.0}
 _OWN = {"calibrate_on": "own", "reconstruct_on": "own"}
+_TOGETHER = {"on": "own", "blocks": 15000, "steps": 5000, "batch": 16}
+_LONGER = {**_TOGETHER, "blocks": 30000, "steps": 10000}
+_END_TO_END = {
+    **_CALIBRATED, **_TABLES, **_TRUE, **_OWN, "method": "lora", "table_rate": 0.3, "reconstruct": 1,
+    "reconstruct_blocks": 1000, "blocks": {"ahead": 0, "batch": 8},
+}  # fmt: skip
 _NAMES = {
+    "end to end": {**_END_TO_END, "end_to_end": _TOGETHER},
+    "end to end, twice as long": {**_END_TO_END, "end_to_end": _LONGER},
     "own text, reconstructed, tables trained": {**_CALIBRATED, **_TABLES, **_RECONSTRUCTED, **_OWN},
     "reconstructed, tables trained": {**_CALIBRATED, **_TABLES, **_RECONSTRUCTED},
     "reconstructed": {**_CALIBRATED, **_RECONSTRUCTED},
@@ -51,7 +60,11 @@ _STYLES = {
     "data-free, tables trained": ("tab:cyan", "*"),
     "calibrated": ("tab:red", "o-"),
     "calibrated, tables trained": ("tab:orange", "*-"),
+    "reconstructed, tables trained": ("tab:green", "D-"),
+    "end to end": ("tab:purple", "P-"),
+    "end to end, twice as long": ("tab:purple", "*"),
 }
+_LEAST_BITS = ", group_size 256"  # of points that belong to a line all the same
 _TEXT = "wikitext-2"  # of rows that name none
 _BASELINES = ("LoftQ", "QLoRA", "HQQ")
 
@@ -135,7 +148,8 @@ def name_of(bits: float, switches: dict) -> str:
         wanted = {**_DEFAULTS, **_NAMES[name]}
         return {key: value for key, value in {**_DEFAULTS, **switches}.items() if value != wanted[key]}
 
-    name = min(_NAMES, key=lambda name: len(differences(name)))
+    alike = [name for name in _NAMES if bool(_NAMES[name].get("end_to_end")) == bool(switches.get("end_to_end"))]
+    name = min(alike, key=lambda name: len(differences(name)))
     return ", ".join([name, *(f"{key} {value}" for key, value in differences(name).items())])
 
 
@@ -190,7 +204,8 @@ def draw(groups: list[dict], path: pathlib.Path, rate: float = 4e-3) -> None:
     for panel, model in zip(panels[0], models, strict=True):
         mine = [group for group in groups if group["model"] == model]
         for name, (colour, style) in _STYLES.items():
-            points = sorted((g["true_bits"], g["tuned"], g["spread"] or 0) for g in mine if g["name"] == name)
+            own = [group for group in mine if group["name"].removesuffix(_LEAST_BITS) == name]
+            points = sorted((g["true_bits"], g["tuned"], g["spread"] or 0) for g in own)
             if points:
                 x, y, spread = zip(*points, strict=True)
                 panel.errorbar(x, y, spread, fmt=style, color=colour, label=name, markersize=4, capsize=2)
