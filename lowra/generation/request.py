@@ -163,7 +163,7 @@ class Request:
                 those of the mask.
             ValueError: there are none.
         """
-        if self.input_ids.shape[1] == 0:
+        if self.input_ids.numel() == 0:
             raise ValueError("The prompt has no tokens: give at least one, such as the tokenizer's bos_token_id.")
         if self.input_ids.device != self.model.device:
             raise Unsupported(f"the prompt lies on {self.input_ids.device} and the model on {self.model.device}")

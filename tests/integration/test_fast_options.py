@@ -124,8 +124,9 @@ def test_masks_that_are_no_left_padding_go_the_usual_way(model, caplog):
 
 
 def test_a_prompt_is_there_and_on_the_devices_of_the_model(model):
-    with pytest.raises(ValueError, match="The prompt has no tokens: give at least one"):
-        fastly(model, torch.zeros(1, 0, dtype=torch.long))
+    for shape in ((1, 0), (0, 5)):
+        with pytest.raises(ValueError, match="The prompt has no tokens: give at least one"):
+            fastly(model, torch.zeros(shape, dtype=torch.long))
     with pytest.raises(fast.Unsupported, match="the prompt lies on meta and the model on cpu"):
         lists = LogitsProcessorList(), StoppingCriteriaList()
         fast.Request(model, prompt().to("meta"), *lists, model.generation_config, {})
