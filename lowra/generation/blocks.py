@@ -172,13 +172,16 @@ class Reading:
 def norm_of(module: Any) -> Norm:
     """
     Raises:
-        Unsupported: another norm than of the root mean square.
+        Unsupported: another norm than of the root mean square, or weights that are made for each use.
     """
     name = type(module).__name__
     if not name.endswith("RMSNorm"):
         raise Unsupported(f"it normalises by {name}")
     epsilon = getattr(module, "variance_epsilon", None)
     epsilon = getattr(module, "eps", None) if epsilon is None else epsilon
-    if module.weight is None or epsilon is None:
+    weight = module.weight
+    if weight is None or epsilon is None:
         raise Unsupported(f"its {name} has no weights or no epsilon of its own")
-    return Norm(module.weight, epsilon, one_plus=name.startswith("Gemma"))
+    if weight is not module.weight:
+        raise Unsupported(f"the weights of its {name} are computed, by a parametrization")
+    return Norm(weight, epsilon, one_plus=name.startswith("Gemma"))

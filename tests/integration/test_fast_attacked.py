@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.activations import ACT2FN
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -91,6 +92,13 @@ def as_an_attribute(model):
     factor.weight = 2 - weight
 
 
+def with_computed_weights(model):
+    norm = layer(model).input_layernorm
+    parametrizations.weight_norm(norm, dim=None)
+    yield
+    norm.parametrizations.weight.original1.data[::2] *= 3
+
+
 def in_the_place_of_a_module(model):
     vars(layer(model).self_attn)["q_proj"] = other = copy.deepcopy(query(model))
     yield
@@ -152,6 +160,7 @@ CHANGES = {
     "a norm without weights": lambda model: setattr(
         layer(model), "input_layernorm", nn.RMSNorm(64, elementwise_affine=False)
     ),
+    "weights of a norm that are computed": with_computed_weights,
     "a factor that is no parameter": as_an_attribute,
     "another module in one's place": in_the_place_of_a_module,
     "a bias before B": lambda model: setattr(query(model).lora_A["a"], "bias", nn.Parameter(torch.ones(4))),
