@@ -219,7 +219,7 @@ class AdapterLibrary:
             wanted = self.names[:1]  # a base that no adapter is on takes no names
         for name in wanted:
             self._require(name)
-        # Were the active adapter to leave, a batch without names would silently go through another one.
+        # Were the active adapter to leave, a batch without names would silently go through the base alone.
         staying = set(wanted) | ({self._active} if self._active else set())
         if len(staying) > self.cache_size:
             raise ValueError(
@@ -231,7 +231,10 @@ class AdapterLibrary:
                 self._decoded.move_to_end(name)
                 continue
             # The newcomer comes before the oldest goes, so that the model stays wrapped.
+            is_first = not self._decoded
             self.model = attach(self.model, self._packed[name], name)
+            if is_first:
+                _rest(self.model, name)  # PEFT has made it the active one, which nobody has chosen
             self._decoded[name] = None
             if len(self._decoded) > self.cache_size:
                 self._drop(next(old for old in self._decoded if old not in staying))
@@ -239,10 +242,20 @@ class AdapterLibrary:
             self.model.eval()
 
     def switch(self, name: str) -> None:
-        """Makes one adapter the active one, for batches that name none; it stays decoded until another is."""
+        """Makes one adapter the active one, for batches that name none; it stays decoded until another is.
+
+        Before the first switch, and once the active adapter was removed, such batches go through the base alone.
+
+        Raises:
+            ValueError: an unknown name, or an adapter that does not fit the model.
+        """
         self._require(name)
-        self._active = None
-        self.prepare([name])
+        before, self._active = self._active, None  # which may make room
+        try:
+            self.prepare([name])
+        except ValueError:
+            self._active = before
+            raise
         _activate(self._wrapped, name)
         self._active = name
 
@@ -284,8 +297,8 @@ class AdapterLibrary:
         if len(self._decoded) == 1:  # a PeftModel without any adapter is no model
             self.model = model.unload()
         else:
-            if name in model.active_adapters:
-                _activate(model, next(other for other in self._decoded if other != name))
+            if self._active is None:
+                _rest(model, next(other for other in self._decoded if other != name))
             model.delete_adapter(name)
         del self._decoded[name]
 
@@ -297,3 +310,13 @@ def _activate(model: PeftModel, adapter_name: str) -> None:
     for name, parameter in model.named_parameters():
         if name in own:
             parameter.requires_grad_(False)
+
+
+def _rest(model: PeftModel, adapter_name: str) -> None:
+    """Makes no adapter the active one, so that a batch that names none goes through the base alone.
+
+    Args:
+        adapter_name: of any that stays, whose configuration PEFT goes by.
+    """
+    model.active_adapter = adapter_name
+    model.base_model.set_adapter([])

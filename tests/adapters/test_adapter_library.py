@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from test_adapter_labels import edit_label
 from test_adapter_storage import store
 
+from lowra import fast_decoding
 from lowra.adapters import AdapterLibrary, LabelError, LoraQuantSettings, load_packed, quantize_loraquant, read_adapter
 from lowra.adapters.joint import quantize_joint
 from lowra.adapters.labels import make_label
@@ -87,6 +88,33 @@ def test_active_adapter_stays_in_the_cache(library, alone, tokens):
     library.prepare(["news"])
     library.prepare(["code"])
     assert set(library.decoded) == {"law", "code"}
+    assert torch.equal(library.model(tokens).logits, alone("law", tokens))
+
+
+def test_a_batch_without_names_goes_through_the_base_until_a_switch_and_after_the_last(library, alone, tokens):
+    library.prepare(["law", "news"])
+    assert torch.equal(library.model(tokens).logits, alone("__base__", tokens))
+    library.switch("law")
+    assert torch.equal(library.model(tokens).logits, alone("law", tokens))
+    library.prepare(["code"])
+    library.remove("law")
+    assert torch.equal(library.model(tokens).logits, alone("__base__", tokens))
+    names = ["code"] * len(tokens)
+    assert torch.allclose(library.model(tokens, adapter_names=names).logits, alone("code", tokens), atol=1e-5)
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    for custom in ({}, {"custom_generate": fast_decoding}):
+        found = library.model.generate(input_ids=tokens, **options, **custom)
+        assert torch.equal(found[:, -1], alone("__base__", found[:, :-1])[:, -1].argmax(-1))
+
+
+def test_a_switch_that_is_refused_changes_nothing(library, alone, tokens, monkeypatch):
+    library.switch("law")
+    monkeypatch.setattr("lowra.adapters.library.attach", lambda *_: (_ for _ in ()).throw(ValueError("no fit")))
+    with pytest.raises(ValueError, match="no fit"):
+        library.switch("news")
+    monkeypatch.undo()
+    library.prepare(["code"])
+    library.prepare(["news"])
     assert torch.equal(library.model(tokens).logits, alone("law", tokens))
 
 
