@@ -318,5 +318,6 @@ def _rest(model: PeftModel, adapter_name: str) -> None:
     Args:
         adapter_name: of any that stays, whose configuration PEFT goes by.
     """
+    tuner: Any = model.base_model
     model.active_adapter = adapter_name
-    model.base_model.set_adapter([])
+    tuner.set_adapter([])
