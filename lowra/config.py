@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
 PRECISIONS = (1, 2, 4)
+MOST_GROUP = 256  # weights that share a scale
 # filled in by the quantiser, not asked for
 FILLED_IN = (
     "format_version",
@@ -184,8 +185,8 @@ class LowRAConfig(QuantizationConfigMixin):
             self.menu = tuple(bits for bits in self.menu if bits > 1)  # there is no 1-bit NormalFloat
             if not self.menu:
                 raise ValueError("codebook=normal_float has no form at 1 bit: give a menu with 2 or 4, or learned.")
-        if self.group_size % 8 or not 8 <= self.group_size <= 256:
-            raise ValueError(f"group_size must be a multiple of 8 from 8 to 256; got {self.group_size}.")
+        if self.group_size % 8 or not 8 <= self.group_size <= MOST_GROUP:
+            raise ValueError(f"group_size must be a multiple of 8 from 8 to {MOST_GROUP}; got {self.group_size}.")
         for name in ("iterations", "refine", "feedback", "reconstruct", "end_to_end"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import stat
 
 import pytest
@@ -193,9 +194,23 @@ def test_unknown_key_names_the_nearest():
 
 
 def test_true_budget_below_what_is_stored_is_refused(tiny_llama, tmp_path):
-    config = LowRAConfig(bits=1.1, budget="true")
-    with pytest.raises(ValueError, match="below the smallest precision"):
-        quantize_checkpoint(str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False)
+    def calibration():
+        raise AssertionError("a calibration may take hours")
+
+    def packed(bits, group_size):
+        config = LowRAConfig(bits=bits, budget="true", group_size=group_size)
+        return quantize_checkpoint(
+            str(tiny_llama), tmp_path / "out", config, device="cpu", progress=False, calibration=calibration
+        )
+
+    with pytest.raises(ValueError, match="below the smallest that can be built") as refused:
+        packed(1.1, 64)
+    at64, at256 = map(float, re.search(r"take ([\d.]+)\..*groups of 256.*is ([\d.]+)\.$", str(refused.value)).groups())
+    for bits, group_size in ((at64, 64), (at256, 256)):
+        with pytest.raises(ValueError, match="below the smallest"):
+            packed(bits - 1e-4, group_size)
+        with pytest.raises(AssertionError, match="hours"):
+            packed(bits, group_size)
 
 
 def test_quantised_input_and_used_output_are_refused(packed, tiny_llama, tmp_path):

@@ -1,5 +1,6 @@
 """How many weights share a scale, where a true budget lets scales and codes compete for the same bits."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .calibration import Calibration
-from .planning import Planner
+from .planning import Planner, affordable_sizes, check_budget
 
 # Scales of 8 bits cost 0.125, 0.063 and 0.031 bits a weight. What larger groups save goes into codes. Any runs in every
 # kernel, but those of generation have a form of their own for 64 (csrc/cuda/product_small.cu).
@@ -42,10 +43,12 @@ def best_group_size(
     Raises:
         ValueError: the budget cannot be met with any of them.
     """
+    check_budget(config, targets, sizes)
+    sizes = affordable_sizes(config, targets, sorted(sizes))
     names = [name for name in source.names() if name in targets]
     if len(names) > _MOST:
         names = [names[round(place * (len(names) - 1) / (_MOST - 1))] for place in range(_MOST)]
-    configs = [dataclasses.replace(config, group_size=size, assigner="exact") for size in sorted(sizes)]
+    configs = [dataclasses.replace(config, group_size=size, assigner="exact") for size in sizes]
     planners = [Planner(config, None, calibration) for config in configs]
     for name in tqdm(names, desc="choosing the group size", unit="matrix", disable=not progress):
         weight = targets[name].as_matrix(source.load(name)[name]).to(device)
@@ -53,9 +56,7 @@ def best_group_size(
             planner.add(name, targets[name], weight)
     errors: dict[int, float] = {}
     for planner in planners:
-        try:
+        # those that are looked at may be narrower than the rest, and cost more than the budget by themselves
+        with contextlib.suppress(ValueError):
             errors[planner.config.group_size] = planner.assign().assignment.error
-        except ValueError:  # small groups may cost more than the budget
-            if planner is planners[-1] and not errors:
-                raise
-    return min(errors, key=lambda size: errors[size])
+    return min(errors, key=lambda size: errors[size], default=sizes[-1])

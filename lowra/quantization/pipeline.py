@@ -32,7 +32,7 @@ from .group_size import best_group_size
 from .initial_adapter import MOST_ROUNDS, AdapterRecipe, check_rank
 from .job import Job
 from .pieces import write_pieces
-from .planning import Planner, fisher_costs, learn
+from .planning import Planner, check_budget, fisher_costs, learn
 from .reconstruction import open_stream, reconstruct
 from .work import ADAPTER, JOINT_ADAPTER, TRAINED_ADAPTER, WorkFolder, identities
 
@@ -89,6 +89,7 @@ def quantize_checkpoint(
         raise ValueError(f"{model} is quantised already; give the original checkpoint in 16 or 32 bits.")
     check_skips(skeleton, config.modules_to_not_convert)
     targets = find_targets(skeleton, config.modules_to_not_convert, config.quantize_head, config.quantize_embeddings)
+    check_budget(config, targets, group_sizes)
     if adapter is not None:
         check_rank(adapter.rank, targets)
     if config.reconstruct or config.end_to_end:

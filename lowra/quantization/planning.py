@@ -1,6 +1,8 @@
 """The plan of a model: what the learner found for every matrix, and the precision the assigner gives each channel."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch
 from ..checkpoints.dense import DenseCheckpoint, check_finite
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.targets import Target
-from ..config import LowRAConfig
+from ..config import MOST_GROUP, LowRAConfig
 from ..weights.codebook import PRECISIONS, Codebook
 from ..weights.fingerprint import fingerprint_of, weight_digest
 from ..weights.packed import channel_bits
@@ -149,12 +151,13 @@ class Planner:
         return plan
 
     def _problem(self) -> Problem:
+        check_budget(self.config, self._targets)
         errors, each_size, costs = [], [], []
         for name, book in self._codebooks.items():
             target = self._targets[name]
             errors.append(book.errors.double().numpy() * self._sensitivity(name))
             each_size.append(np.full(target.out_features, target.in_features, dtype=np.int64))
-            costs.append(np.tile(self._channel_costs(target), (target.out_features, 1)))
+            costs.append(np.tile(_channel_costs(target, self.config), (target.out_features, 1)))
         sizes = np.concatenate(each_size)
         budget = int(self.config.bits * int(sizes.sum()) + 1e-6)
         return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
@@ -176,11 +179,49 @@ class Planner:
             return 1.0
         return target.size * len(blocks) / sum(block.size for block in blocks)
 
-    def _channel_costs(self, target: Target) -> np.ndarray:
-        if self.config.budget == "nominal":
-            return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
-        shape = (target.out_features, target.in_features)
-        return np.array([np.ceil(channel_bits(*shape, bits, self.config)) for bits in PRECISIONS], dtype=np.int64)
+
+def _channel_costs(target: Target, config: LowRAConfig) -> np.ndarray:
+    """Bits of one channel at each precision, as the budget counts them."""
+    if config.budget == "nominal":
+        return np.array([bits * target.in_features for bits in PRECISIONS], dtype=np.int64)
+    shape = (target.out_features, target.in_features)
+    return np.array([np.ceil(channel_bits(*shape, bits, config)) for bits in PRECISIONS], dtype=np.int64)
+
+
+def affordable_sizes(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int]) -> list[int]:
+    """Those of some group sizes with which the budget can be met, by shapes alone."""
+    return [size for size in group_sizes if config.bits >= _least_bits(config, targets, size)]
+
+
+def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int] = ()) -> None:
+    """
+    Args:
+        config: recipe and budget.
+        targets: what is packed.
+        group_sizes: to choose from; with none that of `config`.
+
+    Raises:
+        ValueError: the budget cannot be met; shapes tell, before anything is calibrated or learned.
+    """
+    sizes = group_sizes or (config.group_size,)
+    if affordable_sizes(config, targets, sizes):
+        return
+    least = {size: _least_bits(config, targets, size) for size in (max(sizes), MOST_GROUP)}
+    first, largest = least[max(sizes)], least[MOST_GROUP]
+    remedy = f", or use groups of {MOST_GROUP}, with which it is {largest:.4f}" if largest < first else ""
+    raise ValueError(
+        f"A budget of {config.bits:g} {config.budget} bits is below the smallest that can be built: with all channels "
+        f"at {min(config.menu)} bit{'s' * (min(config.menu) > 1)}, in groups of {max(sizes)} weights, the packed weights "
+        f"take {first:.4f}. Give at least that{remedy}."
+    )
+
+
+def _least_bits(config: LowRAConfig, targets: dict[str, Target], group_size: int) -> float:
+    """Bits per weight with every channel at the smallest precision of the menu, rounded up to four decimals."""
+    config = dataclasses.replace(config, group_size=group_size)
+    menu = [PRECISIONS.index(bits) for bits in config.menu]
+    bits = sum(target.out_features * int(_channel_costs(target, config)[menu].min()) for target in targets.values())
+    return math.ceil(1e4 * bits / max(1, sum(target.size for target in targets.values()))) / 1e4
 
 
 def learn(

@@ -1,6 +1,7 @@
 """The group size that a true budget chooses: what scales cost against what they save."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowra import LowRAConfig, quantize_checkpoint
 from lowra.commands import main
+from lowra.quantization import group_size
 from lowra.quantization.group_size import GROUP_SIZES
 
 
@@ -46,17 +48,30 @@ def test_scales_are_many_where_weights_differ_and_few_where_they_do_not(models, 
 
 def test_a_budget_that_only_large_groups_meet_is_met(models, tmp_path):
     assert packed(models, "uneven", tmp_path / "out", bits=1.2)[0] == 256
-    with pytest.raises(ValueError, match="below the smallest precision"):
+    with pytest.raises(ValueError, match="below the smallest that can be built"):
         packed(models, "even", tmp_path / "less", bits=1.01)
 
 
+@pytest.mark.parametrize("intermediate", [64, 1024])
+def test_matrices_that_cost_more_or_less_than_all_do_not_decide_what_a_budget_meets(
+    tmp_path, monkeypatch, intermediate
+):
+    monkeypatch.setattr(group_size, "_MOST", 2)
+    shape = {"hidden_size": 256, "intermediate_size": intermediate, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="below the smallest that can be built") as refused:
+        packed(tmp_path, "model", tmp_path / "less", bits=1.05)
+    least = float(re.search(r"take ([\d.]+)\. Give at least that\.$", str(refused.value))[1])
+    assert packed(tmp_path, "model", tmp_path / "out", bits=least)[0] == 256
+
+
 def test_the_command_chooses_where_it_is_asked(models, tmp_path, capsys):
-    def group_size(name, *options):
+    def chosen(name, *options):
         command = ["quantize", str(models / "even"), "--bits", "2.2", "--output", str(tmp_path / name), *options]
         assert main(command) == 0
         return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["group_size"]
 
-    assert group_size("true", "--budget", "true") == 64
-    assert group_size("best", "--budget", "true", "--group-size", "best") == 256
+    assert chosen("true", "--budget", "true") == 64
+    assert chosen("best", "--budget", "true", "--group-size", "best") == 256
     assert main(["quantize", str(models / "even"), "--output", str(tmp_path / "no"), "--group-size", "best"]) == 2
     assert "--group-size best needs --budget true" in capsys.readouterr().err

@@ -33,8 +33,8 @@ class Problem:
         parameters = int(self.sizes.sum())
         if self.budget < least:
             raise ValueError(
-                f"A budget of {self.budget / parameters:.4f} bits per parameter is below the smallest precision: all "
-                f"channels at {min(self.menu)} bit(s) take {least / parameters:.4f}. Give at least that."
+                f"A budget of {self.budget:,} bits for {parameters:,} weights is below the smallest precision: all "
+                f"channels at {min(self.menu)} bit(s) take {least:,} bits."
             )
         self.budget = min(self.budget, most)
 
