@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> dict:
         kept = "" if report["end_to_end"]["kept"] else ", not kept"
         print(f"  end to end: KL divergence from the dense model {before:.4f} -> {after:.4f}{kept}")
     *stages, (_, whole) = report["seconds"].items()
-    print(f"  {whole:.1f} seconds: {', '.join(f'{stage} {value:.1f}' for stage, value in stages)}")
+    since = " since it went on from a killed run" if report["resumed"] else ""
+    print(f"  {whole:.1f} seconds{since}: {', '.join(f'{stage} {value:.1f}' for stage, value in stages)}")
     if adapter is not None:
         print(f"  adapter to train: {args.output / ADAPTER_FOLDER}")
     return {"output": str(args.output), **report}

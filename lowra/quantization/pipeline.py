@@ -69,7 +69,7 @@ def quantize_checkpoint(
     Returns:
         the report that is also written to `output/lowra_report.json`: bits, bytes, squared errors over energy (`error`
         of the plan, `packed_error`, and `adapted_error` with the initial adapter), bound, seconds of each stage
-        and in all.
+        and in all; where an earlier run had been killed (`resumed`), those of the last run alone.
 
     Raises:
         OSError, ValueError: input that cannot be used, or an output that cannot be written; nothing has been written to
@@ -109,6 +109,7 @@ def quantize_checkpoint(
                     check_finite(key, tensor)
     beside = companions(folder, outside=(work.folder, work.place))
     with locked(work.folder):
+        resumed = work.has_text()
         if callable(calibration):
             with stages.time("calibrate"):
                 calibration = calibration()
@@ -131,9 +132,9 @@ def quantize_checkpoint(
             device=device,
             progress=progress,
         )
-        work.begin(_recipe(job, files))
+        resumed |= work.begin(_recipe(job, files))
         try:
-            report = _stream(job, stages)
+            report = _stream(job, stages, resumed)
         except ValueError:
             work.clear()  # input that cannot be used: there is nothing to go on with
             raise
@@ -178,7 +179,7 @@ class _Stages:
         return {stage: round(value, 3) for stage, value in found.items()}
 
 
-def _stream(job: Job, stages: _Stages) -> dict:
+def _stream(job: Job, stages: _Stages, resumed: bool) -> dict:
     """Learns, assigns, quantises and assembles in the work folder; the finished checkpoint lies in `job.work.final`."""
     with stages.time("reconstruct") if job.config.reconstruct else contextlib.nullcontext():
         stream = open_stream(job)  # first, because it may find that the model is none for it
@@ -202,7 +203,7 @@ def _stream(job: Job, stages: _Stages) -> dict:
 
     with stages.time("write"):
         report = assemble(job, plan, pieces, adapter, together)
-    report["seconds"] = stages.seconds()
+    report |= {"seconds": stages.seconds(), "resumed": resumed}
     save_json(report, job.work.final / "lowra_report.json")
     return report
 

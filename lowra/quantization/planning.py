@@ -206,13 +206,13 @@ def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: S
     sizes = group_sizes or (config.group_size,)
     if affordable_sizes(config, targets, sizes):
         return
-    least = {size: _least_bits(config, targets, size) for size in (max(sizes), MOST_GROUP)}
-    first, largest = least[max(sizes)], least[MOST_GROUP]
-    remedy = f", or use groups of {MOST_GROUP}, with which it is {largest:.4f}" if largest < first else ""
+    size, bits = max(sizes), min(config.menu)
+    least, of_largest = _least_bits(config, targets, size), _least_bits(config, targets, MOST_GROUP)
+    remedy = f", or use groups of {MOST_GROUP}, with which it is {of_largest:.4f}" if of_largest < least else ""
     raise ValueError(
         f"A budget of {config.bits:g} {config.budget} bits is below the smallest that can be built: with all channels "
-        f"at {min(config.menu)} bit{'s' * (min(config.menu) > 1)}, in groups of {max(sizes)} weights, the packed weights "
-        f"take {first:.4f}. Give at least that{remedy}."
+        f"at {bits} bit{'s' * (bits > 1)}, in groups of {size} weights, the packed weights take {least:.4f}. Give at "
+        f"least that{remedy}."
     )
 
 

@@ -65,21 +65,26 @@ class WorkFolder:
                 "move it away, or give another output."
             )
 
-    def begin(self, recipe: dict) -> None:
+    def begin(self, recipe: dict) -> bool:
         """Keeps the pieces of an earlier run of this recipe, and deletes those of another.
 
         Args:
             recipe: all that the pieces depend on, as JSON takes it.
+
+        Returns:
+            whether there was an earlier run of this recipe.
         """
         self._digest = _digest(recipe)
         begun = self.folder / _RECIPE_FILE
-        if not self._begun_for_this(begun):
+        goes_on = self._begun_for_this(begun)
+        if not goes_on:
             self._warn_of_loss(begun, recipe)
             begun.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks like this one's
             for kind in _KINDS:
                 _remove(self.folder / kind)
         save_json(recipe, begun)
         _remove(self.final)
+        return goes_on
 
     def _warn_of_loss(self, begun: pathlib.Path, recipe: dict) -> None:
         """Says that an earlier run's pieces go: they may have taken hours, and only a mistyped option may differ."""
@@ -102,6 +107,10 @@ class WorkFolder:
             return _digest(read_json(begun, "the recipe of an earlier run")) == self._digest
         except (FileNotFoundError, ValueError):  # killed while it cleared, or a disk that lost the end of a file
             return False
+
+    def has_text(self) -> bool:
+        """Whether an earlier run has written text."""
+        return self.text.is_dir() and any(self.text.iterdir())
 
     def path(self, kind: str, name: str) -> pathlib.Path:
         """The file of a piece."""

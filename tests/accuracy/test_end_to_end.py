@@ -158,6 +158,7 @@ def test_a_killed_run_ends_in_the_same_bytes(  # noqa: PLR0917 - fixtures
     report = quantize(tiny_llama, tmp_path / "llama", calibration, TOGETHER)
     assert steps == [*range(4), *range(0 if damaged else 3, 12)] and ("begins anew" in caplog.text) == damaged
     assert report["end_to_end"] == trained[1]["end_to_end"]
+    assert report["resumed"] and not trained[1]["resumed"]
     for file in ("model.safetensors", f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
         assert (tmp_path / "llama" / file).read_bytes() == (trained[0] / file).read_bytes(), file
 

@@ -167,7 +167,7 @@ def test_text_outlives_a_killed_quantisation_and_not_a_finished_one(tiny_llama, 
     assert list((tmp_path / "packed.partial" / "text").iterdir())
     monkeypatch.undo()
     monkeypatch.setattr(own_text, "_write", lambda *arguments: pytest.fail("written again"))
-    quantised_by_own_text(tiny_llama, tmp_path / "packed")
+    assert quantised_by_own_text(tiny_llama, tmp_path / "packed")["resumed"]
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
