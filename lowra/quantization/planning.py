@@ -159,7 +159,7 @@ class Planner:
             each_size.append(np.full(target.out_features, target.in_features, dtype=np.int64))
             costs.append(np.tile(_channel_costs(target, self.config), (target.out_features, 1)))
         sizes = np.concatenate(each_size)
-        budget = int(self.config.bits * int(sizes.sum()) + 1e-6)
+        budget = _budget(self.config, int(sizes.sum()))
         return Problem(np.concatenate(errors), np.concatenate(costs), sizes, budget, self.config.menu)
 
     def _sensitivity(self, name: str) -> np.ndarray | float:
@@ -190,7 +190,8 @@ def _channel_costs(target: Target, config: LowRAConfig) -> np.ndarray:
 
 def affordable_sizes(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int]) -> list[int]:
     """Those of some group sizes with which the budget can be met, by shapes alone."""
-    return [size for size in group_sizes if config.bits >= _least_bits(config, targets, size)]
+    weights = _weights(targets)
+    return [size for size in group_sizes if _budget(config, weights) >= _least(config, targets, size)]
 
 
 def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int] = ()) -> None:
@@ -207,7 +208,10 @@ def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: S
     if affordable_sizes(config, targets, sizes):
         return
     size, bits = max(sizes), min(config.menu)
-    least, of_largest = _least_bits(config, targets, size), _least_bits(config, targets, MOST_GROUP)
+    # rounded up, so that what is named suffices
+    least, of_largest = (
+        math.ceil(1e4 * _least(config, targets, each) / _weights(targets)) / 1e4 for each in (size, MOST_GROUP)
+    )
     remedy = f", or use groups of {MOST_GROUP}, with which it is {of_largest:.4f}" if of_largest < least else ""
     raise ValueError(
         f"A budget of {config.bits:g} {config.budget} bits is below the smallest that can be built: with all channels "
@@ -216,12 +220,20 @@ def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: S
     )
 
 
-def _least_bits(config: LowRAConfig, targets: dict[str, Target], group_size: int) -> float:
-    """Bits per weight with every channel at the smallest precision of the menu, rounded up to four decimals."""
+def _least(config: LowRAConfig, targets: dict[str, Target], group_size: int) -> int:
+    """Bits of all channels at the smallest precision of the menu."""
     config = dataclasses.replace(config, group_size=group_size)
     menu = [PRECISIONS.index(bits) for bits in config.menu]
-    bits = sum(target.out_features * int(_channel_costs(target, config)[menu].min()) for target in targets.values())
-    return math.ceil(1e4 * bits / max(1, sum(target.size for target in targets.values()))) / 1e4
+    return sum(target.out_features * int(_channel_costs(target, config)[menu].min()) for target in targets.values())
+
+
+def _weights(targets: dict[str, Target]) -> int:
+    return sum(target.size for target in targets.values())
+
+
+def _budget(config: LowRAConfig, weights: int) -> int:
+    """Bits that so many weights may take."""
+    return int(config.bits * weights + 1e-6)
 
 
 def learn(
