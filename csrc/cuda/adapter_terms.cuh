@@ -52,12 +52,11 @@ __device__ __forceinline__ uint64_t look_at_cell(const uint64_t *cell) {
   return word;
 }
 
-// Factors of A x, see lowra_adapters, or null.
+// Factors of A x, or null.
 template <class S>
 __device__ __forceinline__ const float *gains_of(const product_group &q) {
   return S::SIMPLE ? nullptr : q.adapters.gains;
 }
-// Whether the rows of B are copied to shared memory.
 template <class S>
 __device__ __forceinline__ bool shares_b(const product_group &q) {
   return S::SIMPLE || q.b_is_shared;
