@@ -1,6 +1,7 @@
 """A packed checkpoint read layer by layer, and what each layer holds."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -131,18 +132,19 @@ class PackedFolder:
 
     def errors(self) -> dict[str, float]:
         """Squared errors over energy of the packed weights and with the initial adapter, where they are recorded."""
-        found = {name: self._report().get(name) for name in ("packed_error", "adapted_error")}
+        found = {name: self._report.get(name) for name in ("packed_error", "adapted_error")}
         return {name: error for name, error in found.items() if error is not None}
 
     def trained_token_tables(self) -> list[str] | None:
         """Names of embeddings and head that were trained with the packed weights; None where that is not known."""
         if not self.config.end_to_end:
             return []
-        did = self._report().get("end_to_end")  # a model that was loaded and saved again has no report
+        did = self._report.get("end_to_end")  # a model that was loaded and saved again has no report
         if not isinstance(did, dict):
             return None
         return did.get("token_tables", []) if did.get("kept") else []
 
+    @functools.cached_property
     def _report(self) -> dict[str, Any]:
         path = self.folder / "lowra_report.json"
         return read_json(path, "the report of `lowra quantize`") if path.exists() else {}

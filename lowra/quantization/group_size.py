@@ -11,7 +11,7 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.targets import Target
 from ..config import LowRAConfig
 from .calibration import Calibration
-from .planning import Planner, affordable_sizes, check_budget
+from .planning import Planner, check_budget
 
 # Scales of 8 bits cost 0.125, 0.063 and 0.031 bits a weight. What larger groups save goes into codes. Any runs in every
 # kernel, but those of generation have a form of their own for 64 (csrc/cuda/product_small.cu).
@@ -43,8 +43,7 @@ def best_group_size(
     Raises:
         ValueError: the budget cannot be met with any of them.
     """
-    check_budget(config, targets, sizes)
-    sizes = affordable_sizes(config, targets, sorted(sizes))
+    sizes = check_budget(config, targets, sorted(sizes))
     names = [name for name in source.names() if name in targets]
     if len(names) > _MOST:
         names = [names[round(place * (len(names) - 1) / (_MOST - 1))] for place in range(_MOST)]

@@ -188,14 +188,9 @@ def _channel_costs(target: Target, config: LowRAConfig) -> np.ndarray:
     return np.array([np.ceil(channel_bits(*shape, bits, config)) for bits in PRECISIONS], dtype=np.int64)
 
 
-def affordable_sizes(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int]) -> list[int]:
-    """Those of some group sizes with which the budget can be met, by shapes alone."""
-    weights = _weights(targets)
-    return [size for size in group_sizes if _budget(config, weights) >= _least(config, targets, size)]
+def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int] = ()) -> list[int]:
+    """The group sizes with which the budget can be met, by shapes alone.
 
-
-def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: Sequence[int] = ()) -> None:
-    """
     Args:
         config: recipe and budget.
         targets: what is packed.
@@ -205,13 +200,13 @@ def check_budget(config: LowRAConfig, targets: dict[str, Target], group_sizes: S
         ValueError: the budget cannot be met; shapes tell, before anything is calibrated or learned.
     """
     sizes = group_sizes or (config.group_size,)
-    if affordable_sizes(config, targets, sizes):
-        return
+    weights = sum(target.size for target in targets.values())
+    affordable = [size for size in sizes if _budget(config, weights) >= _least(config, targets, size)]
+    if affordable:
+        return affordable
     size, bits = max(sizes), min(config.menu)
     # rounded up, so that what is named suffices
-    least, of_largest = (
-        math.ceil(1e4 * _least(config, targets, each) / _weights(targets)) / 1e4 for each in (size, MOST_GROUP)
-    )
+    least, of_largest = (math.ceil(1e4 * _least(config, targets, each) / weights) / 1e4 for each in (size, MOST_GROUP))
     remedy = f", or use groups of {MOST_GROUP}, with which it is {of_largest:.4f}" if of_largest < least else ""
     raise ValueError(
         f"A budget of {config.bits:g} {config.budget} bits is below the smallest that can be built: with all channels "
@@ -225,10 +220,6 @@ def _least(config: LowRAConfig, targets: dict[str, Target], group_size: int) -> 
     config = dataclasses.replace(config, group_size=group_size)
     menu = [PRECISIONS.index(bits) for bits in config.menu]
     return sum(target.out_features * int(_channel_costs(target, config)[menu].min()) for target in targets.values())
-
-
-def _weights(targets: dict[str, Target]) -> int:
-    return sum(target.size for target in targets.values())
 
 
 def _budget(config: LowRAConfig, weights: int) -> int:
