@@ -36,6 +36,7 @@ BASE_RECORD = "lowra_base.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TABLES_FILE = "tables.safetensors"
+WITHOUT_TABLES = "an adapter that is trained with tables=frozen has none"  # the end of refusals on account of them
 ADAPTER_FILES = (ADAPTER_WEIGHTS, TABLES_FILE)
 
 # Numbers in adapter_config.json that do not change what a trained adapter computes.

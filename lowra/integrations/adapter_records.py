@@ -22,6 +22,7 @@ from ..checkpoints.records import (
     ADAPTER_FILES,
     BASE_RECORD,
     TABLES_FILE,
+    WITHOUT_TABLES,
     changed_settings,
     check_files,
     differences,
@@ -214,7 +215,7 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
         raise ValueError(
             f"The adapter {adapter} was trained with levels and scales of its packed base ({TABLES_FILE}), and this "
             f"model is dense: load {record.get('base')} as it was packed, and lowra.merge_into_dense makes a dense "
-            "model of both."
+            f"model of both; {WITHOUT_TABLES}."
         )
     if is_training_tables(model):  # a trainer that resumes; it puts the changes back by itself
         return Arriving(record, in_training=True)
@@ -372,5 +373,5 @@ def refuse_losing_tables(model: PeftModel, names: Sequence[str], what: str, inst
     if having:
         raise ValueError(
             f"Adapter {having[0]!r} was trained with levels and scales of the packed base ({TABLES_FILE}), and {what} "
-            f"would leave them behind{instead}."
+            f"would leave them behind{instead}; {WITHOUT_TABLES}."
         )

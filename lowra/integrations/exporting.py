@@ -19,6 +19,7 @@ from ..checkpoints.records import (
     ADAPTER_WEIGHTS,
     BASE_RECORD,
     TABLES_FILE,
+    WITHOUT_TABLES,
     check_adapter_folder,
     check_trained,
     digest_of_adapter,
@@ -48,7 +49,7 @@ def export_adapter(adapter: pathlib.Path, initial: pathlib.Path | None, output: 
     if (adapter / TABLES_FILE).exists():
         raise ValueError(
             f"{adapter} was trained with levels and scales of its packed base ({TABLES_FILE}), which the original does "
-            "not have: `lowra merge` makes a dense model of both."
+            f"not have: `lowra merge` makes a dense model of both, and {WITHOUT_TABLES}."
         )
     if record.get("fingerprint") is None or record.get("nominal_bits") is None:
         raise ValueError(f"{adapter} was not trained on a packed base, or was converted already: use it as it is.")

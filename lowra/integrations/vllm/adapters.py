@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from ...checkpoints.records import (
     ADAPTER_CONFIG,
     TABLES_FILE,
+    WITHOUT_TABLES,
     check_adapter_folder,
     record_of_folder,
 )
@@ -32,8 +33,8 @@ def check_adapter_for(folder: pathlib.Path, config: LowRAConfig) -> None:
     if (folder / TABLES_FILE).exists() or TABLES_FILE in (record.get("files") or {}):
         raise ValueError(
             f"The adapter {folder} was trained with levels and scales of its own ({TABLES_FILE}), and vLLM computes "
-            "all requests with those of the base: `lowra merge` makes a dense model of both, and `lowra generate`, "
-            "`lowra chat` and Transformers take it as it is."
+            "all requests with those of the base: `lowra merge` makes a dense model of both, `lowra generate`, `lowra "
+            f"chat` and Transformers take it as it is, and {WITHOUT_TABLES}."
         )
     if record:
         base = SimpleNamespace(config=SimpleNamespace(quantization_config=config))
