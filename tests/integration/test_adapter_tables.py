@@ -185,7 +185,7 @@ def test_merging(packed_llama, trained, plain):
 
 def test_the_original_cannot_take_them(packed_llama, dense_llama, trained):
     model = PeftModel.from_pretrained(load(packed_llama), trained[0])
-    with pytest.raises(ValueError, match="merging into the original would leave them behind"):
+    with pytest.raises(ValueError, match="merging into the original would leave them behind.* tables=frozen has none"):
         lowra.merge_into_dense(model, original=dense_llama, initial=packed_llama / "initial_adapter")
     with pytest.raises(ValueError, match="this model is dense"):
         PeftModel.from_pretrained(load(dense_llama), trained[0], any_base=True)
