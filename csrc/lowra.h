@@ -46,7 +46,7 @@ enum lowra_status {
   LOWRA_NO_CODE = 10,       // the CUDA library has no code for this chip; lowra_cuda_error() has the runtime's words
 };
 
-enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3 };
+enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3, LOWRA_FLOAT8 = 4 };  // float8: e5m2
 
 // Shape of one packed weight. rows of each precision, in packed order: [0, rows4), [rows4, rows4 + rows2), the rest
 // 1-bit.
@@ -290,6 +290,41 @@ LOWRA_API int lowra_cuda_lloyd_max(const lowra_lloyd *search, const void *weight
 // W. K up to 97,000 where the scales' are asked for.
 LOWRA_API int lowra_cuda_table_gradients(const lowra_packed *packed, const void *gradient, int32_t type,
                                          float *for_levels, float *for_scales, void *stream);
+
+// Tables with changes that levels of a row, or scales of a group of columns, share (bitsandbytes/backends/lowra/
+// shared_tables.py), all float32: levels [entries] of packed + level_shift [N], times e^level_gain [N] unless that is
+// null, float16; and scales [N, groups] of packed times e^scale_gain [groups].
+LOWRA_API int lowra_cuda_shared_tables(const lowra_packed *packed, const float *level_shift, const float *level_gain,
+                                       const float *scale_gain, uint16_t *levels, float *scales, void *stream);
+
+// Of x and gradient [tokens, in_features]: means [tokens, groups] of x over each group, all of `type`, and products
+// float32 [parts, groups], the sums of x * gradient over each group and the tokens of each part. At most 65535 parts.
+LOWRA_API int lowra_cuda_group_sums(const void *x, const void *gradient, int32_t type, int64_t tokens,
+                                    int64_t in_features, int64_t group_size, void *means, float *products,
+                                    int64_t parts, void *stream);
+
+// products float32 [parts, out_features]: sums of gradient * output, both [tokens, out_features], over the tokens of
+// each part. output: of `type`, or LOWRA_FLOAT8.
+LOWRA_API int lowra_cuda_channel_sums(const void *gradient, int32_t type, const void *output, int32_t output_type,
+                                      int64_t tokens, int64_t out_features, float *products, int64_t parts,
+                                      void *stream);
+
+// Gradients of the shared changes, float32, from those sums.
+typedef struct lowra_shared_gradients {
+  const void *of_means;      // [N, groups] of `type`, rows in the order of W: gradient of the output times the means
+  const float *of_groups;    // [group_parts, groups], of lowra_cuda_group_sums
+  const float *of_channels;  // [channel_parts, N], of lowra_cuda_channel_sums; unread without channel_parts
+  const int32_t *row_order;  // [N]
+  const float *scales;       // [N, groups], of lowra_cuda_shared_tables
+  const float *level_gain;   // [N]; unread without channel_parts
+  float *for_shift;          // [N], packed order, as below
+  float *for_gain;           // [N]; unread without channel_parts
+  float *for_scale_gain;     // [groups]
+  int64_t rows, groups, group_size, group_parts, channel_parts;
+  int32_t type;
+} lowra_shared_gradients;
+
+LOWRA_API int lowra_cuda_shared_gradients(const lowra_shared_gradients *given, void *stream);
 
 // What the CUDA runtime said about the last launch of this thread that answered LOWRA_CUDA_ERROR or LOWRA_NO_CODE.
 LOWRA_API const char *lowra_cuda_error(void);

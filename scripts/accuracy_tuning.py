@@ -57,7 +57,8 @@ def optimise(session, v, batch=8, warmup=0.03):
         for parameter in tables:
             parameter.requires_grad_(True)
     else:
-        tables = [] if v.train == "lora" else list(train_tables(model, scales=v.train == "both").values())
+        tables = train_tables(model, scales=v.train == "both", shared=v.train == "shared") if v.train != "lora" else {}
+        tables = list(tables.values())
     adapters = [p for name, p in model.named_parameters() if name.endswith(("lora_a", "lora_b"))]
     if v.train == "steps alone":
         adapters = []

@@ -33,8 +33,8 @@ class Variant:
         model: folder of another model than the first argument.
         text: folder of another text than the second.
         aware: precisions from the errors that the low-rank fit leaves at each precision, in place of the learner's.
-        train: what is trained beside the adapter: "lora" (nothing), "levels", or "both": levels and scales; of
-            "efficientqat" "steps", or "steps alone" without the adapter.
+        train: what is trained beside the adapter: "lora" (nothing), "levels", "both": levels and scales, or "shared":
+            changes that many of them share; of "efficientqat" "steps", or "steps alone" without the adapter.
         table_rate: learning rate of levels and scales over that of the adapter.
         method: of the low-rank start, or "hqq" or "efficientqat" for these baselines at whole `bits`.
         reconstruct: passes of the training of each block towards the dense one.

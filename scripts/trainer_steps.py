@@ -17,9 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 import lowra
+from lowra.nn.trained_tables import train_tables
 from lowra.training.data import TaskData
 from lowra.training.quick_steps import quicken_steps
 from lowra.training.recipe import Recipe
+from lowra.training.table_checkpoints import set_tables_learning_rate
 from lowra.training.trainer import make_trainer, training_arguments
 
 
@@ -28,7 +30,7 @@ def through_trainer(args: argparse.Namespace, base: float, liger: bool, batch: i
     recipe = Recipe(
         model=args.shape, dataset="random tokens", rank=args.rank, bits=base, block_size=length, batch_size=batch,
         accumulation=1, optimizer=args.optimizer, liger=liger, bf16=args.dtype == torch.bfloat16,
-        fp16=args.dtype == torch.float16,
+        fp16=args.dtype == torch.float16, tables=args.tables or "frozen",
     )  # fmt: skip
     model = make_model(args.shape, base, device=args.device, dtype=args.dtype)
     reset_peak()
@@ -62,8 +64,14 @@ def trained(model: Any, recipe: Recipe, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(recipe, pathlib.Path(folder) / "checkpoints")
         quicken_steps(model, recipe, arguments)
+        tables = {}
+        if recipe.tables != "frozen":
+            scales, shared = recipe.tables == "levels_and_scales", recipe.tables == "shared"
+            tables = train_tables(model, scales=scales, shared=shared)
         data = TaskData(examples, examples[:1], tokenizer=None, collate=collate)
         trainer = make_trainer(model, recipe, data, arguments, progress=False)
+        if tables:
+            set_tables_learning_rate(trainer, tables, recipe.tables_learning_rate)
         trainer.add_callback(clock)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,11 +1,10 @@
 // Gradients of levels and scales from that of the dense weight: one pass over the gradient and the codes.
-#include "common.cuh"
+#include "column_chunks.cuh"
 
 namespace lowra {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kChunk = 8;  // neighbouring columns of a thread: never of two groups, and whole bytes of every precision
 
 struct task {
   lowra_packed packed;
@@ -20,23 +19,6 @@ struct shared_state {
   float levels[16];
   float sums[kWarps][16];
 };
-
-template <class T, bool kVector>
-__device__ __forceinline__ void load_chunk(const T *row, int first, int in_features, float (&values)[kChunk]) {
-  if constexpr (kVector) {  // rows of whole chunks, 16-byte aligned
-    constexpr int kWords = kChunk * sizeof(T) / 16, kEach = 16 / sizeof(T);
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      const uint4 raw = __ldg(reinterpret_cast<const uint4 *>(row + first) + word);
-      const T *part = reinterpret_cast<const T *>(&raw);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) values[word * kEach + i] = to_float(part[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) values[i] = first + i < in_features ? to_float(row[first + i]) : 0.f;
-  }
-}
 
 // The codes of eight columns, first one lowest. Rows begin at multiples of 16 bytes and are padded to such.
 template <int kBits>

@@ -13,7 +13,7 @@ from bitsandbytes.backends.lowra import decoding
 from bitsandbytes.backends.lowra.decoding import Norm
 
 from ..nn.linear import LowRALinear
-from ..nn.trained_tables import TrainedTablesLinear
+from ..nn.tabled_linear import TabledLinear
 
 
 class Unsupported(Exception):
@@ -313,7 +313,7 @@ def _base_of(module: nn.Module) -> nn.Module:
     base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
     if is_packed(base) or type(base) is nn.Linear:
         return base
-    if isinstance(base, TrainedTablesLinear):
+    if isinstance(base, TabledLinear):
         raise Unsupported("its levels and scales are being trained: bake_tables(model) ends that")
     if type(base) is LowRALinear:
         raise Unsupported("prepare_model_for_kbit_training has widened its levels: take lowra.prepare_for_training")

@@ -17,8 +17,8 @@ from ..nn.hooks import HOOKS, hooks_of_all
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
 from ..nn.row_layout import is_sharded
+from ..nn.tabled_linear import TabledLinear
 from ..nn.told_changes import alike, are_changes_told, versions
-from ..nn.trained_tables import TrainedTablesLinear
 from .called_names import Place, called_names
 from .layer_calls import PLAIN_VALUES
 
@@ -122,7 +122,7 @@ class Decided:
         found: list[Any] = [kind.forward for kind in self._kinds]
         for linear in self._with_tables:
             found += [table.data_ptr() for table in linear.current_tables().values()]
-            if isinstance(linear, TrainedTablesLinear):
+            if isinstance(linear, TabledLinear):
                 found += linear.adapter_tables.active()
         return found
 

@@ -26,6 +26,7 @@ from ..nn.hooks import is_awaited
 from ..nn.linear import LowRALinear, as_autocast
 from ..nn.lora import lora_linear
 from ..nn.packed_module import PackedModule
+from ..nn.shared_linear import SharedTablesLinear
 from ..quantization.token_tables import token_tables
 from ..weights.fingerprint import fingerprint_of, weight_digest
 from .adapter_keys import base_name, stands_in
@@ -84,7 +85,7 @@ class LowRALoraLinear(LoraLinear):
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         bias = self.base_layer.bias
         plain = (
-            type(self.base_layer) is LowRALinear  # and not one whose tables are trained
+            (type(self.base_layer) is LowRALinear or self._shares_tables(name))
             and name not in self.lora_variant  # DoRA and others
             and a.bias is None
             and b.bias is None
@@ -99,6 +100,11 @@ class LowRALoraLinear(LoraLinear):
             and (torch.is_autocast_enabled(x.device.type) or a.weight.dtype == x.dtype or self._casts_up(x, a, b))
         )
         return name if plain else None
+
+    def _shares_tables(self, adapter: str) -> bool:
+        """Whether the base's tables are trained in a way that `lora_linear` knows, and for this adapter."""
+        base = self.base_layer
+        return isinstance(base, SharedTablesLinear) and base.counts() and base.adapter in (None, adapter)
 
     def _casts_up(self, x: torch.Tensor, a: nn.Module, b: nn.Module) -> bool:
         """Whether PEFT makes a float32 of x for the adapter; not looked at on a GPU."""

@@ -13,8 +13,10 @@ import torch
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed, linear
+from bitsandbytes.backends.lowra.shared_tables import SharedChanges, shared_tables_of
 
 from .linear import LowRALinear
+from .shared_linear import SharedTablesLinear, gradients_by_pytorch, gradients_of_changes, kept_output
 
 
 class Shortcuts:
@@ -95,7 +97,7 @@ def lora_linear(
 
     Args:
         x: [..., K]; its dtype is that of the base's product and of the result.
-        base: packed W [N, K]; a bias must not be trained.
+        base: packed W [N, K]; a bias must not be trained. Tables of a `SharedTablesLinear` are, and must count now.
         a: A [r, K], of any floating dtype.
         b: B [N, r], likewise.
         scaling: factor of the adapter's term.
@@ -109,11 +111,13 @@ def lora_linear(
     if (shortcuts := _shortcuts.get()) is not None:
         a, b = shortcuts.of(a), shortcuts.of(b)
         shortcuts.last, unread, fill = base, shortcuts.unread is base, shortcuts.in_its_place
+    shared = isinstance(base, SharedTablesLinear)
     if is_transformed():
-        return PackedLinear.apply(x, packed, bias) + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(
-            x.dtype
-        )
-    return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill)
+        product = base(x) if shared else PackedLinear.apply(x, packed, bias)
+        return product + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(x.dtype)
+    changes = base.changes() if shared else ()
+    differentiated = torch.is_grad_enabled()
+    return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill, differentiated, *changes)
 
 
 def _scaled_product(like: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -140,29 +144,41 @@ class _LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
         unread: bool,
         fill: float | None,
+        differentiated: bool,
+        *changes: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Args: differentiated: whether a backward pass may follow; changes: `SharedChanges`, or nothing."""
+        shared = SharedChanges(*changes) if changes else None
+        changed = packed if shared is None else shared_tables_of(packed, shared)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         inner = (a.to(dtype) @ rows.t()).t() if x.is_cpu else rows @ a.to(dtype).t()  # see _scaled_product
+        kept = None
         if unread:
             out = x.new_empty(*x.shape[:-1], packed.rows)
             if fill is not None:
                 out.fill_(fill)
         else:
-            out = linear(x, packed, bias)  # returned as it is: a view could not be written into afterwards
+            out = linear(x, changed, bias)  # returned as it is: a view could not be written into afterwards
+        if shared is not None and shared.level_gain is not None and differentiated:
+            kept = kept_output(out, bias)
+        if not unread:
             flat = out.view(-1, out.shape[-1])
             if dtype == x.dtype:
                 flat.addmm_(inner, b.to(dtype).t(), alpha=scaling)
             else:
                 flat.copy_(flat.to(dtype).addmm_(inner, b.to(dtype).t(), alpha=scaling))
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
-        ctx.save_for_backward(x, inner, a, b, *packed.tensors)
+        tables = (kept, changed.scales, changed.levels) if changes else ()
+        ctx.save_for_backward(x, inner, a, b, *packed.tensors, *changes, *tables)
         ctx.scaling, ctx.sizes, ctx.dtype = scaling, packed.sizes, dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, a, b, *tensors = ctx.saved_tensors
-        packed = PackedMatrix(*tensors, *ctx.sizes)
+        packed, shared, for_changes = PackedMatrix(*tensors[:5], *ctx.sizes), None, ()
+        if len(tensors) > 5:
+            shared, (kept, scales, levels) = SharedChanges(*tensors[5:8]), tensors[8:]
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         rows, shape, grad = x.reshape(-1, x.shape[-1]).to(ctx.dtype), x.shape, grad.reshape(-1, grad.shape[-1])
         a, b, wide = a.to(ctx.dtype), b.to(ctx.dtype), grad.to(ctx.dtype)
@@ -170,15 +186,24 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again, so without sums in place and what forward left behind
             grad_inner = ctx.scaling * (wide @ b)
             grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (wide.t() @ (rows @ a.t()))
-            grad_x = (gradient_of_input(grad, packed) + grad_inner @ a).view(shape) if needs_x else None
-            return grad_x, grad_a, grad_b, *[None] * 6
+            if shared is not None:
+                base_x, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), shared, packed, grad)
+            elif needs_x:
+                base_x = gradient_of_input(grad, packed)
+            grad_x = (base_x + grad_inner @ a).view(shape) if needs_x else None
+            return grad_x, grad_a, grad_b, *[None] * 7, *for_changes
         if needs_b:
             grad_b = _scaled_product(b, wide.t(), inner, ctx.scaling)
         if needs_x or needs_a:
             grad_inner = _scaled_product(inner, wide, b, ctx.scaling)
         if needs_a:
             grad_a = grad_inner.t() @ rows
+        if shared is not None:
+            packed = packed._replace(scales=scales, scale_steps=None, levels=levels)
+        if needs_x or shared is not None:
+            base_x = gradient_of_input(grad, packed)
+        if shared is not None:
+            for_changes = gradients_of_changes(x, grad, base_x, kept, packed, shared.level_gain)
         if needs_x:
-            grad_x = gradient_of_input(grad, packed).to(ctx.dtype)
-            grad_x = grad_x.addmm_(grad_inner, a).to(grad.dtype).view(shape)
-        return grad_x, grad_a, grad_b, *[None] * 6
+            grad_x = base_x.to(ctx.dtype).addmm_(grad_inner, a).to(grad.dtype).view(shape)
+        return grad_x, grad_a, grad_b, *[None] * 7, *for_changes

@@ -17,7 +17,8 @@ from ..weights.packed import TABLES
 from .row_layout import is_readable
 
 KEY = "_extra_state"
-IN_TRAINING = ("level_change", "scale_change")  # parameters of a layer whose tables are being trained
+# parameters of a layer whose tables are being trained
+IN_TRAINING = ("level_change", "scale_change", "level_shift", "level_gain", "scale_gain")
 
 Parts = dict[str, torch.Tensor]
 

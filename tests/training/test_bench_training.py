@@ -18,7 +18,7 @@ import bench_whole_way  # noqa: E402
 @pytest.mark.parametrize("half, ways", [("bfloat16", ["eager"]), ("float16", ["eager", "trainer"])])
 def test_ways_of_a_step_are_measured(half, ways, capsys):
     args = argparse.Namespace(
-        shape="tiny", rank=4, dtype=getattr(torch, half), half=half, shapes=[(1, 48)], steps=1, ready=60, tables=False,
+        shape="tiny", rank=4, dtype=getattr(torch, half), half=half, shapes=[(1, 48)], steps=1, ready=60, tables=None,
         optimizer="adamw_torch", device="cpu",
     )  # fmt: skip
     for way in ways:

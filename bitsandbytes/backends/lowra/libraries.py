@@ -74,6 +74,11 @@ _CUDA_SIGNATURES = {
     "lowra_cuda_product_is_quicker": [_L, _L, _L],
     "lowra_cuda_lloyd_max": [ctypes.POINTER(Lloyd), _P, _I, _P, _P, _P, _P],
     "lowra_cuda_table_gradients": [ctypes.POINTER(Packed), _P, _I, _P, _P, _P],
+    # of native_shared.py
+    "lowra_cuda_shared_tables": [ctypes.POINTER(Packed), _P, _P, _P, _P, _P, _P],
+    "lowra_cuda_group_sums": [_P, _P, _I, _L, _L, _L, _P, _P, _L, _P],
+    "lowra_cuda_channel_sums": [_P, _I, _P, _I, _L, _L, _P, _L, _P],
+    "lowra_cuda_shared_gradients": [_P, _P],
     "lowra_cuda_code": [ctypes.POINTER(ctypes.c_int32)],
     # of native_decoding.py
     "lowra_cuda_product_group": [_P, _I, _P, _L, _P, _P, _P, _I, _P],
