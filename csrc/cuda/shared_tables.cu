@@ -254,7 +254,8 @@ int lowra_cuda_group_sums(const void *x, const void *gradient, int32_t type, int
                                   check_memory(means, bytes_of(type)), check_memory(products, 4))) {
     return status;
   }
-  sums_task t = {x, gradient, means, products, (int)tokens, (int)in_features};
+  sums_task t = {};
+  t.x = x, t.y = gradient, t.means = means, t.products = products, t.tokens = (int)tokens, t.columns = (int)in_features;
   t.chunks = (int)((in_features + kChunk - 1) / kChunk), t.chunks_per_group = (int)group_size / kChunk;
   t.chunks_per_block = kThreads / t.chunks_per_group * t.chunks_per_group;
   t.groups = (int)((in_features + group_size - 1) / group_size);
@@ -276,7 +277,8 @@ int lowra_cuda_channel_sums(const void *gradient, int32_t type, const void *outp
                                   check_memory(products, 4))) {
     return status;
   }
-  sums_task t = {gradient, output, nullptr, products, (int)tokens, (int)out_features};
+  sums_task t = {};
+  t.x = gradient, t.y = output, t.products = products, t.tokens = (int)tokens, t.columns = (int)out_features;
   t.chunks = (int)((out_features + kChunk - 1) / kChunk), t.tokens_per_part = (int)((tokens + parts - 1) / parts);
   const dim3 grid(blocks_of(t.chunks, kThreads), (unsigned)parts);
   const auto on = static_cast<cudaStream_t>(stream);

@@ -145,5 +145,5 @@ def adapted(folder, device, dropout=0.0, tables=False, reentrant=False, **option
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     if tables:
-        train_tables(model, scales=True)
+        train_tables(model, scales=tables != "shared", shared=tables == "shared")
     return model.train()

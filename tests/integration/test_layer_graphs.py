@@ -90,6 +90,7 @@ def assert_as_without(folder, device, make=adapted, steps=12, **options):
         {"dropout": 0.3},
         {"dropout": 0.1, "autocast": True, "accumulation": 2, "steps": 50},
         {"tables": True},
+        {"tables": "shared"},
         {"use_dora": True},
     ],
     ids=str,
