@@ -46,7 +46,13 @@ enum lowra_status {
   LOWRA_NO_CODE = 10,       // the CUDA library has no code for this chip; lowra_cuda_error() has the runtime's words
 };
 
-enum lowra_type { LOWRA_FLOAT32 = 0, LOWRA_FLOAT16 = 1, LOWRA_BFLOAT16 = 2, LOWRA_UINT8 = 3, LOWRA_FLOAT8 = 4 };  // float8: e5m2
+enum lowra_type {
+  LOWRA_FLOAT32 = 0,
+  LOWRA_FLOAT16 = 1,
+  LOWRA_BFLOAT16 = 2,
+  LOWRA_UINT8 = 3,
+  LOWRA_FLOAT8 = 4
+};  // float8: e5m2
 
 // Shape of one packed weight. rows of each precision, in packed order: [0, rows4), [rows4, rows4 + rows2), the rest
 // 1-bit.

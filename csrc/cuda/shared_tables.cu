@@ -7,7 +7,7 @@ namespace lowra {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAtOnce = 4;       // tokens whose loads are on their way together
+constexpr int kAtOnce = 8;       // tokens whose loads are on their way together
 constexpr int kRowsOfSums = 32;  // rows of a block that adds up parts
 
 struct tables_task {
@@ -22,6 +22,7 @@ struct tables_task {
 // A warp for each packed row.
 __global__ void __launch_bounds__(kThreads) shared_tables_kernel(const __grid_constant__ tables_task t) {
   const int row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  wait_for_earlier_kernels();
   if (row >= t.layout.rows()) return;
   const row_place place = place_of<0>(t.layout, row);
   if (lane < 1 << place.bits) {
@@ -47,11 +48,17 @@ struct sums_task {
 template <class T>
 __device__ __forceinline__ T rounded(float value);
 template <>
-__device__ __forceinline__ float rounded<float>(float value) { return value; }
+__device__ __forceinline__ float rounded<float>(float value) {
+  return value;
+}
 template <>
-__device__ __forceinline__ fp16 rounded<fp16>(float value) { return __float2half_rn(value); }
+__device__ __forceinline__ fp16 rounded<fp16>(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ __forceinline__ bf16 rounded<bf16>(float value) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ bf16 rounded<bf16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 // A block has some columns, whole groups of them, of the tokens of one part; a thread eight of the columns.
 template <class T, bool kVector>
@@ -64,17 +71,28 @@ __global__ void __launch_bounds__(kThreads) group_sums_kernel(const __grid_const
   const int begin = blockIdx.y * t.tokens_per_part, end = min(begin + t.tokens_per_part, t.tokens);
   const T *x = static_cast<const T *>(t.x), *y = static_cast<const T *>(t.y);
   float product = 0.f;
+  wait_for_earlier_kernels();
   for (int token = begin; token < end; token += kAtOnce) {
     const int some = min(kAtOnce, end - token);
+    if (mine) {
+      raw_chunk<T> own[kAtOnce], other[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (!mine || i >= some) continue;
-      float own[kChunk], other[kChunk], sum = 0.f;
-      load_chunk<T, kVector>(x + (size_t)(token + i) * t.columns, chunk * kChunk, t.columns, own);
-      load_chunk<T, kVector>(y + (size_t)(token + i) * t.columns, chunk * kChunk, t.columns, other);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const size_t row = (size_t)(token + min(i, some - 1)) * t.columns;
+        own[i] = load_raw<kVector>(x + row, chunk * kChunk, t.columns);
+        other[i] = load_raw<kVector>(y + row, chunk * kChunk, t.columns);
+      }
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k) sum += own[k], product += own[k] * other[k];
-      sums[i][threadIdx.x] = sum;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i >= some) break;
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const float value = to_float(own[i].values[k]);
+          sum += value, product += value * to_float(other[i].values[k]);
+        }
+        sums[i][threadIdx.x] = sum;
+      }
     }
     __syncthreads();
     for (int place = threadIdx.x; place < some * groups; place += kThreads) {
@@ -95,53 +113,30 @@ __global__ void __launch_bounds__(kThreads) group_sums_kernel(const __grid_const
   }
 }
 
-// float8_e5m2, which is the upper half of float16. Numbers above its largest have become infinite: they count as that.
-struct float8 {
-  uint8_t bits;
-};
-__device__ __forceinline__ float float8_to_float(uint32_t bits) {
-  return half_bits_to_float((uint16_t)((bits & 0x7f) == 0x7c ? (bits - 1) << 8 : bits << 8));
-}
-
-template <bool kVector>
-__device__ __forceinline__ void load_chunk_of(const float8 *row, int first, int columns, float (&values)[kChunk]) {
-  if constexpr (kVector) {
-    const uint2 raw = __ldg(reinterpret_cast<const uint2 *>(row + first));
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const uint32_t byte = (i < 4 ? raw.x : raw.y) >> (i % 4 * 8) & 0xff;
-      values[i] = float8_to_float(byte);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      values[i] = first + i < columns ? float8_to_float(row[first + i].bits) : 0.f;
-    }
-  }
-}
-template <bool kVector, class T>
-__device__ __forceinline__ void load_chunk_of(const T *row, int first, int columns, float (&values)[kChunk]) {
-  load_chunk<T, kVector>(row, first, columns, values);
-}
-
 // U: of y, T itself or float8.
 template <class T, class U, bool kVector>
 __global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_constant__ sums_task t) {
   const int chunk = blockIdx.x * kThreads + threadIdx.x;
-  if (chunk >= t.chunks) return;
+  if (chunk >= t.chunks) return;  // the first thread of a block never does, so that every block waits
   const int begin = blockIdx.y * t.tokens_per_part, end = min(begin + t.tokens_per_part, t.tokens);
   const T *x = static_cast<const T *>(t.x);
   const U *y = static_cast<const U *>(t.y);
   float products[kChunk] = {};
+  wait_for_earlier_kernels();
   for (int token = begin; token < end; token += kAtOnce) {
+    raw_chunk<T> own[kAtOnce];
+    raw_chunk<U> other[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (token + i >= end) continue;
-      float own[kChunk], other[kChunk];
-      load_chunk<T, kVector>(x + (size_t)(token + i) * t.columns, chunk * kChunk, t.columns, own);
-      load_chunk_of<kVector>(y + (size_t)(token + i) * t.columns, chunk * kChunk, t.columns, other);
+      const size_t row = (size_t)min(token + i, end - 1) * t.columns;
+      own[i] = load_raw<kVector>(x + row, chunk * kChunk, t.columns);
+      other[i] = load_raw<kVector>(y + row, chunk * kChunk, t.columns);
+    }
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k) products[k] += own[k] * other[k];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (token + i >= end) break;
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) products[k] += to_float(own[i].values[k]) * to_float(other[i].values[k]);
     }
   }
   float *out = t.products + (size_t)blockIdx.y * t.columns + chunk * kChunk;
@@ -161,7 +156,8 @@ struct gradients_task {
 };
 
 // What a block of 32 x 8 threads has of a column of parts, one under the other.
-__device__ __forceinline__ float sum_of_parts(const float *column, size_t stride, int parts, float (*sums)[kRowsOfSums]) {
+__device__ __forceinline__ float sum_of_parts(const float *column, size_t stride, int parts,
+                                              float (*sums)[kRowsOfSums]) {
   const int slice = threadIdx.x / kRowsOfSums, lane = threadIdx.x % kRowsOfSums;
   float sum = 0.f;
   if (column) {
@@ -180,6 +176,7 @@ __global__ void __launch_bounds__(kThreads) shared_gradients_kernel(const __grid
   __shared__ float sums[kThreads / kRowsOfSums][kRowsOfSums];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int block = blockIdx.x;
+  wait_for_earlier_kernels();
   if (block < t.shift_blocks) {  // a warp for each packed row
     const int row = block * kWarps + warp;
     if (row >= t.rows) return;
@@ -205,16 +202,14 @@ template <class T>
 int launch_group_sums(const sums_task &t, dim3 grid, cudaStream_t stream) {
   const bool vector = t.columns % kChunk == 0 && aligned16(t.x) && aligned16(t.y);
   const auto kernel = vector ? group_sums_kernel<T, true> : group_sums_kernel<T, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(t);
-  return launched();
+  return launch_early(kernel, grid, kThreads, 0, 1, stream, t);
 }
 
 template <class T, class U>
 int launch_channel_sums(const sums_task &t, dim3 grid, cudaStream_t stream) {
   const bool vector = t.columns % kChunk == 0 && aligned16(t.x) && aligned16(t.y);
   const auto kernel = vector ? channel_sums_kernel<T, U, true> : channel_sums_kernel<T, U, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(t);
-  return launched();
+  return launch_early(kernel, grid, kThreads, 0, 1, stream, t);
 }
 
 inline bool bad_sums(int64_t tokens, int64_t columns, int64_t parts) {
@@ -241,8 +236,8 @@ int lowra_cuda_shared_tables(const lowra_packed *packed, const float *level_shif
   t.level_shift = level_shift, t.level_gain = level_gain, t.scale_gain = scale_gain;
   t.levels = reinterpret_cast<fp16 *>(levels), t.scales = scales;
   t.groups = (int)((packed->shape.in_features + packed->shape.group_size - 1) / packed->shape.group_size);
-  shared_tables_kernel<<<blocks_of(t.layout.rows(), kWarps), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(t);
-  return launched();
+  const auto on = static_cast<cudaStream_t>(stream);
+  return launch_early(shared_tables_kernel, blocks_of(t.layout.rows(), kWarps), kThreads, 0, 1, on, t);
 }
 
 int lowra_cuda_group_sums(const void *x, const void *gradient, int32_t type, int64_t tokens, int64_t in_features,
@@ -272,9 +267,9 @@ int lowra_cuda_channel_sums(const void *gradient, int32_t type, const void *outp
   using namespace lowra;
   if (!is_float_type(type) || (output_type != type && output_type != LOWRA_FLOAT8)) return LOWRA_BAD_TYPE;
   if (bad_sums(tokens, out_features, parts)) return LOWRA_BAD_SHAPE;
-  if (const int status = first_of(check_memory(gradient, bytes_of(type)),
-                                  check_memory(output, output_type == LOWRA_FLOAT8 ? 1 : bytes_of(type)),
-                                  check_memory(products, 4))) {
+  if (const int status =
+          first_of(check_memory(gradient, bytes_of(type)),
+                   check_memory(output, output_type == LOWRA_FLOAT8 ? 1 : bytes_of(type)), check_memory(products, 4))) {
     return status;
   }
   sums_task t = {};
@@ -283,8 +278,10 @@ int lowra_cuda_channel_sums(const void *gradient, int32_t type, const void *outp
   const dim3 grid(blocks_of(t.chunks, kThreads), (unsigned)parts);
   const auto on = static_cast<cudaStream_t>(stream);
   const bool narrow = output_type == LOWRA_FLOAT8;
-  if (type == LOWRA_FLOAT32) return (narrow ? launch_channel_sums<float, float8> : launch_channel_sums<float, float>)(t, grid, on);
-  if (type == LOWRA_FLOAT16) return (narrow ? launch_channel_sums<fp16, float8> : launch_channel_sums<fp16, fp16>)(t, grid, on);
+  if (type == LOWRA_FLOAT32)
+    return (narrow ? launch_channel_sums<float, float8> : launch_channel_sums<float, float>)(t, grid, on);
+  if (type == LOWRA_FLOAT16)
+    return (narrow ? launch_channel_sums<fp16, float8> : launch_channel_sums<fp16, fp16>)(t, grid, on);
   return (narrow ? launch_channel_sums<bf16, float8> : launch_channel_sums<bf16, bf16>)(t, grid, on);
 }
 
@@ -314,8 +311,8 @@ int lowra_cuda_shared_gradients(const lowra_shared_gradients *given, void *strea
   t.shift_blocks = (int)blocks_of(t.rows, kWarps), t.gain_blocks = gains ? (int)blocks_of(t.rows, kRowsOfSums) : 0;
   const unsigned blocks = t.shift_blocks + t.gain_blocks + blocks_of(t.groups, kRowsOfSums);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (given->type == LOWRA_FLOAT32) shared_gradients_kernel<float><<<blocks, kThreads, 0, on>>>(t);
-  if (given->type == LOWRA_FLOAT16) shared_gradients_kernel<fp16><<<blocks, kThreads, 0, on>>>(t);
-  if (given->type == LOWRA_BFLOAT16) shared_gradients_kernel<bf16><<<blocks, kThreads, 0, on>>>(t);
-  return launched();
+  const auto kernel = given->type == LOWRA_FLOAT32   ? shared_gradients_kernel<float>
+                      : given->type == LOWRA_FLOAT16 ? shared_gradients_kernel<fp16>
+                                                     : shared_gradients_kernel<bf16>;
+  return launch_early(kernel, blocks, kThreads, 0, 1, on, t);
 }

@@ -250,8 +250,17 @@ class CapturedLayer:
         with torch.no_grad():
             if self._differentiable:
                 self._buffers.of_hidden.copy_(gradients.pop(0))
-            if self._leaves:
-                torch._foreach_copy_(self._by_leaf(self._of_leaves), gradients)
+            self._keep(gradients)
+
+    def _keep(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Puts gradients in the places of their leaves, those of one type at once: a mixed list goes one by one."""
+        alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for place, gradient in zip(self._by_leaf(self._of_leaves), gradients, strict=True):
+            places, found = alike.setdefault(gradient.dtype, ([], []))
+            places.append(place)
+            found.append(gradient)
+        for places, found in alike.values():
+            torch._foreach_copy_(places, found)
 
 
 class Doubles:

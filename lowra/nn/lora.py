@@ -111,11 +111,10 @@ def lora_linear(
     if (shortcuts := _shortcuts.get()) is not None:
         a, b = shortcuts.of(a), shortcuts.of(b)
         shortcuts.last, unread, fill = base, shortcuts.unread is base, shortcuts.in_its_place
-    shared = isinstance(base, SharedTablesLinear)
     if is_transformed():
-        product = base(x) if shared else PackedLinear.apply(x, packed, bias)
+        product = base.forward(x) if isinstance(base, SharedTablesLinear) else PackedLinear.apply(x, packed, bias)
         return product + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(x.dtype)
-    changes = base.changes() if shared else ()
+    changes = base.changes() if isinstance(base, SharedTablesLinear) else ()
     differentiated = torch.is_grad_enabled()
     return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill, differentiated, *changes)
 
@@ -145,11 +144,11 @@ class _LoraLinear(torch.autograd.Function):
         unread: bool,
         fill: float | None,
         differentiated: bool,
-        *changes: torch.Tensor | None,
+        *changes: Any,
     ) -> torch.Tensor:
         """Args: differentiated: whether a backward pass may follow; changes: `SharedChanges`, or nothing."""
-        shared = SharedChanges(*changes) if changes else None
-        changed = packed if shared is None else shared_tables_of(packed, shared)
+        shift, gain, of_scales = changes or (None, None, None)
+        changed = packed if shift is None else shared_tables_of(packed, SharedChanges(shift, gain, of_scales))
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         inner = (a.to(dtype) @ rows.t()).t() if x.is_cpu else rows @ a.to(dtype).t()  # see _scaled_product
         kept = None
@@ -159,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
                 out.fill_(fill)
         else:
             out = linear(x, changed, bias)  # returned as it is: a view could not be written into afterwards
-        if shared is not None and shared.level_gain is not None and differentiated:
+        if gain is not None and differentiated:
             kept = kept_output(out, bias)
         if not unread:
             flat = out.view(-1, out.shape[-1])
@@ -176,9 +175,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, a, b, *tensors = ctx.saved_tensors
-        packed, shared, for_changes = PackedMatrix(*tensors[:5], *ctx.sizes), None, ()
-        if len(tensors) > 5:
-            shared, (kept, scales, levels) = SharedChanges(*tensors[5:8]), tensors[8:]
+        packed, kept = PackedMatrix(*tensors[:5], *ctx.sizes), None
+        changes = SharedChanges(*tensors[5:8]) if len(tensors) > 5 else None
+        for_changes: Sequence[torch.Tensor | None] = () if changes is None else (None, None, None)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         rows, shape, grad = x.reshape(-1, x.shape[-1]).to(ctx.dtype), x.shape, grad.reshape(-1, grad.shape[-1])
         a, b, wide = a.to(ctx.dtype), b.to(ctx.dtype), grad.to(ctx.dtype)
@@ -186,11 +185,11 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again, so without sums in place and what forward left behind
             grad_inner = ctx.scaling * (wide @ b)
             grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (wide.t() @ (rows @ a.t()))
-            if shared is not None:
-                base_x, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), shared, packed, grad)
+            if changes is not None:
+                of_base, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), changes, packed, grad)
             elif needs_x:
-                base_x = gradient_of_input(grad, packed)
-            grad_x = (base_x + grad_inner @ a).view(shape) if needs_x else None
+                of_base = gradient_of_input(grad, packed)
+            grad_x = (of_base + grad_inner @ a).view(shape) if needs_x else None
             return grad_x, grad_a, grad_b, *[None] * 7, *for_changes
         if needs_b:
             grad_b = _scaled_product(b, wide.t(), inner, ctx.scaling)
@@ -198,12 +197,14 @@ class _LoraLinear(torch.autograd.Function):
             grad_inner = _scaled_product(inner, wide, b, ctx.scaling)
         if needs_a:
             grad_a = grad_inner.t() @ rows
-        if shared is not None:
+        if changes is not None:
+            kept, scales, levels = tensors[8:]
             packed = packed._replace(scales=scales, scale_steps=None, levels=levels)
-        if needs_x or shared is not None:
-            base_x = gradient_of_input(grad, packed)
-        if shared is not None:
-            for_changes = gradients_of_changes(x, grad, base_x, kept, packed, shared.level_gain)
+        learns = any(ctx.needs_input_grad[10:])
+        if needs_x or learns:
+            of_base = gradient_of_input(grad, packed)
+        if changes is not None and learns:
+            for_changes = gradients_of_changes(x, grad, of_base, kept, packed, changes.level_gain)
         if needs_x:
-            grad_x = base_x.to(ctx.dtype).addmm_(grad_inner, a).to(grad.dtype).view(shape)
+            grad_x = of_base.to(ctx.dtype).addmm_(grad_inner, a).to(grad.dtype).view(shape)
         return grad_x, grad_a, grad_b, *[None] * 7, *for_changes

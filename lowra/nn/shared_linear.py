@@ -4,6 +4,7 @@ Gradients of single levels and scales are sums over that of the dense weight, a 
 those of these changes are sums over what a backward pass has anyway (bitsandbytes/backends/lowra/shared_tables.py).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def gradients_of_changes(
         kept: of the output, by `kept_output`; None without `level_gain`.
         changed: the weight with the changes.
     """
-    return torch.ops.bitsandbytes.lowra_shared_gradients(
+    for_shift, for_gain, for_scale_gain = torch.ops.bitsandbytes.lowra_shared_gradients(
         x.reshape(-1, x.shape[-1]),
         gradient.reshape(-1, gradient.shape[-1]),
         for_x.reshape(-1, for_x.shape[-1]),
@@ -92,17 +93,16 @@ def gradients_of_changes(
         level_gain,
         changed.group_size,
     )
+    return for_shift, None if level_gain is None else for_gain, for_scale_gain
 
 
-def gradients_by_pytorch(
-    x: torch.Tensor, changes: SharedChanges, packed: PackedMatrix, gradient: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+def gradients_by_pytorch(x: torch.Tensor, changes: SharedChanges, packed: PackedMatrix, gradient: torch.Tensor) -> Any:
     """Gradients of x [T, K] and of the changes as PyTorch differentiates them, any number of times."""
     x = x if x.requires_grad else x.detach().requires_grad_()
     out = nn.functional.linear(x, dense(packed, *shared_tables(packed, changes), x.dtype))
-    given = [tensor for tensor in (x, *changes) if tensor is not None]
+    given = [tensor for tensor in (x, *changes) if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(out, given, gradient, create_graph=True))
-    return next(found), *(None if change is None else next(found) for change in changes)
+    return next(found), *(None if c is None or not c.requires_grad else next(found) for c in changes)
 
 
 class _SharedTables(torch.autograd.Function):
@@ -130,11 +130,14 @@ class _SharedTables(torch.autograd.Function):
         x, kept, scales, levels, *tensors = ctx.saved_tensors
         changes, packed = SharedChanges(*tensors[:3]), PackedMatrix(*tensors[3:], *ctx.sizes)
         flat = gradient.reshape(-1, gradient.shape[-1])
+        for_changes: Sequence[torch.Tensor | None] = (None, None, None)
+        for_x: torch.Tensor
         if torch.is_grad_enabled():  # to be differentiated again, which the kernels are not
             for_x, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), changes, packed, flat)
         else:
             changed = packed._replace(scales=scales, scale_steps=None, levels=levels)
             for_x = gradient_of_input(flat, changed)
-            for_changes = gradients_of_changes(x, flat, for_x, kept, changed, changes.level_gain)
+            if any(ctx.needs_input_grad[1:4]):
+                for_changes = gradients_of_changes(x, flat, for_x, kept, changed, changes.level_gain)
         for_bias = flat.sum(dim=0) if ctx.needs_input_grad[4] else None
         return for_x.view(x.shape) if ctx.needs_input_grad[0] else None, *for_changes, for_bias, None, None

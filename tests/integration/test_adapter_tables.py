@@ -39,19 +39,19 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def with_tables(model, seed, scales=True):
+def with_tables(model, seed, scales=True, shared=False):
     """Tables as training leaves them, for the active adapter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ("lora_B" in name or "ia3_l" in name) and model.active_adapter in name.split("."):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    for parameter in train_tables(model, scales).values():
+    for parameter in train_tables(model, scales, shared).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     bake_tables(model)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["all-linear", "two layers", "levels alone", "IA3"])
+@pytest.fixture(scope="module", params=["all-linear", "two layers", "levels alone", "shared", "IA3"])
 def trained(request, packed_llama, tmp_path_factory):
     """An adapter with tables, and the logits it has where it was trained."""
     config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
@@ -59,7 +59,9 @@ def trained(request, packed_llama, tmp_path_factory):
         config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"])
     if request.param == "IA3":
         config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    model = with_tables(get_peft_model(load(packed_llama), config), 1, scales=request.param != "levels alone")
+    shared = request.param == "shared"
+    scales = not shared and request.param != "levels alone"
+    model = with_tables(get_peft_model(load(packed_llama), config), 1, scales, shared)
     folder = tmp_path_factory.mktemp("tables") / "adapter"
     model.save_pretrained(folder)
     return folder, logits_of(model)

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from lowra import LowRAConfig
 from lowra.integrations import peft as integration
 from lowra.nn.linear import LowRALinear
+from lowra.nn.shared_linear import SharedTablesLinear
 from lowra.nn.trained_tables import train_tables
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.pack import quantize_matrix
@@ -54,6 +55,8 @@ def both(layer, x, autocast):
             out = forward(given)
         (out.float() * torch.linspace(-1, 1, N)).sum().backward()
         grads = [given.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+        if isinstance(layer.base_layer, SharedTablesLinear):
+            grads += [change.grad for change in layer.base_layer.changes() if change is not None]
         found.append([out.detach(), *[grad.clone() for grad in grads]])
     return found
 
@@ -95,6 +98,36 @@ def test_float32_adapters_on_a_narrower_model_are_computed_in_float32():
         assert (mine.float() - peft.float()).norm() < bound * peft.float().norm()
     layer.cast_input_dtype_enabled = False
     assert layer._plain_adapter(x) is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gains", [False, True])
+def test_with_shared_changes_of_tables(monkeypatch, gains, bias, autocast):
+    _, layer = lora_layer(bias=bias)
+    layer.base_layer = SharedTablesLinear(layer.base_layer, gains)
+    if bias:
+        layer.base_layer.bias.requires_grad_(False)
+    for change in layer.base_layer.changes():
+        if change is not None:
+            change.data.normal_(std=0.1)
+    x = torch.randn(2, 5, K)
+    assert layer._plain_adapter(x) == "default"
+    ours, theirs = both(layer, x, autocast)
+    assert len(ours) == 7 if gains else 6
+    for own, other in zip(ours, theirs, strict=True):
+        if autocast:
+            assert (own - other).norm() < 0.03 * other.norm()
+        else:
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    (x0, a, b), changes = (
+        (x.requires_grad_(), *(f["default"].weight for f in (layer.lora_A, layer.lora_B))),
+        [change for change in layer.base_layer.changes() if change is not None],
+    )
+    again = torch.autograd.grad((layer(x) * torch.linspace(-1, 1, N)).sum(), [x0, a, b, *changes], create_graph=True)
+    if not autocast:
+        for own, other in zip(ours[1:], again, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_only_the_gradients_asked_for_are_made():

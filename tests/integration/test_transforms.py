@@ -14,6 +14,7 @@ from lowra import LowRAConfig
 from lowra.nn.embedding import LowRAEmbedding
 from lowra.nn.experts import LowRAExperts
 from lowra.nn.linear import LowRALinear
+from lowra.nn.shared_linear import SharedTablesLinear
 from lowra.nn.trained_tables import TrainedTablesLinear
 from lowra.quantization.learner import learn_codebook
 from lowra.quantization.pack import quantize_matrix
@@ -59,6 +60,11 @@ def tabled_layer():
     return layer, layer.dequantize(), layer.bias.detach()
 
 
+def shared_layer():
+    layer = SharedTablesLinear(linear_layer()[0], gains=True)
+    return layer, layer.dequantize(), layer.bias.detach()
+
+
 def expert_layer():
     packed = packed_weight()
     experts = LowRAExperts(2, K, N, packed.group_size, packed.tensors(), torch.float32)
@@ -67,7 +73,9 @@ def expert_layer():
     return (lambda x: nn.functional.linear(x, experts[1], bias)), weight, bias
 
 
-LAYERS = {"linear": linear_layer, "lora": lora_layer, "tables": tabled_layer, "experts": expert_layer}
+LAYERS = {
+    "linear": linear_layer, "lora": lora_layer, "tables": tabled_layer, "shared": shared_layer, "experts": expert_layer,
+}  # fmt: skip
 
 
 def with_dual(f, x, t):

@@ -1,4 +1,4 @@
-"""lowra_shared_tables and lowra_shared_gradients against PyTorch's own gradients, and against sums in double precision."""
+"""lowra_shared_tables and lowra_shared_gradients: PyTorch's own gradients, and sums in double precision."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_gradients_equal_sums_in_double_precision(device, number, dtype):
         assert actual.dtype == torch.float32 and actual.shape == wanted.shape
         assert ((actual.cpu() - wanted).abs() <= tolerance * bound + 1e-30).all()
     again = OPS.lowra_shared_gradients(*tensors[:3], None, *tensors[4:6], None, group_size)
-    assert again[1] is None and torch.equal(again[2], found[2])
+    assert again[1].numel() == 0 and torch.equal(again[2], found[2])
     assert torch.equal(found[1], OPS.lowra_shared_gradients(*tensors, group_size)[1])  # in one order
 
 

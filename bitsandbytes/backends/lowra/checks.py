@@ -253,7 +253,8 @@ def check_gradient(gradient: torch.Tensor, codes: torch.Tensor, row_order: torch
 
 def check_change(name: str, change: torch.Tensor | None, count: int, like: torch.Tensor) -> None:
     """A number for each row or group of a weight on the device of `like`; a gain of levels may be left out."""
-    if change is None and name == "level_gain":
+    if change is None:
+        torch._check(name == "level_gain", lambda: f"{name} must be a tensor, got None")
         return
     check_together(**{"the weight": like, name: change})
     torch._check(

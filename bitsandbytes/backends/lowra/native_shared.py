@@ -1,7 +1,7 @@
 """ctypes calls of the kernels of `shared_tables`."""
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,12 +54,13 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     row_order: torch.Tensor,
     level_gain: torch.Tensor | None,
     group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """`shared_tables.shared_gradients` of one token or more; None where the GPU has no code."""
     x, gradient, gradient_of_x = x.contiguous(), gradient.contiguous(), gradient_of_x.contiguous()
     (tokens, columns), (rows, groups) = x.shape, scales.shape
     parts = min(_PARTS, -(-tokens // _TOKENS))
-    like, stream = {"dtype": torch.float32, "device": x.device}, native.stream_of(x)
+    like: Any = {"dtype": torch.float32, "device": x.device}
+    stream = native.stream_of(x)
     means, of_groups = x.new_empty(tokens, groups), torch.empty(parts, groups, **like)
     given = x.data_ptr(), gradient_of_x.data_ptr(), _TYPES[x.dtype], tokens, columns, group_size
     status = native.call_cuda(
@@ -68,10 +69,10 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     if not native.covered(status):
         return None
     native.check_status(status, f"sums over groups of {group_size} columns of {list(x.shape)}")
-    of_channels = for_gain = None
+    of_channels, for_gain = None, torch.empty(0 if output is None else rows, **like)
     if output is not None:
         output = output.contiguous()
-        of_channels, for_gain = torch.empty(parts, rows, **like), torch.empty(rows, **like)
+        of_channels = torch.empty(parts, rows, **like)
         given = gradient.data_ptr(), _TYPES[x.dtype], output.data_ptr(), _TYPES[output.dtype], tokens, rows
         status = native.call_cuda("lowra_cuda_channel_sums", x.device, *given, of_channels.data_ptr(), parts, stream)
         native.check_status(status, f"sums over the tokens of {list(gradient.shape)}")

@@ -33,7 +33,7 @@ torch.library.define(
 torch.library.define(
     "bitsandbytes::lowra_shared_gradients",
     "(Tensor x, Tensor gradient, Tensor gradient_of_x, Tensor? output, Tensor scales, Tensor row_order,"
-    " Tensor? level_gain, int group_size) -> (Tensor, Tensor?, Tensor)",
+    " Tensor? level_gain, int group_size) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -80,7 +80,7 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     row_order: torch.Tensor,
     level_gain: torch.Tensor | None,
     group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The specification of the gradients, in plain PyTorch.
 
     Args:
@@ -94,7 +94,7 @@ def shared_gradients(  # noqa: PLR0917 - as the op
         group_size: columns of a group.
 
     Returns:
-        float32 [N], [N] or None, and [groups]: as the changes.
+        float32 [N], [N], or [0] without level_gain, and [groups]: as the changes.
     """
     groups = scales.shape[1]
     lacking = groups * group_size - x.shape[1]
@@ -105,7 +105,7 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     means = (by_group(x.float()).sum(dim=-1) / group_size).to(x.dtype)
     of_means = (gradient.t() @ means)[row_order.long()]
     for_shift = (of_means.float() * scales).sum(dim=1) * group_size
-    for_gain = None
+    for_gain = for_shift.new_empty(0)
     if level_gain is not None and output is not None:
         for_shift = for_shift * level_gain.exp()
         kept = output.float()
@@ -170,8 +170,8 @@ def _sums_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
 def _(*arguments: Any) -> Any:
     x, _, _, output, scales, row_order, _, _ = _sums_of(arguments)
     rows, groups = row_order.numel(), scales.shape[1]
-    of_rows = x.new_empty(rows, dtype=torch.float32)
-    return of_rows, None if output is None else torch.empty_like(of_rows), x.new_empty(groups, dtype=torch.float32)
+    sizes = rows, 0 if output is None else rows, groups
+    return tuple(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_shared_gradients", None)

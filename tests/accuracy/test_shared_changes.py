@@ -1,0 +1,90 @@
+"""Changes that levels of a channel and scales of a group share: gradients as PyTorch's own, and the way to format 1."""
+
+import peft
+import pytest
+import torch
+from test_tables import adapted, packed, packed_layer  # noqa: F401 - a fixture among them
+from transformers import AutoModelForCausalLM
+
+from lowra import LowRALinear
+from lowra.nn.shared_linear import SharedTablesLinear
+from lowra.nn.tabled_linear import dense
+from lowra.nn.trained_tables import bake_tables, train_tables
+
+
+def changed_layer(gains, bias, **options):
+    layer = SharedTablesLinear(packed_layer([1, 2, 4, 1, 2], bias=bias, **options), gains)
+    for change in layer.parameters():
+        if change.requires_grad and change is not layer.bias:
+            change.data.normal_(std=0.1)
+    return layer
+
+
+def gradients(layer, x, target, by_pytorch=False, **options):
+    given = [x, *(change for change in (*layer.changes(), layer.bias) if change is not None)]
+    if by_pytorch:
+        out = torch.nn.functional.linear(x, dense(layer.matrix(), *layer.tables(), x.dtype), layer.bias)
+    else:
+        out = layer(x)
+    return out, torch.autograd.grad(out, given, target.to(out.dtype), **options)
+
+
+@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_pytorch(gains, bias):
+    layer = changed_layer(gains, bias)
+    x, target = torch.randn(3, 5, layer.in_features, requires_grad=True), torch.randn(3, 5, 5)
+    out, found = gradients(layer, x, target)
+    expected_out, expected = gradients(layer, x, target, by_pytorch=True)
+    torch.testing.assert_close(out, expected_out)
+    for own, other in zip(found, expected, strict=True):  # levels count as they are rounded to float16
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=2e-3 * float(other.abs().max()))
+    again = gradients(layer, x, target, create_graph=True)[1]
+    for own, other in zip(again, expected, strict=True):
+        torch.testing.assert_close(own, other)
+    assert (layer.level_gain is None) != gains
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rounded = gradients(layer, x, target)
+    for own, other in zip(rounded, expected, strict=True):
+        assert (own - other).norm() < 0.1 * other.norm()  # outputs of 15 tokens are kept in 8 bits
+
+
+@pytest.mark.parametrize("scales", ["double_quant", "float16", "float32"])
+def test_baked_layers_decode_to_what_was_trained(scales):
+    layer = changed_layer(True, False, scales=scales)
+    baked, x = layer.baked(), torch.randn(7, layer.in_features)
+    assert type(baked) is LowRALinear and torch.equal(baked.weight, layer.weight)
+    assert (baked(x) - layer(x)).norm() < 0.02 * layer(x).norm()
+
+
+def test_they_are_trained_and_travel_with_the_adapter(packed, tmp_path):  # noqa: F811
+    model = adapted(packed)
+    parameters = train_tables(model, shared=True)
+    kinds = [name.rpartition(".")[2] for name in parameters]
+    layers, blocks = 14, 2
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "level_shift": layers, "level_gain": layers - blocks, "scale_gain": layers,
+    }  # fmt: skip
+    assert not any("down_proj" in name for name in parameters if name.endswith("level_gain"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids, losses = torch.arange(48)[None] % 7, []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    tuned = model(input_ids=ids, labels=ids).loss.item()
+    bake_tables(model)
+    baked = model(input_ids=ids, labels=ids)
+    assert baked.loss.item() == pytest.approx(tuned, rel=0.02)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32), tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, baked.logits)
+
+
+def test_both_kinds_at_once_are_refused(packed):  # noqa: F811
+    with pytest.raises(ValueError, match="give one of them"):
+        train_tables(adapted(packed), scales=True, shared=True)
