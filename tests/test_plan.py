@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lowra.inspection import requirements, shapes
 from lowra.inspection.requirements import LOGITS_AT_ONCE, Run, finetuning, kept_by_block, quantising
 from lowra.inspection.shapes import read_shape
 from lowra.integrations import tiled_mlp
+from lowra.nn.trained_tables import train_tables
 from lowra.training import Recipe, head_by_parts
 from lowra.training.recipe import load_recipe
 from lowra_command.recipe_files import find_recipe
@@ -123,8 +125,8 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_block_keeps_what_the_plan_says(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "tables"), [*((kind, "frozen") for kind in CONFIGS), ("llama", "shared")])
+def test_a_block_keeps_what_the_plan_says(kind, tables, tmp_path):
     """Everything that autograd saves, each memory once, without parameters."""
     config, name = CONFIGS[kind]
     shape = read_shape(save_config(config, tmp_path / "config", name))
@@ -136,6 +138,8 @@ def test_a_block_keeps_what_the_plan_says(kind, tmp_path):
     lowra.quantize_checkpoint(str(tmp_path / "dense"), packed, lowra.LowRAConfig(), adapter, "cpu", progress=False)
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, packed / "initial_adapter", is_trainable=True)
+    if tables == "shared":
+        train_tables(model, shared=True)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():  # where the rows of packed weights stand
         if isinstance(module, lowra.LowRALinear):
@@ -153,7 +157,9 @@ def test_a_block_keeps_what_the_plan_says(kind, tmp_path):
         body(inputs_embeds=embedded, use_cache=False)
     found = sum(storage.nbytes() for place, storage in saved.items() if place not in known)
     last_norm = 4 * shape.hidden
-    expected = tokens * (shape.layers * kept_by_block(shape, Run(rank=8, length=tokens)) + last_norm)
+    run = Run(rank=8, length=tokens, tables=tables, checkpointing=False)
+    expected = tokens * (shape.layers * kept_by_block(shape, run) + last_norm)
+    expected += finetuning(shape, run).parts.get("scales as trained", 0.0)
     if kind == "opt":  # autocast runs LayerNorm in float32 on a GPU, and on a CPU in bfloat16, half of which it keeps
         expected -= tokens * 2 * shape.hidden * (shape.norms * shape.layers + 1)
     assert found == pytest.approx(expected, rel=0.05)
@@ -267,14 +273,62 @@ def test_what_does_not_fit_is_said_to_scripts_too(seven, tiny_packed, card, caps
     assert main(["plan", str(tiny_packed)]) == 0  # no card was asked for
 
 
-def test_the_plan_is_what_its_command_will_need(tiny_packed, capsys):
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_plan_is_what_its_command_will_need(tiny_packed, tmp_path, capsys, calibrated):
     """Of a small vocabulary the evaluation's logits are the peak, which the command counts."""
-    assert main(["plan", str(tiny_packed), "--gpu", "8GB", "--json"]) == 0
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny_packed, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["calibration"] = "a digest" if calibrated else None
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(folder), "--gpu", "8GB", "--json"]) == 0
     plan = last_object(capsys)
+    assert plan["chosen"]["tables"] == ("shared" if calibrated else "frozen")
+    assert plan["needed"]["parts"].keys().isdisjoint({"trained tables"}) == (not calibrated)
     fields = [word for word in plan["commands"][0].split()[3:] if not word.startswith("train_file")]
-    shape = read_shape(str(tiny_packed))
-    run = memory.run_of(load_recipe(find_recipe("8gb-chat"), fields), shape, memory.named_card("8GB"))
+    recipe = load_recipe(find_recipe("8gb-chat"), fields)
+    shape = read_shape(str(folder))
+    run = memory.run_of(recipe, shape, memory.named_card("8GB"))
     assert finetuning(shape, run).on_card == plan["needed"]["on_card"]
+    frozen = memory.run_of(dataclasses.replace(recipe, tables="frozen"), shape, memory.named_card("8GB"))
+    assert (finetuning(shape, frozen).allocated < finetuning(shape, run).allocated) == calibrated
+
+
+def test_a_plan_to_calibrate_counts_the_tables_that_are_trained_then(seven, capsys):
+    for bits, tables in (("1.5", "shared"), ("2", "frozen")):
+        assert main(["plan", seven, "--gpu", "8GB", "--bits", bits, "--json"]) == 0
+        plan = last_object(capsys)
+        assert plan["chosen"]["tables"] == tables
+        assert ("--calibrate" in plan["commands"][0]) == (tables == "shared")
+
+
+def test_shared_tables_cost_what_is_kept_for_them(seven):
+    """No gradient of a dense weight, some numbers of a channel or an input group, and a byte of each output."""
+    shape, asked = read_shape(seven), Run(bits=1.5, optimizer="adamw_torch_fused", accumulation=4)
+    frozen, shared, levels = (dataclasses.replace(asked, tables=tables) for tables in ("frozen", "shared", "levels"))
+    before_the_last, last, groups = 4 * 4096 + 2 * 11008, 4096, 6 * 64 + 172  # of a block
+    needs = [finetuning(shape, run) for run in (frozen, shared, levels)]
+    assert needs[0].moment == needs[1].moment == "backward of the last block"
+    more = {name: size - needs[0].parts.get(name, 0) for name, size in needs[1].parts.items()}
+    trained = 4 * 32 * (2 * before_the_last + last + groups)
+    assert more["trained tables"] == trained and more["optimiser"] == 2 * trained
+    assert more["gradients"] == trained and more["a weight made dense"] == 0
+    assert more["scales as trained"] == 4 * (64 * (4 * 4096 + 2 * 11008) + 172 * 4096)
+    assert kept_by_block(shape, shared) - kept_by_block(shape, frozen) == before_the_last
+    assert more["activations of a block"] == 1024 * before_the_last
+    assert needs[0].allocated < needs[1].allocated < needs[2].allocated
+    assert (
+        kept_by_block(shape, dataclasses.replace(shared, bf16=False))
+        - kept_by_block(shape, dataclasses.replace(frozen, bf16=False))
+        == 4 * before_the_last
+    )
+    tiled, plain = (
+        finetuning(shape, dataclasses.replace(run, tiled_mlp=True, length=8192)).parts["activations of a block"]
+        for run in (shared, frozen)
+    )
+    assert tiled - plain == 8192 * 4 * 4096 + 4096 * 2 * 11008  # of the MLP those of a tile
+    whole = dataclasses.replace(shared, checkpointing=False)  # every block keeps its own
+    assert finetuning(shape, whole).parts["scales as trained"] == 32 * more["scales as trained"]
 
 
 @pytest.mark.parametrize(

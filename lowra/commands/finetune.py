@@ -5,6 +5,8 @@ import os
 
 from lowra_command.recipe_files import find_recipe
 
+from ..checkpoints.records import TABLES_FILE
+from ..training.continued import as_begun
 from ..training.finetune import check_start, finetune
 from ..training.recipe import Recipe, load_recipe
 from .memory import announce_finetuning
@@ -15,7 +17,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: recipe, model or data that cannot be used.
     """
-    recipe = load_recipe(find_recipe(args.config), args.overrides)
+    recipe = as_begun(load_recipe(find_recipe(args.config), args.overrides))
     check_start(recipe)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of a distributed run
     announce_finetuning(recipe, not args.no_memory_check, first)
@@ -56,7 +58,9 @@ def _show(recipe: Recipe, result: dict) -> None:
     if recipe.task == "language_modeling":  # perplexity depends on it
         size = result["recipe"]["block_size"]
         print(f"measured in blocks of {size} tokens: give `lowra evaluate` --block-size {size} to compare")
-    print(f"adapter in {result['adapter']}, to be used with the base in {result['base']}")
+    tables = result["recipe"]["tables"]
+    beside = "" if tables == "frozen" else f" with {TABLES_FILE} (tables={tables})"
+    print(f"adapter in {result['adapter']}{beside}, to be used with the base in {result['base']}")
     verb = "chat" if recipe.task == "chat" else "generate"
     prompt = "" if recipe.task == "chat" else ' --prompt "..."'
     if recipe.task != "summarization":

@@ -11,6 +11,7 @@ import torch
 from ..inspection.requirements import PYTHON_BYTES, Run, finetuning, quantising
 from ..inspection.shapes import ModelShape, UnknownMemory, read_shape
 from ..training import hqq
+from ..training.default_tables import chosen_tables
 from ..training.methods import check_method, quantization_config
 from ..training.recipe import Recipe
 
@@ -189,7 +190,7 @@ def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:
         packing=recipe.packing and recipe.task == "chat",
         accumulation=recipe.accumulation,
         optimizer=recipe.optimizer,
-        tables=recipe.tables,
+        tables=chosen_tables(recipe, shape.packed),
         eval_batch=recipe.eval_batch_size,
         large_workspace=card is not None and card.large_workspace,
         bf16=recipe.bf16 or recipe.fp16,

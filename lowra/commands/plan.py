@@ -13,6 +13,7 @@ from ..inspection.requirements import CONTEXT_BYTES, Requirement, Run, finetunin
 from ..inspection.shapes import ModelShape, read_shape
 from ..integrations.graph_memory import ROOM_BETWEEN
 from ..quantization.initial_adapter import MOST_RANK
+from ..training.default_tables import pays_to_train
 from .memory import Card, card_of, fitting_option, gib, longer_options, named_card, option_words, packed_run
 from .ranges import check_range
 
@@ -121,6 +122,7 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         tiled_mlp=args.tiled_mlp,
         accumulation=max(1, _SEQUENCES // args.batch),
         optimizer=args.optimizer,
+        tables="shared" if pays_to_train(shape.packed) else "frozen",
         eval_batch=_EVALUATED,
         large_workspace=card is not None and card.large_workspace,
     )
@@ -130,7 +132,13 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
 def _options(asked: Run, shape: ModelShape, bits: float | None) -> list[Run]:
     """The ways to pack, best first: the most bits, and embeddings left dense where they can be."""
     return [
-        dataclasses.replace(asked, bits=each, embeddings=packed, head=packed and shape.head > 0)
+        dataclasses.replace(
+            asked,
+            bits=each,
+            embeddings=packed,
+            head=packed and shape.head > 0,
+            tables="shared" if _calibrates(each) else "frozen",  # as `lowra finetune` will choose
+        )
         for each in (_BITS if bits is None else (bits,))
         for packed in (False, True)
     ]
@@ -225,11 +233,16 @@ def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
         rank = "" if shape.packed.initial_adapter else f"rank={option.rank} "
         return [f"lowra finetune 8gb-chat train_file=FILE model={model} {rank}{fields}"]
     more = " --embeddings" * option.embeddings + " --head" * option.head
-    more += " --calibrate TEXT" if option.bits < 2 else ""
+    more += " --calibrate TEXT" if _calibrates(option.bits) else ""
     return [
         f"lowra quantize {model} --bits {option.bits:g} --rank {option.rank}{more} --output packed",
         f"lowra finetune 8gb-chat train_file=FILE model=packed {fields}",
     ]
+
+
+def _calibrates(bits: float) -> bool:
+    """Whether the commands of the plan pack with a calibration."""
+    return bits < 2
 
 
 def _tokens(count: int) -> str:

@@ -60,7 +60,7 @@ class Run:
         packing: rows of several conversations, whose attention mask [T, T] is held.
         accumulation: forward passes of an optimiser step; more than one keep gradients from pass to pass.
         optimizer: a name of Transformers'.
-        tables: "frozen", "levels" or "levels_and_scales".
+        tables: "frozen", "shared", "levels" or "levels_and_scales".
         eval_batch: sequences of an evaluation pass; 0 for none.
         group_size: weights that share a scale.
         large_workspace: of cuBLAS, on GPUs of compute capability 9.0 and later.
@@ -138,6 +138,8 @@ def finetuning(shape: ModelShape, run: Run) -> Requirement:
     start = held | {"gradients": trained if run.accumulation > 1 else 0.0}
     end = held | {"gradients": trained if run.accumulation > 1 else trained - trained / shape.layers}
     in_block = {"activations of a block": _in_block(shape, run, tokens, width), "a weight made dense": dense}
+    if run.tables == "shared":
+        in_block["scales as trained"] = _FLOAT * _scales(shape, run) / (shape.layers if run.checkpointing else 1)
     host = 0.0
     at_loss: dict[str, float]
     if not run.checkpointing:
@@ -181,7 +183,7 @@ def _in_block(shape: ModelShape, run: Run, tokens: int, width: int) -> float:
     if not run.tiled_mlp:
         return in_mlp
     tile = min(tokens, _TILE)
-    of_mlp = float(width * shape.mlp_kept * shape.mlp)
+    of_mlp = width * shape.mlp_kept * shape.mlp + _outputs_kept(shape, run, shape.mlp)
     rest = kept - tokens * (of_mlp + shape.norms * shape.hidden * (_FLOAT + width))  # of attention and adapters
     # What norms give, what the second one reads, and gradients of what the MLP gives and reads.
     in_mlp = (shape.norms + 3) * once + rest + tile * (of_mlp + _TILE_GRADIENTS * shape.mlp * width)
@@ -260,7 +262,7 @@ def kept_by_block(shape: ModelShape, run: Run) -> float:
 
     Norms keep what they read in float32; each packed layer its input, which those that read the same one share;
     attention its queries, keys, values and output (the kernels that hold no scores); the MLP its gate, up, and what
-    becomes of them; each adapter the `rank` numbers between A and B.
+    becomes of them; each adapter the `rank` numbers between A and B; tables what `_outputs_kept` says.
     """
     width = 2 if run.bf16 else 4
     norms = shape.norms * shape.hidden * (_FLOAT + width)
@@ -268,25 +270,47 @@ def kept_by_block(shape: ModelShape, run: Run) -> float:
     if shape.normed_heads:
         attention += _FLOAT * (shape.queries + shape.keys)
     inner = width * run.rank * len(shape.linears) / shape.layers
-    return norms + attention + width * shape.mlp_kept * shape.mlp + inner
+    return norms + attention + width * shape.mlp_kept * shape.mlp + inner + _outputs_kept(shape, run)
 
 
 def _table_bytes(shape: ModelShape, run: Run) -> float:
-    """float32 copies of the tables that are trained."""
+    """What is trained of the tables, in float32."""
     if run.tables == "frozen":
         return 0.0
     rows = sum(linear.out_features for linear in shape.linears)
+    if run.tables == "shared":  # a shift of each row and, but for a block's last layer, a gain; a gain of each group
+        gains = shape.layers * sum(linear.out_features for linear in _before_the_last(shape))
+        groups = sum(layout.group_count(linear.in_features, run.group_size) for linear in shape.linears)
+        return float(_FLOAT * (rows + gains + groups))
     levels = rows * 2**run.bits
-    scales = sum(
-        linear.out_features * layout.group_count(linear.in_features, run.group_size) for linear in shape.linears
-    )
-    return _FLOAT * (levels + (scales if run.tables == "levels_and_scales" else 0))
+    return _FLOAT * (levels + (_scales(shape, run) if run.tables == "levels_and_scales" else 0))
+
+
+def _scales(shape: ModelShape, run: Run) -> int:
+    """Scales of all packed layers."""
+    return sum(linear.out_features * layout.group_count(linear.in_features, run.group_size) for linear in shape.linears)
+
+
+def _before_the_last(shape: ModelShape) -> tuple[Target, ...]:
+    """The packed layers of a block but its last."""
+    return shape.linears[: len(shape.linears) // shape.layers - 1]
+
+
+def _outputs_kept(shape: ModelShape, run: Run, width: int | None = None) -> float:
+    """Bytes a token of the outputs that shared tables need of a block, in float8 where they have 16 bits: of all packed
+    layers but the last, or of those of one width.
+    """
+    if run.tables != "shared":
+        return 0.0
+    outputs = sum(each.out_features for each in _before_the_last(shape) if width in (None, each.out_features))
+    return float(outputs * (1 if run.bf16 else _FLOAT))
 
 
 def _tabled_gradient(shape: ModelShape, run: Run) -> float:
-    """The gradient of a whole dense weight, of which those of its tables are sums."""
+    """The gradient of a whole dense weight, of which those of its tables are sums, unless they are shared."""
     width = 2 if run.bf16 else 4
-    return 0.0 if run.tables == "frozen" else float(max(linear.size for linear in shape.linears) * width)
+    whole = run.tables in ("levels", "levels_and_scales")
+    return float(max(linear.size for linear in shape.linears) * width) if whole else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

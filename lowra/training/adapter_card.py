@@ -37,6 +37,13 @@ model = {door}.from_pretrained("THIS FOLDER")
 On the command line: `{command}`
 """
 
+_TABLES = {
+    "frozen": "none",
+    "shared": "`tables.safetensors`: levels and scales, by changes that those of a channel and of an input group share",
+    "levels": "`tables.safetensors`: levels",
+    "levels_and_scales": "`tables.safetensors`: levels and scales",
+}
+
 _DOORS = {"SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
 
 
@@ -64,7 +71,7 @@ def adapter_card(recipe: Recipe, base: Base, rank: int, alpha: float, steps: int
         method=recipe.method,
         rank=rank,
         alpha=alpha,
-        tables={"frozen": "none"}.get(recipe.tables, f"`tables.safetensors`: {recipe.tables.replace('_', ' ')}"),
+        tables=_TABLES[recipe.tables],
         task=recipe.task,
         data=f"`{recipe.train_file or recipe.dataset}`",
         training=f"{steps} steps of {recipe.batch_size} x {recipe.accumulation} sequences a device, learning rate "

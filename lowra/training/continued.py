@@ -5,6 +5,7 @@ the new one, the base of one model would be trained on the tokens of another, an
 nobody has seen.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -17,6 +18,7 @@ from ..checkpoints.guarded import read_json
 from ..checkpoints.places import expanded
 from .recipe import Recipe
 from .settled import used
+from .table_checkpoints import has_tables
 from .whole_checkpoints import newest_whole
 
 RECIPE_FILE = "recipe.json"
@@ -90,6 +92,27 @@ def check_continued(recipe: Recipe, output: pathlib.Path) -> None:
             f"resume=true goes on with the recipe of {output}, and this one has {words}: leave it as it was, or give "
             "another output."
         )
+
+
+def as_begun(recipe: Recipe) -> Recipe:
+    """The recipe of a run that goes on with the tables that it began with in place of `auto`.
+
+    Earlier versions trained none unless asked, and wrote no recipe at first; `tables=auto` on the command line chooses
+    anew.
+
+    Raises:
+        OSError, ValueError: the recipe of the run cannot be read.
+    """
+    if not recipe.resume or recipe.tables != "auto" or "tables" in recipe.given:
+        return recipe
+    checkpoint = newest_whole(expanded(recipe.output) / "checkpoints", warn=False)
+    if checkpoint is None:
+        return recipe
+    if (checkpoint / RECIPE_FILE).exists():
+        begun = read_json(checkpoint / RECIPE_FILE, "the recipe of a run").get("tables", "frozen")
+    else:
+        begun = "auto" if has_tables(checkpoint) else "frozen"
+    return dataclasses.replace(recipe, tables=begun)
 
 
 def of_the_run(recipe: Recipe) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..nn.checkpointing import enable_checkpointing
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
-from .continued import RecipeCheckpoints, ScheduleFromHere, check_continued
+from .continued import RecipeCheckpoints, ScheduleFromHere, as_begun, check_continued
 from .curve import Evaluations, mean_loss, save_curve
 from .data import TaskData, load_data
 from .divergence import Divergence, why_none
@@ -49,6 +49,8 @@ from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_
 
 logger = logging.getLogger(__name__)
 
+_TRAINED = {"shared": {"shared": True}, "levels": {}, "levels_and_scales": {"scales": True}}  # options of train_tables
+
 
 def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], object] | None = None) -> dict:
     """Runs a recipe from the model to the metrics.
@@ -65,6 +67,7 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
         FileNotFoundError, ValueError: recipe, model or data that cannot be used, or another run that writes there;
             nothing has been written then. ValueError too where the training diverged.
     """
+    asked = recipe = as_begun(recipe)
     check_start(recipe)
     recipe = settle(recipe)
     # Of several processes the first decides: to one that starts later the folder is already the run's own.
@@ -73,6 +76,12 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
     if first and output.exists() and any(output.iterdir()) and not recipe.resume:
         raise ValueError(f"{output} exists and is not empty: give another output, or resume=true to go on there.")
     check_continued(recipe, output)
+    if first and recipe.tables != asked.tables and recipe.tables != "frozen":
+        logger.warning(
+            "tables=%s: the base was calibrated, so its levels and scales learn with the adapter and are saved beside "
+            "it; tables=frozen leaves them as they are.",
+            recipe.tables,
+        )
     checkpoints = output / "checkpoints"
     with locked(checkpoints) if first else contextlib.nullcontext():  # the same run may have been started twice
         return _run(recipe, output, checkpoints, progress, at_start)
@@ -163,7 +172,7 @@ def write_adapter(
     card = adapter_card(recipe, base, adapter.r, adapter.lora_alpha, steps, adapter.task_type)
     save_text(card, partial / folder.name / CARD_FILE)  # in place of PEFT's, which is a form to fill in
     if recipe.tables != "frozen":
-        save_tables(model, partial / folder.name, scales=recipe.tables == "levels_and_scales")
+        save_tables(model, partial / folder.name, scales=recipe.tables != "levels")
     data.tokenizer.save_pretrained(str(partial / folder.name))
     put_in_place(partial / folder.name, folder)
     shutil.rmtree(partial)
@@ -209,7 +218,7 @@ def train(
     before = None if sharded else untuned_metrics()
     tables = {}
     if recipe.tables != "frozen":
-        tables = train_tables(model, scales=recipe.tables == "levels_and_scales")
+        tables = train_tables(model, **_TRAINED[recipe.tables])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partial = pathlib.Path(str(arguments.output_dir))
     if main:

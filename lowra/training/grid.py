@@ -76,6 +76,8 @@ def plan_grid(recipe: Recipe, methods: list[str], bits: list[float], seeds: list
     Raises:
         ValueError: an unknown method or key, an override without effect, or no cell at all.
     """
+    if recipe.tables == "auto":  # which could train those of one cell and not those of another
+        recipe = dataclasses.replace(recipe, tables="frozen")
     for name in _GRID_FIELDS:
         if name in recipe.given:
             raise ValueError(f"{name} has no effect in a grid, which has its own: leave {name}= out.")
@@ -217,8 +219,8 @@ def _finished(cell: Cell, output: pathlib.Path, with_adapter: bool) -> dict | No
     if with_adapter and result.get("diverged_at") is None and not adapter_folder(cell, output).is_dir():
         return None
     paths = ("model", "output", "train_file", "validation_file", "report_to", "workers", "save_steps")
-    # fields newer than the result take their defaults
-    recipes = (cell.recipe, without_idle_fields(Recipe.from_dict(result["recipe"])))
+    # fields newer than the result take their defaults, which of this one was another
+    recipes = (cell.recipe, without_idle_fields(Recipe.from_dict({"tables": "frozen"} | result["recipe"])))
     ours, theirs = ({k: v for k, v in r.to_dict().items() if k not in paths} for r in recipes)
     return result if ours == theirs else None
 

@@ -4,7 +4,7 @@ Kinds and ranges are pydantic's to check, field by field, because its error for 
 the command line promises one sentence.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -41,6 +41,7 @@ Passes = Annotated[float, _FINITE, pydantic.Field(gt=0, le=1e6), _NO_BOOLEAN]
 RateOr0 = Annotated[float, _FINITE, pydantic.Field(ge=0), _NO_BOOLEAN]
 Share = Annotated[float, _FINITE, pydantic.Field(ge=0, lt=1), _NO_BOOLEAN]
 WholeShare = Annotated[float, _FINITE, pydantic.Field(ge=0, le=1), _NO_BOOLEAN]
+Tables = Literal["auto", "frozen", "shared", "levels", "levels_and_scales"]
 
 
 def checked(name: str, value: Any, checker: pydantic.TypeAdapter) -> Any:

@@ -104,7 +104,7 @@ def check_method(recipe: Recipe) -> None:
         )
     if METHODS[recipe.method].quantization is None and recipe.quantization:
         raise ValueError(f"{recipe.method} does not use quantization options; got {', '.join(recipe.quantization)}.")
-    if METHODS[recipe.method].quantization is None and recipe.tables != "frozen":
+    if METHODS[recipe.method].quantization is None and recipe.tables not in ("auto", "frozen"):
         raise ValueError(f"{recipe.method} has no tables that could be trained; tables must be frozen.")
     if METHODS[recipe.method].init != "lora":
         refuse_other_adapters(recipe, f"method={recipe.method}", "method=qlora or lora16")

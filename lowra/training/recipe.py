@@ -28,6 +28,7 @@ from .kinds import (
     RateOr0,
     Seed,
     Share,
+    Tables,
     Truth,
     WholeShare,
     checked,
@@ -53,8 +54,10 @@ class Recipe:
         rslora, dora: LoRA scaled by alpha / sqrt(rank), and LoRA of direction and magnitude. These three are for
             adapters that start anew, not for those fitted to what quantisation lost.
         init_steps: LoftQ's alternating steps.
-        tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "levels", or
-            "levels_and_scales".
+        tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "shared" (what all
+            levels of a channel and all scales of a group of inputs have in common, at next to no cost), "levels" or
+            "levels_and_scales"; none with dora. "auto" is "shared" on a base that was calibrated and "frozen" on any
+            other (`lowra.training.default_tables`), in a grid "frozen", so that all of its runs train alike.
         tables_learning_rate: their peak rate, whatever the adapter's is; without weight decay.
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.
@@ -111,7 +114,7 @@ class Recipe:
     rslora: Truth = False
     dora: Truth = False
     init_steps: Few = 5
-    tables: Literal["frozen", "levels", "levels_and_scales"] = "frozen"
+    tables: Tables = "auto"
     tables_learning_rate: Rate = 4e-3
     quantization: dict = dataclasses.field(default_factory=dict)
     dataset: str | None = None
@@ -170,7 +173,8 @@ class Recipe:
             with problems.noted():
                 setattr(self, name, checked(name, getattr(self, name), checker))
         problems.report()
-        for check in (self._check_types, self._check_data, self._check_layers, self._check_quantization):
+        checks = (self._check_types, self._check_data, self._check_layers, self._check_tables, self._check_quantization)
+        for check in checks:
             with problems.noted():
                 check()
         problems.report()
@@ -197,6 +201,13 @@ class Recipe:
             )
         if self.task in ("language_modeling", "chat") and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, or there is nothing to predict; got {self.block_size}.")
+
+    def _check_tables(self) -> None:
+        if self.dora and self.tables not in ("auto", "frozen"):
+            raise ValueError(
+                f"dora=true scales by the norm of weights whose tables stay as they are, and tables={self.tables} "
+                "trains them: give tables=frozen, or leave dora out."
+            )
 
     def _check_quantization(self) -> None:
         try:

@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoints.hub import resolve_folder
 from ..device import choose_device, has_bfloat16
+from .default_tables import with_tables_chosen
 from .methods import METHODS, check_method
 from .packed_base import on_packed_base, packed_config
 from .problems import Problems
@@ -41,8 +42,9 @@ def settle(recipe: Recipe) -> Recipe:
     packed = packed_config(source, recipe)
     if packed is None:
         check_method(recipe)
-        return recipe
-    return without_idle_fields(on_packed_base(recipe, source, packed))
+    else:
+        recipe = on_packed_base(recipe, source, packed)
+    return without_idle_fields(with_tables_chosen(recipe, source, packed))
 
 
 def on_device(recipe: Recipe, device: torch.device) -> Recipe:

@@ -32,10 +32,10 @@ def check_sharded_run(recipe: Recipe) -> None:
             f"fsdp_state_dict_type is {kind}, with which checkpoints have no adapter: set it to FULL_STATE_DICT, as "
             "configs/accelerate/fsdp2.yaml does."
         )
-    if recipe.tables != "frozen":
+    if recipe.tables not in ("auto", "frozen"):
         raise ValueError(
-            f"tables={recipe.tables} cannot be trained with a sharded model: leave it out, or train with one copy on "
-            "each GPU (torchrun, without FSDP)."
+            f"tables={recipe.tables} cannot be trained with a sharded model: give tables=frozen, or train with one "
+            "copy on each GPU (torchrun, without FSDP)."
         )
     for field in ("offload_activations", "tiled_mlp"):
         if getattr(recipe, field):

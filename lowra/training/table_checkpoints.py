@@ -13,6 +13,11 @@ from ..checkpoints.guarded import read_tensors
 _FILE = "table_changes.safetensors"
 
 
+def has_tables(checkpoint: pathlib.Path) -> bool:
+    """Whether the run of a checkpoint trains tables."""
+    return (checkpoint / _FILE).exists()
+
+
 def set_tables_learning_rate(trainer: Trainer, parameters: dict[str, nn.Parameter], rate: float) -> None:
     """Moves the parameters of trained tables into a group of the optimiser with this peak rate and no weight decay.
 

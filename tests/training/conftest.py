@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
+import lowra
+from lowra.quantization.calibration import calibrate
 from lowra.training import Recipe
 
 _WORDS = "the of and a river stone light house king water small great old north wind field ship day year name".split()
@@ -38,6 +40,16 @@ def json_files(tmp_path_factory):
             lines.append(json.dumps({**row, "summary": " ".join(sentence.split()[:3])}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny_llama, text_files, tmp_path_factory):
+    """A packed base of 1.5 bits without an adapter, calibrated."""
+    output = tmp_path_factory.mktemp("calibrated") / "packed"
+    calibration = calibrate(str(tiny_llama), text_files / "train.txt", tokens=256)
+    config = lowra.LowRAConfig(bits=1.5, sensitivity="fisher")
+    lowra.quantize_checkpoint(str(tiny_llama), output, config, None, "cpu", False, calibration=calibration)
+    return output
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_overrides_are_read_as_yaml_and_reach_the_quantisation():
         ("rank=1.5", "rank must be of type int"),
         ("rank=0", "rank must be positive"),
         ("task=poetry", "task must be one of"),
-        ("tables=all", "tables must be one of frozen, levels, levels_and_scales"),
+        ("tables=all", "tables must be one of auto, frozen, shared, levels, levels_and_scales"),
         ("bf16=3", "bf16 must be of type bool"),
         ("dropout=1", "dropout must be in"),
         ("max_steps=0", "max_steps must be at least 1"),

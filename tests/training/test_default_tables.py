@@ -1,0 +1,158 @@
+"""`tables=auto`: tables are trained where the base was calibrated, and nobody is refused who did not ask for them."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+import fsdp_on_cpu
+import pytest
+from transformers import MixtralConfig
+
+import lowra
+from lowra.commands import main
+from lowra.training import Recipe, finetune
+from lowra.training.default_tables import pays_to_train
+from lowra.training.grid import plan_grid, run_grid
+from lowra.training.settled import settle, used
+
+RECIPE = "recipe.json"  # of a checkpoint
+
+
+@pytest.fixture
+def on_calibrated(recipe, calibrated):
+    return dataclasses.replace(recipe, model=str(calibrated))
+
+
+@pytest.fixture(scope="module")
+def data_free(tiny_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data_free") / "packed"
+    lowra.quantize_checkpoint(str(tiny_llama), output, lowra.LowRAConfig(), None, "cpu", False)
+    return output
+
+
+def test_a_calibrated_base_has_its_tables_trained(on_calibrated):
+    assert on_calibrated.tables == "auto"
+    settled = settle(on_calibrated.changed(["tables_learning_rate=1e-3"]))
+    assert (settled.tables, settled.tables_learning_rate) == ("shared", 1e-3)
+    recorded = used(settled)
+    assert recorded["tables"] == "shared" and used(settle(Recipe.from_dict(recorded))) == recorded
+    for tables in ("frozen", "levels", "levels_and_scales"):
+        assert settle(dataclasses.replace(on_calibrated, tables=tables)).tables == tables
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "lora16"}, {"method": "qlora"}, {"method": "hqq"}], ids=str)
+def test_a_dense_base_has_none(recipe, change):
+    assert settle(dataclasses.replace(recipe, **change)).tables == "frozen"
+
+
+def test_nor_has_a_base_without_calibration(recipe, data_free):
+    recipe = dataclasses.replace(recipe, model=str(data_free))
+    assert used(settle(recipe))["tables"] == "frozen"
+    assert settle(dataclasses.replace(recipe, tables="shared")).tables == "shared"
+    with pytest.raises(ValueError, match=r"tables_learning_rate=0.001 has no effect with tables=frozen"):
+        settle(recipe.changed(["tables_learning_rate=1e-3"]))
+
+
+def test_nor_has_a_baseline():
+    packed = lowra.LowRAConfig(bits=2, calibration="a digest")
+    assert pays_to_train(packed) and not pays_to_train(None) and not pays_to_train(lowra.LowRAConfig())
+    assert not pays_to_train(dataclasses.replace(packed, codebook="normal_float"))
+
+
+def test_nor_has_a_base_of_experts_alone(recipe, tmp_path):
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=2)
+    config.architectures, config.dtype = ["MixtralForCausalLM"], "bfloat16"
+    for dense, tables in ((None, "shared"), (["self_attn"], "frozen")):
+        packed = lowra.LowRAConfig(modules_to_not_convert=dense, calibration="a digest", nominal_bits=2, true_bits=2.3)
+        config.quantization_config = packed.to_dict()
+        config.save_pretrained(tmp_path / tables)
+        assert settle(dataclasses.replace(recipe, model=str(tmp_path / tables))).tables == tables
+
+
+def test_what_cannot_be_beside_trained_tables_leaves_them(on_calibrated, monkeypatch):
+    assert settle(dataclasses.replace(on_calibrated, dora=True)).tables == "frozen"
+    for name, value in fsdp_on_cpu.environment().items():
+        monkeypatch.setenv(name, value)
+    assert settle(on_calibrated).tables == "frozen"
+
+
+@pytest.mark.parametrize("tables", ["shared", "levels", "levels_and_scales"])
+def test_dora_is_refused_beside_them(recipe, tables):
+    """Its norms would be those of the base's own tables while these learn, and others once they are saved."""
+    with pytest.raises(ValueError, match=f"dora=true .* tables={tables} .*: give tables=frozen, or leave dora out"):
+        recipe.changed([f"tables={tables}", "dora=true"])
+
+
+def test_a_run_says_why_and_records_it(on_calibrated, calibrated, caplog, capsys):
+    result = finetune(on_calibrated, progress=False)
+    assert "tables=shared: the base was calibrated" in caplog.text and "tables=frozen leaves them" in caplog.text
+    output = pathlib.Path(on_calibrated.output)
+    assert json.loads((output / "metrics.json").read_text())["recipe"]["tables"] == "shared"
+    newest = max((output / "checkpoints").glob("checkpoint-*"))
+    assert json.loads((newest / RECIPE).read_text())["tables"] == "shared"
+    assert (output / "adapter" / "tables.safetensors").exists()
+    card = (output / "adapter" / "README.md").read_text()
+    assert "| trained tables | `tables.safetensors`: levels and scales, by changes" in card
+    assert result["tuned"]["perplexity"] < result["untuned"]["perplexity"]
+    text = on_calibrated.validation_file
+    measured = ["evaluate", str(calibrated), "--adapter", str(output / "adapter"), "--data", text, "--block-size", "32"]
+    assert main([*measured, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["perplexity"] < result["untuned"]["perplexity"]
+
+
+def test_who_asks_for_them_is_told_nothing(on_calibrated, caplog):
+    with caplog.at_level(logging.WARNING, logger="lowra"):
+        finetune(dataclasses.replace(on_calibrated, tables="levels", max_steps=1), progress=False)
+        finetune(dataclasses.replace(on_calibrated, tables="frozen", max_steps=1, output=on_calibrated.output + "-2"))
+    assert "tables=" not in caplog.text
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_run_that_began_before_goes_on_as_it_began(on_calibrated, recorded, caplog):
+    begun = dataclasses.replace(on_calibrated, tables="frozen", max_steps=2, save_steps=1)
+    finetune(begun, progress=False)
+    for file in pathlib.Path(begun.output).glob(f"checkpoints/*/{RECIPE}"):
+        assert json.loads(file.read_text())["tables"] == "frozen"
+        if not recorded:  # as the first versions wrote checkpoints, which list their files
+            file.unlink()
+            whole = json.loads((file.parent / "whole.json").read_text())
+            del whole["files"][RECIPE]
+            (file.parent / "whole.json").write_text(json.dumps(whole))
+    goes_on = dataclasses.replace(on_calibrated, resume=True, max_steps=3)
+    result = finetune(goes_on, progress=False)
+    assert (result["recipe"]["tables"], result["steps_before"], result["steps"]) == ("frozen", 2, 3)
+    assert "tables=" not in caplog.text
+    if recorded:
+        with pytest.raises(ValueError, match=r"tables=shared \(was frozen\)"):
+            finetune(goes_on.changed(["tables=auto"]), progress=False)
+
+
+def test_so_does_one_that_trains_others(on_calibrated):
+    finetune(dataclasses.replace(on_calibrated, tables="levels", max_steps=1, save_steps=1), progress=False)
+    goes_on = dataclasses.replace(on_calibrated, resume=True, max_steps=2)
+    assert finetune(goes_on, progress=False)["recipe"]["tables"] == "levels"
+    with pytest.raises(ValueError, match=r"tables=frozen \(was levels\)"):
+        finetune(goes_on.changed(["tables=frozen"]), progress=False)
+
+
+def test_a_grid_trains_none_unless_asked(on_calibrated):
+    """One of its runs could have them and another, with DoRA, not."""
+    cells = plan_grid(on_calibrated, ["lowra", "lowra:dora=true", "lowra:tables=levels"], [1.5], [0])
+    assert [cell.recipe.tables for cell in cells] == ["frozen", "frozen", "levels"]
+    cells = plan_grid(on_calibrated.changed(["tables=shared"]), ["lowra"], [1.5], [0])
+    assert [cell.recipe.tables for cell in cells] == ["shared"]
+    with pytest.raises(ValueError, match="tables_learning_rate=0.001 has no effect"):
+        plan_grid(on_calibrated.changed(["tables_learning_rate=1e-3"]), ["lowra"], [1.5], [0])
+
+
+def test_cells_of_before_are_kept(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, max_steps=1)
+    cells = plan_grid(recipe, ["lora16"], [], [0])
+    assert run_grid(recipe, cells, tmp_path, progress=False)["run"] == 1
+    (file,) = (tmp_path / "cells").iterdir()
+    content = json.loads(file.read_text())
+    del content["recipe"]["tables"]  # of a version that trained none
+    file.write_text(json.dumps(content))
+    assert run_grid(recipe, cells, tmp_path, progress=False)["run"] == 0
