@@ -7,7 +7,7 @@ namespace lowra {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAtOnce = 8;       // tokens whose loads are on their way together
+constexpr int kAtOnce = 4;       // tokens whose loads are on their way together
 constexpr int kRowsOfSums = 32;  // rows of a block that adds up parts
 
 struct tables_task {
@@ -99,7 +99,11 @@ __global__ void __launch_bounds__(kThreads) group_sums_kernel(const __grid_const
       const int i = place / groups, group = place % groups, first = group * t.chunks_per_group;
       const int last = min(first + t.chunks_per_group, t.chunks - blockIdx.x * t.chunks_per_block);
       float sum = 0.f;
-      for (int k = first; k < last; ++k) sum += sums[i][k];
+      for (int k = 0; k < t.chunks_per_group; ++k) {  // each four groups begin at another bank
+        const int turned = k + group / 4 % t.chunks_per_group;
+        const int own = first + (turned < t.chunks_per_group ? turned : turned - t.chunks_per_group);
+        if (own < last) sum += sums[i][own];
+      }
       static_cast<T *>(t.means)[(size_t)(token + i) * t.groups + first_group + group] = rounded<T>(sum * t.share);
     }
     __syncthreads();

@@ -13,10 +13,10 @@ import torch
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed, linear
-from bitsandbytes.backends.lowra.shared_tables import SharedChanges, shared_tables_of
+from bitsandbytes.backends.lowra.shared_tables import shared_tables_of
 
 from .linear import LowRALinear
-from .shared_linear import SharedTablesLinear, gradients_by_pytorch, gradients_of_changes, kept_output
+from .shared_linear import SharedTablesLinear, gradient_of_changes, gradients_by_pytorch, kept_output
 
 
 class Shortcuts:
@@ -114,9 +114,11 @@ def lora_linear(
     if is_transformed():
         product = base.forward(x) if isinstance(base, SharedTablesLinear) else PackedLinear.apply(x, packed, bias)
         return product + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(x.dtype)
-    changes = base.changes() if isinstance(base, SharedTablesLinear) else ()
-    differentiated = torch.is_grad_enabled()
-    return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill, differentiated, *changes)
+    changes, with_gains = (
+        (base.shared_change, base.with_gains) if isinstance(base, SharedTablesLinear) else (None, False)
+    )
+    keeps = with_gains and torch.is_grad_enabled()
+    return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill, changes, with_gains, keeps)
 
 
 def _scaled_product(like: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -143,23 +145,21 @@ class _LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
         unread: bool,
         fill: float | None,
-        differentiated: bool,
-        *changes: Any,
+        changes: torch.Tensor | None,
+        with_gains: bool,
+        keeps: bool,
     ) -> torch.Tensor:
-        """Args: differentiated: whether a backward pass may follow; changes: `SharedChanges`, or nothing."""
-        shift, gain, of_scales = changes or (None, None, None)
-        changed = packed if shift is None else shared_tables_of(packed, SharedChanges(shift, gain, of_scales))
+        """Args: changes, with_gains: of a `SharedTablesLinear`; keeps: for a backward pass that learns gains."""
+        changed = packed if changes is None else shared_tables_of(packed, changes, with_gains)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         inner = (a.to(dtype) @ rows.t()).t() if x.is_cpu else rows @ a.to(dtype).t()  # see _scaled_product
-        kept = None
         if unread:
             out = x.new_empty(*x.shape[:-1], packed.rows)
             if fill is not None:
                 out.fill_(fill)
         else:
             out = linear(x, changed, bias)  # returned as it is: a view could not be written into afterwards
-        if gain is not None and differentiated:
-            kept = kept_output(out, bias)
+        kept = kept_output(out, bias) if keeps else None
         if not unread:
             flat = out.view(-1, out.shape[-1])
             if dtype == x.dtype:
@@ -167,30 +167,30 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 flat.copy_(flat.to(dtype).addmm_(inner, b.to(dtype).t(), alpha=scaling))
         # A and B as they are: their roundings to x's type, kept for a whole block, would be memory of their own
-        tables = (kept, changed.scales, changed.levels) if changes else ()
-        ctx.save_for_backward(x, inner, a, b, *packed.tensors, *changes, *tables)
-        ctx.scaling, ctx.sizes, ctx.dtype = scaling, packed.sizes, dtype
+        learned = () if changes is None else (changes, kept, changed.scales, changed.levels)
+        ctx.save_for_backward(x, inner, a, b, *packed.tensors, *learned)
+        ctx.scaling, ctx.sizes, ctx.dtype, ctx.with_gains = scaling, packed.sizes, dtype, with_gains
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, a, b, *tensors = ctx.saved_tensors
-        packed, kept = PackedMatrix(*tensors[:5], *ctx.sizes), None
-        changes = SharedChanges(*tensors[5:8]) if len(tensors) > 5 else None
-        for_changes: Sequence[torch.Tensor | None] = () if changes is None else (None, None, None)
+        packed = PackedMatrix(*tensors[:5], *ctx.sizes)
+        changes, kept, scales, levels = tensors[5:] or [None] * 4
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         rows, shape, grad = x.reshape(-1, x.shape[-1]).to(ctx.dtype), x.shape, grad.reshape(-1, grad.shape[-1])
         a, b, wide = a.to(ctx.dtype), b.to(ctx.dtype), grad.to(ctx.dtype)
-        grad_x = grad_a = grad_b = None
+        grad_x = grad_a = grad_b = for_changes = None
         if torch.is_grad_enabled():  # to be differentiated again, so without sums in place and what forward left behind
             grad_inner = ctx.scaling * (wide @ b)
             grad_a, grad_b = grad_inner.t() @ rows, ctx.scaling * (wide.t() @ (rows @ a.t()))
             if changes is not None:
-                of_base, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), changes, packed, grad)
+                flat = x.reshape(-1, x.shape[-1])
+                of_base, for_changes = gradients_by_pytorch(flat, changes, ctx.with_gains, packed, grad)
             elif needs_x:
                 of_base = gradient_of_input(grad, packed)
             grad_x = (of_base + grad_inner @ a).view(shape) if needs_x else None
-            return grad_x, grad_a, grad_b, *[None] * 7, *for_changes
+            return grad_x, grad_a, grad_b, *[None] * 6, for_changes, None, None
         if needs_b:
             grad_b = _scaled_product(b, wide.t(), inner, ctx.scaling)
         if needs_x or needs_a:
@@ -198,13 +198,12 @@ class _LoraLinear(torch.autograd.Function):
         if needs_a:
             grad_a = grad_inner.t() @ rows
         if changes is not None:
-            kept, scales, levels = tensors[8:]
             packed = packed._replace(scales=scales, scale_steps=None, levels=levels)
-        learns = any(ctx.needs_input_grad[10:])
+        learns = ctx.needs_input_grad[9]
         if needs_x or learns:
             of_base = gradient_of_input(grad, packed)
-        if changes is not None and learns:
-            for_changes = gradients_of_changes(x, grad, of_base, kept, packed, changes.level_gain)
+        if learns:
+            for_changes = gradient_of_changes(x, grad, of_base, kept, packed, changes)
         if needs_x:
             grad_x = of_base.to(ctx.dtype).addmm_(grad_inner, a).to(grad.dtype).view(shape)
-        return grad_x, grad_a, grad_b, *[None] * 7, *for_changes
+        return grad_x, grad_a, grad_b, *[None] * 6, for_changes, None, None

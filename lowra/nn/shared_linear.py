@@ -4,7 +4,6 @@ Gradients of single levels and scales are sums over that of the dense weight, a 
 those of these changes are sums over what a backward pass has anyway (bitsandbytes/backends/lowra/shared_tables.py).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
 from bitsandbytes.backends.lowra.ops import gradient_of_input, linear
-from bitsandbytes.backends.lowra.shared_tables import SharedChanges, shared_tables, shared_tables_of
+from bitsandbytes.backends.lowra.shared_tables import changes_size, shared_tables, shared_tables_of
 
 from .linear import LowRALinear
 from .tabled_linear import TabledLinear, dense
@@ -24,35 +23,27 @@ class SharedTablesLinear(TabledLinear):
     """One whose levels change by channel and whose scales change by group of inputs.
 
     Attributes:
-        level_shift: float32 [N], packed row order: added to all levels of a channel.
-        level_gain: float32 [N], packed row order: then they are multiplied by e to it; or None.
-        scale_gain: float32 [groups]: the scales of a group of inputs are multiplied by e to it.
+        shared_change: float32, `SharedChanges` one after the other: a parameter for each layer, not three.
+        with_gains: whether gains of levels are among them.
     """
 
-    level_shift: nn.Parameter
-    level_gain: nn.Parameter | None
-    scale_gain: nn.Parameter
+    shared_change: nn.Parameter
     trains_scales = True
 
     def __init__(self, layer: LowRALinear, gains: bool, adapter: str | None = None):
         """Args: gains: whether levels get gains, for which the output is kept until the backward pass."""
         super().__init__(layer, adapter)
+        self.with_gains = gains
         rows, groups = layer.scales.shape
-        self.level_shift = nn.Parameter(self._zeros(rows))
-        self.register_parameter("level_gain", nn.Parameter(self._zeros(rows)) if gains else None)
-        self.scale_gain = nn.Parameter(self._zeros(groups))
-
-    def _zeros(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.float32, device=self.levels.device)
-
-    def changes(self) -> SharedChanges:
-        return SharedChanges(self.level_shift, self.level_gain, self.scale_gain)
+        size = changes_size(rows, groups, gains)
+        self.shared_change = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=self.levels.device))
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return shared_tables(self.matrix(), self.changes())
+        return shared_tables(self.matrix(), self.shared_change, self.with_gains)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _SharedTables.apply(x, *self.changes(), bias, self.matrix(), torch.is_grad_enabled())
+        differentiated = torch.is_grad_enabled()
+        return _SharedTables.apply(x, self.shared_change, self.with_gains, bias, self.matrix(), differentiated)
 
 
 def kept_output(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -66,78 +57,70 @@ def kept_output(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return flat.to(_NARROW) if out.dtype.itemsize == 2 else flat.clone()
 
 
-def gradients_of_changes(
+def gradient_of_changes(
     x: torch.Tensor,
     gradient: torch.Tensor,
     for_x: torch.Tensor,
     kept: torch.Tensor | None,
     changed: PackedMatrix,
-    level_gain: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Gradients of `SharedChanges`.
-
+    changes: torch.Tensor,
+) -> torch.Tensor:
+    """
     Args:
         x: [..., K] of the product.
         gradient: [..., N] of its output, as x.
         for_x: [..., K]: that times the weight.
-        kept: of the output, by `kept_output`; None without `level_gain`.
+        kept: of the output, by `kept_output`; None without gains of levels.
         changed: the weight with the changes.
+        changes: those.
     """
-    for_shift, for_gain, for_scale_gain = torch.ops.bitsandbytes.lowra_shared_gradients(
-        x.reshape(-1, x.shape[-1]),
-        gradient.reshape(-1, gradient.shape[-1]),
-        for_x.reshape(-1, for_x.shape[-1]),
-        kept,
-        changed.scales,
-        changed.row_order,
-        level_gain,
-        changed.group_size,
+    flat = (each.reshape(-1, each.shape[-1]) for each in (x, gradient, for_x))
+    return torch.ops.bitsandbytes.lowra_shared_gradients(
+        *flat, kept, changed.scales, changed.row_order, changes, changed.group_size
     )
-    return for_shift, None if level_gain is None else for_gain, for_scale_gain
 
 
-def gradients_by_pytorch(x: torch.Tensor, changes: SharedChanges, packed: PackedMatrix, gradient: torch.Tensor) -> Any:
+def gradients_by_pytorch(
+    x: torch.Tensor, changes: torch.Tensor, with_gains: bool, packed: PackedMatrix, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x [T, K] and of the changes as PyTorch differentiates them, any number of times."""
     x = x if x.requires_grad else x.detach().requires_grad_()
-    out = nn.functional.linear(x, dense(packed, *shared_tables(packed, changes), x.dtype))
-    given = [tensor for tensor in (x, *changes) if tensor is not None and tensor.requires_grad]
-    found = iter(torch.autograd.grad(out, given, gradient, create_graph=True))
-    return next(found), *(None if c is None or not c.requires_grad else next(found) for c in changes)
+    out = nn.functional.linear(x, dense(packed, *shared_tables(packed, changes, with_gains), x.dtype))
+    given = [tensor for tensor in (x, changes) if tensor.requires_grad]
+    for_x, *for_changes = torch.autograd.grad(out, given, gradient, create_graph=True)
+    return for_x, for_changes[0] if for_changes else None
 
 
 class _SharedTables(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917 - as PyTorch calls it
+    def forward(
         ctx: Any,
         x: torch.Tensor,
-        level_shift: torch.Tensor,
-        level_gain: torch.Tensor | None,
-        scale_gain: torch.Tensor,
+        changes: torch.Tensor,
+        with_gains: bool,
         bias: torch.Tensor | None,
         packed: PackedMatrix,
         differentiated: bool,
     ) -> torch.Tensor:
-        changed = shared_tables_of(packed, SharedChanges(level_shift, level_gain, scale_gain))
+        changed = shared_tables_of(packed, changes, with_gains)
         out = linear(x, changed, bias)
-        kept = None if level_gain is None or not differentiated else kept_output(out, bias)
-        changes = level_shift, level_gain, scale_gain
-        ctx.save_for_backward(x, kept, changed.scales, changed.levels, *changes, *packed.tensors)
-        ctx.sizes = packed.sizes
+        kept = kept_output(out, bias) if with_gains and differentiated else None
+        ctx.save_for_backward(x, changes, kept, changed.scales, changed.levels, *packed.tensors)
+        ctx.sizes, ctx.with_gains = packed.sizes, with_gains
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, kept, scales, levels, *tensors = ctx.saved_tensors
-        changes, packed = SharedChanges(*tensors[:3]), PackedMatrix(*tensors[3:], *ctx.sizes)
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        for_changes: Sequence[torch.Tensor | None] = (None, None, None)
-        for_x: torch.Tensor
+        x, changes, kept, scales, levels, *tensors = ctx.saved_tensors
+        packed, flat = PackedMatrix(*tensors, *ctx.sizes), gradient.reshape(-1, gradient.shape[-1])
+        for_changes = None
         if torch.is_grad_enabled():  # to be differentiated again, which the kernels are not
-            for_x, *for_changes = gradients_by_pytorch(x.reshape(-1, x.shape[-1]), changes, packed, flat)
+            rows = x.reshape(-1, x.shape[-1])
+            for_x, for_changes = gradients_by_pytorch(rows, changes, ctx.with_gains, packed, flat)
         else:
             changed = packed._replace(scales=scales, scale_steps=None, levels=levels)
             for_x = gradient_of_input(flat, changed)
-            if any(ctx.needs_input_grad[1:4]):
-                for_changes = gradients_of_changes(x, flat, for_x, kept, changed, changes.level_gain)
-        for_bias = flat.sum(dim=0) if ctx.needs_input_grad[4] else None
-        return for_x.view(x.shape) if ctx.needs_input_grad[0] else None, *for_changes, for_bias, None, None
+            if ctx.needs_input_grad[1]:
+                for_changes = gradient_of_changes(x, flat, for_x, kept, changed, changes)
+        for_bias = flat.sum(dim=0) if ctx.needs_input_grad[3] else None
+        return for_x.view(x.shape) if ctx.needs_input_grad[0] else None, for_changes, None, for_bias, None, None

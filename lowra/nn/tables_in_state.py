@@ -17,8 +17,7 @@ from ..weights.packed import TABLES
 from .row_layout import is_readable
 
 KEY = "_extra_state"
-# parameters of a layer whose tables are being trained
-IN_TRAINING = ("level_change", "scale_change", "level_shift", "level_gain", "scale_gain")
+IN_TRAINING = ("level_change", "scale_change", "shared_change")  # parameters of a layer whose tables are being trained
 
 Parts = dict[str, torch.Tensor]
 

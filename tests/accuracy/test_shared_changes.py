@@ -14,14 +14,12 @@ from lowra.nn.trained_tables import bake_tables, train_tables
 
 def changed_layer(gains, bias, **options):
     layer = SharedTablesLinear(packed_layer([1, 2, 4, 1, 2], bias=bias, **options), gains)
-    for change in layer.parameters():
-        if change.requires_grad and change is not layer.bias:
-            change.data.normal_(std=0.1)
+    layer.shared_change.data.normal_(std=0.1)
     return layer
 
 
 def gradients(layer, x, target, by_pytorch=False, **options):
-    given = [x, *(change for change in (*layer.changes(), layer.bias) if change is not None)]
+    given = [x, layer.shared_change, *([] if layer.bias is None else [layer.bias])]
     if by_pytorch:
         out = torch.nn.functional.linear(x, dense(layer.matrix(), *layer.tables(), x.dtype), layer.bias)
     else:
@@ -42,7 +40,7 @@ def test_gradients_are_those_of_pytorch(gains, bias):
     again = gradients(layer, x, target, create_graph=True)[1]
     for own, other in zip(again, expected, strict=True):
         torch.testing.assert_close(own, other)
-    assert (layer.level_gain is None) != gains
+    assert len(layer.shared_change) == 5 + 5 * gains + 3
     with torch.autocast("cpu", torch.bfloat16):
         _, rounded = gradients(layer, x, target)
     for own, other in zip(rounded, expected, strict=True):
@@ -60,12 +58,9 @@ def test_baked_layers_decode_to_what_was_trained(scales):
 def test_they_are_trained_and_travel_with_the_adapter(packed, tmp_path):  # noqa: F811
     model = adapted(packed)
     parameters = train_tables(model, shared=True)
-    kinds = [name.rpartition(".")[2] for name in parameters]
-    layers, blocks = 14, 2
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "level_shift": layers, "level_gain": layers - blocks, "scale_gain": layers,
-    }  # fmt: skip
-    assert not any("down_proj" in name for name in parameters if name.endswith("level_gain"))
+    assert len(parameters) == 14 and all(name.endswith(".shared_change") for name in parameters)
+    without = [n for n, m in model.named_modules() if isinstance(m, SharedTablesLinear) and not m.with_gains]
+    assert len(without) == 2 and all("down_proj" in name for name in without)  # the last of each block
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids, losses = torch.arange(48)[None] % 7, []
     for _ in range(12):

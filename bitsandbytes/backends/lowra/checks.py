@@ -251,15 +251,13 @@ def check_gradient(gradient: torch.Tensor, codes: torch.Tensor, row_order: torch
     )
 
 
-def check_change(name: str, change: torch.Tensor | None, count: int, like: torch.Tensor) -> None:
-    """A number for each row or group of a weight on the device of `like`; a gain of levels may be left out."""
-    if change is None:
-        torch._check(name == "level_gain", lambda: f"{name} must be a tensor, got None")
-        return
-    check_together(**{"the weight": like, name: change})
+def check_changes(changes: torch.Tensor, count: int, like: torch.Tensor) -> None:
+    """Shared changes of a weight's tables, on the device of `like`."""
+    check_given(changes=changes)
+    check_together(**{"the weight": like, "changes": changes})
     torch._check(
-        change.dtype == torch.float32 and change.shape == (count,) and change.is_contiguous(),
-        lambda: f"{name} must be float32 [{count}] in one piece of memory, got {change.dtype} {tuple(change.shape)}",
+        changes.dtype == torch.float32 and changes.shape == (count,) and changes.is_contiguous(),
+        lambda: f"changes must be float32 [{count}] in one piece of memory, got {changes.dtype} {list(changes.shape)}",
     )
 
 

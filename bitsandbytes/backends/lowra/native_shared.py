@@ -1,19 +1,16 @@
 """ctypes calls of the kernels of `shared_tables`."""
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import native
 from .layout import PackedMatrix
 
-if TYPE_CHECKING:
-    from .shared_tables import SharedChanges
-
 _TYPES = {**native.TYPES, torch.float8_e5m2: 4}
-_PARTS = 64  # of a sum over tokens, at most: blocks for every processor, and few numbers to be added up after them
-_TOKENS = 8  # of a part, at least
+_PARTS = 128  # of a sum over tokens, at most: blocks for every processor, and few numbers to be added up after them
+_TOKENS = 4  # of a part, at least
 
 
 class _SharedGradients(ctypes.Structure):
@@ -25,7 +22,9 @@ class _SharedGradients(ctypes.Structure):
     ]
 
 
-def shared_tables(packed: PackedMatrix, changes: "SharedChanges") -> tuple[torch.Tensor, torch.Tensor] | None:
+def shared_tables(
+    packed: PackedMatrix, changes: torch.Tensor, with_gains: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Levels float16 [entries] and scales float32 [N, groups] with the changes; None where the GPU has no code."""
     struct = native.packed_of(packed)
     levels = torch.empty_like(packed.levels)
@@ -34,7 +33,7 @@ def shared_tables(packed: PackedMatrix, changes: "SharedChanges") -> tuple[torch
         "lowra_cuda_shared_tables",
         levels.device,
         ctypes.byref(struct),
-        *(_address(change) for change in changes),
+        *_addresses(changes, packed.rows, with_gains),
         levels.data_ptr(),
         scales.data_ptr(),
         native.stream_of(levels),
@@ -52,9 +51,9 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     output: torch.Tensor | None,
     scales: torch.Tensor,
     row_order: torch.Tensor,
-    level_gain: torch.Tensor | None,
+    changes: torch.Tensor,
     group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+) -> torch.Tensor | None:
     """`shared_tables.shared_gradients` of one token or more; None where the GPU has no code."""
     x, gradient, gradient_of_x = x.contiguous(), gradient.contiguous(), gradient_of_x.contiguous()
     (tokens, columns), (rows, groups) = x.shape, scales.shape
@@ -69,24 +68,29 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     if not native.covered(status):
         return None
     native.check_status(status, f"sums over groups of {group_size} columns of {list(x.shape)}")
-    of_channels, for_gain = None, torch.empty(0 if output is None else rows, **like)
+    of_channels = None
     if output is not None:
-        output = output.contiguous()
-        of_channels = torch.empty(parts, rows, **like)
+        output, of_channels = output.contiguous(), torch.empty(parts, rows, **like)
         given = gradient.data_ptr(), _TYPES[x.dtype], output.data_ptr(), _TYPES[output.dtype], tokens, rows
         status = native.call_cuda("lowra_cuda_channel_sums", x.device, *given, of_channels.data_ptr(), parts, stream)
         native.check_status(status, f"sums over the tokens of {list(gradient.shape)}")
-    of_means = gradient.t() @ means
-    for_shift, for_scale_gain = torch.empty(rows, **like), torch.empty(groups, **like)
+    of_means, found = gradient.t() @ means, torch.empty_like(changes)
+    _, level_gain, _ = _addresses(changes, rows, output is not None)
     struct = _SharedGradients(
-        *map(_address, (of_means, of_groups, of_channels, row_order, scales, level_gain)),
-        *map(_address, (for_shift, for_gain, for_scale_gain)),
+        *map(_address, (of_means, of_groups, of_channels, row_order, scales)),
+        *(level_gain, *_addresses(found, rows, output is not None)),
         *(rows, groups, group_size, parts, 0 if of_channels is None else parts, _TYPES[x.dtype]),
     )
     status = native.call_cuda("lowra_cuda_shared_gradients", x.device, ctypes.byref(struct), stream)
     native.check_status(status, f"gradients of shared changes of a weight [{rows}, {columns}]")
-    return for_shift, for_gain, for_scale_gain
+    return found
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(changes: torch.Tensor, rows: int, with_gains: bool) -> tuple[int, int | None, int]:
+    """Of shifts and gains of levels and gains of scales in a tensor of all of them."""
+    first, each = changes.data_ptr(), rows * changes.element_size()
+    return first, first + each if with_gains else None, first + each * (1 + with_gains)

@@ -26,19 +26,18 @@ _LARGEST = torch.finfo(torch.float8_e5m2).max
 
 torch.library.define(
     "bitsandbytes::lowra_shared_tables",
-    "(Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels, Tensor level_shift,"
-    " Tensor? level_gain, Tensor scale_gain, int rows_4bit, int rows_2bit, int in_features, int group_size)"
-    " -> (Tensor, Tensor)",
+    "(Tensor codes, Tensor row_order, Tensor scales, Tensor? scale_steps, Tensor levels, Tensor changes,"
+    " bool with_gains, int rows_4bit, int rows_2bit, int in_features, int group_size) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "bitsandbytes::lowra_shared_gradients",
-    "(Tensor x, Tensor gradient, Tensor gradient_of_x, Tensor? output, Tensor scales, Tensor row_order,"
-    " Tensor? level_gain, int group_size) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor gradient, Tensor gradient_of_x, Tensor? output, Tensor scales, Tensor row_order, Tensor changes,"
+    " int group_size) -> Tensor",
 )
 
 
 class SharedChanges(NamedTuple):
-    """What the tables of a weight [N, K] have in common.
+    """What the tables of a weight [N, K] have in common. One tensor holds them one after the other.
 
     Attributes:
         level_shift: float32 [N], packed order: added to all levels of a row.
@@ -51,6 +50,17 @@ class SharedChanges(NamedTuple):
     scale_gain: torch.Tensor
 
 
+def changes_size(rows: int, groups: int, with_gains: bool) -> int:
+    """Numbers of the changes of a weight."""
+    return rows * (1 + with_gains) + groups
+
+
+def changes_of(changes: torch.Tensor, rows: int, with_gains: bool) -> SharedChanges:
+    """What a tensor of `changes_size` holds, as views of it."""
+    gain = changes[rows : 2 * rows] if with_gains else None
+    return SharedChanges(changes[:rows], gain, changes[rows * (1 + with_gains) :])
+
+
 def rows_of_levels(packed: PackedMatrix) -> torch.Tensor:
     """int64 [entries]: the packed row of each level."""
     counts = [(segment.end - segment.first, 2**segment.bits) for segment in packed.segments()]
@@ -58,17 +68,23 @@ def rows_of_levels(packed: PackedMatrix) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(packed.rows), each).to(packed.levels.device)
 
 
-def shared_tables(packed: PackedMatrix, changes: SharedChanges) -> tuple[torch.Tensor, torch.Tensor]:
+def shared_tables(packed: PackedMatrix, changes: torch.Tensor, with_gains: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification, in plain PyTorch, differentiable in the changes.
+
+    Args:
+        packed: the weight.
+        changes: of it, float32 [changes_size].
+        with_gains: whether gains of levels are among them.
 
     Returns:
         levels float32 [entries], not rounded yet, and scales float32 [N, groups], in packed order.
     """
+    shift, gain, scale_gain = changes_of(changes, packed.rows, with_gains)
     rows = rows_of_levels(packed)
-    levels = packed.levels.float() + changes.level_shift[rows]
-    if changes.level_gain is not None:
-        levels = levels * changes.level_gain.exp()[rows]
-    return levels, decode_scales(packed.scales, packed.scale_steps) * changes.scale_gain.exp()
+    levels = packed.levels.float() + shift[rows]
+    if gain is not None:
+        levels = levels * gain.exp()[rows]
+    return levels, decode_scales(packed.scales, packed.scale_steps) * scale_gain.exp()
 
 
 def shared_gradients(  # noqa: PLR0917 - as the op
@@ -78,25 +94,26 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     output: torch.Tensor | None,
     scales: torch.Tensor,
     row_order: torch.Tensor,
-    level_gain: torch.Tensor | None,
+    changes: torch.Tensor,
     group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """The specification of the gradients, in plain PyTorch.
 
     Args:
         x: [T, K].
         gradient: [T, N], of the output, as x.
         gradient_of_x: [T, K], as x: `gradient` times the weight alone.
-        output: [T, N], x times the transposed weight without a bias, as x or float8_e5m2; None without level_gain.
+        output: [T, N], x times the transposed weight without a bias, as x or float8_e5m2; None without gains of levels.
         scales: float32 [N, groups], with their gains.
         row_order: int32 [N].
-        level_gain: float32 [N] or None.
+        changes: float32 [changes_size].
         group_size: columns of a group.
 
     Returns:
-        float32 [N], [N], or [0] without level_gain, and [groups]: as the changes.
+        float32, as the changes.
     """
-    groups = scales.shape[1]
+    rows, groups = scales.shape
+    gain = changes_of(changes, rows, output is not None).level_gain
     lacking = groups * group_size - x.shape[1]
 
     def by_group(of_columns: torch.Tensor) -> torch.Tensor:
@@ -105,49 +122,48 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     means = (by_group(x.float()).sum(dim=-1) / group_size).to(x.dtype)
     of_means = (gradient.t() @ means)[row_order.long()]
     for_shift = (of_means.float() * scales).sum(dim=1) * group_size
-    for_gain = for_shift.new_empty(0)
-    if level_gain is not None and output is not None:
-        for_shift = for_shift * level_gain.exp()
-        kept = output.float()
-        if output.dtype == torch.float8_e5m2:  # infinite are numbers above the largest
-            kept = kept.nan_to_num(nan=math.nan, posinf=_LARGEST, neginf=-_LARGEST)
-        for_gain = (gradient.float() * kept).sum(dim=0)[row_order.long()]
-    return for_shift, for_gain, by_group((x.float() * gradient_of_x.float()).sum(dim=0)).sum(dim=-1)
+    for_scale_gain = by_group((x.float() * gradient_of_x.float()).sum(dim=0)).sum(dim=-1)
+    if gain is None or output is None:
+        return torch.cat([for_shift, for_scale_gain])
+    kept = output.float()
+    if output.dtype == torch.float8_e5m2:  # infinite are numbers above the largest
+        kept = kept.nan_to_num(nan=math.nan, posinf=_LARGEST, neginf=-_LARGEST)
+    for_gain = (gradient.float() * kept).sum(dim=0)[row_order.long()]
+    return torch.cat([for_shift * gain.exp(), for_gain, for_scale_gain])
 
 
-def shared_tables_of(packed: PackedMatrix, changes: SharedChanges) -> PackedMatrix:
+def shared_tables_of(packed: PackedMatrix, changes: torch.Tensor, with_gains: bool) -> PackedMatrix:
     """`bitsandbytes::lowra_shared_tables`, by the device's kernel: the weight with these changes, levels rounded."""
-    levels, scales = torch.ops.bitsandbytes.lowra_shared_tables(*packed.tensors, *changes, *packed.sizes)
+    levels, scales = torch.ops.bitsandbytes.lowra_shared_tables(*packed.tensors, changes, with_gains, *packed.sizes)
     return packed._replace(scales=scales, scale_steps=None, levels=levels)
 
 
-def _tables_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, SharedChanges]:
+def _tables_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, torch.Tensor, bool]:
     """The arguments of `lowra_shared_tables`.
 
     Raises:
         RuntimeError: the changes do not fit the weight.
     """
-    packed, changes = PackedMatrix(*arguments[:5], *arguments[8:]), SharedChanges(*arguments[5:8])
+    changes, with_gains = arguments[5:7]
+    packed = PackedMatrix(*arguments[:5], *arguments[7:])
     checks.check_packed(packed)
     groups = layout.group_count(packed.in_features, packed.group_size)
-    for name, count in (("level_shift", packed.rows), ("level_gain", packed.rows), ("scale_gain", groups)):
-        checks.check_change(name, getattr(changes, name), count, packed.codes)
-    return packed, changes
+    checks.check_changes(changes, changes_size(packed.rows, groups, with_gains), packed.codes)
+    return packed, changes, with_gains
 
 
 @torch.library.register_fake("bitsandbytes::lowra_shared_tables")
 def _(*arguments: Any) -> Any:
-    packed, _ = _tables_of(arguments)
-    return packed.levels.new_empty(packed.levels.shape), packed.scales.new_empty(
-        packed.scales.shape, dtype=torch.float32
-    )
+    packed, *_ = _tables_of(arguments)
+    levels, scales = packed.levels, packed.scales
+    return levels.new_empty(levels.shape), scales.new_empty(scales.shape, dtype=torch.float32)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_shared_tables", None)
 def _(*arguments: Any) -> Any:
-    packed, changes = _tables_of(arguments)
-    checks.check_memory(*packed.tensors, *changes)
-    levels, scales = native.by_reference(shared_tables, packed.codes.device, packed, changes)
+    packed, changes, with_gains = _tables_of(arguments)
+    checks.check_memory(*packed.tensors, changes)
+    levels, scales = native.by_reference(shared_tables, packed.codes.device, packed, changes, with_gains)
     return levels.half(), scales
 
 
@@ -157,21 +173,17 @@ def _sums_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
     Raises:
         RuntimeError: they do not fit one another.
     """
-    x, gradient, gradient_of_x, output, scales, row_order, level_gain, group_size = arguments
+    x, gradient, gradient_of_x, output, scales, row_order, changes, group_size = arguments
     checks.check_shared_gradients(x, gradient, gradient_of_x, output, scales, row_order, group_size)
-    checks.check_change("level_gain", level_gain, row_order.numel(), x)
-    torch._check(
-        (output is None) == (level_gain is None), lambda: "output and level_gain come together, or neither of them"
-    )
+    rows, groups = scales.shape
+    checks.check_changes(changes, changes_size(rows, groups, output is not None), x)
     return tuple(arguments)
 
 
 @torch.library.register_fake("bitsandbytes::lowra_shared_gradients")
 def _(*arguments: Any) -> Any:
-    x, _, _, output, scales, row_order, _, _ = _sums_of(arguments)
-    rows, groups = row_order.numel(), scales.shape[1]
-    sizes = rows, 0 if output is None else rows, groups
-    return tuple(x.new_empty(size, dtype=torch.float32) for size in sizes)
+    changes = _sums_of(arguments)[6]
+    return changes.new_empty(changes.shape)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_shared_gradients", None)
@@ -185,12 +197,12 @@ if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_shared_tables", "cuda")
     def _(*arguments: Any) -> Any:
-        packed, changes = _tables_of(arguments)
-        checks.check_memory(*packed.tensors, *changes)
-        found = native_shared.shared_tables(packed, changes)
+        packed, changes, with_gains = _tables_of(arguments)
+        checks.check_memory(*packed.tensors, changes)
+        found = native_shared.shared_tables(packed, changes, with_gains)
         if found is not None:
             return found
-        levels, scales = native.by_reference(shared_tables, packed.codes.device, packed, changes)
+        levels, scales = native.by_reference(shared_tables, packed.codes.device, packed, changes, with_gains)
         return levels.half(), scales
 
     @torch.library.register_kernel("bitsandbytes::lowra_shared_gradients", "cuda")
@@ -199,4 +211,5 @@ if native.cuda_available():
         checks.check_memory(*(each for each in given if isinstance(each, torch.Tensor)))
         if len(given[0]) == 0:
             return shared_gradients(*given)
-        return native_shared.shared_gradients(*given) or native.by_reference(shared_gradients, given[0].device, *given)
+        found = native_shared.shared_gradients(*given)
+        return native.by_reference(shared_gradients, given[0].device, *given) if found is None else found
