@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 
 import fsdp_on_cpu
@@ -11,7 +10,8 @@ from transformers import MixtralConfig
 
 import lowra
 from lowra.commands import main
-from lowra.training import Recipe, finetune
+from lowra.training import Recipe, continued, finetune
+from lowra.training.continued import as_begun
 from lowra.training.default_tables import pays_to_train
 from lowra.training.grid import plan_grid, run_grid
 from lowra.training.settled import settle, used
@@ -102,39 +102,37 @@ def test_a_run_says_why_and_records_it(on_calibrated, calibrated, caplog, capsys
     assert found["perplexity"] < result["untuned"]["perplexity"]
 
 
-def test_who_asks_for_them_is_told_nothing(on_calibrated, caplog):
-    with caplog.at_level(logging.WARNING, logger="lowra"):
-        finetune(dataclasses.replace(on_calibrated, tables="levels", max_steps=1), progress=False)
-        finetune(dataclasses.replace(on_calibrated, tables="frozen", max_steps=1, output=on_calibrated.output + "-2"))
-    assert "tables=" not in caplog.text
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_a_run_that_began_before_goes_on_as_it_began(on_calibrated, recorded, caplog):
+def test_a_run_that_began_before_goes_on_as_it_began(on_calibrated, caplog):
     begun = dataclasses.replace(on_calibrated, tables="frozen", max_steps=2, save_steps=1)
     finetune(begun, progress=False)
-    for file in pathlib.Path(begun.output).glob(f"checkpoints/*/{RECIPE}"):
-        assert json.loads(file.read_text())["tables"] == "frozen"
-        if not recorded:  # as the first versions wrote checkpoints, which list their files
-            file.unlink()
-            whole = json.loads((file.parent / "whole.json").read_text())
-            del whole["files"][RECIPE]
-            (file.parent / "whole.json").write_text(json.dumps(whole))
+    checkpoints = [*pathlib.Path(begun.output).glob("checkpoints/checkpoint-*")]
+    assert {json.loads((checkpoint / RECIPE).read_text())["tables"] for checkpoint in checkpoints} == {"frozen"}
     goes_on = dataclasses.replace(on_calibrated, resume=True, max_steps=3)
+    assert as_begun(goes_on).tables == "frozen"
     result = finetune(goes_on, progress=False)
     assert (result["recipe"]["tables"], result["steps_before"], result["steps"]) == ("frozen", 2, 3)
     assert "tables=" not in caplog.text
-    if recorded:
-        with pytest.raises(ValueError, match=r"tables=shared \(was frozen\)"):
-            finetune(goes_on.changed(["tables=auto"]), progress=False)
+    with pytest.raises(ValueError, match=r"tables=shared \(was frozen\)"):
+        finetune(goes_on.changed(["tables=auto"]), progress=False)
 
 
-def test_so_does_one_that_trains_others(on_calibrated):
-    finetune(dataclasses.replace(on_calibrated, tables="levels", max_steps=1, save_steps=1), progress=False)
-    goes_on = dataclasses.replace(on_calibrated, resume=True, max_steps=2)
-    assert finetune(goes_on, progress=False)["recipe"]["tables"] == "levels"
-    with pytest.raises(ValueError, match=r"tables=frozen \(was levels\)"):
-        finetune(goes_on.changed(["tables=frozen"]), progress=False)
+@pytest.mark.parametrize(
+    ("recorded", "trained", "tables"),
+    [({"tables": "levels"}, True, "levels"), ({}, False, "frozen"), (None, False, "frozen"), (None, True, "auto")],
+)
+def test_what_a_checkpoint_says_of_its_tables(on_calibrated, tmp_path, monkeypatch, recorded, trained, tables):
+    """The first versions had no tables to record, and later ones no recipe in a checkpoint."""
+    if recorded is not None:
+        (tmp_path / RECIPE).write_text(json.dumps(recorded))
+    if trained:
+        (tmp_path / "table_changes.safetensors").touch()
+    monkeypatch.setattr(continued, "newest_whole", lambda *args, **kwargs: tmp_path)
+    goes_on = dataclasses.replace(on_calibrated, resume=True)
+    assert as_begun(goes_on).tables == tables
+    assert as_begun(on_calibrated).tables == as_begun(goes_on.changed(["tables=auto"])).tables == "auto"
+    assert as_begun(dataclasses.replace(goes_on, tables="shared")).tables == "shared"
+    monkeypatch.setattr(continued, "newest_whole", lambda *args, **kwargs: None)
+    assert as_begun(goes_on).tables == "auto"
 
 
 def test_a_grid_trains_none_unless_asked(on_calibrated):
