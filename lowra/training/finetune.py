@@ -79,7 +79,7 @@ def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], ob
     if first and recipe.tables != asked.tables and recipe.tables != "frozen":
         logger.warning(
             "tables=%s: the base was calibrated, so its levels and scales learn with the adapter and are saved beside "
-            "it; tables=frozen leaves them as they are.",
+            "it; tables=frozen leaves them as they are, for vLLM or lowra export.",
             recipe.tables,
         )
     checkpoints = output / "checkpoints"
