@@ -7,7 +7,8 @@ namespace lowra {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kAtOnce = 4;       // tokens whose loads are on their way together
+constexpr int kAtOnce = 4;       // tokens of group_sums whose loads are on their way together
+constexpr int kMoreAtOnce = 8;   // of channel_sums
 constexpr int kRowsOfSums = 32;  // rows of a block that adds up parts
 
 struct tables_task {
@@ -127,26 +128,31 @@ __global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_con
   const U *y = static_cast<const U *>(t.y);
   float products[kChunk] = {};
   wait_for_earlier_kernels();
-  for (int token = begin; token < end; token += kAtOnce) {
-    raw_chunk<T> own[kAtOnce];
-    raw_chunk<U> other[kAtOnce];
+  for (int token = begin; token < end; token += kMoreAtOnce) {
+    raw_chunk<T> own[kMoreAtOnce];
+    raw_chunk<U> other[kMoreAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kMoreAtOnce; ++i) {
       const size_t row = (size_t)min(token + i, end - 1) * t.columns;
       own[i] = load_raw<kVector>(x + row, chunk * kChunk, t.columns);
       other[i] = load_raw<kVector>(y + row, chunk * kChunk, t.columns);
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kMoreAtOnce; ++i) {
       if (token + i >= end) break;
 #pragma unroll
       for (int k = 0; k < kChunk; ++k) products[k] += to_float(own[i].values[k]) * to_float(other[i].values[k]);
     }
   }
   float *out = t.products + (size_t)blockIdx.y * t.columns + chunk * kChunk;
+  if constexpr (kVector) {
+    reinterpret_cast<float4 *>(out)[0] = make_float4(products[0], products[1], products[2], products[3]);
+    reinterpret_cast<float4 *>(out)[1] = make_float4(products[4], products[5], products[6], products[7]);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kChunk; ++k) {
-    if (chunk * kChunk + k < t.columns) out[k] = products[k];
+    for (int k = 0; k < kChunk; ++k) {
+      if (chunk * kChunk + k < t.columns) out[k] = products[k];
+    }
   }
 }
 
@@ -211,7 +217,7 @@ int launch_group_sums(const sums_task &t, dim3 grid, cudaStream_t stream) {
 
 template <class T, class U>
 int launch_channel_sums(const sums_task &t, dim3 grid, cudaStream_t stream) {
-  const bool vector = t.columns % kChunk == 0 && aligned16(t.x) && aligned16(t.y);
+  const bool vector = t.columns % kChunk == 0 && aligned16(t.x) && aligned16(t.y) && aligned16(t.products);
   const auto kernel = vector ? channel_sums_kernel<T, U, true> : channel_sums_kernel<T, U, false>;
   return launch_early(kernel, grid, kThreads, 0, 1, stream, t);
 }

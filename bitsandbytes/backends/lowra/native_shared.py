@@ -9,8 +9,10 @@ from . import native
 from .layout import PackedMatrix
 
 _TYPES = {**native.TYPES, torch.float8_e5m2: 4}
-_PARTS = 128  # of a sum over tokens, at most: blocks for every processor, and few numbers to be added up after them
-_TOKENS = 4  # of a part, at least
+# Tokens are added up in parts: blocks for every processor, and few numbers to be added up after them. The most parts,
+# and the tokens that one has at least, which are those that the kernels load at once.
+_GROUP_PARTS, _GROUP_TOKENS = 128, 4
+_CHANNEL_PARTS, _CHANNEL_TOKENS = 64, 8
 
 
 class _SharedGradients(ctypes.Structure):
@@ -57,29 +59,32 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     """`shared_tables.shared_gradients` of one token or more; None where the GPU has no code."""
     x, gradient, gradient_of_x = x.contiguous(), gradient.contiguous(), gradient_of_x.contiguous()
     (tokens, columns), (rows, groups) = x.shape, scales.shape
-    parts = min(_PARTS, -(-tokens // _TOKENS))
+    group_parts = min(_GROUP_PARTS, -(-tokens // _GROUP_TOKENS))
+    channel_parts = 0 if output is None else min(_CHANNEL_PARTS, -(-tokens // _CHANNEL_TOKENS))
     like: Any = {"dtype": torch.float32, "device": x.device}
     stream = native.stream_of(x)
-    means, of_groups = x.new_empty(tokens, groups), torch.empty(parts, groups, **like)
+    means, of_groups = x.new_empty(tokens, groups), torch.empty(group_parts, groups, **like)
     given = x.data_ptr(), gradient_of_x.data_ptr(), _TYPES[x.dtype], tokens, columns, group_size
     status = native.call_cuda(
-        "lowra_cuda_group_sums", x.device, *given, means.data_ptr(), of_groups.data_ptr(), parts, stream
+        "lowra_cuda_group_sums", x.device, *given, means.data_ptr(), of_groups.data_ptr(), group_parts, stream
     )
     if not native.covered(status):
         return None
     native.check_status(status, f"sums over groups of {group_size} columns of {list(x.shape)}")
     of_channels = None
     if output is not None:
-        output, of_channels = output.contiguous(), torch.empty(parts, rows, **like)
+        output, of_channels = output.contiguous(), torch.empty(channel_parts, rows, **like)
         given = gradient.data_ptr(), _TYPES[x.dtype], output.data_ptr(), _TYPES[output.dtype], tokens, rows
-        status = native.call_cuda("lowra_cuda_channel_sums", x.device, *given, of_channels.data_ptr(), parts, stream)
+        status = native.call_cuda(
+            "lowra_cuda_channel_sums", x.device, *given, of_channels.data_ptr(), channel_parts, stream
+        )
         native.check_status(status, f"sums over the tokens of {list(gradient.shape)}")
     of_means, found = gradient.t() @ means, torch.empty_like(changes)
     _, level_gain, _ = _addresses(changes, rows, output is not None)
     struct = _SharedGradients(
         *map(_address, (of_means, of_groups, of_channels, row_order, scales)),
         *(level_gain, *_addresses(found, rows, output is not None)),
-        *(rows, groups, group_size, parts, 0 if of_channels is None else parts, _TYPES[x.dtype]),
+        *(rows, groups, group_size, group_parts, channel_parts, _TYPES[x.dtype]),
     )
     status = native.call_cuda("lowra_cuda_shared_gradients", x.device, ctypes.byref(struct), stream)
     native.check_status(status, f"gradients of shared changes of a weight [{rows}, {columns}]")
