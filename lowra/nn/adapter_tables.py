@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..checkpoints.records import WITHOUT_TABLES
 from .linear import LowRALinear
 from .packed_module import PackedModule
 
@@ -84,7 +85,8 @@ class AdapterTables:
         if len(dict.fromkeys(adapters)) > 1:
             raise ValueError(
                 f"The adapters {', '.join(map(repr, dict.fromkeys(adapters)))} cannot be used together: {having[0]!r} "
-                "was trained with levels and scales of its own (tables.safetensors), and a layer has one set at a time."
+                "was trained with levels and scales of its own (tables.safetensors), and a layer has one set at a "
+                f"time; {WITHOUT_TABLES}."
             )
         return having[0]
 
@@ -96,7 +98,7 @@ class AdapterTables:
                 raise ValueError(
                     f"The rows of this batch name {', '.join(map(repr, dict.fromkeys(adapters)))}, and the levels and "
                     f"scales that count are those of the active adapter, {self.active()}: set_adapter first, and "
-                    "give rows with other tables in a batch of their own."
+                    f"give rows with other tables in a batch of their own; {WITHOUT_TABLES}."
                 )
 
     def of_layer(self, name: str, device: torch.device) -> dict[str, torch.Tensor]:

@@ -70,6 +70,15 @@ class TabledLinear(LowRALinear):
         return self.product(x, bias)
 
     @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As of a plain layer, with these tables where they count: a merge adds to it, DoRA takes norms from it."""
+        if not self.counts() or dtype == torch.float64:  # which comes back here in float32
+            return super().dequantize(dtype)
+        levels, scales = self.tables()
+        changed = self.matrix()._replace(levels=levels.half(), scales=scales, scale_steps=None)
+        return torch.ops.bitsandbytes.lowra_dequantize(*changed, dtype)
+
+    @torch.no_grad()
     def baked_tables(self) -> dict[str, torch.Tensor]:
         """These tables in their storage, those parts that are trained or that an adapter brought."""
         if self.adapter is None:

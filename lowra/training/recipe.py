@@ -173,7 +173,7 @@ class Recipe:
             with problems.noted():
                 setattr(self, name, checked(name, getattr(self, name), checker))
         problems.report()
-        checks = (self._check_types, self._check_data, self._check_layers, self._check_tables, self._check_quantization)
+        checks = (self._check_types, self._check_data, self._check_layers, self._check_quantization)
         for check in checks:
             with problems.noted():
                 check()
@@ -201,13 +201,6 @@ class Recipe:
             )
         if self.task in ("language_modeling", "chat") and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, or there is nothing to predict; got {self.block_size}.")
-
-    def _check_tables(self) -> None:
-        if self.dora and self.tables not in ("auto", "frozen"):
-            raise ValueError(
-                f"dora=true scales by the norm of weights whose tables stay as they are, and tables={self.tables} "
-                "trains them: give tables=frozen, or leave dora out."
-            )
 
     def _check_quantization(self) -> None:
         try:

@@ -80,6 +80,26 @@ def test_they_are_trained_and_travel_with_the_adapter(packed, tmp_path):  # noqa
     assert torch.equal(again(input_ids=ids).logits, baked.logits)
 
 
+@pytest.mark.parametrize("kind", [{"scales": True}, {"shared": True}], ids=str)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_asks_for_the_dense_weight_gets_that_of_the_tables_in_training(packed, kind, use_dora):  # noqa: F811
+    """DoRA's norms and merges: before, they had the base's tables, and outputs changed when tables were baked."""
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=use_dora, init_lora_weights=False)
+    model, ids = peft.get_peft_model(model, config), torch.arange(48)[None] % 7
+    for parameter in train_tables(model, **kind).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        model.merge_adapter()
+        merged = model(input_ids=ids).logits
+        model.unmerge_adapter()
+        bake_tables(model)
+        baked = model(input_ids=ids).logits
+    assert (baked - trained).norm() < 0.02 * trained.norm()
+    assert (merged - trained).norm() < 0.02 * trained.norm()
+
+
 def test_both_kinds_at_once_are_refused(packed):  # noqa: F811
     with pytest.raises(ValueError, match="give one of them"):
         train_tables(adapted(packed), scales=True, shared=True)

@@ -77,13 +77,6 @@ def test_what_cannot_be_beside_trained_tables_leaves_them(on_calibrated, monkeyp
     assert settle(on_calibrated).tables == "frozen"
 
 
-@pytest.mark.parametrize("tables", ["shared", "levels", "levels_and_scales"])
-def test_dora_is_refused_beside_them(recipe, tables):
-    """Its norms would be those of the base's own tables while these learn, and others once they are saved."""
-    with pytest.raises(ValueError, match=f"dora=true .* tables={tables} .*: give tables=frozen, or leave dora out"):
-        recipe.changed([f"tables={tables}", "dora=true"])
-
-
 def test_a_run_says_why_and_records_it(on_calibrated, calibrated, caplog, capsys):
     result = finetune(on_calibrated, progress=False)
     assert "tables=shared: the base was calibrated" in caplog.text and "tables=frozen leaves them" in caplog.text
