@@ -12,7 +12,6 @@ each over all tokens. The gradient of a dense weight, of which those of single l
 product as large as the forward pass.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,18 +116,19 @@ def shared_gradients(  # noqa: PLR0917 - as the op
     lacking = groups * group_size - x.shape[1]
 
     def by_group(of_columns: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(of_columns, (0, lacking)).view(*of_columns.shape[:-1], groups, group_size)
+        whole = torch.nn.functional.pad(of_columns, (0, lacking)) if lacking else of_columns
+        return whole.reshape(*whole.shape[:-1], groups, group_size).sum(dim=-1, dtype=torch.float32)
 
-    means = (by_group(x.float()).sum(dim=-1) / group_size).to(x.dtype)
+    means = (by_group(x) / group_size).to(x.dtype)
     of_means = (gradient.t() @ means)[row_order.long()]
     for_shift = (of_means.float() * scales).sum(dim=1) * group_size
-    for_scale_gain = by_group((x.float() * gradient_of_x.float()).sum(dim=0)).sum(dim=-1)
+    for_scale_gain = by_group((x.float() * gradient_of_x).sum(dim=0))
     if gain is None or output is None:
         return torch.cat([for_shift, for_scale_gain])
     kept = output.float()
     if output.dtype == torch.float8_e5m2:  # infinite are numbers above the largest
-        kept = kept.nan_to_num(nan=math.nan, posinf=_LARGEST, neginf=-_LARGEST)
-    for_gain = (gradient.float() * kept).sum(dim=0)[row_order.long()]
+        kept.clamp_(-_LARGEST, _LARGEST)
+    for_gain = (kept * gradient).sum(dim=0)[row_order.long()]
     return torch.cat([for_shift * gain.exp(), for_gain, for_scale_gain])
 
 
