@@ -251,50 +251,6 @@ def check_gradient(gradient: torch.Tensor, codes: torch.Tensor, row_order: torch
     )
 
 
-def check_changes(changes: torch.Tensor, count: int, like: torch.Tensor) -> None:
-    """Shared changes of a weight's tables, on the device of `like`."""
-    check_given(changes=changes)
-    check_together(**{"the weight": like, "changes": changes})
-    torch._check(
-        changes.dtype == torch.float32 and changes.shape == (count,) and changes.is_contiguous(),
-        lambda: f"changes must be float32 [{count}] in one piece of memory, got {changes.dtype} {list(changes.shape)}",
-    )
-
-
-def check_shared_gradients(
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    gradient_of_x: torch.Tensor,
-    output: torch.Tensor | None,
-    scales: torch.Tensor,
-    row_order: torch.Tensor,
-    group_size: int,
-) -> None:
-    """What a product with a weight [N, K] was made of and gave, two-dimensional, and that weight's scales."""
-    check_given(x=x, gradient=gradient, gradient_of_x=gradient_of_x, scales=scales, row_order=row_order)
-    others = {"gradient": gradient, "gradient_of_x": gradient_of_x, "output": output}
-    check_together(x=x, **others, scales=scales, row_order=row_order)
-    torch._check(x.dim() == 2, lambda: f"x must be [tokens, in_features], got {tuple(x.shape)}")
-    (tokens, columns), rows = x.shape, row_order.numel()
-    check_sizes(rows, 0, 0, columns, group_size)
-    check_type("x", x.dtype)
-    expected = {"gradient": (tokens, rows), "gradient_of_x": (tokens, columns), "output": (tokens, rows)}
-    for name, tensor in others.items():
-        narrow = name == "output" and tensor is not None and tensor.dtype == torch.float8_e5m2
-        torch._check(
-            tensor is None or (tensor.shape == expected[name] and (narrow or tensor.dtype == x.dtype)),
-            lambda name=name, tensor=tensor: (
-                f"{name} must be {x.dtype} {list(expected[name])} as x, got {tensor.dtype} {list(tensor.shape)}"
-            ),
-        )
-    groups = layout.group_count(columns, group_size)
-    torch._check(
-        scales.dtype == torch.float32 and scales.shape == (rows, groups) and scales.is_contiguous(),
-        lambda: f"scales must be float32 [{rows}, {groups}], got {scales.dtype} {tuple(scales.shape)}",
-    )
-    torch._check(row_order.dtype == torch.int32, lambda: f"row_order must be int32, got {row_order.dtype}")
-
-
 def check_watched(row_order: torch.Tensor) -> None:
     """Asks for compiled code, which cannot, whether a packed layer's tensors are those it was compiled for: the row
     order it was given may carry a function that says so.

@@ -1,12 +1,15 @@
 """ctypes calls of the kernels of `shared_tables`."""
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import native
 from .layout import PackedMatrix
+
+if TYPE_CHECKING:
+    from .shared_tables import Passed
 
 _TYPES = {**native.TYPES, torch.float8_e5m2: 4}
 # Tokens are added up in parts: blocks for every processor, and few numbers to be added up after them. The most parts,
@@ -46,18 +49,10 @@ def shared_tables(
     return levels, scales
 
 
-def shared_gradients(  # noqa: PLR0917 - as the op
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    gradient_of_x: torch.Tensor,
-    output: torch.Tensor | None,
-    scales: torch.Tensor,
-    row_order: torch.Tensor,
-    changes: torch.Tensor,
-    group_size: int,
-) -> torch.Tensor | None:
+def shared_gradients(passed: "Passed") -> torch.Tensor | None:
     """`shared_tables.shared_gradients` of one token or more; None where the GPU has no code."""
-    x, gradient, gradient_of_x = x.contiguous(), gradient.contiguous(), gradient_of_x.contiguous()
+    x, gradient, gradient_of_x = (tensor.contiguous() for tensor in passed[:3])
+    output, scales, row_order, changes, group_size = passed[3:]
     (tokens, columns), (rows, groups) = x.shape, scales.shape
     group_parts = min(_GROUP_PARTS, -(-tokens // _GROUP_TOKENS))
     channel_parts = 0 if output is None else min(_CHANNEL_PARTS, -(-tokens // _CHANNEL_TOKENS))

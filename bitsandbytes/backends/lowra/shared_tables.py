@@ -49,6 +49,30 @@ class SharedChanges(NamedTuple):
     scale_gain: torch.Tensor
 
 
+class Passed(NamedTuple):
+    """What a product with a weight [N, K] of changed tables, and its backward pass, had: the op's arguments.
+
+    Attributes:
+        x: [T, K].
+        gradient: [T, N], of the output, as x.
+        gradient_of_x: [T, K], as x: `gradient` times the weight alone.
+        output: [T, N], x times the transposed weight without a bias, as x or float8_e5m2; None without gains of levels.
+        scales: float32 [N, groups], with their gains.
+        row_order: int32 [N].
+        changes: float32 [changes_size].
+        group_size: columns of a group.
+    """
+
+    x: torch.Tensor
+    gradient: torch.Tensor
+    gradient_of_x: torch.Tensor
+    output: torch.Tensor | None
+    scales: torch.Tensor
+    row_order: torch.Tensor
+    changes: torch.Tensor
+    group_size: int
+
+
 def changes_size(rows: int, groups: int, with_gains: bool) -> int:
     """Numbers of the changes of a weight."""
     return rows * (1 + with_gains) + groups
@@ -86,31 +110,9 @@ def shared_tables(packed: PackedMatrix, changes: torch.Tensor, with_gains: bool)
     return levels, decode_scales(packed.scales, packed.scale_steps) * scale_gain.exp()
 
 
-def shared_gradients(  # noqa: PLR0917 - as the op
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    gradient_of_x: torch.Tensor,
-    output: torch.Tensor | None,
-    scales: torch.Tensor,
-    row_order: torch.Tensor,
-    changes: torch.Tensor,
-    group_size: int,
-) -> torch.Tensor:
-    """The specification of the gradients, in plain PyTorch.
-
-    Args:
-        x: [T, K].
-        gradient: [T, N], of the output, as x.
-        gradient_of_x: [T, K], as x: `gradient` times the weight alone.
-        output: [T, N], x times the transposed weight without a bias, as x or float8_e5m2; None without gains of levels.
-        scales: float32 [N, groups], with their gains.
-        row_order: int32 [N].
-        changes: float32 [changes_size].
-        group_size: columns of a group.
-
-    Returns:
-        float32, as the changes.
-    """
+def shared_gradients(passed: Passed) -> torch.Tensor:
+    """The specification of the gradients, in plain PyTorch: float32, as the changes."""
+    x, gradient, gradient_of_x, output, scales, row_order, changes, group_size = passed
     rows, groups = scales.shape
     gain = changes_of(changes, rows, output is not None).level_gain
     lacking = groups * group_size - x.shape[1]
@@ -148,7 +150,7 @@ def _tables_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, torch.Tensor, bo
     packed = PackedMatrix(*arguments[:5], *arguments[7:])
     checks.check_packed(packed)
     groups = layout.group_count(packed.in_features, packed.group_size)
-    checks.check_changes(changes, changes_size(packed.rows, groups, with_gains), packed.codes)
+    _check_changes(changes, changes_size(packed.rows, groups, with_gains), packed.codes)
     return packed, changes, with_gains
 
 
@@ -167,30 +169,63 @@ def _(*arguments: Any) -> Any:
     return levels.half(), scales
 
 
-def _sums_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
+def _passed(arguments: Sequence[Any]) -> Passed:
     """The arguments of `lowra_shared_gradients`.
 
     Raises:
         RuntimeError: they do not fit one another.
     """
-    x, gradient, gradient_of_x, output, scales, row_order, changes, group_size = arguments
-    checks.check_shared_gradients(x, gradient, gradient_of_x, output, scales, row_order, group_size)
-    rows, groups = scales.shape
-    checks.check_changes(changes, changes_size(rows, groups, output is not None), x)
-    return tuple(arguments)
+    passed = Passed(*arguments)
+    x, gradient, gradient_of_x, output, scales, row_order, changes, group_size = passed
+    checks.check_given(x=x, gradient=gradient, gradient_of_x=gradient_of_x, scales=scales, row_order=row_order)
+    others = {"gradient": gradient, "gradient_of_x": gradient_of_x, "output": output}
+    checks.check_together(x=x, **others, scales=scales, row_order=row_order)
+    torch._check(x.dim() == 2, lambda: f"x must be [tokens, in_features], got {tuple(x.shape)}")
+    (tokens, columns), rows = x.shape, row_order.numel()
+    checks.check_sizes(rows, 0, 0, columns, group_size)
+    checks.check_type("x", x.dtype)
+    expected = {"gradient": (tokens, rows), "gradient_of_x": (tokens, columns), "output": (tokens, rows)}
+    for name, tensor in others.items():
+        narrow = name == "output" and tensor is not None and tensor.dtype == torch.float8_e5m2
+        torch._check(
+            tensor is None or (tensor.shape == expected[name] and (narrow or tensor.dtype == x.dtype)),
+            lambda name=name, tensor=tensor: (
+                f"{name} must be {x.dtype} {list(expected[name])} as x, got {tensor.dtype} {list(tensor.shape)}"
+            ),
+        )
+    groups = layout.group_count(columns, group_size)
+    torch._check(
+        scales.dtype == torch.float32 and scales.shape == (rows, groups) and scales.is_contiguous(),
+        lambda: f"scales must be float32 [{rows}, {groups}], got {scales.dtype} {tuple(scales.shape)}",
+    )
+    torch._check(
+        row_order.dtype == torch.int32 and row_order.dim() == 1 and row_order.is_contiguous(),
+        lambda: f"row_order must be int32 [rows] in one piece, got {row_order.dtype} {list(row_order.shape)}",
+    )
+    _check_changes(changes, changes_size(rows, groups, output is not None), x)
+    return passed
+
+
+def _check_changes(changes: torch.Tensor, count: int, like: torch.Tensor) -> None:
+    checks.check_given(changes=changes)
+    checks.check_together(**{"the weight": like, "changes": changes})
+    torch._check(
+        changes.dtype == torch.float32 and changes.shape == (count,) and changes.is_contiguous(),
+        lambda: f"changes must be float32 [{count}] in one piece of memory, got {changes.dtype} {list(changes.shape)}",
+    )
 
 
 @torch.library.register_fake("bitsandbytes::lowra_shared_gradients")
 def _(*arguments: Any) -> Any:
-    changes = _sums_of(arguments)[6]
+    changes = _passed(arguments).changes
     return changes.new_empty(changes.shape)
 
 
 @torch.library.register_kernel("bitsandbytes::lowra_shared_gradients", None)
 def _(*arguments: Any) -> Any:
-    given = _sums_of(arguments)
-    checks.check_memory(*(each for each in given if isinstance(each, torch.Tensor)))
-    return native.by_reference(shared_gradients, given[0].device, *given)
+    passed = _passed(arguments)
+    checks.check_memory(*passed[:-1])
+    return native.by_reference(shared_gradients, passed.x.device, passed)
 
 
 if native.cuda_available():
@@ -207,9 +242,9 @@ if native.cuda_available():
 
     @torch.library.register_kernel("bitsandbytes::lowra_shared_gradients", "cuda")
     def _(*arguments: Any) -> Any:
-        given = _sums_of(arguments)
-        checks.check_memory(*(each for each in given if isinstance(each, torch.Tensor)))
-        if len(given[0]) == 0:
-            return shared_gradients(*given)
-        found = native_shared.shared_gradients(*given)
-        return native.by_reference(shared_gradients, given[0].device, *given) if found is None else found
+        passed = _passed(arguments)
+        checks.check_memory(*passed[:-1])
+        if len(passed.x) == 0:
+            return shared_gradients(passed)
+        found = native_shared.shared_gradients(passed)
+        return native.by_reference(shared_gradients, passed.x.device, passed) if found is None else found
