@@ -98,7 +98,8 @@ class LowRALinear(PackedModule, nn.Linear):
         if learned:
             error_msgs.append(
                 f"{prefix[:-1]}: this state dict was made while levels and scales were being trained ({learned[0]}), "
-                "and here they are not: make it after bake_tables, or load it after train_tables."
+                "and here they are not, or not in that way: make it after bake_tables, or load it after such a "
+                "train_tables."
             )
         others = {key: value for key, value in state_dict.items() if key != prefix + KEY}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

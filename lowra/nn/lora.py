@@ -114,9 +114,7 @@ def lora_linear(
     if is_transformed():
         product = base.forward(x) if isinstance(base, SharedTablesLinear) else PackedLinear.apply(x, packed, bias)
         return product + (scaling * (x.to(dtype) @ a.to(dtype).t() @ b.to(dtype).t())).to(x.dtype)
-    changes, with_gains = (
-        (base.shared_change, base.with_gains) if isinstance(base, SharedTablesLinear) else (None, False)
-    )
+    changes, with_gains = (base.changes(), base.with_gains) if isinstance(base, SharedTablesLinear) else (None, False)
     keeps = with_gains and torch.is_grad_enabled()
     return _LoraLinear.apply(x, a, b, scaling, packed, bias, dtype, unread, fill, changes, with_gains, keeps)
 

@@ -38,12 +38,16 @@ class SharedTablesLinear(TabledLinear):
         size = changes_size(rows, groups, gains)
         self.shared_change = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=self.levels.device))
 
+    def changes(self) -> torch.Tensor:
+        """As the ops take them, whatever `model.to(dtype)` or a trainer made of the parameter."""
+        return self.shared_change.float()
+
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return shared_tables(self.matrix(), self.shared_change, self.with_gains)
+        return shared_tables(self.matrix(), self.changes(), self.with_gains)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         differentiated = torch.is_grad_enabled()
-        return _SharedTables.apply(x, self.shared_change, self.with_gains, bias, self.matrix(), differentiated)
+        return _SharedTables.apply(x, self.changes(), self.with_gains, bias, self.matrix(), differentiated)
 
 
 def kept_output(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,10 @@ from .linear import LowRALinear, as_autocast
 from .row_layout import is_readable
 
 
+class TablesBeyondStorage(ValueError):
+    """What was trained is more than numbers of its storage, or none."""
+
+
 class TabledLinear(LowRALinear):
     """A packed linear layer whose tables are functions of parameters.
 
@@ -80,7 +84,11 @@ class TabledLinear(LowRALinear):
 
     @torch.no_grad()
     def baked_tables(self) -> dict[str, torch.Tensor]:
-        """These tables in their storage, those parts that are trained or that an adapter brought."""
+        """These tables in their storage, those parts that are trained or that an adapter brought.
+
+        Raises:
+            TablesBeyondStorage: they are no numbers there.
+        """
         if self.adapter is None:
             current = self.current_tables()
         else:
@@ -88,13 +96,26 @@ class TabledLinear(LowRALinear):
         levels, scales = self.tables()
         current["levels"] = levels.half()
         if self.trains_scales:
-            current["scales"], steps = store_scales(scales, STORAGES[self.scales.dtype])
-            if steps is not None:
-                current["scale_steps"] = steps
+            if self.scales.dtype == torch.float16:
+                current["scales"] = scales.half()
+            else:
+                current["scales"], steps = store_scales(scales, STORAGES[self.scales.dtype])
+                if steps is not None:
+                    current["scale_steps"] = steps
+        for part, tensor in current.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TablesBeyondStorage(
+                    f"The {part} that were trained for {self.table_name or 'a layer'} are no numbers any more in "
+                    f"{tensor.dtype}: the training diverged; take an earlier checkpoint, and a lower learning rate."
+                )
         return current
 
     def baked(self) -> LowRALinear:
-        """The plain packed layer with these tables; on the same codes."""
+        """The plain packed layer with these tables; on the same codes.
+
+        Raises:
+            TablesBeyondStorage: they are no numbers there.
+        """
         layer = self._plain({**self.packed.tensors(), **self.baked_tables()})
         layer.is_replaced = True
         return layer
@@ -135,8 +156,8 @@ class TrainedTablesLinear(TabledLinear):
         current = self.current_tables()
         scales = decode_scales(current["scales"], current.get("scale_steps"))
         if self.scale_change is not None:
-            scales = scales * (1 + self.scale_change).clamp(min=0)  # one below zero has no storage
-        return current["levels"].float() + self.level_change, scales
+            scales = scales * (1 + self.scale_change.float()).clamp(min=0)  # one below zero has no storage
+        return current["levels"].float() + self.level_change.float(), scales
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _TrainedTables.apply(x, *self.tables(), bias, self.matrix())
@@ -187,5 +208,9 @@ class _TrainedTables(torch.autograd.Function):
 
 
 def dense(packed: PackedMatrix, levels: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions."""
-    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=levels.half()), dtype)
+    """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions.
+
+    Levels count as rounded to float16, their gradients do not: in float16 they would be added up, and small ones lost.
+    """
+    rounded = levels + (levels.half().float() - levels).detach()  # exactly the rounded ones
+    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=rounded), dtype)

@@ -82,7 +82,7 @@ def bake_tables(model: nn.Module) -> None:
     Levels are rounded to float16 and scales to their storage, so outputs change by that rounding, once.
 
     Raises:
-        ValueError: no tables are being trained.
+        ValueError: no tables are being trained, or they are no numbers any more; the model stays as it was.
     """
     trained = {n: layer for n, layer in _packed_layers(model).items() if isinstance(layer, TabledLinear)}
     if not trained:
@@ -91,8 +91,9 @@ def bake_tables(model: nn.Module) -> None:
     tables = adapter_tables(model)
     if adapter is not None and tables is not None:
         tables.put(adapter, {base_name(name): layer.baked_tables() for name, layer in trained.items()})
-    for name, layer in trained.items():
-        replace_module(model, name, layer.baked() if adapter is None else layer.untrained())
+    plain = {name: layer.baked() if adapter is None else layer.untrained() for name, layer in trained.items()}
+    for name, layer in plain.items():
+        replace_module(model, name, layer)
 
 
 def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = True) -> pathlib.Path:

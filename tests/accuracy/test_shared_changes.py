@@ -4,12 +4,14 @@ import peft
 import pytest
 import torch
 from test_tables import adapted, packed, packed_layer  # noqa: F401 - a fixture among them
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lowra import LowRALinear
 from lowra.nn.shared_linear import SharedTablesLinear
-from lowra.nn.tabled_linear import dense
-from lowra.nn.trained_tables import bake_tables, train_tables
+from lowra.nn.tabled_linear import TablesBeyondStorage, TrainedTablesLinear, dense
+from lowra.nn.tables_in_state import IN_TRAINING
+from lowra.nn.trained_tables import bake_tables, is_training_tables, train_tables
 
 
 def changed_layer(gains, bias, **options):
@@ -103,3 +105,46 @@ def test_what_asks_for_the_dense_weight_gets_that_of_the_tables_in_training(pack
 def test_both_kinds_at_once_are_refused(packed):  # noqa: F811
     with pytest.raises(ValueError, match="give one of them"):
         train_tables(adapted(packed), scales=True, shared=True)
+
+
+def layers_in_training():
+    layers = changed_layer(True, True), TrainedTablesLinear(packed_layer([1, 2, 4, 1, 2], bias=True), True)
+    return [(layer, [p for name, p in layer.named_parameters() if name in IN_TRAINING]) for layer in layers]
+
+
+def test_small_and_large_gradients_by_pytorch_are_kept():
+    """They were float16 where PyTorch differentiates levels: of small ones most digits were lost, of large ones all."""
+    for layer, changes in layers_in_training():
+        x = torch.randn(4, layer.in_features)
+        ones = torch.autograd.grad(layer(x).sum(), changes, create_graph=True)
+        for size in (1e-8, 1e6):
+            out = nn.functional.linear(x, dense(layer.matrix(), *layer.tables(), x.dtype), layer.bias)
+            for found, one in zip(torch.autograd.grad(out.sum() * size, changes), ones, strict=True):
+                torch.testing.assert_close(found / size, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_in_another_dtype_trains_its_tables(dtype):
+    for layer, changes in layers_in_training():
+        x = torch.randn(4, layer.in_features)
+        expected = layer(x)
+        layer.to(dtype)
+        out = layer(x.to(dtype))
+        out.sum().backward()
+        assert out.dtype == dtype and all(change.grad is not None for change in changes)
+        assert (out - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("scales", ["double_quant", "float16", "float32"])
+@pytest.mark.parametrize("size", [1e5, float("nan")], ids=str)
+def test_tables_beyond_their_storage_are_refused(packed, scales, size):  # noqa: F811
+    layer = changed_layer(True, True, scales=scales)
+    layer.shared_change.data.fill_(size)
+    with pytest.raises(TablesBeyondStorage, match="no numbers any more"):
+        layer.baked()
+    if scales == "double_quant":
+        model = adapted(packed)
+        list(train_tables(model).values())[-1].data.fill_(size)
+        with pytest.raises(TablesBeyondStorage, match="down_proj"):
+            bake_tables(model)
+        assert is_training_tables(model)
