@@ -34,7 +34,7 @@ from ..checkpoints.records import (
 )
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
-from ..nn.trained_tables import is_training_tables, read_tables, save_tables_of
+from ..nn.trained_tables import read_tables, save_tables_of
 from .adapter_keys import check_keys, is_saved_module, watch_keys
 from .adapter_places import check_settings, check_weights, file_of, reached
 from .integrity import describe_again
@@ -52,12 +52,10 @@ class Arriving:
     Attributes:
         record: content of its record; empty where it has none.
         tables: levels and scales that were trained with it, as `AdapterTables.put` takes them, or None.
-        in_training: the model is training tables for an adapter; they are left as they are.
     """
 
     record: dict
     tables: dict | None = None
-    in_training: bool = False
 
 
 def packing(model: nn.Module, name: str) -> Any:
@@ -83,13 +81,13 @@ def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
     if not is_packed_base(model):
         return
     keep_record(model.peft_config[name], arriving)
-    if arriving.in_training:
+    held = adapter_tables(model) if arriving.tables is None else hold_adapter_tables(model)
+    if held is None or held.in_training == name:  # a trainer that resumes; it puts the changes back by itself
         return
-    holder = hold_adapter_tables(model) if arriving.tables is not None else None
-    if arriving.tables is not None and holder is not None:
-        holder.put(name, arriving.tables)
-    elif (held := adapter_tables(model)) is not None:
+    if arriving.tables is None:
         held.forget(name)
+    else:
+        held.put(name, arriving.tables)
 
 
 def keep_record(config: Any, arriving: Arriving) -> None:
@@ -217,8 +215,6 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
             f"model is dense: load {record.get('base')} as it was packed, and lowra.merge_into_dense makes a dense "
             f"model of both; {WITHOUT_TABLES}."
         )
-    if is_training_tables(model):  # a trainer that resumes; it puts the changes back by itself
-        return Arriving(record, in_training=True)
     return Arriving(record, read_tables(model, tables))
 
 

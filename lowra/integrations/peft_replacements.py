@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.hooks import RemovableHandle
 
 from ..checkpoints.records import BASE_RECORD
-from ..nn.adapter_tables import release_adapter_tables
+from ..nn.adapter_tables import adapter_tables, release_adapter_tables
 from ..nn.embedding import LowRAEmbedding
 from ..nn.linear import LowRALinear
 from ..nn.packed_module import PackedModule
@@ -267,6 +267,11 @@ def unloaded(original: Callable) -> Callable:
     @functools.wraps(original)
     def _unload_and_optionally_merge(self: Any, merge: Any = True, *args: Any, **kwargs: Any) -> Any:
         if is_packed(self.model):
+            if (held := adapter_tables(self.model)) is not None and held.in_training is not None:
+                raise ValueError(
+                    f"Levels and scales are being trained for adapter {held.in_training!r}: bake_tables(model) comes "
+                    "before adapters are merged for good or taken off."
+                )
             if merge:
                 self._check_merge_allowed()  # before anything is changed
             release_adapter_tables(self.model, kwargs.get("adapter_names") if merge else [])

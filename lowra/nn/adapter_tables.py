@@ -19,7 +19,13 @@ NO_ADAPTER = "__base__"  # PEFT's name for rows of a batch that use no adapter
 
 
 class AdapterTables:
-    """The tables of all adapters of one model. Every packed linear layer holds it and asks it for its own."""
+    """The tables of all adapters of one model. Every packed linear layer holds it and asks it for its own.
+
+    Attributes:
+        in_training: name of the adapter for which `train_tables` made tables trainable, until they are baked; or None.
+    """
+
+    in_training: str | None = None
 
     def __init__(self, layer: BaseTunerLayer):
         """Args: layer: any that PEFT put on the model; it knows which adapters are active, as all do."""
@@ -29,8 +35,8 @@ class AdapterTables:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of adapters that have tables."""
-        return list(self._tables)
+        """Names of adapters that have tables, be they still in training."""
+        return list(dict.fromkeys([*self._tables, *([] if self.in_training is None else [self.in_training])]))
 
     def put(self, adapter: str, tables: dict[str, dict[str, torch.Tensor]]) -> None:
         """Gives an adapter tables: by layer and by `levels`, `scales` and `scale_steps`, of which it may have some."""
@@ -71,7 +77,7 @@ class AdapterTables:
         Raises:
             ValueError: several adapters are active, of which one at least has tables.
         """
-        return self.common(self.active()) if self._tables else None
+        return self.common(self.active()) if self.adapters else None
 
     def common(self, adapters: Sequence[str]) -> str | None:
         """The one of these adapters that has tables; None where none has.
@@ -79,7 +85,8 @@ class AdapterTables:
         Raises:
             ValueError: they differ in their tables.
         """
-        having = [name for name in dict.fromkeys(adapters) if name in self._tables]
+        own = self.adapters
+        having = [name for name in dict.fromkeys(adapters) if name in own]
         if not having:
             return None
         if len(dict.fromkeys(adapters)) > 1:
@@ -92,7 +99,7 @@ class AdapterTables:
 
     def check_batch(self, adapters: Sequence[str]) -> None:
         """Raises ValueError where the rows of one batch name adapters of other tables than count now."""
-        if self._tables:
+        if self.adapters:
             self.common(adapters)
             if self.common([name for name in adapters if name != NO_ADAPTER]) != self.chosen():
                 raise ValueError(
@@ -111,7 +118,7 @@ class AdapterTables:
         chosen = self.chosen()
         if chosen is None:
             return {}
-        tables = self._tables[chosen].get(name, {})
+        tables = self.of_adapter(chosen).get(name, {})
         for part, tensor in tables.items():
             if tensor.device != device:
                 with torch.inference_mode(False):

@@ -1,5 +1,6 @@
 """A packed linear layer whose levels and scales are trained, and `TrainedTablesLinear`, which trains each of them."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -90,10 +91,12 @@ class TabledLinear(LowRALinear):
             TablesBeyondStorage: they are no numbers there.
         """
         if self.adapter is None:
-            current = self.current_tables()
+            current, own = self.current_tables(), contextlib.nullcontext()
         else:
             current = dict(self.adapter_tables.of_adapter(self.adapter).get(self.table_name, {}))
-        levels, scales = self.tables()
+            own = self.adapter_tables.of([self.adapter])  # changes are of these, whichever adapter is active
+        with own:
+            levels, scales = self.tables()
         current["levels"] = levels.half()
         if self.trains_scales:
             if self.scales.dtype == torch.float16:

@@ -60,6 +60,8 @@ def train_tables(model: nn.Module, scales: bool = False, shared: bool = False) -
         raise ValueError("The tables of this model are being trained already: bake_tables ends that.")
     held = hold_adapter_tables(model)
     adapter = None if held is None else _only_active(held)
+    if held is not None:
+        held.in_training = adapter
     last = {_block_of(name): name for name in layers}
     for name, layer in layers.items():
         if shared:
@@ -94,6 +96,8 @@ def bake_tables(model: nn.Module) -> None:
     plain = {name: layer.baked() if adapter is None else layer.untrained() for name, layer in trained.items()}
     for name, layer in plain.items():
         replace_module(model, name, layer)
+    if tables is not None:
+        tables.in_training = None
 
 
 def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = True) -> pathlib.Path:
@@ -152,8 +156,10 @@ def load_tables(model: nn.Module, folder: str | pathlib.Path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: no such file; the tables of other codes or layers than this model's; several
-            adapters are active.
+            adapters are active; tables are being trained.
     """
+    if is_training_tables(model):
+        raise ValueError("The tables of this model are being trained: load others after bake_tables, or before.")
     path = expanded(folder) / TABLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: this adapter has no tables of its own.")
@@ -195,7 +201,7 @@ def check_tables(model: nn.Module, stored: dict[str, torch.Tensor], path: str) -
         if name not in layers or part not in ("codes", *TABLES):
             raise ValueError(f"{path} holds {key}, which this model does not have: it belongs to another base.")
         layer = layers[name]
-        if isinstance(layer, TabledLinear):
+        if isinstance(layer, TabledLinear) and layer.adapter is None:  # which count whatever adapter is active
             raise ValueError("The tables of this model are being trained: load others after bake_tables, or before.")
         if part == "codes":
             if not torch.equal(tensor, codes_digest(name, layer.weight)):
