@@ -24,7 +24,7 @@ from ..weights.packed import TABLES
 from .adapter_tables import AdapterTables, adapter_tables, base_name, hold_adapter_tables, packed_linears
 from .linear import LowRALinear
 from .shared_linear import SharedTablesLinear
-from .tabled_linear import TabledLinear, TrainedTablesLinear
+from .tabled_linear import TabledLinear, TablesBeyondStorage, TrainedTablesLinear
 from .tables_in_state import IN_TRAINING, check_part, codes_digest
 
 _EXPECTED = "the trained tables of an adapter"
@@ -136,6 +136,17 @@ def save_tables_of(model: nn.Module, adapter: str, folder: pathlib.Path) -> None
 def is_training_tables(model: nn.Module) -> bool:
     """Whether `train_tables` was called and `bake_tables` was not yet."""
     return any(isinstance(module, TabledLinear) for module in model.modules())
+
+
+def have_storage(model: nn.Module) -> bool:
+    """Whether tables that are being trained could be baked as they are now; so it is where none are."""
+    try:
+        for module in model.modules():
+            if isinstance(module, TabledLinear):
+                module.baked_tables()
+    except TablesBeyondStorage:
+        return False
+    return True
 
 
 def _write(model: nn.Module, tables: dict[str, dict[str, torch.Tensor]], folder: pathlib.Path) -> pathlib.Path:

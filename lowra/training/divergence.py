@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..nn.row_layout import is_sharded
+from ..nn.trained_tables import have_storage
 from .recipe import Recipe
 from .whole_checkpoints import newest_whole
 
@@ -57,10 +58,10 @@ class Divergence(TrainerCallback):
 
 @torch.no_grad()
 def _is_finite(model: nn.Module) -> bool:
-    """Whether all that is trained is, on all processes, which call it together."""
+    """Whether all that is trained is, and would be as it is stored, on all processes, which call it together."""
     parts: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = torch.stack([(part.to_local() if is_sharded(part) else part).isfinite().all() for part in parts])
-    return all(gather_object([bool(own.cpu().all())]))
+    return all(gather_object([bool(own.cpu().all()) and have_storage(model)]))
 
 
 def why_none(result: dict, recipe: Recipe, checkpoints: pathlib.Path) -> str:

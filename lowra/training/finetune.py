@@ -28,7 +28,6 @@ from ..checkpoints.places import expanded, usable_folder
 from ..device import choose_device
 from ..integrations.fsdp import is_sharded_run
 from ..nn.checkpointing import enable_checkpointing
-from ..nn.tabled_linear import TablesBeyondStorage
 from ..nn.trained_tables import bake_tables, save_tables, train_tables
 from ..optional import require
 from .adapter_card import CARD_FILE, adapter_card
@@ -263,10 +262,9 @@ def train(
         before = untuned_of(trainer.state)
     tuned: dict = dict.fromkeys(before)
     if divergence.step is None:
-        with contextlib.suppress(TablesBeyondStorage):  # of numbers that have no storage; `tuned` stays without any
-            if tables:
-                bake_tables(model)
-            tuned = measure(model, recipe, data, progress and main)
+        if tables:
+            bake_tables(model)
+        tuned = measure(model, recipe, data, progress and main)
         if None in finite(tuned).values():  # an adapter of numbers with which the model gives none
             divergence.step = trainer.state.global_step
     adapter: Any = model.peft_config["default"]

@@ -182,6 +182,15 @@ def test_a_run_that_diverges_says_so_and_leaves_no_adapter(recipe):
         assert all(tensor.isfinite().all() for tensor in stored.values())
 
 
+def test_tables_that_have_no_storage_end_a_run_as_one_that_diverged(recipe, calibrated):
+    """Numbers that float16 levels cannot be: the first checkpoint was to be written with them."""
+    recipe = dataclasses.replace(recipe, model=str(calibrated), tables_learning_rate=1e6, save_steps=2)
+    with pytest.raises(ValueError, match=r"diverged: by step 2 .* tables_learning_rate \(1e\+06\)"):
+        finetune(recipe, progress=False)
+    output = pathlib.Path(recipe.output)
+    assert not [*(output / "checkpoints").glob("checkpoint-*")] and (output / "curve.json").is_file()
+
+
 def test_a_loss_that_is_no_number_is_no_divergence_by_itself():
     divergence, model = Divergence(), torch.nn.Linear(2, 2)  # float16 passes by such steps
     state, control = TrainerState(global_step=3), TrainerControl()

@@ -244,7 +244,7 @@ if native.cuda_available():
     def _(*arguments: Any) -> Any:
         passed = _passed(arguments)
         checks.check_memory(*passed[:-1])
-        if len(passed.x) == 0:
+        if passed.gradient.numel() == 0:  # no tokens, or no rows
             return shared_gradients(passed)
         found = native_shared.shared_gradients(passed)
         return native.by_reference(shared_gradients, passed.x.device, passed) if found is None else found
