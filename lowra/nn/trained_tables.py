@@ -9,6 +9,7 @@ LowRA, section 4.1: one set of thresholds, and so one set of codes, for all adap
     PeftModel.from_pretrained(base, "adapter")     # with its tables; without PEFT: save_tables, load_tables
 """
 
+import logging
 import pathlib
 import re
 
@@ -26,6 +27,8 @@ from .linear import LowRALinear
 from .shared_linear import SharedTablesLinear
 from .tabled_linear import TabledLinear, TablesBeyondStorage, TrainedTablesLinear
 from .tables_in_state import IN_TRAINING, check_part, codes_digest
+
+logger = logging.getLogger(__name__)
 
 _EXPECTED = "the trained tables of an adapter"
 
@@ -120,11 +123,19 @@ def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = Tru
 def save_tables_of(model: nn.Module, adapter: str, folder: pathlib.Path) -> None:
     """Writes the tables of one adapter beside it; where it has none, it takes away those that an earlier one left.
 
-    Those that are being trained are written as they are now.
+    Those that are being trained are written as they are now, and those of the base, of which they are no part, told.
     """
     held = adapter_tables(model)
     tables = {} if held is None else held.of_adapter(adapter)
     training = [layer for layer in packed_linears(model).values() if isinstance(layer, TabledLinear)]
+    if training and training[0].adapter is None:
+        logger.warning(
+            "lowra: adapter %r is saved in %s without the levels and scales that are being trained: they are the "
+            "base's, since train_tables came before the adapter, or its method has no layers. Outputs from this folder "
+            "are others; bake_tables(model) and save the base too.",
+            adapter,
+            folder,
+        )
     if training and training[0].adapter == adapter:
         tables = {layer.table_name: layer.baked_tables() for layer in training}
     if tables:

@@ -65,3 +65,11 @@ def test_an_adapter_that_is_loaded_has_its_tables_and_bakes_none_of_them(in_trai
     in_training.set_adapter("default")
     again = peft.PeftModel.from_pretrained(load(packed_llama), tmp_path / "saved")
     assert torch.equal(logits_of(in_training), logits_of(again))
+
+
+def test_tables_of_the_base_are_told_to_be_missing_beside_an_adapter(packed_llama, tmp_path, caplog):
+    settings = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(packed_llama), settings)
+    train_tables(model, shared=True)
+    model.save_pretrained(tmp_path)
+    assert "without the levels and scales that are being trained" in caplog.text
