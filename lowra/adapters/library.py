@@ -260,7 +260,7 @@ class AdapterLibrary:
         self._active = name
 
     def memory(self) -> dict[str, float]:
-        """Bytes held: packed adapters, bases they share, decoded copies, and what all would take in float16."""
+        """Bytes held: packed adapters, bases they share, trained tables, decoded copies; factors in float16."""
         adapters = self._packed.values()
         parameters = sum(packed.parameters for packed in adapters)
         packed_bytes = sum(packed.tensor_bytes for packed in adapters)
@@ -275,6 +275,7 @@ class AdapterLibrary:
             "adapters": len(self),
             "packed_bytes": packed_bytes,
             "shared_bytes": shared_bytes,
+            "table_bytes": sum(packed.table_bytes for packed in adapters),
             "decoded_adapters": len(self._decoded),
             "decoded_bytes": decoded_bytes,
             "float16_bytes": 2 * parameters,

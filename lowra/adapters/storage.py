@@ -90,6 +90,11 @@ class PackedAdapter:
         return tensor_bytes(self.tensors)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the trained tables beside the factors, which are not packed; 0 without any."""
+        return tensor_bytes(self.tables)
+
+    @property
     def average_bits(self) -> float:
         """AvgBits: 8 x stored bytes / parameters (Equation 10), with this adapter's part of a shared basis."""
         part = tensor_bytes(self.shared.tensors) / self.shared.adapters if self.shared else 0

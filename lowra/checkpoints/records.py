@@ -36,6 +36,7 @@ BASE_RECORD = "lowra_base.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TABLES_FILE = "tables.safetensors"
+CHANGES_FILE = "table_changes.safetensors"  # of tables that were being trained, to go on from
 WITHOUT_TABLES = "an adapter that is trained with tables=frozen has none"  # the end of refusals on account of them
 ADAPTER_FILES = (ADAPTER_WEIGHTS, TABLES_FILE)
 

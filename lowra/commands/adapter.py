@@ -25,7 +25,7 @@ from ..checkpoints.atomic import written_beside
 from ..checkpoints.companions import companions, copy_companions
 from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.places import expanded, lasting_name, new_folder
-from ..checkpoints.records import record_of_folder
+from ..checkpoints.records import TABLES_FILE, WITHOUT_TABLES, record_of_folder
 from ..corpus import check_token_ids, load_tokenizer
 from ..integrations.adapter_records import check_adapter
 
@@ -250,6 +250,7 @@ def _report(args: argparse.Namespace, packed: list[PackedAdapter], seconds: floa
         "layers": len(packed[0].layers),
         "parameters": parameters,
         "tensor_bytes": stored,
+        "table_bytes": sum(one.table_bytes for one in packed),
         "file_bytes": sum(file.stat().st_size for file in args.output.rglob("*.safetensors")),
         "average_bits": 8 * stored / parameters,
         "base_fingerprint": packed[0].label["base"]["fingerprint"],
@@ -262,6 +263,11 @@ def _report(args: argparse.Namespace, packed: list[PackedAdapter], seconds: floa
     )
     if any(layer.important for layer in packed[0].layers):
         print(f"components at {packed[0].bits} bits per layer: {_important_counts(packed[0])}")
+    if result["table_bytes"]:
+        print(
+            f"beside them {result['table_bytes']:,} bytes of trained tables ({TABLES_FILE}), which are not packed; "
+            f"{WITHOUT_TABLES}"
+        )
     print(f"written to {args.output}")
     return result
 
@@ -287,6 +293,7 @@ def run_inspect(args: argparse.Namespace) -> dict:
         "average bits": f"{packed.average_bits:.3f}",
         "parameters": f"{packed.parameters:,} in {len(packed.layers)} layers",
         "file": f"{(args.adapter / PACKED_FILE).stat().st_size:,} bytes",
+        "trained tables": f"{packed.table_bytes:,} bytes" if packed.tables else "none",
         "base": base.get("name"),
         "base fingerprint": base.get("fingerprint"),
         "base quantisation": base.get("quantization"),
@@ -306,6 +313,7 @@ def run_inspect(args: argparse.Namespace) -> dict:
         "average_bits": packed.average_bits,
         "parameters": packed.parameters,
         "tensor_bytes": packed.tensor_bytes,
+        "table_bytes": packed.table_bytes,
         "layers": {layer.name: layer.important for layer in packed.layers},
         "problems": problems,
     }

@@ -16,7 +16,7 @@ from ..checkpoints.dense import empty_model, read_config
 from ..checkpoints.guarded import read_json
 from ..checkpoints.hub import local_folder, resolve_folder
 from ..checkpoints.places import expanded
-from ..checkpoints.records import ADAPTER_CONFIG
+from ..checkpoints.records import ADAPTER_CONFIG, TABLES_FILE, WITHOUT_TABLES
 from ..device import choose_device
 from ..integrations.adapter_records import record_of
 from ..integrations.missing_start import stored_start
@@ -85,6 +85,11 @@ def _check_original(original: str | None, adapter: pathlib.Path | None) -> None:
     folder = local_folder(original)
     if folder is not None:
         refuse_packed_original(folder)
+    if (adapter / TABLES_FILE).exists():
+        raise ValueError(
+            f"{adapter} was trained with levels and scales of its packed base ({TABLES_FILE}), which the original does "
+            f"not have: leave --original out, which merges into the packed base; {WITHOUT_TABLES}."
+        )
 
 
 def _load(base: pathlib.Path, device: torch.device, trust_remote_code: bool) -> Any:

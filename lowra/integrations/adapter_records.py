@@ -21,6 +21,7 @@ from ..checkpoints.records import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
     BASE_RECORD,
+    CHANGES_FILE,
     TABLES_FILE,
     WITHOUT_TABLES,
     changed_settings,
@@ -34,7 +35,7 @@ from ..checkpoints.records import (
 )
 from ..config import LowRAConfig
 from ..nn.adapter_tables import adapter_tables, hold_adapter_tables
-from ..nn.trained_tables import read_tables, save_tables_of
+from ..nn.trained_tables import put_changes, read_changes, read_tables, save_tables_of
 from .adapter_keys import check_keys, is_saved_module, watch_keys
 from .adapter_places import check_settings, check_weights, file_of, reached
 from .integrity import describe_again
@@ -52,10 +53,12 @@ class Arriving:
     Attributes:
         record: content of its record; empty where it has none.
         tables: levels and scales that were trained with it, as `AdapterTables.put` takes them, or None.
+        changes: file of what its tables had learned, where the model is training tables of an adapter; None without.
     """
 
     record: dict
     tables: dict | None = None
+    changes: pathlib.Path | None = None
 
 
 def packing(model: nn.Module, name: str) -> Any:
@@ -82,7 +85,16 @@ def settle(model: PeftModel, name: str, arriving: Arriving) -> None:
         return
     keep_record(model.peft_config[name], arriving)
     held = adapter_tables(model) if arriving.tables is None else hold_adapter_tables(model)
-    if held is None or held.in_training == name:  # a trainer that resumes; it puts the changes back by itself
+    if held is None:
+        return
+    if held.in_training == name:  # a trainer that resumes, or takes the best of its checkpoints
+        if arriving.changes is not None:
+            put_changes(model, read_changes(model, arriving.changes))
+        elif arriving.tables is not None:
+            raise ValueError(
+                f"Tables of adapter {name!r} are being trained, and what was loaded for it has {TABLES_FILE} without "
+                f"{CHANGES_FILE}, with which training goes on: load it before train_tables, or after bake_tables."
+            )
         return
     if arriving.tables is None:
         held.forget(name)
@@ -215,7 +227,10 @@ def check_adapter(model: nn.Module, adapter: str | pathlib.Path, options: dict, 
             f"model is dense: load {record.get('base')} as it was packed, and lowra.merge_into_dense makes a dense "
             f"model of both; {WITHOUT_TABLES}."
         )
-    return Arriving(record, read_tables(model, tables))
+    held = adapter_tables(model)
+    training = held is not None and held.in_training is not None
+    changes = file_of(adapter, CHANGES_FILE, options) if training else None
+    return Arriving(record, read_tables(model, tables), changes)
 
 
 def warn_of_unknown_start(adapter: str | pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ..checkpoints.atomic import save_tensors
 from ..checkpoints.guarded import read_tensors
 from ..checkpoints.places import expanded
-from ..checkpoints.records import TABLES_FILE, renew_record
+from ..checkpoints.records import CHANGES_FILE, TABLES_FILE, renew_record
 from ..checkpoints.targets import replace_module
 from ..weights.packed import TABLES
 from .adapter_tables import AdapterTables, adapter_tables, base_name, hold_adapter_tables, packed_linears
@@ -37,8 +37,8 @@ def train_tables(model: nn.Module, scales: bool = False, shared: bool = False) -
     """Makes the tables of every packed linear layer trainable.
 
     What is trained are changes, float32 and zero at first. A learning rate near 4e-3 suits them, whatever the adapter's
-    is (docs/lab/accuracy.md). PEFT does not keep them: a trainer that resumes has to. On a model with adapters they are
-    those of the active one: they count while it is active, and the base keeps its own.
+    is (docs/lab/accuracy.md). On a model with adapters they are those of the active one: they count while it is active,
+    and the base keeps its own. They are saved and loaded with it, so that a trainer resumes.
 
     Args:
         model: after the adapter has been put on it; changed in place.
@@ -123,7 +123,8 @@ def save_tables(model: nn.Module, folder: str | pathlib.Path, scales: bool = Tru
 def save_tables_of(model: nn.Module, adapter: str, folder: pathlib.Path) -> None:
     """Writes the tables of one adapter beside it; where it has none, it takes away those that an earlier one left.
 
-    Those that are being trained are written as they are now, and those of the base, of which they are no part, told.
+    Those that are being trained are written as they are now, and their changes beside them: tables are rounded, and
+    what optimiser states belong to are the changes. Those of the base, of which they are no part, are told.
     """
     held = adapter_tables(model)
     tables = {} if held is None else held.of_adapter(adapter)
@@ -136,12 +137,39 @@ def save_tables_of(model: nn.Module, adapter: str, folder: pathlib.Path) -> None
             adapter,
             folder,
         )
+    (folder / CHANGES_FILE).unlink(missing_ok=True)
     if training and training[0].adapter == adapter:
         tables = {layer.table_name: layer.baked_tables() for layer in training}
+        save_tensors({name: p.detach().cpu() for name, p in _changes(model).items()}, folder / CHANGES_FILE)
     if tables:
         _write(model, tables, folder)
     else:
         (folder / TABLES_FILE).unlink(missing_ok=True)
+
+
+def read_changes(model: nn.Module, path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Changes of tables that were being trained, from a file, as `put_changes` takes them.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read; changes of others than the model trains.
+    """
+    stored = {
+        base_name(name): tensor for name, tensor in read_tensors(path, "tables that were being trained")[0].items()
+    }
+    own = _changes(model)
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: p.shape for name, p in own.items()}:
+        raise ValueError(
+            f"{path} belongs to a run that trained other tables: go on with the same ones, or begin anew in another "
+            "folder."
+        )
+    return stored
+
+
+@torch.no_grad()
+def put_changes(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
+    """Goes on with changes from `read_changes`."""
+    for name, parameter in _changes(model).items():
+        parameter.copy_(changes[name])
 
 
 def is_training_tables(model: nn.Module) -> bool:
@@ -158,6 +186,11 @@ def have_storage(model: nn.Module) -> bool:
     except TablesBeyondStorage:
         return False
     return True
+
+
+def _changes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What `train_tables` made, by name in the base, with PEFT's wrappers or without."""
+    return {base_name(name): p for name, p in model.named_parameters() if name.rpartition(".")[2] in IN_TRAINING}
 
 
 def _write(model: nn.Module, tables: dict[str, dict[str, torch.Tensor]], folder: pathlib.Path) -> pathlib.Path:

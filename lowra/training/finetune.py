@@ -23,8 +23,10 @@ from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.atomic import finite, locked, save_json, save_text
+from ..checkpoints.configs import CONFIG_FILE
 from ..checkpoints.hub import local_folder
 from ..checkpoints.places import expanded, usable_folder
+from ..checkpoints.records import ADAPTER_CONFIG
 from ..device import choose_device
 from ..integrations.fsdp import is_sharded_run
 from ..nn.checkpointing import enable_checkpointing
@@ -43,7 +45,7 @@ from .quick_steps import quicken_steps
 from .recipe import Recipe
 from .settled import check_idle_overrides, on_device, settle, used
 from .sharding import OnceSharded, check_sharded_run, gathered, share_out, untuned_of
-from .table_checkpoints import TableCheckpoints, set_tables_learning_rate
+from .table_checkpoints import set_tables_learning_rate
 from .trainer import make_trainer, steps_of, training_arguments
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
 
@@ -127,7 +129,7 @@ def check_start(recipe: Recipe) -> None:
     with problems.noted():
         check_idle_overrides(recipe)
     with problems.noted():
-        local_folder(recipe.model)
+        _refuse_adapter(local_folder(recipe.model))
     for name in ("train_file", "validation_file", "chat_template"):
         place = getattr(recipe, name)
         with problems.noted():
@@ -147,6 +149,15 @@ def check_start(recipe: Recipe) -> None:
         if recipe.task == "summarization":
             require("task=summarization", "rouge_score")
     problems.report()
+
+
+def _refuse_adapter(model: pathlib.Path | None) -> None:
+    if model is not None and not (model / CONFIG_FILE).exists() and (model / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{model} is an adapter, not a model to begin from: its own run goes on with resume=true and more steps, "
+            "and on other data it is trained in Python, by any Trainer, from PeftModel.from_pretrained(base, adapter, "
+            "is_trainable=True)."
+        )
 
 
 def write_adapter(
@@ -229,10 +240,6 @@ def train(
         logger.warning("Going on from %s.", checkpoint or "the start: there is no whole checkpoint")
     if tables:
         set_tables_learning_rate(trainer, tables, recipe.tables_learning_rate)
-        checkpoints = TableCheckpoints(tables)
-        trainer.add_callback(checkpoints)
-        if checkpoint is not None:
-            checkpoints.restore(checkpoint)
     if sharded:
         trainer.add_callback(OnceSharded(check, untuned_metrics))
     trainer.add_callback(RecipeCheckpoints(recipe))

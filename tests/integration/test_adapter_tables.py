@@ -195,6 +195,43 @@ def test_the_original_cannot_take_them(packed_llama, dense_llama, trained):
         load(dense_llama).load_adapter(str(trained[0]))
 
 
+@pytest.mark.parametrize("trained", ["shared"], indirect=True)
+def test_the_original_is_refused_before_anything_is_loaded(
+    packed_llama, dense_llama, trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lowra.commands.merge._load", None)
+    arguments = ["merge", str(packed_llama), "--adapter", str(trained[0]), "--original", str(dense_llama)]
+    assert main([*arguments, "--output", str(tmp_path / "merged")]) == 2
+    assert "leave --original out, which merges into the packed base; an adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{}, {"scales": True}, {"shared": True}])
+def test_training_goes_on_with_the_changes_that_were_saved(packed_llama, tmp_path, options):
+    """Optimiser states belong to changes, and tables that were rounded do not tell them."""
+
+    def beginning():
+        model = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
+        return model, train_tables(model, **options)
+
+    model, parameters = beginning()
+    for parameter in parameters.values():
+        parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    resumed, again = beginning()
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(torch.equal(parameter, again[name]) for name, parameter in parameters.items())
+    assert torch.equal(logits_of(resumed.eval()), logits_of(model.eval()))
+    other = get_peft_model(load(packed_llama), LoraConfig(r=4, target_modules="all-linear"))
+    train_tables(other, scales=not options)
+    with pytest.raises(ValueError, match="belongs to a run that trained other tables"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    bake_tables(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "table_changes.safetensors").exists()
+    with pytest.raises(ValueError, match="load it before train_tables, or after bake_tables"):
+        resumed.load_adapter(tmp_path, "default", is_trainable=True)
+
+
 def filled_by_transformers(model, folder):
     model = model.unload()
     factors = load_peft_weights(str(folder), device="cpu")
@@ -360,6 +397,12 @@ def test_packed_adapters_and_libraries(packed_llama, trained, plain, tmp_path, c
         assert main([*command, "--output", str(tmp_path / name)]) == 0
     assert (tmp_path / "a" / TABLES).read_bytes() == (trained[0] / TABLES).read_bytes()
     assert not (tmp_path / "b" / TABLES).exists()
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "a" / TABLES).values())
+    assert capsys.readouterr().out.count(f"beside them {size:,} bytes of trained tables") == 1
+    assert main(["adapter", "inspect", str(tmp_path / "a")]) == main(["adapter", "inspect", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert f"trained tables     {size:,} bytes" in shown
+    assert "trained tables     none" in shown
     model = load_packed(load(packed_llama), tmp_path / "a").eval()
     assert (logits_of(model) - trained[1]).norm() < 0.2 * (logits_of(load(packed_llama)) - trained[1]).norm()
     with model.disable_adapter():
@@ -367,6 +410,7 @@ def test_packed_adapters_and_libraries(packed_llama, trained, plain, tmp_path, c
     library = AdapterLibrary(load(packed_llama))
     for name in names:
         library.add(name, tmp_path / name)
+    assert library.memory()["table_bytes"] == size
     for name in ("a", "b", "a"):
         library.switch(name)
         alone = load_packed(load(packed_llama), tmp_path / name).eval()
