@@ -203,17 +203,24 @@ class _TrainedTables(torch.autograd.Function):
                 for_x = gradient_of_input(gradient, packed)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = flat.T @ x.reshape(-1, x.shape[-1])
-            gradients_of = table_gradients if again else table_gradients_of
-            for_levels, for_scales = gradients_of(of_weight, packed, ctx.needs_input_grad[2])
+            with_scales = ctx.needs_input_grad[2]
+            if again:
+                packed = packed._replace(levels=_rounded(levels))
+                for_levels, for_scales = table_gradients(of_weight, packed, with_scales)
+            else:
+                for_levels, for_scales = table_gradients_of(of_weight, packed, with_scales)
         if ctx.with_bias and ctx.needs_input_grad[3]:
             for_bias = flat.sum(dim=0)
         return for_x, for_levels, for_scales, for_bias, None
 
 
 def dense(packed: PackedMatrix, levels: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions.
+    """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions."""
+    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=_rounded(levels)), dtype)
 
-    Levels count as rounded to float16, their gradients do not: in float16 they would be added up, and small ones lost.
+
+def _rounded(levels: torch.Tensor) -> torch.Tensor:
+    """Levels as they are in float16, in float32, which their gradients are too: in float16 they would be added up, and
+    small ones lost.
     """
-    rounded = levels + (levels.half().float() - levels).detach()  # exactly the rounded ones
-    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=rounded), dtype)
+    return levels + (levels.half().float() - levels).detach()  # exactly the rounded ones

@@ -123,6 +123,18 @@ def test_small_and_large_gradients_by_pytorch_are_kept():
                 torch.testing.assert_close(found / size, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
+def test_second_derivatives_are_those_of_pytorch():
+    for layer, changes in layers_in_training():
+        x, found = torch.randn(4, layer.in_features), []
+        for by_pytorch in (False, True):
+            weight = dense(layer.matrix(), *layer.tables(), x.dtype)
+            out = nn.functional.linear(x, weight, layer.bias) if by_pytorch else layer(x)
+            first = torch.autograd.grad(out.square().sum(), changes, create_graph=True)
+            found.append(torch.autograd.grad(sum(one.sum() for one in first) * 1e-10, changes))
+        for own, other in zip(*found, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_model_in_another_dtype_trains_its_tables(dtype):
     for layer, changes in layers_in_training():
