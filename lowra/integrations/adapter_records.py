@@ -113,6 +113,15 @@ def forget_tables(model: PeftModel, name: str) -> None:
         held.forget(name)
 
 
+def refuse_inheriting(model: PeftModel, name: str) -> None:
+    """Raises ValueError where an adapter is about to be made that would get the tables in training of one before it."""
+    if (held := adapter_tables(model)) is not None and held.in_training == name:
+        raise ValueError(
+            f"Levels and scales are still being trained for an adapter {name!r} that was deleted, and would become the "
+            "new one's: bake_tables(model) comes first, or give the new one another name."
+        )
+
+
 @contextlib.contextmanager
 def tables_set_aside(model: PeftModel, name: str) -> Iterator[None]:
     """Takes the tables of an adapter away, and gives them back where the block fails."""

@@ -30,6 +30,7 @@ from .adapter_records import (
     forget_tables,
     is_packed_base,
     load_checked,
+    refuse_inheriting,
     refuse_losing_tables,
     settle,
     tables_set_aside,
@@ -76,6 +77,7 @@ def with_our_layers(original: Callable) -> Callable:
     @functools.wraps(original)
     def inject_adapter(self: Any, model: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
         if is_packed(model):
+            refuse_inheriting(model, adapter_name)
             forget_tables(model, adapter_name)
             config = self.peft_config[adapter_name]
             check_method(self, model, config)

@@ -67,6 +67,18 @@ def test_an_adapter_that_is_loaded_has_its_tables_and_bakes_none_of_them(in_trai
     assert torch.equal(logits_of(in_training), logits_of(again))
 
 
+def test_a_new_adapter_does_not_inherit_what_was_trained_for_one_of_its_name(in_training):
+    in_training.set_adapter("other")
+    in_training.delete_adapter("default")
+    with pytest.raises(ValueError, match="that was deleted"):
+        in_training.add_adapter("default", SETTINGS)
+    bake_tables(in_training)
+    in_training.add_adapter("default", SETTINGS)
+    base = logits_of(in_training)
+    in_training.set_adapter("default")
+    assert torch.equal(logits_of(in_training), base)
+
+
 def test_tables_of_the_base_are_told_to_be_missing_beside_an_adapter(packed_llama, tmp_path, caplog):
     settings = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(load(packed_llama), settings)
