@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bitsandbytes.backends.lowra.layout import PackedMatrix
-from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed, linear
+from bitsandbytes.backends.lowra.ops import PackedLinear, gradient_of_input, is_transformed
 from bitsandbytes.backends.lowra.shared_tables import shared_tables_of
 
 from .linear import LowRALinear
-from .shared_linear import SharedTablesLinear, gradient_of_changes, gradients_by_pytorch, kept_output
+from .shared_linear import SharedTablesLinear, changed_product, gradient_of_changes, gradients_by_pytorch
 
 
 class Shortcuts:
@@ -151,13 +151,15 @@ class _LoraLinear(torch.autograd.Function):
         changed = packed if changes is None else shared_tables_of(packed, changes, with_gains)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         inner = (a.to(dtype) @ rows.t()).t() if x.is_cpu else rows @ a.to(dtype).t()  # see _scaled_product
+        kept = None
         if unread:
             out = x.new_empty(*x.shape[:-1], packed.rows)
             if fill is not None:
                 out.fill_(fill)
-        else:
-            out = linear(x, changed, bias)  # returned as it is: a view could not be written into afterwards
-        kept = kept_output(out, bias) if keeps else None
+            if keeps:
+                kept = out.view(-1, out.shape[-1])  # as undetermined, so that somebody who looks will see it
+        else:  # returned as it is: a view could not be written into afterwards
+            out, kept = changed_product(x, changed, bias, with_gains, keeps)
         if not unread:
             flat = out.view(-1, out.shape[-1])
             if dtype == x.dtype:

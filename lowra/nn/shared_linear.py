@@ -50,15 +50,23 @@ class SharedTablesLinear(TabledLinear):
         return _SharedTables.apply(x, self.changes(), self.with_gains, bias, self.matrix(), differentiated)
 
 
-def kept_output(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What gradients of gains need of an output [..., N]: the product alone, in 8 bits where it has 16.
+def changed_product(
+    x: torch.Tensor, changed: PackedMatrix, bias: torch.Tensor | None, with_gains: bool, keeps: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x times a weight with changes, plus bias, and what gradients of gains need of it, [T, N], if it is to be kept.
 
-    Another copy, because what comes after may write into the output (Liger's SwiGLU writes gradients there). Its
-    rounding, an eighth of a number at most and as often up as down, is lost among the tokens that are added up.
+    That is the product alone, in 8 bits where it has 16. It is a copy, because what comes after may write into the
+    output (Liger's SwiGLU writes gradients there). Its rounding, an eighth of a number at most and as often up as down,
+    is lost among the tokens that are added up; what a large bias rounds away would not be, so it comes afterwards.
     """
-    product = out if bias is None else out - bias
-    flat = product.reshape(-1, out.shape[-1])
-    return flat.to(_NARROW) if out.dtype.itemsize == 2 else flat.clone()
+    out = linear(x, changed, None if with_gains else bias)
+    kept = None
+    if keeps:
+        flat = out.view(-1, out.shape[-1])
+        kept = flat.to(_NARROW) if out.dtype.itemsize == 2 else flat.clone()
+    if with_gains and bias is not None:
+        out += bias
+    return out, kept
 
 
 def gradient_of_changes(
@@ -74,7 +82,7 @@ def gradient_of_changes(
         x: [..., K] of the product.
         gradient: [..., N] of its output, as x.
         for_x: [..., K]: that times the weight.
-        kept: of the output, by `kept_output`; None without gains of levels.
+        kept: by `changed_product`; None without gains of levels.
         changed: the weight with the changes.
         changes: those.
     """
@@ -107,8 +115,7 @@ class _SharedTables(torch.autograd.Function):
         differentiated: bool,
     ) -> torch.Tensor:
         changed = shared_tables_of(packed, changes, with_gains)
-        out = linear(x, changed, bias)
-        kept = kept_output(out, bias) if with_gains and differentiated else None
+        out, kept = changed_product(x, changed, bias, with_gains, with_gains and differentiated)
         ctx.save_for_backward(x, changes, kept, changed.scales, changed.levels, *packed.tensors)
         ctx.sizes, ctx.with_gains = packed.sizes, with_gains
         return out

@@ -49,6 +49,18 @@ def test_gradients_are_those_of_pytorch(gains, bias):
         assert (own - other).norm() < 0.1 * other.norm()  # outputs of 15 tokens are kept in 8 bits
 
 
+def test_a_large_bias_rounds_nothing_of_the_gains_away():
+    """As that of keys in Qwen 2.5, which is many times the products."""
+    layer = changed_layer(True, True)
+    layer.bias.data *= 3000
+    x, target = torch.randn(64, layer.in_features, requires_grad=True), torch.randn(64, 5)
+    _, (_, expected, _) = gradients(layer, x, target, by_pytorch=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, (_, found, _) = gradients(layer, x, target)
+    gains = slice(5, 10)
+    assert (found[gains] - expected[gains]).norm() < 0.1 * expected[gains].norm()
+
+
 @pytest.mark.parametrize("scales", ["double_quant", "float16", "float32"])
 def test_baked_layers_decode_to_what_was_trained(scales):
     layer = changed_layer(True, False, scales=scales)
