@@ -28,5 +28,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--offload-activations", action="store_true", help="what is kept of each layer waits in the host's memory"
     )
     parser.add_argument("--tiled-mlp", action="store_true", help="MLPs and norms work on 4,096 tokens at a time")
+    parser.add_argument(
+        "--tables",
+        choices=("frozen", "shared"),
+        help="of the base, trained with the adapter or not (default: as finetune does, shared where it was calibrated)",
+    )
     add_trust(parser)
     parser.set_defaults(run=Later("lowra.commands.plan:run"), is_yes=lambda result: result["fits"])

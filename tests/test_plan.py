@@ -302,6 +302,21 @@ def test_a_plan_to_calibrate_counts_the_tables_that_are_trained_then(seven, caps
         assert ("--calibrate" in plan["commands"][0]) == (tables == "shared")
 
 
+def test_a_plan_says_what_frozen_tables_would_let_fit(seven, capsys):
+    def planned(*options):
+        main(["plan", seven, "--gpu", "4GB", "--bits", "1.5", "--rank", "16", "--json", *options])
+        return last_object(capsys)
+
+    usual, frozen = planned(), planned("--tables", "frozen")
+    longer = {row["options"]: row["tokens"] for row in usual["longer"]}
+    assert longer["tables=frozen"] == frozen["longest"][0]["tokens"] > usual["longest"][0]["tokens"]
+    assert frozen["chosen"]["tables"] == "frozen" and frozen["commands"][1].endswith(" tables=frozen")
+    assert "tables=" not in usual["commands"][1] and "tables=frozen" not in {row["options"] for row in frozen["longer"]}
+    shape, size = read_shape(seven), memory.named_card("4GB").size
+    tight = dataclasses.replace(Run(**usual["chosen"]), length=frozen["longest"][0]["tokens"])
+    assert memory.option_words(memory.fitting_option(shape, tight, size), tight) == "tables=frozen"
+
+
 def test_shared_tables_cost_what_is_kept_for_them(seven):
     """No gradient of a dense weight, some numbers of a channel or an input group, and a byte of each output."""
     shape, asked = read_shape(seven), Run(bits=1.5, optimizer="adamw_torch_fused", accumulation=4)

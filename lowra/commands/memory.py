@@ -138,7 +138,7 @@ def announce_finetuning(recipe: Recipe, check: bool, show: bool = True) -> None:
         name, there = ("this machine", host_bytes()) if card is None else (card.name, card.size)
         less = "Give a smaller batch_size (and more accumulation), shorter sequences, a smaller rank or fewer bits"
         if card is not None and (longer := fitting_option(shape, run, there)) is not None:
-            less = f"Give {option_words(longer)}, with which it fits"
+            less = f"Give {option_words(longer, run)}, with which it fits"
         _refuse("This fine-tuning", size, name, there, less)
         if card is not None:
             less = "Leave out offload_activations=true, or give shorter sequences"
@@ -150,22 +150,28 @@ def announce_finetuning(recipe: Recipe, check: bool, show: bool = True) -> None:
 
 
 def fitting_option(shape: ModelShape, run: Run, size: float) -> Run | None:
-    """The run with the options for long contexts that let it fit; None where none do or none are needed."""
-    if not run.checkpointing or finetuning(shape, run).on_card <= size:
+    """The run with other options that let it fit; None where none do or none are needed."""
+    if finetuning(shape, run).on_card <= size:
         return None
     return next((each for each in longer_options(shape, run) if finetuning(shape, each).on_card <= size), None)
 
 
 def longer_options(shape: ModelShape, run: Run) -> list[Run]:
-    """The run with more of the options for long contexts than it has, the one that needs no memory elsewhere first."""
-    pairs = [(run.offload, True), (True, run.tiled_mlp), (True, True)]
-    more = [dataclasses.replace(run, offload=offload, tiled_mlp=tiled and shape.tiles) for offload, tiled in pairs]
+    """The run with other options that need less of the card, the one that costs least first: without tables that are
+    trained because nothing was said of them, and with more of the options for long contexts.
+    """
+    more = [dataclasses.replace(run, tables="frozen")] if run.tables == "shared" else []
+    if run.checkpointing:
+        pairs = [(run.offload, True), (True, run.tiled_mlp), (True, True)]
+        more += [dataclasses.replace(run, offload=offload, tiled_mlp=tiled and shape.tiles) for offload, tiled in pairs]
     return [each for place, each in enumerate(more) if each != run and each not in more[:place]]
 
 
-def option_words(run: Run) -> str:
-    """The recipe's fields for the options of a run."""
-    return " ".join(["offload_activations=true"] * run.offload + ["tiled_mlp=true"] * run.tiled_mlp)
+def option_words(run: Run, asked: Run | None = None) -> str:
+    """The recipe's fields for the options of a run, and for its tables where those are not what was asked for."""
+    frozen = asked is not None and run.tables != asked.tables
+    words = ["tables=frozen"] * frozen + ["offload_activations=true"] * run.offload + ["tiled_mlp=true"] * run.tiled_mlp
+    return " ".join(words)
 
 
 def run_of(recipe: Recipe, shape: ModelShape, card: Card | None) -> Run:

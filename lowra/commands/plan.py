@@ -14,6 +14,7 @@ from ..inspection.shapes import ModelShape, read_shape
 from ..integrations.graph_memory import ROOM_BETWEEN
 from ..quantization.initial_adapter import MOST_RANK
 from ..training.default_tables import pays_to_train
+from ..training.kinds import Tables
 from .memory import Card, card_of, fitting_option, gib, longer_options, named_card, option_words, packed_run
 from .ranges import check_range
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     shape = read_shape(args.model, args.trust_remote_code)
     asked = _asked(args, shape, card)
     _show_question(args.model, shape, asked)
-    options = [asked] if shape.packed is not None else _options(asked, shape, args.bits)
+    options = [asked] if shape.packed is not None else _options(asked, shape, args)
     result: dict = {"model": args.model, "parameters": shape.parameters}
     fitting = options
     if card is None:
@@ -122,14 +123,14 @@ def _asked(args: argparse.Namespace, shape: ModelShape, card: Card | None) -> Ru
         tiled_mlp=args.tiled_mlp,
         accumulation=max(1, _SEQUENCES // args.batch),
         optimizer=args.optimizer,
-        tables="shared" if pays_to_train(shape.packed) else "frozen",
+        tables=args.tables or _usual_tables(shape, args.bits or 2.0),
         eval_batch=_EVALUATED,
         large_workspace=card is not None and card.large_workspace,
     )
     return packed_run(run, shape) if args.rank is None else dataclasses.replace(packed_run(run, shape), rank=args.rank)
 
 
-def _options(asked: Run, shape: ModelShape, bits: float | None) -> list[Run]:
+def _options(asked: Run, shape: ModelShape, args: argparse.Namespace) -> list[Run]:
     """The ways to pack, best first: the most bits, and embeddings left dense where they can be."""
     return [
         dataclasses.replace(
@@ -137,9 +138,9 @@ def _options(asked: Run, shape: ModelShape, bits: float | None) -> list[Run]:
             bits=each,
             embeddings=packed,
             head=packed and shape.head > 0,
-            tables="shared" if _calibrates(each) else "frozen",  # as `lowra finetune` will choose
+            tables=args.tables or _usual_tables(shape, each),
         )
-        for each in (_BITS if bits is None else (bits,))
+        for each in (_BITS if args.bits is None else (args.bits,))
         for packed in (False, True)
     ]
 
@@ -191,11 +192,11 @@ def _show_parts(option: Run, needed: Requirement) -> None:
 def _show_longer(shape: ModelShape, option: Run, card: Card) -> list[dict]:
     """What the options for long contexts would let fit."""
     rows: list[dict[str, Any]] = []
-    for longer in longer_options(shape, option) if option.checkpointing else ():
+    for longer in longer_options(shape, option):
         tokens = longest(shape, longer, card.size)
         host = finetuning(shape, dataclasses.replace(longer, length=tokens)).host
         if tokens > longest(shape, option, card.size):
-            rows.append({"options": option_words(longer), "tokens": tokens, "host": host})
+            rows.append({"options": option_words(longer, option), "tokens": tokens, "host": host})
     if rows:
         print(f"\nlonger sequences at {option.bits:.3g} bits, by fields of the recipe:")
     for row in rows:
@@ -206,7 +207,7 @@ def _show_longer(shape: ModelShape, option: Run, card: Card) -> list[dict]:
 
 def _say_less(shape: ModelShape, option: Run, card: Card) -> str:
     if (longer := fitting_option(shape, option, card.size)) is not None:
-        return f"with {option_words(longer)} it would ({gib(finetuning(shape, longer).on_card)})"
+        return f"with {option_words(longer, option)} it would ({gib(finetuning(shape, longer).on_card)})"
     own = shape.packed is not None and shape.packed.initial_adapter is not None
     rank = option.rank if own else min(8, option.rank)
     least = dataclasses.replace(option, length=min(512, option.length), batch=1, rank=rank)
@@ -229,6 +230,8 @@ def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
         fields += f" {option_words(option)}"
     if option.optimizer != Run.optimizer:
         fields += f" optimizer={option.optimizer}"
+    if option.tables != _usual_tables(shape, option.bits):
+        fields += f" tables={option.tables}"
     if shape.packed is not None:
         rank = "" if shape.packed.initial_adapter else f"rank={option.rank} "
         return [f"lowra finetune 8gb-chat train_file=FILE model={model} {rank}{fields}"]
@@ -238,6 +241,12 @@ def _commands(model: str, shape: ModelShape, option: Run) -> list[str]:
         f"lowra quantize {model} --bits {option.bits:g} --rank {option.rank}{more} --output packed",
         f"lowra finetune 8gb-chat train_file=FILE model=packed {fields}",
     ]
+
+
+def _usual_tables(shape: ModelShape, bits: float) -> Tables:
+    """What `lowra finetune` will do where nothing is said, of a packed model or one that the plan's commands pack."""
+    pays = _calibrates(bits) if shape.packed is None else pays_to_train(shape.packed)
+    return "shared" if pays else "frozen"
 
 
 def _calibrates(bits: float) -> bool:
