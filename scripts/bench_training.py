@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 import lowra
 from bitsandbytes.backends.lowra import native
 from lowra.nn.trained_tables import train_tables
+from lowra.training.table_checkpoints import TRAINED_TABLES
 
 _RECOMPILES = 256  # a layer may have each of its NF4 weights' statistics among its guards
 
@@ -54,7 +55,7 @@ def adapted(args: argparse.Namespace, base: str | float, way: str) -> torch.nn.M
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     if args.tables and isinstance(base, float):
-        train_tables(model, scales=args.tables == "levels_and_scales", shared=args.tables == "shared")
+        train_tables(model, **TRAINED_TABLES[args.tables])
     if kernels[0] == "graphs":
         lowra.capture_layers(model)
     elif kernels[0] == "compiled":
@@ -150,8 +151,7 @@ def main() -> None:
     parser.add_argument("--peer-ways", nargs="*", default=["eager", "compiled"], help="of the peers")
     parser.add_argument("--shapes", nargs="*", default=["1x512", "2x1024"], help="batch x length")
     parser.add_argument("--rank", type=int, default=64)
-    kinds = ("shared", "levels", "levels_and_scales")
-    parser.add_argument("--tables", nargs="?", const=kinds[0], choices=kinds, help="packed bases train theirs")
+    parser.add_argument("--tables", nargs="?", const="shared", choices=TRAINED_TABLES, help="packed bases train theirs")
     parser.add_argument("--optimizer", default="adamw_torch", help="of the Trainer; a plain loop has the fused one")
     parser.add_argument("--steps", type=int, default=7, help="timed ones")
     parser.add_argument("--half", choices=("bfloat16", "float16"), default="bfloat16", help="float16: scaled losses")

@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 import lowra
 from lowra.nn.trained_tables import train_tables
 from lowra.training.data import TaskData
+from lowra.training.default_tables import chosen_tables
 from lowra.training.quick_steps import quicken_steps
 from lowra.training.recipe import Recipe
-from lowra.training.table_checkpoints import set_tables_learning_rate
+from lowra.training.table_checkpoints import TRAINED_TABLES, set_tables_learning_rate
 from lowra.training.trainer import make_trainer, training_arguments
 
 
@@ -49,7 +50,8 @@ def trained(model: Any, recipe: Recipe, steps: int) -> dict[str, Any]:
         milliseconds of a step, from one step's end to the next one's: with the loader, clipping, schedule and log.
     """
     every = PREPARING + steps + 1  # the last under the profiler
-    recipe = dataclasses.replace(recipe, max_steps=every, save_steps=None)
+    tables = chosen_tables(recipe, None)  # "auto" as on a base that was not calibrated
+    recipe = dataclasses.replace(recipe, max_steps=every, save_steps=None, tables=tables)
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, lowra.LowRALinear)]
     names = [name for name in names if model.get_submodule(name) is not head]
@@ -64,14 +66,13 @@ def trained(model: Any, recipe: Recipe, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(recipe, pathlib.Path(folder) / "checkpoints")
         quicken_steps(model, recipe, arguments)
-        tables = {}
+        changes = {}
         if recipe.tables != "frozen":
-            scales, shared = recipe.tables == "levels_and_scales", recipe.tables == "shared"
-            tables = train_tables(model, scales=scales, shared=shared)
+            changes = train_tables(model, **TRAINED_TABLES[recipe.tables])
         data = TaskData(examples, examples[:1], tokenizer=None, collate=collate)
         trainer = make_trainer(model, recipe, data, arguments, progress=False)
-        if tables:
-            set_tables_learning_rate(trainer, tables, recipe.tables_learning_rate)
+        if changes:
+            set_tables_learning_rate(trainer, changes, recipe.tables_learning_rate)
         trainer.add_callback(clock)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -190,7 +190,7 @@ def _show_parts(option: Run, needed: Requirement) -> None:
 
 
 def _show_longer(shape: ModelShape, option: Run, card: Card) -> list[dict]:
-    """What the options for long contexts would let fit."""
+    """What other options would let fit."""
     rows: list[dict[str, Any]] = []
     for longer in longer_options(shape, option):
         tokens = longest(shape, longer, card.size)

@@ -198,7 +198,7 @@ class _LoraLinear(torch.autograd.Function):
         if needs_a:
             grad_a = grad_inner.t() @ rows
         if changes is not None:
-            packed = packed._replace(scales=scales, scale_steps=None, levels=levels)
+            packed = packed.with_tables(levels, scales)
         learns = ctx.needs_input_grad[9]
         if needs_x or learns:
             of_base = gradient_of_input(grad, packed)

@@ -129,7 +129,7 @@ class _SharedTables(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             for_x, for_changes = gradients_by_pytorch(rows, changes, ctx.with_gains, packed, flat)
         else:
-            changed = packed._replace(scales=scales, scale_steps=None, levels=levels)
+            changed = packed.with_tables(levels, scales)
             for_x = gradient_of_input(flat, changed)
             if ctx.needs_input_grad[1]:
                 for_changes = gradient_of_changes(x, flat, for_x, kept, changed, changes)

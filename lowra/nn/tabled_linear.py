@@ -80,7 +80,7 @@ class TabledLinear(LowRALinear):
         if not self.counts() or dtype == torch.float64:  # which comes back here in float32
             return super().dequantize(dtype)
         levels, scales = self.tables()
-        changed = self.matrix()._replace(levels=levels.half(), scales=scales, scale_steps=None)
+        changed = self.matrix().with_tables(levels.half(), scales)
         return torch.ops.bitsandbytes.lowra_dequantize(*changed, dtype)
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class _TrainedTables(torch.autograd.Function):
         """
         ctx.save_for_backward(x, levels, scales, packed.codes, packed.row_order)
         ctx.sizes, ctx.with_bias = packed.sizes, bias is not None
-        return linear(x, packed._replace(scales=scales, scale_steps=None, levels=levels.half()), bias)
+        return linear(x, packed.with_tables(levels.half(), scales), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -216,7 +216,7 @@ class _TrainedTables(torch.autograd.Function):
 
 def dense(packed: PackedMatrix, levels: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight of these tables as PyTorch differentiates it, any number of times and in both directions."""
-    return dequantize(packed._replace(scales=scales, scale_steps=None, levels=_rounded(levels)), dtype)
+    return dequantize(packed.with_tables(_rounded(levels), scales), dtype)
 
 
 def _rounded(levels: torch.Tensor) -> torch.Tensor:

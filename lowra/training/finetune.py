@@ -45,13 +45,11 @@ from .quick_steps import quicken_steps
 from .recipe import Recipe
 from .settled import check_idle_overrides, on_device, settle, used
 from .sharding import OnceSharded, check_sharded_run, gathered, share_out, untuned_of
-from .table_checkpoints import set_tables_learning_rate
+from .table_checkpoints import TRAINED_TABLES, set_tables_learning_rate
 from .trainer import make_trainer, steps_of, training_arguments
 from .whole_checkpoints import WholeCheckpoints, keep_newest, newest_whole, put_in_place
 
 logger = logging.getLogger(__name__)
-
-_TRAINED = {"shared": {"shared": True}, "levels": {}, "levels_and_scales": {"scales": True}}  # options of train_tables
 
 
 def finetune(recipe: Recipe, progress: bool = True, at_start: Callable[[int], object] | None = None) -> dict:
@@ -229,7 +227,7 @@ def train(
     before = None if sharded else untuned_metrics()
     tables = {}
     if recipe.tables != "frozen":
-        tables = train_tables(model, **_TRAINED[recipe.tables])
+        tables = train_tables(model, **TRAINED_TABLES[recipe.tables])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partial = pathlib.Path(str(arguments.output_dir))
     if main:

@@ -56,8 +56,8 @@ class Recipe:
         init_steps: LoftQ's alternating steps.
         tables: of a packed base: "frozen", or what is trained with the adapter and saved beside it: "shared" (what all
             levels of a channel and all scales of a group of inputs have in common, at next to no cost), "levels" or
-            "levels_and_scales"; none with dora. "auto" is "shared" on a base that was calibrated and "frozen" on any
-            other (`lowra.training.default_tables`), in a grid "frozen", so that all of its runs train alike.
+            "levels_and_scales". "auto" is "shared" on a base that was calibrated, without dora, and "frozen" otherwise
+            (`lowra.training.default_tables`), in a grid "frozen", so that all of its runs train alike.
         tables_learning_rate: their peak rate, whatever the adapter's is; without weight decay.
         quantization: options of `LowRAConfig` set on top of the method's, such as `sensitivity: none`.
         dataset, dataset_config: hub name and configuration; train_file and validation_file take their place.

@@ -7,6 +7,13 @@ from transformers import Trainer
 
 from ..checkpoints.records import CHANGES_FILE
 
+# Options of `train_tables` by the recipe's `tables`.
+TRAINED_TABLES: dict[str, dict[str, bool]] = {
+    "shared": {"shared": True},
+    "levels": {},
+    "levels_and_scales": {"scales": True},
+}
+
 
 def has_tables(checkpoint: pathlib.Path) -> bool:
     """Whether the run of a checkpoint trains tables."""

@@ -142,5 +142,9 @@ class PackedMatrix(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         return self[5:]
 
+    def with_tables(self, levels: torch.Tensor, scales: torch.Tensor) -> "PackedMatrix":
+        """The same codes with other levels, and with scales of float32."""
+        return self._replace(levels=levels, scales=scales, scale_steps=None)
+
     def segments(self) -> list[Segment]:
         return segments(self.rows, self.rows_4bit, self.rows_2bit, self.in_features)

@@ -144,6 +144,11 @@ def search_of(
     return search
 
 
+def address_of(tensor: torch.Tensor | None) -> int | None:
+    """As ctypes takes it: none for a tensor that is left out."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def stream_of(tensor: torch.Tensor) -> int:
     """The current stream of the tensor's device, on which the kernels run."""
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)

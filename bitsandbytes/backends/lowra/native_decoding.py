@@ -65,10 +65,6 @@ def _covers(x: torch.Tensor) -> bool:
     return native.cpu_available() if x.is_cpu else x.is_cuda and native.cuda_available() and x.dtype in _TYPES
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _finish(status: int, what: str, shape: tuple[int, ...]) -> bool:
     """Whether the kernel ran; False where it does not cover the shape.
 
@@ -94,7 +90,7 @@ def add_norm(
     delta = None if delta is None else delta.contiguous()
     asked = _Norm(
         residual.data_ptr(),
-        _address(delta),
+        native.address_of(delta),
         None if delta_norm is None else delta_norm.weight.data_ptr(),
         norm.weight.data_ptr(),
         out.data_ptr(),
@@ -201,7 +197,7 @@ def normed_linear_group(
         return None
     total = torch.empty_like(residual)
     delta = None if delta is None else delta.contiguous()
-    addresses = residual.data_ptr(), _address(delta), norm.weight.data_ptr(), total.data_ptr()
+    addresses = residual.data_ptr(), native.address_of(delta), norm.weight.data_ptr(), total.data_ptr()
     outs = _group(residual, _Input(*addresses, norm.epsilon, norm.one_plus, kind=_NORMED), weights, adapters)
     return None if outs is None else (outs, total)
 
@@ -303,7 +299,7 @@ def _group(
         count,
         ctypes.byref(asked),
         tokens,
-        ctypes.byref((_P * count)(*(_address(bias) for bias in biases))),
+        ctypes.byref((_P * count)(*(native.address_of(bias) for bias in biases))),
         None if terms is None else ctypes.byref(terms),
         ctypes.byref((_P * count)(*(out.data_ptr() for out in outs))),
         _TYPES[x.dtype],

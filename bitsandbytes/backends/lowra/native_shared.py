@@ -77,17 +77,13 @@ def shared_gradients(passed: "Passed") -> torch.Tensor | None:
     of_means, found = gradient.t() @ means, torch.empty_like(changes)
     _, level_gain, _ = _addresses(changes, rows, output is not None)
     struct = _SharedGradients(
-        *map(_address, (of_means, of_groups, of_channels, row_order, scales)),
+        *map(native.address_of, (of_means, of_groups, of_channels, row_order, scales)),
         *(level_gain, *_addresses(found, rows, output is not None)),
         *(rows, groups, group_size, group_parts, channel_parts, _TYPES[x.dtype]),
     )
     status = native.call_cuda("lowra_cuda_shared_gradients", x.device, ctypes.byref(struct), stream)
     native.check_status(status, f"gradients of shared changes of a weight [{rows}, {columns}]")
     return found
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _addresses(changes: torch.Tensor, rows: int, with_gains: bool) -> tuple[int, int | None, int]:

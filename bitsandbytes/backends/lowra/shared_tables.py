@@ -137,7 +137,7 @@ def shared_gradients(passed: Passed) -> torch.Tensor:
 def shared_tables_of(packed: PackedMatrix, changes: torch.Tensor, with_gains: bool) -> PackedMatrix:
     """`bitsandbytes::lowra_shared_tables`, by the device's kernel: the weight with these changes, levels rounded."""
     levels, scales = torch.ops.bitsandbytes.lowra_shared_tables(*packed.tensors, changes, with_gains, *packed.sizes)
-    return packed._replace(scales=scales, scale_steps=None, levels=levels)
+    return packed.with_tables(levels, scales)
 
 
 def _tables_of(arguments: Sequence[Any]) -> tuple[PackedMatrix, torch.Tensor, bool]:
